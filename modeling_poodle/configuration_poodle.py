@@ -1,0 +1,172 @@
+"""PooDLe model configuration."""
+
+import copy
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+# Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
+_TRANSFORMERS_KEYS = {
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of every PooDLe model: an encoder, the spatial decoder module (SDM) on it, and the pretraining heads.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, defaults to ResNet-50):
+            The encoder: the config of any backbone that `AutoBackbone` builds.
+        output_stride (`int`, *optional*):
+            Stride of the encoder's last stage. `None` keeps the encoder's own; 8 or 16 dilates a ResNet (FlowE uses 8).
+        num_decoder_blocks (`int`, defaults to 2):
+            Blocks of the SDM; each doubles the resolution. 0 leaves the encoder's last stage as the dense features.
+        decoder_reduction (`int`, defaults to 8):
+            The decoder's bottleneck is `channels // decoder_reduction` wide.
+        decoder_laterals (`bool`, defaults to `True`):
+            Add the encoder's stage of equal resolution to each block's output through a 1x1 convolution.
+        projection_hidden_size, projection_size (`int`, default to 4096 and 256):
+            Widths of the projectors and predictors.
+        dense_weight, pooled_weight (`float`, default to 0.5):
+            Weights of the two objectives. An objective of weight 0 has no heads.
+        dense_stride (`int`, *optional*):
+            Spacing in pixels of the points at which the dense loss is taken. `None`: the stride of the features.
+        semantic_loss_ignore_index (`int`, defaults to 255):
+            The label that `PoodleForSemanticSegmentation` leaves out of its loss.
+        out_features, out_indices:
+            Feature maps of [`PoodleBackbone`], out of the encoder's stages and `"decoder"`.
+
+    Raises:
+        ValueError: a field is unknown, misspelt or out of range; the message names it.
+    """
+
+    model_type = "poodle"
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    output_stride: int | None = None
+    num_decoder_blocks: int = 2
+    decoder_reduction: int = 8
+    decoder_laterals: bool = True
+    projection_hidden_size: int = 4096
+    projection_size: int = 256
+    dense_weight: float = 0.5
+    pooled_weight: float = 0.5
+    dense_stride: int | None = None
+    semantic_loss_ignore_index: int = 255
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        saved_stage_names = kwargs.pop("stage_names", None)
+        self._refuse_unknown(kwargs)
+        self.backbone_config = _as_backbone_config(self.backbone_config)
+        self._check_values()
+        super().__post_init__(**kwargs)
+        self.stage_names = saved_stage_names or self._make_stage_names()
+        if out_features is None and out_indices is None:
+            out_features = [self.stage_names[-1]]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = {field.name for field in dataclasses.fields(self)} | _TRANSFORMERS_KEYS
+        for key in kwargs:
+            if key not in known and not key.startswith("_"):
+                nearest = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"PoodleConfig has no field {key!r}.{hint}")
+
+    def _check_values(self) -> None:
+        def refuse(name: str, expected: str) -> None:
+            raise ValueError(f"PoodleConfig.{name} must be {expected}, got {getattr(self, name)!r}")
+
+        def is_int(value) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        for name, low in (("num_decoder_blocks", 0), *((n, 1) for n in _POSITIVE)):
+            if not is_int(getattr(self, name)) or getattr(self, name) < low:
+                refuse(name, f"an integer of at least {low}")
+        if not isinstance(self.decoder_laterals, bool):
+            refuse("decoder_laterals", "true or false")
+        for name in ("dense_weight", "pooled_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                refuse(name, "a finite number of at least 0")
+        if self.dense_weight == 0 and self.pooled_weight == 0:
+            refuse("dense_weight", "above 0 where pooled_weight is 0: one objective must be left")
+        if self.dense_stride is not None and (not is_int(self.dense_stride) or self.dense_stride < 1):
+            refuse("dense_stride", "None or an integer of at least 1")
+        if self.output_stride is not None:
+            if self.output_stride not in (8, 16, 32):
+                refuse("output_stride", "None, 8, 16 or 32")
+            if self.backbone_config.model_type != "resnet":
+                refuse(
+                    "output_stride", f"None for a {self.backbone_config.model_type!r} encoder (only ResNet dilates)"
+                )
+        available = len(self._encoder_stages()) - 1
+        if self.decoder_laterals and self.num_decoder_blocks > available:
+            refuse("num_decoder_blocks", f"at most {available}: each lateral needs an earlier stage of the encoder")
+
+    def _encoder_stages(self) -> list[str]:
+        """The encoder's stages a decoder may read, earliest first."""
+        config = self.backbone_config
+        if config.model_type == "timm_backbone":  # timm names its stages only once the network is built
+            return [f"stage{index}" for index in range(1, len(config.out_indices or [0]) + 1)]
+        if len(config.out_features) > 1:  # a plain ViT: the user says which layers make the pyramid
+            return list(config.out_features)
+        return [name for name in config.stage_names if name != "stem"][-4:]
+
+    def _make_stage_names(self) -> list[str]:
+        config = self.backbone_config
+        names = self._encoder_stages() if config.model_type == "timm_backbone" else list(config.stage_names)
+        return names + (["decoder"] if self.num_decoder_blocks else [])
+
+    @property
+    def decoder_inputs(self) -> list[str]:
+        """Encoder stages that the dense features are made from, earliest first; the last one enters at the top."""
+        laterals = self.num_decoder_blocks if self.decoder_laterals else 0
+        return self._encoder_stages()[-1 - laterals :]
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["backbone_config"] = self.backbone_config.to_dict()
+        return output
+
+
+_POSITIVE = ("decoder_reduction", "projection_hidden_size", "projection_size")
+
+
+def _as_backbone_config(value) -> PreTrainedConfig:
+    if value is None:
+        return AutoConfig.for_model("resnet")
+    if isinstance(value, dict):
+        value = copy.deepcopy(value)
+        model_type = value.pop("model_type", None)
+        if model_type is None:
+            raise ValueError(
+                "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
+            )
+        return AutoConfig.for_model(model_type, **value)
+    if not isinstance(value, PreTrainedConfig):
+        raise ValueError(f"PoodleConfig.backbone_config must be a config or a dict, got {type(value).__name__}")
+    if not hasattr(value, "out_features"):
+        raise ValueError(
+            f"PoodleConfig.backbone_config: {value.model_type!r} is no backbone; AutoBackbone cannot build it"
+        )
+    return copy.deepcopy(value)
+
+
+__all__ = ["PoodleConfig"]

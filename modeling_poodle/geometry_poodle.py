@@ -1,0 +1,172 @@
+"""
+Sampling grids: affine views, optical flow, their composition, occlusion and crops.
+
+One convention everywhere. Pixel i covers [i, i + 1) and has its centre at i + 0.5; normalised coordinates run from -1 at
+the left (top) edge of the first pixel to +1 at the right (bottom) edge of the last one: x_norm = 2 * (i + 0.5) / W - 1.
+This is `align_corners=False` of `grid_sample` and `affine_grid`. The released code makes its warp coordinates for
+`align_corners=True` and samples with False, an error of up to one cell at the border.
+
+A *view* is an affine (2, 3) matrix from view to frame coordinates, both normalised. Flow is in pixels, x then y.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cell_centres(h: int, w: int, device=None, dtype=torch.float32) -> Tensor:
+    """Normalised centres of an h x w grid of cells that tiles the frame. Returns (h, w, 2), x then y."""
+    y = (torch.arange(h, device=device, dtype=dtype) + 0.5) * (2 / h) - 1
+    x = (torch.arange(w, device=device, dtype=dtype) + 0.5) * (2 / w) - 1
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+
+
+def affine_view(angle: Tensor, scale: Tensor, flip: Tensor, height: int, width: int) -> Tensor:
+    """
+    Views that rotate, zoom and mirror about the frame's centre.
+
+    The rotation is one in *pixels*: for H != W its normalised matrix is not orthogonal.
+
+    Args:
+        angle: (...,) radians, positive turns the content of the view counter-clockwise on the screen.
+        scale: (...,) above 1 magnifies the content.
+        flip: (...,) bool, mirror left-right.
+        height, width: of the frame, pixels.
+
+    Returns:
+        (..., 2, 3) affine from view to frame coordinates, normalised.
+    """
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    mirror = torch.where(flip, -1.0, 1.0).to(cos.dtype)
+    zero = torch.zeros_like(cos)
+    # Pixels of the view -> pixels of the frame is R(angle) / scale; D = diag(W, H) / 2 leads from normalised to pixels.
+    ratio = height / width
+    row_x = torch.stack([cos * mirror, -sin * ratio, zero], dim=-1)
+    row_y = torch.stack([sin / ratio * mirror, cos, zero], dim=-1)
+    return torch.stack([row_x, row_y], dim=-2)
+
+
+def invert_affine(view: Tensor) -> Tensor:
+    """Inverse of affine maps (..., 2, 3), as (..., 2, 3), in closed form (no call of a solver, no host synchronisation)."""
+    (a, b, tx), (c, d, ty) = view[..., 0, :].unbind(-1), view[..., 1, :].unbind(-1)
+    determinant = a * d - b * c
+    a, b, c, d = d / determinant, -b / determinant, -c / determinant, a / determinant
+    return torch.stack(
+        [torch.stack([a, b, -(a * tx + b * ty)], dim=-1), torch.stack([c, d, -(c * tx + d * ty)], dim=-1)], dim=-2
+    )
+
+
+def apply_affine(view: Tensor, points: Tensor) -> Tensor:
+    """Map points (N, ..., 2) by affine maps (N, 2, 3)."""
+    flat = points.flatten(1, -2)  # (N, P, 2)
+    moved = torch.baddbmm(view[:, None, :, 2], flat, view[:, :, :2].transpose(1, 2))
+    return moved.view_as(points)
+
+
+def inside(points: Tensor) -> Tensor:
+    """True where normalised points (..., 2) lie within the frame."""
+    return (points.abs() <= 1).all(dim=-1)
+
+
+def sample(maps: Tensor, points: Tensor, padding_mode: str = "zeros") -> Tensor:
+    """Read maps (N, C, H, W) bilinearly at normalised points (N, h, w, 2). Returns (N, C, h, w)."""
+    return F.grid_sample(maps, points.to(maps.dtype), mode="bilinear", padding_mode=padding_mode, align_corners=False)
+
+
+def normalise_flow(flow: Tensor) -> Tensor:
+    """Flow (N, 2, H, W) in pixels -> displacement (N, H, W, 2) in normalised units."""
+    height, width = flow.shape[-2:]
+    size = torch.tensor([2 / width, 2 / height], device=flow.device, dtype=flow.dtype)
+    return flow.permute(0, 2, 3, 1) * size
+
+
+def flow_valid_mask(forward: Tensor, backward: Tensor, alpha_1: float = 0.1, alpha_2: float = 0.5) -> Tensor:
+    """
+    Forward-backward occlusion check (METHOD section 1, step 3; Sundaram et al. 2010 with UFlow's constants).
+
+    A pixel p is valid where p + f(p) stays inside the frame and
+    |f(p) + b(p + f(p))|^2 <= alpha_1 (|f(p)|^2 + |b(p + f(p))|^2) + alpha_2.
+
+    Args:
+        forward, backward: (N, 2, H, W) pixels; `forward` starts at the frame that the mask belongs to.
+
+    Returns:
+        (N, H, W) bool, True where the flow may be used. Not finite flow is invalid.
+    """
+    forward, backward = forward.float(), backward.float()
+    height, width = forward.shape[-2:]
+    target = cell_centres(height, width, forward.device) + normalise_flow(forward)
+    # Border padding: at a point just inside the edge a bilinear read mixed with zeros would look inconsistent.
+    returned = sample(backward, target, padding_mode="border")
+    difference = (forward + returned).square().sum(dim=1)
+    magnitude = forward.square().sum(dim=1) + returned.square().sum(dim=1)
+    return inside(target) & (difference <= alpha_1 * magnitude + alpha_2)
+
+
+def alignment_grids(
+    flow: Tensor, valid_mask: Tensor, student_view: Tensor, teacher_view: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Where to read the student's and the teacher's map so that both show the same surface point.
+
+    u runs over the cell centres of the source frame. The student's map is read at student_view^-1(u), the teacher's at
+    teacher_view^-1(u + flow(u)). The released code warps the teacher's map by the flow *before* it undoes the view;
+    here the maps are composed, and each network's map is read once, by one bilinear sampling.
+
+    Args:
+        flow: (N, 2, H, W) pixels, from the source frame (the student's) to the target frame (the teacher's).
+        valid_mask: (N, H, W) bool, True where the flow may be used.
+        student_view, teacher_view: (N, 2, 3), view to frame, of the source and of the target frame.
+        size: (h, w) number of points.
+
+    Returns:
+        student points (N, h, w, 2), teacher points (N, h, w, 2), mask (N, h, w) bool: the flow is valid at every pixel
+        that the bilinear read of u touches, and both points lie inside their views.
+    """
+    n, height, width = flow.shape[0], *flow.shape[-2:]
+    h, w = size
+    centres = cell_centres(h, w, flow.device).expand(n, h, w, 2)
+    displacement = normalise_flow(flow.float())
+    if (h, w) == (height, width):
+        usable = valid_mask
+    else:
+        displacement = sample(displacement.permute(0, 3, 1, 2), centres).permute(0, 2, 3, 1)
+        # 1 - 1e-3: a read among valid pixels alone gives 1 up to rounding, one invalid neighbour takes away its weight.
+        usable = sample(valid_mask[:, None].float(), centres)[:, 0] > 1 - 1e-3
+    student_points = apply_affine(invert_affine(student_view.float()), centres)
+    teacher_points = apply_affine(invert_affine(teacher_view.float()), centres + displacement)
+    return student_points, teacher_points, usable & inside(student_points) & inside(teacher_points)
+
+
+def see_through(images: Tensor, view: Tensor) -> Tensor:
+    """What a view (N, 2, 3) shows of images (N, C, H, W): same size, zeros (the mean colour) outside the frame."""
+    return sample(images, F.affine_grid(view.to(images.dtype), list(images.shape), align_corners=False))
+
+
+def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
+    """
+    Cut boxes out of frame pairs and resize them to squares, in one bilinear sampling for the whole batch.
+
+    Args:
+        frames: (B, 2, C, H, W).
+        boxes: (B, M, 4) xyxy in pixels (edges, so that a full frame is (0, 0, W, H)).
+        frame_index: (B, M) integer, which of the two frames a box is cut from.
+        size: side of the crops, pixels.
+
+    Returns:
+        (B, M, C, size, size)
+    """
+    b, _, c, height, width = frames.shape
+    m = boxes.shape[1]
+    # The two frames lie one below the other in one image, so that one call reads both without a copy a box.
+    stacked = frames.transpose(1, 2).reshape(b, c, 2 * height, width)
+    steps = (torch.arange(size, device=boxes.device, dtype=torch.float32) + 0.5) / size
+    x0, y0, x1, y1 = boxes.float().unbind(-1)  # each (B, M)
+    x = x0[..., None] + (x1 - x0)[..., None] * steps  # (B, M, size)
+    y = y0[..., None] + (y1 - y0)[..., None] * steps
+    # Reads stay between the outermost pixel centres: border padding, and nothing bleeds in from the other frame.
+    x = x.clamp(0.5, width - 0.5) * (2 / width) - 1
+    y = (y.clamp(0.5, height - 0.5) + frame_index[..., None] * height) / height - 1
+    grid = torch.stack([x[:, :, None, :].expand(b, m, size, size), y[:, :, :, None].expand(b, m, size, size)], dim=-1)
+    crops = sample(stacked, grid.reshape(b, m * size, size, 2))
+    return crops.view(b, c, m, size, size).transpose(1, 2)

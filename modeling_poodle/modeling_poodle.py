@@ -1,0 +1,251 @@
+"""PooDLe: encoder with spatial decoder module (SDM), as a model, as a backbone and with a readout."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPoolingAndNoAttention,
+    SemanticSegmenterOutput,
+)
+
+from .configuration_poodle import PoodleConfig
+
+
+class PoodleDecoderBlock(nn.Module):
+    """Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (METHOD, step 5)."""
+
+    def __init__(self, channels: int, reduction: int, lateral_channels: int | None):
+        super().__init__()
+        reduced = max(channels // reduction, 1)
+        self.conv1 = nn.Conv2d(channels, reduced, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(reduced)
+        self.conv2 = nn.Conv2d(reduced, reduced, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(reduced)
+        self.conv3 = nn.Conv2d(reduced, channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.lateral = None if lateral_channels is None else nn.Conv2d(lateral_channels, channels, kernel_size=1)
+
+    def forward(self, hidden_state: Tensor, lateral: Tensor | None = None) -> Tensor:
+        residual = hidden_state
+        hidden_state = F.relu(self.bn1(self.conv1(hidden_state)))
+        hidden_state = F.relu(self.bn2(self.conv2(hidden_state)))
+        hidden_state = F.relu(self.bn3(self.conv3(hidden_state)) + residual)
+        if self.lateral is None:
+            return F.interpolate(hidden_state, scale_factor=2, mode="bilinear", align_corners=False)
+        lateral = self.lateral(lateral)
+        # A stage of an odd-sized image is not exactly twice its successor, and a plain ViT has one resolution for all.
+        size = tuple(
+            own if own > below else 2 * below for own, below in zip(lateral.shape[-2:], hidden_state.shape[-2:])
+        )
+        hidden_state = F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+        if lateral.shape[-2:] != size:
+            lateral = F.interpolate(lateral, size=size, mode="bilinear", align_corners=False)
+        return hidden_state + lateral
+
+
+class PoodlePreTrainedModel(PreTrainedModel):
+    config_class = PoodleConfig
+    base_model_prefix = "poodle"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The encoder is a PreTrainedModel of its own and initialises itself; this is for the decoder and the heads.
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
+    """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
+    backbone_config = type(config.backbone_config).from_dict(config.backbone_config.to_dict())
+    if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
+        backbone_config.out_features = stages
+    encoder = AutoBackbone.from_config(backbone_config)
+    if config.output_stride is not None:
+        _dilate_resnet(encoder, config.output_stride)
+    return encoder
+
+
+def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
+    """Trade the stride of the late stages of a ResNet for dilation. The weights stay those of the plain network."""
+    stride, dilation = 4 * (2 if encoder.config.downsample_in_first_stage else 1), 1
+    for stage in encoder.encoder.stages[1:]:
+        stride *= 2
+        first_dilation = dilation
+        shrink = stride > output_stride
+        if shrink:
+            dilation, stride = dilation * 2, stride // 2
+        for index, layer in enumerate(stage.layers):
+            for conv in (module for module in layer.modules() if isinstance(module, nn.Conv2d)):
+                if shrink:
+                    conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    # torchvision's rule: a stage's first block still has the dilation of the stage before it.
+                    rate = first_dilation if index == 0 else dilation
+                    conv.dilation = conv.padding = (rate, rate)
+
+
+class PoodleModel(PoodlePreTrainedModel):
+    """
+    Encoder and spatial decoder module without the pretraining heads.
+
+    `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/8, W/8), the decoder's features (the
+    encoder's last stage where there is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged.
+    """
+
+    def __init__(self, config: PoodleConfig, stages: list[str] | None = None):
+        super().__init__(config)
+        wanted = [name for name in config.stage_names if name in {*config.decoder_inputs, *(stages or ())}]
+        self.encoder = build_encoder(config, [name for name in wanted if name != "decoder"])
+        channels = dict(zip(self.encoder_stages, self.encoder.channels))
+        *laterals, last = config.decoder_inputs
+        self.num_features = channels[last]
+        self.decoder = nn.ModuleList(
+            PoodleDecoderBlock(
+                channels[last],
+                config.decoder_reduction,
+                channels[laterals[-1 - index]] if config.decoder_laterals else None,
+            )
+            for index in range(config.num_decoder_blocks)
+        )
+        self.checkpoint_activations = False
+        self.post_init()
+
+    @property
+    def encoder_stages(self) -> list[str]:
+        """Names of the feature maps that the encoder returns."""
+        if self.config.backbone_config.model_type == "timm_backbone":
+            return [name for name in self.config.stage_names if name != "decoder"]
+        return list(self.encoder.out_features)
+
+    def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """The encoder's feature maps by stage name."""
+        return dict(zip(self.encoder_stages, self.encoder(pixel_values).feature_maps))
+
+    def decode(self, features: dict[str, Tensor]) -> Tensor:
+        """The SDM: dense features (B, C, H/8, W/8) from the encoder's maps."""
+        *laterals, last = self.config.decoder_inputs
+        hidden_state = features[last]
+        for index, block in enumerate(self.decoder):
+            lateral = features[laterals[-1 - index]] if self.config.decoder_laterals else None
+            if self.checkpoint_activations and self.training:
+                hidden_state = checkpoint(block, hidden_state, lateral, use_reentrant=False)
+            else:
+                hidden_state = block(hidden_state, lateral)
+        return hidden_state
+
+    def pool(self, features: dict[str, Tensor]) -> Tensor:
+        """Global average of the encoder's last stage, (B, C)."""
+        return features[self.config.decoder_inputs[-1]].mean(dim=(2, 3))
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        features = self.encode(pixel_values)
+        dense = self.decode(features)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=dense,
+            pooler_output=self.pool(features),
+            hidden_states=(*features.values(), *((dense,) if len(self.decoder) else ())) if keep else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations block by block in the backward pass: less memory for about a third more time."""
+        self.checkpoint_activations = True
+        if getattr(self.encoder, "supports_gradient_checkpointing", False):
+            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            return
+        blocks = [
+            m for m in self.encoder.modules() if type(m).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer")
+        ]
+        if not blocks:
+            raise ValueError(
+                f"gradient_checkpointing is not available for a {self.config.backbone_config.model_type!r} encoder"
+            )
+        for block in blocks:
+            block.forward = _Checkpointed(block)
+
+
+class _Checkpointed:
+    """Stands in for a block's `forward`. transformers' ResNet has no gradient checkpointing of its own."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.plain = block, block.forward
+
+    def __call__(self, hidden_state: Tensor) -> Tensor:
+        if self.block.training and torch.is_grad_enabled():
+            return checkpoint(self.plain, hidden_state, use_reentrant=False)
+        return self.plain(hidden_state)
+
+
+class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
+    """`AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`."""
+
+    has_attentions = False
+    base_model_prefix = ""
+
+    def __init__(self, config: PoodleConfig):
+        super().__init__(config)
+        body = PoodleModel(config, stages=[name for name in config.out_features if name != "decoder"])
+        # The same parameter names as PoodleModel's, so that one checkpoint serves both.
+        self.encoder, self.decoder, self._body = body.encoder, body.decoder, (body,)
+        channels = dict(zip(body.encoder_stages, body.encoder.channels), decoder=body.num_features)
+        self.num_features = [channels.get(name) for name in self.stage_names]
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
+    ) -> BackboneOutput:
+        body = self._body[0]
+        # from_pretrained and .to() may replace these modules or their tensors; the body reads ours.
+        body.encoder, body.decoder = self.encoder, self.decoder
+        features = body.encode(pixel_values)
+        if "decoder" in self.out_features:
+            features["decoder"] = body.decode(features)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BackboneOutput(
+            feature_maps=tuple(features[name] for name in self.stage_names if name in self.out_features),
+            hidden_states=tuple(features.values()) if keep else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
+    """
+    Linear readout: one 1x1 convolution on the dense features.
+
+    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, H/8, W/8) and,
+    with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out).
+    """
+
+    def __init__(self, config: PoodleConfig):
+        super().__init__(config)
+        self.poodle = PoodleModel(config)
+        self.classifier = nn.Conv2d(self.poodle.num_features, config.num_labels, kernel_size=1)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
+    ) -> SemanticSegmenterOutput:
+        logits = self.classifier(self.poodle(pixel_values).last_hidden_state)
+        loss = None
+        if labels is not None:
+            full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(full, labels.long(), ignore_index=self.config.semantic_loss_ignore_index)
+        output = SemanticSegmenterOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+
+__all__ = ["PoodleBackbone", "PoodleForSemanticSegmentation", "PoodleModel", "PoodlePreTrainedModel"]

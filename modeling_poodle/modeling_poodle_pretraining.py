@@ -1,0 +1,208 @@
+"""PooDLe pretraining: student, momentum teacher, and the two objectives (arXiv 2408.11208, section 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_poodle import PoodleConfig
+from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
+from .modeling_poodle import PoodleModel, PoodlePreTrainedModel
+from .objectives_poodle import dense_loss, pooled_loss
+
+
+@dataclass
+class PoodleForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, `dense_weight * dense_loss + pooled_weight * pooled_loss`.
+        dense_loss, pooled_loss: scalars, each 0 to 4; `None` where the objective's weight is 0.
+        valid_fraction: scalar, share of the dense points that counted.
+        dense_features: (2B, C, h, w) of the student (its dense features, before the projector), detached; frame of the pair fastest.
+        pooled_features: (2B * K, C) of the student, detached.
+    """
+
+    loss: Tensor | None = None
+    dense_loss: Tensor | None = None
+    pooled_loss: Tensor | None = None
+    valid_fraction: Tensor | None = None
+    dense_features: Tensor | None = None
+    pooled_features: Tensor | None = None
+
+
+def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
+    """Projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (METHOD, step 6)."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, hidden_channels, kernel_size=1),
+        nn.BatchNorm2d(hidden_channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden_channels, out_channels, kernel_size=1),
+    )
+
+
+class PoodleForPreTraining(PoodlePreTrainedModel):
+    """
+    Student and teacher with both objectives. `forward` draws nothing at random and estimates nothing.
+
+    The teacher is a copy of the student, frozen, moved by [`~PoodleForPreTraining.update_teacher`] once an optimizer
+    step. Its BatchNorm follows `train()` like the student's.
+    """
+
+    _PAIRS = (
+        ("student", "teacher"),
+        ("dense_projector", "teacher_dense_projector"),
+        ("pooled_projector", "teacher_pooled_projector"),
+    )
+
+    def __init__(self, config: PoodleConfig):
+        super().__init__(config)
+        if config.dense_weight == 0 and config.num_decoder_blocks:
+            raise ValueError(
+                "PoodleConfig.num_decoder_blocks must be 0 where dense_weight is 0 (nothing would train the decoder), "
+                f"got {config.num_decoder_blocks}"
+            )
+        self.student = PoodleModel(config)
+        self.teacher = PoodleModel(config)
+        hidden, size = config.projection_hidden_size, config.projection_size
+        for name, weight in (("dense", config.dense_weight), ("pooled", config.pooled_weight)):
+            if weight > 0:
+                setattr(self, f"{name}_projector", make_head(self.student.num_features, hidden, size))
+                setattr(self, f"{name}_predictor", make_head(size, hidden, size))
+                setattr(self, f"teacher_{name}_projector", make_head(self.student.num_features, hidden, size))
+        self.post_init()
+        self.reset_teacher()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_teacher()  # from_pretrained gives every floating point parameter requires_grad=True
+        return loaded
+
+    def _student_and_teacher(self):
+        for student, teacher in self._PAIRS:
+            if hasattr(self, teacher):
+                yield getattr(self, student), getattr(self, teacher)
+
+    @torch.no_grad()
+    def reset_teacher(self) -> None:
+        """Make the teacher a frozen copy of the student: parameters and BatchNorm statistics."""
+        for student, teacher in self._student_and_teacher():
+            if next(student.parameters()).device.type != "meta":
+                teacher.load_state_dict(student.state_dict())
+        self.freeze_teacher()
+
+    def freeze_teacher(self) -> None:
+        for _, teacher in self._student_and_teacher():
+            teacher.requires_grad_(False)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
+        pairs = list(self._student_and_teacher())
+        torch._foreach_lerp_(
+            [parameter for _, teacher in pairs for parameter in teacher.parameters()],
+            [parameter for student, _ in pairs for parameter in student.parameters()],
+            1 - momentum,
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        flow: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+        student_views: Tensor | None = None,
+        teacher_views: Tensor | None = None,
+        student_boxes: Tensor | None = None,
+        teacher_boxes: Tensor | None = None,
+        teacher_box_frames: Tensor | None = None,
+        subcrop_size: int = 192,
+    ) -> PoodleForPreTrainingOutput:
+        """
+        Args:
+            pixel_values: (B, 2, 3, H, W) frame pair, augmented and normalised; index 0 earlier, 1 later.
+            flow: (B, 2, 2, H, W) pixels, x then y; index 0 earlier to later, 1 later to earlier.
+            valid_mask: (B, 2, H, W) bool, True where the flow may be used.
+            student_views, teacher_views: (B, 2, 2, 3) view of each frame, from view to frame coordinates, normalised.
+                The teacher's view of frame 1 is the match of the student's view of frame 0, and the other way round.
+            student_boxes, teacher_boxes: (B, 2, K, 4) subcrops, xyxy pixels of the frames without the affine; the
+                student's [:, f] are cut from frame f.
+            teacher_box_frames: (B, 2, K) which of the two frames the teacher's subcrop is cut from.
+            subcrop_size: side to which the subcrops are resized, pixels.
+
+        Raises:
+            ValueError: an objective of positive weight misses its inputs, or shapes do not fit.
+        """
+        self._check_inputs(pixel_values, flow, student_boxes)
+        output = PoodleForPreTrainingOutput(loss=pixel_values.new_zeros((), dtype=torch.float32))
+        if self.config.dense_weight > 0:
+            output.dense_loss, output.valid_fraction, output.dense_features = self._dense_objective(
+                pixel_values, flow, valid_mask, student_views, teacher_views
+            )
+            output.loss = output.loss + self.config.dense_weight * output.dense_loss
+        if self.config.pooled_weight > 0:
+            output.pooled_loss, output.pooled_features = self._pooled_objective(
+                pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
+            )
+            output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
+        return output
+
+    def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
+        """Steps 4, 5, 6 and 7 of METHOD section 1."""
+        b, _, _, height, width = pixel_values.shape
+        frames = pixel_values.flatten(0, 1)  # (2B, 3, H, W), source and target in turn
+        student_images = see_through(frames, student_views.flatten(0, 1))
+        student_features = self.student.decode(self.student.encode(student_images))  # (2B, C, h, w)
+        prediction = self.dense_predictor(self.dense_projector(student_features))
+        with torch.no_grad():
+            teacher_images = see_through(frames, teacher_views.flatten(0, 1))
+            teacher_features = self.teacher.decode(self.teacher.encode(teacher_images))
+            target = self.teacher_dense_projector(teacher_features)
+            # The match of frame 0 is frame 1 and the other way round.
+            target = target.unflatten(0, (b, 2)).flip(1).flatten(0, 1)
+            target_views = teacher_views.flip(1).flatten(0, 1)
+            stride = self.config.dense_stride
+            size = tuple(prediction.shape[-2:]) if stride is None else (-(-height // stride), -(-width // stride))
+            student_points, teacher_points, mask = alignment_grids(
+                flow.flatten(0, 1), valid_mask.flatten(0, 1), student_views.flatten(0, 1), target_views, size
+            )
+        # Border padding: a point inside the view but beyond the outermost cell centre must not be mixed with zeros.
+        loss = dense_loss(
+            sample(prediction, student_points, padding_mode="border"),
+            sample(target, teacher_points, padding_mode="border"),
+            mask,
+        )
+        return loss, mask.float().mean(), student_features.detach()
+
+    def _pooled_objective(self, pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size):
+        """Steps 5, 6 and 8 of METHOD section 1."""
+        own_frame = torch.arange(2, device=pixel_values.device)[None, :, None].expand(student_boxes.shape[:3])
+        student_crops = crop_boxes(pixel_values, student_boxes.flatten(1, 2), own_frame.flatten(1, 2), subcrop_size)
+        student_pooled = self.student.pool(self.student.encode(student_crops.flatten(0, 1)))  # (2BK, C)
+        prediction = self.pooled_predictor(self.pooled_projector(student_pooled[:, :, None, None])).flatten(1)
+        with torch.no_grad():
+            teacher_crops = crop_boxes(
+                pixel_values, teacher_boxes.flatten(1, 2), teacher_box_frames.flatten(1, 2), subcrop_size
+            )
+            teacher_pooled = self.teacher.pool(self.teacher.encode(teacher_crops.flatten(0, 1)))
+            target = self.teacher_pooled_projector(teacher_pooled[:, :, None, None]).flatten(1)
+        return pooled_loss(prediction, target), student_pooled.detach()
+
+    def _check_inputs(self, pixel_values, flow, student_boxes) -> None:
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(f"pixel_values must be frame pairs (B, 2, 3, H, W), got {tuple(pixel_values.shape)}")
+        b, _, _, height, width = pixel_values.shape
+        if self.config.dense_weight > 0 and (flow is None or tuple(flow.shape) != (b, 2, 2, height, width)):
+            raise ValueError(
+                f"flow must be {(b, 2, 2, height, width)} to fit pixel_values, "
+                f"got {None if flow is None else tuple(flow.shape)}"
+            )
+        if self.config.pooled_weight > 0 and (student_boxes is None or student_boxes.shape[:2] != (b, 2)):
+            raise ValueError(
+                f"student_boxes must be ({b}, 2, K, 4) to fit pixel_values, "
+                f"got {None if student_boxes is None else tuple(student_boxes.shape)}"
+            )
+
+
+__all__ = ["PoodleForPreTraining", "PoodleForPreTrainingOutput"]

@@ -1,0 +1,51 @@
+"""The two objectives as pure functions."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dense_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """
+    Flow-equivariant dense loss (METHOD section 1, step 7; Xiong et al. 2021, FlowE).
+
+    Squared distance of unit vectors, 2 - 2 cos, averaged over the points that count: a masked mean per image, then a
+    mean over images. An image without a single such point adds 0 (and no gradient).
+
+    Args:
+        prediction: (N, C, h, w) the student's, aligned to the source frame.
+        target: (N, C, h, w) the teacher's, aligned to the source frame. No gradient flows into it.
+        mask: (N, h, w) bool, True where a point counts.
+
+    Returns:
+        Scalar, float32.
+    """
+    distance = 2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=1, eps=1e-6)
+    # where, not a product: a point left out must not pass on a NaN.
+    total = torch.where(mask, distance, 0.0).sum(dim=(1, 2))
+    return (total / mask.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def pooled_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """
+    Pooled loss on flow-matched subcrops (METHOD section 1, step 8; Grill et al. 2020, BYOL): mean of 2 - 2 cos.
+
+    Args:
+        prediction: (M, C) the student's. target: (M, C) the teacher's. No gradient flows into it.
+
+    Returns:
+        Scalar, float32.
+    """
+    return (2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=1, eps=1e-6)).mean()
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """
+    Spread of unit feature vectors: standard deviation over samples, averaged over channels, times sqrt(C).
+
+    1 where the directions are uniform on the sphere, 0 where the features have collapsed to one (Chen & He 2021).
+
+    Args:
+        features: (M, C).
+    """
+    return F.normalize(features.float(), dim=1).std(dim=0, correction=0).mean() * features.shape[1] ** 0.5
