@@ -1,0 +1,23 @@
+import math
+
+import pytest
+
+from training.schedules import learning_rate, teacher_momentum
+
+
+def test_learning_rate_warms_up_linearly_then_follows_a_cosine():
+    rates = [learning_rate(step, 10, 4, 2.0, 0.2) for step in range(10)]
+    expected = [0.5, 1.0, 1.5, 2.0] + [0.2 + 1.8 * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+def test_learning_rate_without_warmup_starts_at_its_peak_and_ends_at_the_floor():
+    assert learning_rate(0, 100, 0, 3e-4) == pytest.approx(3e-4)
+    assert learning_rate(100, 100, 0, 3e-4, 1e-5) == pytest.approx(1e-5)
+    assert learning_rate(50, 100, 0, 3e-4) == pytest.approx(1.5e-4)
+
+
+def test_momentum_runs_from_start_to_one():
+    assert teacher_momentum(0, 1000) == pytest.approx(0.996)
+    assert teacher_momentum(500, 1000) == pytest.approx(0.998)
+    assert teacher_momentum(1000, 1000) == 1.0

@@ -1,0 +1,25 @@
+"""Schedules over the steps of a run: learning rate and teacher momentum."""
+
+import math
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine from `start` at progress 0 to `end` at progress 1; constant beyond."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
+    """
+    Linear warm-up to `peak` over `warmup_steps`, then a cosine to `floor` at `max_steps` (METHOD section 1, optimiser).
+
+    Args:
+        step: optimizer steps already taken; the first step of a warm-up of n has peak / n, not 0.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return cosine(peak, floor, (step - warmup_steps) / max(max_steps - warmup_steps, 1))
+
+
+def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 1.0) -> float:
+    """Cosine from `start` to `end` over the run (METHOD section 1, step 10)."""
+    return cosine(start, end, step / max(max_steps, 1))

@@ -1,0 +1,249 @@
+"""
+What is drawn at random for a batch, on the device: photometric augmentation, affine views, subcrops.
+
+Everything is drawn for the whole batch as tensors, without a Python loop over images or subcrops and without a host
+synchronisation. On the CPU, image by image, the photometric part alone costs 330-370 ms an image at 512x1024.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling_poodle.geometry_poodle import affine_view, normalise_flow, sample
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images (..., 3, H, W) in [0, 1] -> ImageNet's mean 0 and deviation 1."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=images.dtype)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=images.dtype)[:, None, None]
+    return (images - mean) / std
+
+
+# --- photometric augmentation (METHOD section 1, step 2) ---
+
+
+def _luma(images: Tensor) -> Tensor:
+    weights = torch.tensor((0.2989, 0.587, 0.114), device=images.device, dtype=images.dtype)
+    return torch.einsum("nchw,c->nhw", images, weights)[:, None]
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(other.expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """images (N, 3, H, W) in [0, 1], factor (N,); the definitions are torchvision's, with one factor an image."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _luma(images).mean(dim=(2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _luma(images), factor)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """
+    Turn the hue by shift (N,) in turns, saturation and value kept.
+
+    A channel of a colour of hue h (in sixths of a turn) is value - chroma * clamp(min(k, 4 - k), 0, 1) with
+    k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue: no branch over the six sectors.
+    """
+    value, minimum = images.amax(dim=1), images.amin(dim=1)
+    chroma = value - minimum
+    red, green, blue = images.unbind(dim=1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    hue = hue + 6 * shift[:, None, None]
+    channels = []
+    for n in (5, 3, 1):
+        k = (n + hue).remainder(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, apply: Tensor, kernel_size: int) -> Tensor:
+    """
+    Separable Gaussian blur with a sigma an image; images that are not chosen get the identity kernel.
+
+    Args:
+        images: (N, C, H, W). sigma: (N,) pixels. apply: (N,) bool. kernel_size: odd, pixels.
+    """
+    n, c, height, width = images.shape
+    radius = kernel_size // 2
+    x = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (x / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    kernel = torch.where(apply[:, None], kernel, (x == 0).to(images.dtype)).repeat_interleave(c, dim=0)  # (N*C, taps)
+    planes = F.pad(images.reshape(1, n * c, height, width), (radius,) * 4, mode="reflect")
+    planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * c)
+    return F.conv2d(planes, kernel[:, None, :, None], groups=n * c).view(n, c, height, width)
+
+
+def blur_kernel_size(height: int, width: int) -> int:
+    """
+    Odd kernel of about 10 % of the shorter side, cut at 17 taps.
+
+    sigma is at most 2 pixels, so beyond 4 sigma = 8 pixels a longer kernel has less than 1e-4 of the weight.
+    """
+    size = max(3, round(0.1 * min(height, width)) | 1)
+    return min(size, 17)
+
+
+def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tensor:
+    """
+    Colour jitter (0.8, 0.8, 0.8, 0.2) with p 0.8, greyscale with p 0.2, Gaussian blur with p 0.5, each drawn for each image
+    on its own. The order of the four jitters is drawn once a batch (torchvision: once an image), which keeps the batch
+    in one piece.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+
+    Returns:
+        (N, 3, H, W) in [0, 1].
+    """
+    n, _, height, width = images.shape
+
+    def chosen(probability: float) -> Tensor:
+        return uniform((n,), 0, 1, generator) < probability
+
+    jitter = chosen(0.8)
+    factors = [torch.where(jitter, uniform((n,), 0.2, 1.8, generator), 1.0) for _ in range(3)]
+    factors.append(torch.where(jitter, uniform((n,), -0.2, 0.2, generator), 0.0))
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    # The order comes from the seed, not from a device tensor: reading one back would make the host wait.
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(generator.initial_seed()))
+    for index in order.tolist():
+        images = operations[index](images, factors[index])
+    images = torch.where(chosen(0.2)[:, None, None, None], _luma(images), images)
+    sigma = uniform((n,), 0.1, 2.0, generator)
+    return gaussian_blur(images, sigma, chosen(0.5), blur_kernel_size(height, width))
+
+
+# --- views (METHOD section 1, step 4) ---
+
+
+def draw_views(
+    shape: tuple[int, ...], height: int, width: int, generator: torch.Generator, affine: bool = True
+) -> Tensor:
+    """
+    Views: rotation +-10 degrees and scale 0.9-1.1 always, left-right flip with p 0.5. Identity where `affine` is False.
+
+    Returns:
+        (*shape, 2, 3), from view to frame coordinates, normalised.
+    """
+    if not affine:
+        identity = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], device=generator.device)
+        return identity.expand(*shape, 2, 3).contiguous()
+    angle = uniform(shape, -math.radians(10), math.radians(10), generator)
+    scale = uniform(shape, 0.9, 1.1, generator)
+    flip = uniform(shape, 0, 1, generator) < 0.5
+    return affine_view(angle, scale, flip, height, width)
+
+
+# --- subcrops (METHOD section 1, step 8) ---
+
+
+def grid_centres(n: int, count: int, height: int, width: int, cell: int, generator: torch.Generator) -> Tensor:
+    """
+    Centres spread over the frame: cells of a grid drawn without replacement, then a uniform point in each cell.
+
+    Where more centres are asked for than there are cells, every cell is used once before one is used again.
+
+    Returns:
+        (n, count, 2) pixels, x then y.
+    """
+    rows, columns = max(height // cell, 1), max(width // cell, 1)
+    cells = rows * columns
+    rounds = -(-count // cells)
+    order = uniform((n, rounds, cells), 0, 1, generator).argsort(dim=-1).flatten(1)[:, :count]
+    corner = torch.stack([order % columns, order // columns], dim=-1).float()
+    # The cells tile the frame: with height // cell rows a row is a little taller than `cell`.
+    size = torch.tensor([width / columns, height / rows], device=generator.device)
+    return (corner + uniform((n, count, 2), 0, 1, generator)) * size
+
+
+def place_boxes(centres: Tensor, area: Tensor, aspect: Tensor, height: int, width: int) -> Tensor:
+    """
+    Boxes of the given areas and aspects around the centres, moved to lie inside the frame.
+
+    Args:
+        centres: (..., 2) pixels. area: (...,) share of the frame. aspect: (...,) width over height.
+
+    Returns:
+        (..., 4) xyxy pixels.
+    """
+    pixels = area * (height * width)
+    size = torch.stack([(pixels * aspect).sqrt().clamp(max=width), (pixels / aspect).sqrt().clamp(max=height)], dim=-1)
+    frame = torch.tensor([width, height], device=centres.device, dtype=centres.dtype)
+    low = torch.minimum((centres - size / 2).clamp(min=0), frame - size)
+    return torch.cat([low, low + size], dim=-1)
+
+
+def draw_subcrops(
+    flow: Tensor,
+    num_subcrops: int,
+    generator: torch.Generator,
+    area: tuple[float, float] = (0.05, 0.3),
+    jitter: float = 0.1,
+    tries: int = 5,
+) -> dict[str, Tensor]:
+    """
+    Subcrop pairs that follow the flow.
+
+    Args:
+        flow: (B, 2, 2, H, W) pixels, on the generator's device.
+        num_subcrops: K, pairs a frame.
+        area: range of a subcrop's share of the frame.
+        jitter: of the teacher's centre, share of the frame's width and height, both ways.
+        tries: jitters that are tried until the teacher's centre lands inside the frame.
+
+    Returns:
+        student_boxes, teacher_boxes (B, 2, K, 4) xyxy pixels; teacher_box_frames (B, 2, K) long; matched (B, 2, K) bool, False
+        where no try landed inside the frame, so that the pair comes from the same frame.
+    """
+    b, _, _, height, width = flow.shape
+    n, k = 2 * b, num_subcrops
+    low, high = area
+    cell = max(round(math.sqrt((low + high) / 2) * min(height, width)), 1)
+    centres = grid_centres(n, k, height, width, cell, generator)
+    frame = torch.tensor([width, height], device=flow.device, dtype=torch.float32)
+
+    points = (centres / frame * 2 - 1)[:, None]  # (2B, 1, K, 2), normalised
+    displacement = sample(normalise_flow(flow.flatten(0, 1).float()).permute(0, 3, 1, 2), points, "border")
+    followed = centres + displacement[:, :, 0].transpose(1, 2) * frame / 2
+    shifts = uniform((tries, n, k, 2), -jitter, jitter, generator) * frame
+    candidates = followed + shifts
+    landed = ((candidates >= 0) & (candidates <= frame)).all(dim=-1)  # (tries, 2B, K)
+    first = landed.int().argmax(dim=0)  # the first try that landed
+    matched = landed.any(dim=0)
+    chosen = candidates.gather(0, first[None, :, :, None].expand(1, n, k, 2))[0]
+    # Not matched: the same frame, the same point, jittered alike.
+    teacher_centres = torch.where(matched[..., None], chosen, centres + shifts[0])
+
+    student_area = uniform((n, k), low, high, generator)
+    teacher_area = student_area + (high - student_area) * uniform((n, k), 0, 1, generator)
+    # Log-uniform, as in torchvision's RandomResizedCrop: 3/4 and 4/3 are equally likely.
+    aspect = uniform((2, n, k), math.log(3 / 4), math.log(4 / 3), generator).exp()
+    own = torch.arange(2, device=flow.device).repeat(b)[:, None]
+    return {
+        "student_boxes": place_boxes(centres, student_area, aspect[0], height, width).view(b, 2, k, 4),
+        "teacher_boxes": place_boxes(teacher_centres, teacher_area, aspect[1], height, width).view(b, 2, k, 4),
+        "teacher_box_frames": torch.where(matched, 1 - own, own).view(b, 2, k),
+        "matched": matched.view(b, 2, k),
+    }
