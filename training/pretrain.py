@@ -1,0 +1,413 @@
+"""
+Pretrain PooDLe on video.
+
+    accelerate launch training/pretrain.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
+
+The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, photometric augmentation, flow, views and subcrops,
+both objectives, an optimizer step, and one of the teacher.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+# `accelerate launch training/pretrain.py` puts training/ on the path; its siblings live one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoBackbone, AutoConfig
+
+from modeling_poodle import PoodleForPreTraining
+from modeling_poodle.geometry_poodle import flow_valid_mask
+from modeling_poodle.objectives_poodle import feature_std
+from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
+from training.flow import build_flow
+from training.panels import save_panel
+from training.recipe import Recipe, parse_recipe
+from training.schedules import learning_rate, teacher_momentum
+from training.street import street_videos
+from training.video_stream import PairLoader, PairSampling, check_videos, find_videos
+from training.views import draw_subcrops, draw_views, normalise, photometric_augmentation
+
+logger = logging.getLogger("poodle")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe = parse_recipe(arguments)
+    accelerator = make_accelerator(recipe)
+    checkpoint = prepare_output_dir(recipe)
+    paths = resolve_videos(accelerator, recipe)
+    pair_flow, flow_module = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    model = build_model(accelerator, recipe)
+    loader = build_loader(accelerator, recipe, paths, pair_flow)
+    optimizer = build_optimizer(accelerator, recipe, model)
+    max_steps = count_steps(accelerator, recipe, loader)
+    run = Run(accelerator, recipe, model, optimizer, loader, flow_module, max_steps)
+    accelerator.wait_for_everyone()
+    run.open(checkpoint)
+    try:
+        run.train()
+    finally:
+        loader.close()
+    run.close()
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
+    plain = recipe.poodle_config().backbone_config.model_type == "resnet"
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
+    )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[ddp],
+    )
+    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    set_seed(recipe.seed)  # the same weights on every rank
+    return accelerator
+
+
+def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
+    """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
+    paths = []
+    if "street" in recipe.videos:
+        with accelerator.main_process_first():  # rank 0 renders, the others find the files there
+            paths += street_videos()
+    others = [source for source in recipe.videos if source != "street"]
+    if others:
+        paths += find_videos(others)
+    check_videos(paths, pair_sampling(recipe))
+    return paths
+
+
+def pair_sampling(recipe: Recipe) -> PairSampling:
+    return PairSampling(
+        crop_size=tuple(recipe.crop_size),
+        frame_scale=tuple(recipe.frame_scale),
+        frame_size=None if recipe.frame_size is None else tuple(recipe.frame_size),
+        frame_gap_seconds=tuple(recipe.frame_gap_seconds),
+        pairs_per_video=recipe.pairs_per_video,
+        seed=recipe.seed,
+    )
+
+
+def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:
+    config, encoder = recipe.poodle_config(), None
+    if recipe.init_encoder is not None:
+        encoder = load_encoder(recipe.init_encoder)
+        if "backbone_config" not in recipe.model:
+            config = type(config)(**recipe.model, backbone_config=encoder.config)
+    model = PoodleForPreTraining(config)
+    if encoder is not None:
+        try:
+            model.student.encoder.load_state_dict(encoder.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"init_encoder {recipe.init_encoder} does not fit model.backbone_config; leave the latter out. {error}"
+            ) from None
+        model.reset_teacher()
+    if recipe.gradient_checkpointing:
+        model.student.checkpoint_gradients()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
+    return model.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def load_encoder(name: str) -> nn.Module:
+    """A pretrained backbone from the Hub or from a folder (for which AutoBackbone.from_pretrained asks the Hub)."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        backbone_class = type(AutoBackbone.from_config(config))
+        return backbone_class.from_pretrained(name, config=config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"init_encoder {name!r} is no encoder that can be loaded: {error}") from error
+
+
+def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pair_flow) -> PairLoader:
+    return PairLoader(
+        paths,
+        pair_sampling(recipe),
+        batch_size=recipe.per_device_train_batch_size,
+        num_workers=recipe.dataloader_num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pair_flow=pair_flow,
+    )
+
+
+def build_optimizer(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and normalisations
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        fused=True,
+    )
+
+
+def count_steps(accelerator: Accelerator, recipe: Recipe, loader: PairLoader) -> int:
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    pairs = recipe.per_device_train_batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
+    return max(1, round(recipe.num_train_epochs * loader.pairs_per_epoch / pairs))
+
+
+class Run:
+    """One training run: the state that a checkpoint holds, the loop, and what is written for people."""
+
+    METRICS = ("loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction")
+
+    def __init__(self, accelerator, recipe, model, optimizer, loader, flow_module, max_steps):
+        self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
+        self.model, self.optimizer = model, optimizer  # the bare model: the teacher and the files are its business
+        self.flow_module = None if flow_module is None else flow_module.to(accelerator.device)
+        self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
+        self.step, self.output_dir = 0, Path(recipe.output_dir)
+        self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
+        self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
+        self.generator = torch.Generator(device=accelerator.device)
+        self.videos_since_log: list[tuple[int, list[str]]] = []
+        self.skipped: set[str] = set()
+
+    def open(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
+            self.loader.load_state_dict(state["loader"])
+            self.sums.copy_(state["sums"])
+            torch.set_rng_state(state["rng"])
+            logger.info("resuming from %s", checkpoint)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "config.yaml").write_text(self.recipe.to_yaml())
+            cut_metrics(self.output_dir / "metrics.jsonl", self.step)
+        if self.recipe.torch_compile:
+            self.model.compile()
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        if self.recipe.report_to != "none":
+            self.accelerator.init_trackers("poodle", config={"recipe": self.recipe.to_yaml()})
+        logger.info(
+            "%d steps of %d pairs on %d process(es), %s; %d videos",
+            self.max_steps,
+            self.recipe.per_device_train_batch_size
+            * self.accelerator.num_processes
+            * self.recipe.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+            len(self.loader.paths),
+        )
+
+    def train(self) -> None:
+        recipe, batches = self.recipe, iter(self.loader)
+        self.model.train()
+        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        while self.step < self.max_steps:
+            last = self.step + 1 == self.max_steps
+            output, inputs, batch = self.train_step(batches)
+            self.step += 1
+            self.timed_steps += 1
+            progress.update()
+            if self.step % recipe.logging_steps == 0 or last:
+                self.log(output, progress)
+            if (self.step % recipe.panel_steps == 0 or self.step == 1 or last) and self.accelerator.is_main_process:
+                self.save_panel(batch, inputs, output)
+            if self.step % recipe.save_steps == 0 or last:
+                self.save()
+        progress.close()
+
+    def train_step(self, batches):
+        """One optimizer step."""
+        rate = learning_rate(
+            self.step, self.max_steps, self.warmup, self.recipe.learning_rate, self.recipe.min_learning_rate
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micro_steps = self.recipe.gradient_accumulation_steps
+        for micro_step in range(micro_steps):
+            batch = self.next_batch(batches)
+            inputs = self.prepare(batch, micro_step)
+            matched = inputs.pop("matched")
+            with self.accelerator.no_sync(self.wrapped) if micro_step + 1 < micro_steps else nullcontext():
+                with self.accelerator.autocast():
+                    output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
+                self.accelerator.backward(output.loss / micro_steps)
+            self.accumulate(output, matched, batch)
+        self.grad_norm = self.gradient_norm() if (self.step + 1) % self.recipe.logging_steps == 0 else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_teacher(teacher_momentum(self.step, self.max_steps, self.recipe.teacher_momentum))
+        return output, {**inputs, "matched": matched}, batch
+
+    def next_batch(self, batches) -> dict:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    @torch.no_grad()
+    def prepare(self, batch: dict, micro_step: int) -> dict[str, torch.Tensor]:
+        """Steps 2, 3, 4 and the boxes of step 8 of METHOD section 1: a batch of the loader -> the model's inputs."""
+        recipe, device = self.recipe, self.accelerator.device
+        # A seed of its own for every micro-step and rank: a resumed run draws what an uninterrupted one would.
+        number = self.step * recipe.gradient_accumulation_steps + micro_step
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.generator.manual_seed((recipe.seed * 1_000_003 + number) * ranks + rank)
+        frames = batch["frames"].to(device, non_blocking=True)  # (B, 2, 3, H, W) uint8
+        flow = batch["flow"].to(device, non_blocking=True).float() if "flow" in batch else self.flow_module(frames)
+        b, _, _, height, width = frames.shape
+        if "valid_mask" in batch:
+            valid_mask = batch["valid_mask"].to(device, non_blocking=True)
+        else:
+            valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1)).unflatten(0, (b, 2))
+        images = photometric_augmentation(frames.flatten(0, 1).float() / 255, self.generator)
+        pixel_values = normalise(images).unflatten(0, (b, 2))
+        inputs = {"pixel_values": pixel_values, "flow": flow, "valid_mask": valid_mask}
+        for who in ("student", "teacher"):
+            inputs[f"{who}_views"] = draw_views((b, 2), height, width, self.generator, recipe.affine_views)
+        subcrops = draw_subcrops(
+            flow, recipe.num_subcrops, self.generator, tuple(recipe.subcrop_area), recipe.subcrop_jitter
+        )
+        return {**inputs, **subcrops}
+
+    @torch.no_grad()
+    def accumulate(self, output, matched, batch) -> None:
+        """Add to the sums of this log window, on the device: the host does not wait."""
+        zero = output.loss.new_zeros(())
+        values = [output.loss, output.dense_loss, output.pooled_loss, output.valid_fraction, matched.float().mean()]
+        self.sums += torch.stack([zero if value is None else value.detach().float() for value in values])
+        bad = ~torch.isfinite(output.loss) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, float(self.step + 1), self.first_bad_step)
+        self.videos_since_log.append((self.step + 1, batch["video"]))
+        for entry in batch["skipped"]:
+            self.skipped.add(entry)
+
+    def gradient_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    def stop_if_not_finite(self) -> None:
+        """A loss that is not finite ends the run on all ranks, before a checkpoint is written over a good one."""
+        steps = self.accelerator.gather(self.first_bad_step[None])
+        if (steps >= 0).any():
+            bad = int(steps[steps >= 0].min())
+            videos = sorted({name for step, names in self.videos_since_log if step == bad for name in names})
+            raise FloatingPointError(
+                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(videos) or '-'}. "
+                f"Checkpoints up to the last save in {self.output_dir / 'checkpoints'} are kept. "
+                "Look at these videos, or lower learning_rate"
+            )
+
+    @torch.no_grad()
+    def log(self, output, progress) -> None:
+        self.stop_if_not_finite()
+        window = (self.step - 1) % self.recipe.logging_steps + 1
+        features = output.dense_features if output.dense_features is not None else output.pooled_features
+        flat = features.transpose(0, 1).flatten(1).t()  # (samples, C)
+        local = torch.cat([self.sums / (window * self.recipe.gradient_accumulation_steps), feature_std(flat)[None]])
+        means = self.accelerator.reduce(local, reduction="mean").tolist()
+        self.sums.zero_()
+        self.videos_since_log.clear()
+        elapsed = time.perf_counter() - self.started
+        pairs = self.timed_steps * self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps
+        metrics = {"step": self.step, "epoch": self.epoch(), **dict(zip(self.METRICS, means))}
+        if output.dense_loss is None:
+            metrics["dense_loss"] = metrics["valid_fraction"] = None
+        if output.pooled_loss is None:
+            metrics["pooled_loss"] = metrics["matched_fraction"] = None
+        metrics |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "momentum": teacher_momentum(self.step - 1, self.max_steps, self.recipe.teacher_momentum),
+            "grad_norm": None if self.grad_norm is None else self.grad_norm.item(),
+            "feature_std": means[-1],
+            "pairs_per_second": pairs * self.accelerator.num_processes / elapsed,
+            "data_wait": self.waited / elapsed,
+            "skipped_videos": len(self.skipped),
+        }
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        line = (
+            "step {step}/{of}  loss {loss:.4f}  feature_std {feature_std:.3f}  {pairs_per_second:.1f} pairs/s".format(
+                of=self.max_steps, **metrics
+            )
+        )
+        if progress.disable:
+            print(line, flush=True)
+        else:
+            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['pairs_per_second']:.1f} pairs/s")
+        if self.recipe.report_to != "none":
+            numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+            self.accelerator.log(numbers, step=self.step)
+
+    def epoch(self) -> float:
+        pairs = self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps
+        return self.step * pairs * self.accelerator.num_processes / self.loader.pairs_per_epoch
+
+    def save(self) -> None:
+        self.stop_if_not_finite()
+        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
+        save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state)
+        if self.accelerator.is_main_process:
+            export(self.model, self.recipe, self.step)
+
+    @torch.no_grad()
+    def save_panel(self, batch: dict, inputs: dict, output) -> None:
+        save_panel(self.output_dir / "panels" / f"step-{self.step:06d}.png", batch["frames"], inputs, output)
+
+    def close(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.recipe.report_to != "none":
+            self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            logger.info("%s: encoder/, model/, panels/, metrics.jsonl and checkpoints/ are there", self.output_dir)
+            for entry in sorted(self.skipped):
+                logger.warning("skipped %s", entry)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("POODLE_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
