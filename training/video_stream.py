@@ -1,0 +1,390 @@
+"""
+Videos -> batches of frame pairs, streamed, sharded over ranks and workers, and resumable to the bit.
+
+A shard is one opening of one video in one epoch. Several epochs' shuffled shards lie one behind the other in a span (so that
+workers are rarely restarted, and so that more ranks or workers than videos all have work); each shard belongs to one worker of one
+rank, so no two processes ever see the same (video, epoch, repeat).
+"""
+
+import glob
+import logging
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video, is_remote
+
+logger = logging.getLogger("poodle")
+EXTENSIONS = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+)
+SHARDS_PER_SPAN = 2048
+
+
+@dataclass(frozen=True)
+class PairSampling:
+    """
+    How pairs are drawn from a video (METHOD section 1, step 1).
+
+    Args:
+        crop_size: (H, W) of the crop that both frames share, pixels.
+        frame_scale: range of the frame's scale s before the crop.
+        frame_size: (H, W) of a frame at s = 1; `None`: the smallest size, aspect kept, in which the crop fits.
+        frame_gap_seconds: range of the time between the two frames.
+        pairs_per_video: pairs taken each time a video is opened.
+        seed: of all draws, with epoch, video and repeat.
+    """
+
+    crop_size: tuple[int, int]
+    frame_scale: tuple[float, float] = (1.0, 1.0)
+    frame_size: tuple[int, int] | None = None
+    frame_gap_seconds: tuple[float, float] = (0.5, 1.5)
+    pairs_per_video: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.frame_size is not None:
+            smallest = [side * self.frame_scale[0] for side in self.frame_size]
+            if any(crop > side + 1e-6 for crop, side in zip(self.crop_size, smallest)):
+                raise ValueError(
+                    f"crop_size {self.crop_size[0]}x{self.crop_size[1]} is larger than the frame at its smallest scale "
+                    f"({smallest[0]:.0f}x{smallest[1]:.0f}): raise frame_scale or frame_size, or lower crop_size"
+                )
+
+
+# --- sources ---
+
+
+def find_videos(sources: Sequence[str]) -> list[str]:
+    """
+    Expand files, folders (recursive), globs, URLs, `hf://` globs and tars (one entry a video inside) to a sorted list.
+
+    Raises:
+        ValueError: nothing was found; lists what was tried and what came of it.
+    """
+    found, tried = set(), []
+    for source in sources:
+        videos, outcome = _expand(source)
+        found.update(videos)
+        tried.append(f"{source}: {outcome}")
+    if not found:
+        raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _expand(source: str) -> tuple[list[str], str]:
+    if is_remote(source):
+        return _expand_remote(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = [str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        videos = [p for p in inside if _is_video(p)] + [
+            m for p in inside if p.endswith(".tar") for m in _tar_members(p)
+        ]
+        return videos, f"a folder without videos ({len(inside)} other files)"
+    if path.is_file():
+        return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")
+    matches = [p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+    videos = [p for p in matches if _is_video(p)] + [m for p in matches if p.endswith(".tar") for m in _tar_members(p)]
+    if glob.has_magic(source):
+        return videos, f"a pattern that matches {len(matches)} files, none of them a video"
+    return videos, "no such file or folder"
+
+
+def _expand_remote(source: str) -> tuple[list[str], str]:
+    if not glob.has_magic(source):
+        if source.endswith(".tar"):
+            return _tar_members(source), "a tar without videos"
+        return [source], "a URL"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
+    except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
+        return [], f"cannot be listed ({type(error).__name__}: {error})"
+    return [
+        name for name in names if _is_video(name)
+    ], f"a pattern that matches {len(names)} remote files, none a video"
+
+
+def _tar_members(tar: str) -> list[str]:
+    """Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names."""
+    try:
+        with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            return [f"{tar}::{m.offset_data}:{m.size}:{m.name}" for m in archive if m.isfile() and _is_video(m.name)]
+    except (tarfile.TarError, OSError) as error:
+        logger.warning("skipped %s: not a readable tar (%s)", tar, error)
+        return []
+
+
+def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) -> list[str]:
+    """
+    Look at up to `limit` videos, spread over the list, before anything costly.
+
+    Returns:
+        "path: reason" of those that will be skipped.
+
+    Raises:
+        ValueError: none of them can be used; each is named with its reason.
+    """
+    looked_at = [
+        paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int))
+    ]
+    failed = []
+    for path in looked_at:
+        try:
+            plan_pairs(index_video(path), sampling, 0, path)
+        except UnreadableVideo as error:
+            failed.append(f"{path}: {error}")
+    if len(failed) == len(looked_at):
+        of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
+        raise ValueError(f"no usable video{of}:\n  " + "\n  ".join(failed))
+    return failed
+
+
+# --- pairs of one video ---
+
+
+def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
+    """
+    Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(path), repeat).
+
+    The later frame is the one nearest to the drawn gap, never the earlier one itself unless the gap asked for is 0.
+
+    Raises:
+        UnreadableVideo: too short for the smallest gap.
+    """
+    low, high = sampling.frame_gap_seconds
+    frame_time = index.duration / max(len(index.pts) - 1, 1)
+    if len(index.pts) < (2 if high > 0 else 1) or index.duration + frame_time / 2 < low:
+        raise UnreadableVideo(f"is too short: {index.duration:.2f} s, the smallest frame gap is {low:g} s")
+    pairs = []
+    for repeat in range(sampling.pairs_per_video):
+        rng = np.random.default_rng([sampling.seed, epoch, zlib.crc32(path.encode()), repeat])
+        gap = rng.uniform(low, max(low, min(high, index.duration)))
+        start = index.times[0] + rng.uniform(0, max(index.duration - gap, 0))
+        first = _nearest(index.times, start)
+        second = _nearest(index.times, index.times[first] + gap)
+        if high > 0 and second <= first:
+            first, second = (first, first + 1) if first + 1 < len(index.pts) else (first - 1, first)
+        box = _draw_box(index, sampling, rng)
+        pairs.append((Cut(first, box, sampling.crop_size), Cut(second, box, sampling.crop_size)))
+    return pairs
+
+
+def _nearest(times: np.ndarray, time: float) -> int:
+    right = min(int(np.searchsorted(times, time)), len(times) - 1)
+    return right - 1 if right > 0 and time - times[right - 1] <= times[right] - time else right
+
+
+def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """The crop as xyxy in the video's own pixels: cut first, resize after."""
+    (crop_h, crop_w), scale = sampling.crop_size, rng.uniform(*sampling.frame_scale)
+    if sampling.frame_size is None:
+        fit = max(crop_h / index.height, crop_w / index.width)
+        frame_h, frame_w = index.height * fit * scale, index.width * fit * scale
+    else:
+        frame_h, frame_w = sampling.frame_size[0] * scale, sampling.frame_size[1] * scale
+    h = min(max(round(crop_h * index.height / frame_h), 2), index.height)
+    w = min(max(round(crop_w * index.width / frame_w), 2), index.width)
+    # Even corners: chroma of 4:2:0 video lies on every second pixel.
+    x, y = (2 * int(rng.uniform(0, (slack + 2) // 2)) for slack in (index.width - w, index.height - h))
+    x, y = min(x, index.width - w), min(y, index.height - h)
+    return x, y, x + w, y + h
+
+
+def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
+    """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
+    index = index_video(path)
+    pairs = plan_pairs(index, sampling, epoch, path)
+    pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+    for repeat, (earlier, _) in enumerate(pairs):
+        yield {
+            "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
+            "video": path,
+            "times": np.array(times[2 * repeat : 2 * repeat + 2]),
+            "epoch": epoch,
+            "repeat": repeat,
+            "crop": np.array(earlier.box, dtype=np.float64),
+        }
+
+
+def generate_pairs(paths: list[tuple[int, str]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
+    """The generator behind the stream. `paths` are the shards, (epoch, path); a bad file is skipped, logged and counted."""
+    skipped: list[str] = []
+    for epoch, path in paths:
+        try:
+            for sample in video_pairs(path, sampling, epoch):
+                if pair_flow is not None:
+                    pair_flow(sample)
+                sample["skipped"], skipped = skipped, []
+                yield sample
+        except UnreadableVideo as error:
+            entry = f"{path}: {error}"
+            if entry not in _REPORTED:
+                _REPORTED.add(entry)
+                logger.warning("skipped %s", entry)
+            skipped.append(entry)
+
+
+_REPORTED: set[str] = set()  # of this process: a file is named once, not once an epoch
+
+
+def collate(samples: list[dict]) -> dict:
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name == "skipped":
+            batch[name] = [entry for value in values for entry in value]
+        elif isinstance(values[0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+        else:
+            batch[name] = torch.tensor(values) if isinstance(values[0], int) else values
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    # Decoding and flow run one a worker: threads of their own would fight the training process for its cores.
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+class PairLoader:
+    """
+    Batches of pairs, forever.
+
+    A batch: `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) seconds; `crop` (B, 4) xyxy in the video's own
+    pixels; `epoch`, `repeat` (B,); `video` list of names; `skipped` list of "path: reason"; and what `pair_flow` adds: `flow`
+    (B, 2, 2, H, W) float16 and, for exact flow, `valid_mask` (B, 2, H, W) bool.
+
+    `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
+
+    Args:
+        paths: the videos, as of [`find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
+        pair_flow: callable that adds the flow to a sample, in the worker.
+    """
+
+    def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
+        if not paths:
+            raise ValueError("PairLoader needs at least one video, got none")
+        self.paths, self.sampling, self.pair_flow = list(paths), sampling, pair_flow
+        self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
+        self.span, self._loader, self._restored, self._iterator = 0, None, None, None
+        lanes = world_size * max(num_workers, 1)
+        # A multiple of the lanes, or `datasets` would let every rank read everything; enough pairs for a batch in each lane.
+        wanted = max(SHARDS_PER_SPAN, lanes * -(-2 * batch_size // sampling.pairs_per_video), len(self.paths))
+        self._shards_per_span = -(-wanted // lanes) * lanes
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        return len(self.paths) * self.sampling.pairs_per_video
+
+    def shards(self, span: int) -> list[tuple[int, str]]:
+        """(epoch, path) of a span, all ranks. Epoch after epoch, each shuffled by its own seed."""
+        begin, end, n = span * self._shards_per_span, (span + 1) * self._shards_per_span, len(self.paths)
+        shards = []
+        for epoch in range(begin // n, -(-end // n)):
+            order = np.random.default_rng([self.sampling.seed, epoch]).permutation(n)
+            shards += [(epoch, self.paths[i]) for i in order]
+        offset = begin - begin // n * n
+        return shards[offset : offset + self._shards_per_span]
+
+    def _make_loader(self) -> StatefulDataLoader:
+        stream = datasets.IterableDataset.from_generator(
+            generate_pairs,
+            gen_kwargs={"paths": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
+        )
+        return StatefulDataLoader(
+            split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
+            multiprocessing_context="fork" if self.num_workers else None,
+            worker_init_fn=_start_worker,
+            prefetch_factor=4 if self.num_workers else None,
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            self._loader = self._make_loader()
+            if self._restored is not None:
+                self._loader.load_state_dict(self._restored)
+            resumed, self._restored, count = self._restored is not None, None, 0
+            self._iterator = iter(self._loader)
+            for batch in self._iterator:
+                count += 1
+                yield batch
+            if count == 0 and not resumed:
+                raise ValueError(
+                    f"none of the {len(self.paths)} videos gave a full batch; the log names each with its reason, "
+                    f"for example {_first_reason(self.paths, self.sampling)}"
+                )
+            self.span += 1
+
+    def state_dict(self) -> dict:
+        return {
+            "span": self.span,
+            "num_workers": self.num_workers,
+            "world_size": self.world_size,
+            "paths": zlib.crc32("\n".join(self.paths).encode()),
+            "loader": None if self._loader is None else self._loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Raises:
+            ValueError: other workers, ranks or videos than the run's: the stream would not be the same.
+        """
+        own = {**self.state_dict(), "span": state["span"], "loader": state["loader"]}
+        for name, what in (
+            ("num_workers", "dataloader_num_workers"),
+            ("world_size", "num_processes"),
+            ("paths", "videos"),
+        ):
+            if own[name] != state[name]:
+                raise ValueError(f"cannot resume the stream exactly: {what} was {state[name]}, now {own[name]}")
+        self.span, self._restored = state["span"], state["loader"]
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._iterator = self._loader = None
+
+
+def _first_reason(paths: Sequence[str], sampling: PairSampling) -> str:
+    for path in paths:
+        try:
+            plan_pairs(index_video(path), sampling, 0, path)
+        except UnreadableVideo as error:
+            return f"{path}: {error}"
+    return "frames that could not be decoded"
