@@ -1,0 +1,376 @@
+"""
+The street: a procedural drive with exact labels, instances, flow and visibility; the embedded default video.
+
+    python -m training.street --output_dir DIR [--num_videos N ...] [--labelled N]
+
+A straight street along +z (x right, y up, metres): road, pavements, grass, facades left and right, traffic, walkers, cyclists, poles,
+signs, lights and trees, seen by a moving pinhole camera. All surfaces are planes or boxes, so that the point which a pixel shows is
+known, and with it where any other frame shows it. Pixel (row, column) has its centre at (column + 0.5, row + 0.5).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from training.street_objects import Item, moving_items, paint_item, static_items
+
+# BDD100K's 19 classes and train ids. "train" is not drawn.
+STREET_CLASSES = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "
+    "motorcycle bicycle"
+).split()
+STREET_CLASSES = tuple(name.replace("_", " ") for name in STREET_CLASSES)
+CLASS = {name: index for index, name in enumerate(STREET_CLASSES)}
+
+SKY, GROUND, LEFT, RIGHT, FIRST_ITEM = 0, 1, 2, 3, 16  # surface ids; an item's faces follow FIRST_ITEM
+ROAD_HALF_WIDTH, PAVEMENT_END, FACADE = 7.0, 9.2, 11.0
+BLOCK = 12.0  # length of a facade's block
+VIEW_DISTANCE = 120.0
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Pose at one time: position (3,), rotation (3, 3) from camera (x right, y down, z forward) to world, focal length in pixels."""
+
+    position: np.ndarray
+    rotation: np.ndarray
+    focal: float
+
+
+@dataclass
+class Scene:
+    """What one frame shows: per pixel surface id, the surface's own coordinates, depth, label, instance, and colour."""
+
+    camera: Camera
+    items: dict[int, Item]
+    surface_id: np.ndarray  # (H, W) int32
+    coordinates: np.ndarray  # (H, W, 3) float32
+    depth: np.ndarray  # (H, W) float32
+    labels: np.ndarray  # (H, W) uint8
+    instances: np.ndarray  # (H, W) int32
+    colour: np.ndarray  # (H, W, 3) float32, 0 to 1
+
+
+@dataclass(frozen=True)
+class Street:
+    """
+    One drive. Everything is a function of these parameters and of the time, in any order of calls.
+
+    Args:
+        seed: of the world and its look.
+        height, width: of the frames, pixels.
+        camera_height: metres; 1.5 in a car, 1.6 walking, 30 from the air.
+        speed: metres a second; 8 driving, 1.4 walking, 0 for a static camera.
+        pitch: degrees, positive looks down.
+        field_of_view: horizontal, degrees.
+        sway: of yaw, pitch and position; 1 for a car, 0 for a tripod.
+    """
+
+    seed: int = 0
+    height: int = 256
+    width: int = 512
+    camera_height: float = 1.5
+    speed: float = 8.0
+    pitch: float = 0.0
+    field_of_view: float = 70.0
+    sway: float = 1.0
+
+    def __post_init__(self):
+        for name, low in (("height", 16), ("width", 16), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"Street.{name} must be an integer of at least {low}, got {value!r}")
+        for name, low, high in (("camera_height", 0.1, 500), ("speed", 0, 60), ("pitch", -89, 89), ("sway", 0, 10)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"Street.{name} must be between {low} and {high}, got {getattr(self, name)!r}")
+        if not 10 <= self.field_of_view <= 150:
+            raise ValueError(f"Street.field_of_view must be between 10 and 150 degrees, got {self.field_of_view!r}")
+
+    # --- what users ask for ---
+
+    def frame(self, t: float) -> np.ndarray:
+        """RGB picture at time t (seconds), (H, W, 3) uint8."""
+        return (self._scene(t).colour * 255 + 0.5).astype(np.uint8)
+
+    def labels(self, t: float) -> np.ndarray:
+        """Class of each pixel, (H, W) uint8, indices into `STREET_CLASSES`."""
+        return self._scene(t).labels.copy()
+
+    def instances(self, t: float) -> np.ndarray:
+        """Instance of each pixel, (H, W) int32; 0 for stuff, else the same id at all times."""
+        return self._scene(t).instances.copy()
+
+    def surface(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The surface point of each pixel: coordinates (3, H, W) float32, constant over time for a point of a surface (metres, in the
+        object's own frame for items; the direction for the sky), and surface id (H, W) int32.
+        """
+        scene = self._scene(t)
+        return scene.coordinates.transpose(2, 0, 1).copy(), scene.surface_id.copy()
+
+    def flow(self, t0: float, t1: float) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Exact optical flow from the frame at t0 to the one at t1.
+
+        Returns:
+            flow (2, H, W) float32 pixels, x then y; visible (H, W) bool, True where that point lies inside the other frame and is seen
+            there (the nearest pixel shows the same surface).
+        """
+        source, target = self._scene(t0), self._scene(t1)
+        points = source.coordinates.astype(np.float64)
+        at_infinity = source.surface_id == SKY
+        for key in np.unique(source.surface_id[source.surface_id >= FIRST_ITEM] // 8):
+            pixels = source.surface_id // 8 == key
+            points[pixels] += source.items[int(key)].position(t1)
+        offset = np.where(at_infinity[..., None], 0.0, target.camera.position)
+        seen = (points - offset) @ target.camera.rotation  # world -> camera is the transpose
+        depth = seen[..., 2]
+        ahead = depth > 1e-3
+        safe = np.where(ahead, depth, 1.0)
+        x = seen[..., 0] / safe * target.camera.focal + self.width / 2
+        y = seen[..., 1] / safe * target.camera.focal + self.height / 2
+        inside = ahead & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
+        column = np.clip(np.floor(np.where(inside, x, 0)), 0, self.width - 1).astype(np.int64)
+        row = np.clip(np.floor(np.where(inside, y, 0)), 0, self.height - 1).astype(np.int64)
+        visible = inside & (target.surface_id[row, column] == source.surface_id)
+        own_x, own_y = np.arange(self.width) + 0.5, np.arange(self.height)[:, None] + 0.5
+        limit = 10.0 * self.width  # points that pass beside or behind the camera: far, but finite
+        flow = np.stack([np.where(ahead, x, own_x + limit) - own_x, np.where(ahead, y, own_y + limit) - own_y])
+        return np.clip(flow, -limit, limit).astype(np.float32), visible
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Street":
+        return cls(**values)
+
+    # --- camera ---
+
+    def camera(self, t: float) -> Camera:
+        rng = np.random.default_rng([self.seed, 1])
+        phase = rng.uniform(0, 2 * math.pi, 5)
+        period = rng.uniform(5, 11, 5)
+        wave = np.sin(2 * math.pi * t / period + phase) * self.sway
+        start = rng.uniform(0, 500)
+        # The speed varies by a quarter; its integral is the way.
+        way = self.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
+        position = np.array([1.8 + 0.25 * wave[1], self.camera_height + 0.02 * wave[2], start + way])
+        yaw, pitch = 0.05 * wave[3], math.radians(self.pitch) + 0.012 * wave[4]
+        right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
+        level = np.array([math.sin(yaw), 0, math.cos(yaw)])
+        up = np.array([0.0, 1, 0])
+        forward = math.cos(pitch) * level - math.sin(pitch) * up
+        down = -math.sin(pitch) * level - math.cos(pitch) * up
+        focal = self.width / 2 / math.tan(math.radians(self.field_of_view) / 2)
+        return Camera(position, np.stack([right, down, forward], axis=1), focal)
+
+    # --- drawing ---
+
+    def _scene(self, t: float) -> Scene:
+        return _draw(self, round(float(t), 9))
+
+    def look(self) -> dict:
+        """Light and colours of this drive."""
+        rng = np.random.default_rng([self.seed, 2])
+        warmth = rng.uniform(-0.08, 0.08)
+        zenith = np.array([0.35, 0.5, 0.75]) * rng.uniform(0.7, 1.1) + rng.uniform(-0.08, 0.08)
+        return {
+            "light": np.clip(rng.uniform(0.75, 1.1) * np.array([1 + warmth, 1.0, 1 - warmth]), 0, 1.2),
+            "zenith": np.clip(zenith, 0, 1),
+            "horizon": np.clip(np.array([0.82, 0.85, 0.88]) * rng.uniform(0.85, 1.05), 0, 1),
+            "asphalt": rng.uniform(0.25, 0.42) + rng.uniform(-0.02, 0.02, 3),
+            "pavement": rng.uniform(0.48, 0.65) + rng.uniform(-0.04, 0.04, 3),
+            "grass": np.array([0.30, 0.40, 0.18]) * rng.uniform(0.7, 1.2, 3),
+        }
+
+
+@lru_cache(maxsize=8)
+def _noise_tile(seed: int) -> np.ndarray:
+    tile = np.random.default_rng([seed, 3]).random((256, 256)).astype(np.float32)
+    return np.pad(tile, ((0, 1), (0, 1)), mode="wrap")
+
+
+def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Smooth noise in [-1, 1] with a period of 256 units, bilinear between random lattice values."""
+    # remap takes at most 32767 columns: points go in as a picture of 1024 columns, filled up with zeros.
+    count = u.size
+    rows = -(-count // 1024)
+    where = np.zeros((2, rows * 1024), np.float32)
+    where[0, :count], where[1, :count] = np.mod(u, 256).ravel(), np.mod(v, 256).ravel()
+    x, y = where.reshape(2, rows, 1024)
+    value = cv2.remap(_noise_tile(seed), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return (value.ravel()[:count] * 2 - 1).reshape(u.shape)
+
+
+def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> np.ndarray:
+    """Three octaves of noise on metres (u, v); an octave fades where a pixel (footprint metres) is wider than its cells."""
+    total = np.zeros_like(u)
+    for octave, (cell, weight) in enumerate(((0.12, 0.35), (0.5, 0.35), (2.5, 0.3))):
+        fade = np.clip(1.5 - footprint / cell, 0, 1)
+        if fade.any():
+            total += weight * fade * noise(seed + octave, u / cell, v / cell)
+    return total
+
+
+def _hash(seed: int, *keys: np.ndarray) -> np.ndarray:
+    """Uniform [0, 1) from a seed and integer arrays."""
+    with np.errstate(over="ignore"):  # unsigned arithmetic wraps: that is the hash
+        value = np.full(np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        for key in keys:
+            value ^= np.asarray(key).astype(np.int64).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+            value ^= value >> np.uint64(31)
+            value *= np.uint64(0x94D049BB133111EB)
+            value ^= value >> np.uint64(29)
+    return (value >> np.uint64(40)).astype(np.float64) / 2**24
+
+
+def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class and height (metres) of the facade's blocks by index, on side 0 (left) or 1 (right)."""
+    kind, size = _hash(seed + 11, block, np.full_like(block, side)), _hash(seed + 12, block, np.full_like(block, side))
+    label = np.select([kind < 0.52, kind < 0.84, kind < 0.94], [CLASS["building"], CLASS["vegetation"], CLASS["fence"]], CLASS["wall"])
+    height = np.select([kind < 0.52, kind < 0.84, kind < 0.94], [5 + 9 * size, 3.5 + 4 * size, 1.7 + 0.5 * size], 2.2 + size)
+    return label, height
+
+
+@lru_cache(maxsize=4)
+def _draw(street: Street, t: float) -> Scene:
+    height, width, look, camera = street.height, street.width, street.look(), street.camera(t)
+    x = (np.arange(width) + 0.5 - width / 2) / camera.focal
+    y = (np.arange(height) + 0.5 - height / 2) / camera.focal
+    rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T  # depth 1 along each
+    rays = rays.astype(np.float32)
+    scene = Scene(
+        camera,
+        {},
+        np.zeros((height, width), np.int32),
+        np.zeros((height, width, 3), np.float32),
+        np.full((height, width), np.inf, np.float32),
+        np.full((height, width), CLASS["sky"], np.uint8),
+        np.zeros((height, width), np.int32),
+        np.zeros((height, width, 3), np.float32),
+    )
+    _draw_sky(street, look, rays, scene)
+    _draw_ground(street, look, rays, scene)
+    for side in (0, 1):
+        _draw_facade(street, look, rays, scene, side)
+    items = static_items(street.seed, camera.position[2], VIEW_DISTANCE) + moving_items(street, t, camera, VIEW_DISTANCE)
+    for item in items:
+        scene.items[item.key] = item
+        paint_item(street, item, t, rays, scene, look)
+    haze = np.clip(scene.depth / 400, 0, 0.35)[..., None] * np.isfinite(scene.depth)[..., None]
+    scene.colour = np.clip(scene.colour * (1 - haze) + look["horizon"] * haze, 0, 1).astype(np.float32)
+    return scene
+
+
+def _draw_sky(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> None:
+    direction = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    scene.coordinates[:] = direction
+    azimuth = np.arctan2(direction[..., 0], direction[..., 2])
+    elevation = np.arcsin(np.clip(direction[..., 1], -1, 1))
+    up = np.clip(elevation / 0.7, 0, 1)[..., None]
+    cloud = 0.6 * noise(street.seed + 20, azimuth * 12, elevation * 30) + 0.4 * noise(street.seed + 21, azimuth * 40, elevation * 90)
+    sky = look["horizon"] * (1 - up) + look["zenith"] * up
+    scene.colour[:] = sky + 0.12 * cloud[..., None] * np.clip(1.2 - up, 0, 1)
+    # A far line of trees closes the street's end; it turns with the camera like the sky.
+    ridge = 0.035 + 0.015 * noise(street.seed + 22, azimuth * 25, np.zeros_like(azimuth))
+    trees = elevation < ridge
+    leaf = noise(street.seed + 23, azimuth * 150, elevation * 150)
+    scene.colour[trees] = (np.array([0.36, 0.44, 0.38]) * look["light"] * (1 + 0.25 * leaf[..., None]))[trees]
+    scene.labels[trees] = CLASS["vegetation"]
+
+
+def _draw_ground(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> None:
+    down = rays[..., 1] < -1e-4
+    depth = np.where(down, -scene.camera.position[1] / np.where(down, rays[..., 1], -1), np.inf)
+    hit = down & (depth < 1000)
+    rows, columns = np.nonzero(hit)
+    d = depth[hit].astype(np.float32)
+    points = scene.camera.position + rays[hit] * d[:, None]
+    px, pz = points[:, 0], points[:, 2]
+    footprint = d / scene.camera.focal * np.maximum(1, d / scene.camera.position[1] * 0.35)
+    side = np.abs(px)
+    label = np.select([side < ROAD_HALF_WIDTH, side < PAVEMENT_END], [CLASS["road"], CLASS["sidewalk"]], CLASS["terrain"])
+    base = np.select(
+        [(side < ROAD_HALF_WIDTH)[:, None], (side < PAVEMENT_END)[:, None]],
+        [look["asphalt"][None], look["pavement"][None]],
+        look["grass"][None],
+    )
+    grain = texture(street.seed + 30, px, pz, footprint)
+    roughness = np.select([side < ROAD_HALF_WIDTH, side < PAVEMENT_END], [0.35, 0.25], 0.6)
+    colour = base * (1 + roughness * grain)[:, None]
+    clear = np.clip(1.5 - footprint / 0.6, 0, 1)
+    line = (np.abs(px) < 0.08) & (np.mod(pz, 6) < 3.5)
+    line |= np.abs(side - 3.7) < 0.07
+    crossing = (np.mod(pz, 96) < 3) & (np.mod(px, 1.2) < 0.6) & (side < 6.6)
+    paint = ((line | crossing) & (side < ROAD_HALF_WIDTH)) * clear
+    colour += (0.85 - colour) * (0.8 * paint)[:, None]
+    kerb = np.abs(side - ROAD_HALF_WIDTH) < 0.12
+    colour[kerb] *= 0.75
+    slab = (label == CLASS["sidewalk"]) & ((np.mod(pz, 1.0) < 0.05) | (np.mod(px, 1.0) < 0.05))
+    colour *= 1 - 0.3 * (slab * np.clip(1.5 - footprint / 0.1, 0, 1))[:, None]
+    scene.depth[rows, columns] = d
+    scene.surface_id[rows, columns] = GROUND
+    scene.coordinates[rows, columns] = points
+    scene.labels[rows, columns] = label
+    scene.colour[rows, columns] = colour * look["light"]
+
+
+def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, side: int) -> None:
+    plane = FACADE if side else -FACADE
+    toward = rays[..., 0] > 1e-4 if side else rays[..., 0] < -1e-4
+    depth = np.where(toward, (plane - scene.camera.position[0]) / np.where(toward, rays[..., 0], 1), np.inf)
+    hit = toward & (depth > 0) & (depth < scene.depth) & (depth < 1000)
+    if not hit.any():
+        return
+    d = depth[hit].astype(np.float32)
+    points = scene.camera.position + rays[hit] * d[:, None]
+    py, pz = points[:, 1], points[:, 2]
+    block = np.floor(pz / BLOCK).astype(np.int64)
+    label, top = facade_blocks(street.seed, side, block)
+    green = label == CLASS["vegetation"]
+    top = top + green * 0.8 * noise(street.seed + 41, pz, np.zeros_like(pz))
+    standing = (py < top) & (py >= 0)
+    # A fence is seen through between its bars.
+    standing &= ~((label == CLASS["fence"]) & (np.mod(pz, 0.5) > 0.35) & (d < 25) & (np.mod(py, 0.8) > 0.12))
+    rows, columns = (index[standing] for index in np.nonzero(hit))
+    d, points, py, pz, block, label, green = (a[standing] for a in (d, points, py, pz, block, label, green))
+    footprint = d / scene.camera.focal * np.maximum(1, np.abs(rays[rows, columns, 2] / rays[rows, columns, 0]))
+    hue = np.stack([_hash(street.seed + 50 + c, block, np.full_like(block, side)) for c in range(3)], axis=-1)
+    brick = 0.35 + 0.35 * _hash(street.seed + 54, block, np.full_like(block, side))[:, None] + 0.22 * (hue - 0.5)
+    leaf = np.array([0.20, 0.32, 0.12]) * (0.7 + 0.7 * hue)
+    colour = np.where(green[:, None], leaf, brick)
+    grain = texture(street.seed + 44 + side, pz, py, footprint)
+    colour *= (1 + np.where(green, 0.9, 0.3) * grain)[:, None]
+    column, floor = np.floor(pz / 2.4).astype(np.int64), np.floor(py / 2.9).astype(np.int64)
+    u, v = pz / 2.4 - column, py / 2.9 - floor
+    window = (label == CLASS["building"]) & (u > 0.25) & (u < 0.75) & (v > 0.3) & (v < 0.85)
+    glass = 0.12 + 0.4 * _hash(street.seed + 60, column, floor, np.full_like(column, side))
+    clear = np.clip(1.4 - footprint / 1.2, 0, 1) * window
+    colour += (glass[:, None] * np.array([0.8, 0.95, 1.1]) - colour) * clear[:, None]
+    scene.depth[rows, columns] = d
+    scene.surface_id[rows, columns] = RIGHT if side else LEFT
+    scene.coordinates[rows, columns] = points
+    scene.labels[rows, columns] = label
+    scene.colour[rows, columns] = colour * look["light"] * (0.8 if side else 1.0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from training.street_files import main as write_files
+
+    write_files(arguments)
+
+
+def street_videos(cache_dir=None, **parameters) -> list[str]:
+    """Paths of the street's videos, rendered on the first call (see [`training.street_files.street_videos`])."""
+    from training.street_files import street_videos as render
+
+    return render(cache_dir, **parameters)
+
+
+if __name__ == "__main__":
+    main()
