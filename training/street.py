@@ -220,7 +220,9 @@ def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> n
 def _hash(seed: int, *keys: np.ndarray) -> np.ndarray:
     """Uniform [0, 1) from a seed and integer arrays."""
     with np.errstate(over="ignore"):  # unsigned arithmetic wraps: that is the hash
-        value = np.full(np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        value = np.full(
+            np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64
+        )
         for key in keys:
             value ^= np.asarray(key).astype(np.int64).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
             value ^= value >> np.uint64(31)
@@ -232,8 +234,14 @@ def _hash(seed: int, *keys: np.ndarray) -> np.ndarray:
 def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class and height (metres) of the facade's blocks by index, on side 0 (left) or 1 (right)."""
     kind, size = _hash(seed + 11, block, np.full_like(block, side)), _hash(seed + 12, block, np.full_like(block, side))
-    label = np.select([kind < 0.52, kind < 0.84, kind < 0.94], [CLASS["building"], CLASS["vegetation"], CLASS["fence"]], CLASS["wall"])
-    height = np.select([kind < 0.52, kind < 0.84, kind < 0.94], [5 + 9 * size, 3.5 + 4 * size, 1.7 + 0.5 * size], 2.2 + size)
+    label = np.select(
+        [kind < 0.52, kind < 0.84, kind < 0.94],
+        [CLASS["building"], CLASS["vegetation"], CLASS["fence"]],
+        CLASS["wall"],
+    )
+    height = np.select(
+        [kind < 0.52, kind < 0.84, kind < 0.94], [5 + 9 * size, 3.5 + 4 * size, 1.7 + 0.5 * size], 2.2 + size
+    )
     return label, height
 
 
@@ -242,7 +250,9 @@ def _draw(street: Street, t: float) -> Scene:
     height, width, look, camera = street.height, street.width, street.look(), street.camera(t)
     x = (np.arange(width) + 0.5 - width / 2) / camera.focal
     y = (np.arange(height) + 0.5 - height / 2) / camera.focal
-    rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T  # depth 1 along each
+    rays = (
+        np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T
+    )  # depth 1 along each
     rays = rays.astype(np.float32)
     scene = Scene(
         camera,
@@ -258,7 +268,9 @@ def _draw(street: Street, t: float) -> Scene:
     _draw_ground(street, look, rays, scene)
     for side in (0, 1):
         _draw_facade(street, look, rays, scene, side)
-    items = static_items(street.seed, camera.position[2], VIEW_DISTANCE) + moving_items(street, t, camera, VIEW_DISTANCE)
+    items = static_items(street.seed, camera.position[2], VIEW_DISTANCE) + moving_items(
+        street, t, camera, VIEW_DISTANCE
+    )
     for item in items:
         scene.items[item.key] = item
         paint_item(street, item, t, rays, scene, look)
@@ -273,7 +285,9 @@ def _draw_sky(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> Non
     azimuth = np.arctan2(direction[..., 0], direction[..., 2])
     elevation = np.arcsin(np.clip(direction[..., 1], -1, 1))
     up = np.clip(elevation / 0.7, 0, 1)[..., None]
-    cloud = 0.6 * noise(street.seed + 20, azimuth * 12, elevation * 30) + 0.4 * noise(street.seed + 21, azimuth * 40, elevation * 90)
+    cloud = 0.6 * noise(street.seed + 20, azimuth * 12, elevation * 30) + 0.4 * noise(
+        street.seed + 21, azimuth * 40, elevation * 90
+    )
     sky = look["horizon"] * (1 - up) + look["zenith"] * up
     scene.colour[:] = sky + 0.12 * cloud[..., None] * np.clip(1.2 - up, 0, 1)
     # A far line of trees closes the street's end; it turns with the camera like the sky.
@@ -294,7 +308,9 @@ def _draw_ground(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> 
     px, pz = points[:, 0], points[:, 2]
     footprint = d / scene.camera.focal * np.maximum(1, d / scene.camera.position[1] * 0.35)
     side = np.abs(px)
-    label = np.select([side < ROAD_HALF_WIDTH, side < PAVEMENT_END], [CLASS["road"], CLASS["sidewalk"]], CLASS["terrain"])
+    label = np.select(
+        [side < ROAD_HALF_WIDTH, side < PAVEMENT_END], [CLASS["road"], CLASS["sidewalk"]], CLASS["terrain"]
+    )
     base = np.select(
         [(side < ROAD_HALF_WIDTH)[:, None], (side < PAVEMENT_END)[:, None]],
         [look["asphalt"][None], look["pavement"][None]],

@@ -197,7 +197,9 @@ def _flat(item: Item, count: int, value: int | None = None) -> np.ndarray:
 
 def _paint_pole(item, p, face, part):
     grey = 0.3 + 0.3 * item.style[0]
-    colour = np.full((len(p), 3), grey) * (1 - 0.5 * np.abs(p[:, :1]) / 0.09) * (0.9 + 0.1 * (np.mod(p[:, 1:2], 1) < 0.5))
+    colour = (
+        np.full((len(p), 3), grey) * (1 - 0.5 * np.abs(p[:, :1]) / 0.09) * (0.9 + 0.1 * (np.mod(p[:, 1:2], 1) < 0.5))
+    )
     return colour, np.ones(len(p), bool), _flat(item, len(p))
 
 
@@ -239,7 +241,9 @@ def _paint_tree(item, p, face, part):
     trunk = (np.abs(x) < 0.16) & (y < 3.2)
     green = np.array([0.16 + 0.12 * item.style[3], 0.30 + 0.14 * item.style[4], 0.10])
     leaves = 0.75 + 0.3 * np.sin(9 * x + 5 * np.sin(7 * y)) * np.sin(8 * y + 4 * np.sin(6 * x)) + 0.12 * (y - 4)
-    colour = np.where(crown[:, None], green * leaves[:, None], np.array([0.3, 0.22, 0.15]) * (1 - 2 * np.abs(x))[:, None])
+    colour = np.where(
+        crown[:, None], green * leaves[:, None], np.array([0.3, 0.22, 0.15]) * (1 - 2 * np.abs(x))[:, None]
+    )
     return colour, crown | trunk, _flat(item, len(p))
 
 

@@ -1,0 +1,169 @@
+"""The street as files: H.264 videos with sidecars, and a labelled folder data set."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from PIL import Image
+from tqdm import tqdm
+
+from training.street import STREET_CLASSES, Street
+
+FORMAT = "poodle-street-1"  # changes whenever the pictures do
+# Rendered in about 80 s on two cores.
+DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0}
+HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on: never those of the videos
+
+
+def cache_root() -> Path:
+    """Where rendered drives are kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle."""
+    if os.environ.get("POODLE_CACHE"):
+        return Path(os.environ["POODLE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poodle"
+
+
+def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str]:
+    """
+    Paths of the street's videos. What is missing is rendered, so the second call is instant.
+
+    Args:
+        cache_dir: folder; by default one in [`cache_root`] that is named by the parameters.
+        parameters: of [`write_videos`].
+    """
+    parameters = {**DEFAULTS, **parameters}
+    if cache_dir is None:
+        name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
+        cache_dir = cache_root() / f"{FORMAT}-{name}"
+    return write_videos(cache_dir, **parameters)
+
+
+def _check(num_videos: int, duration: float, fps: int, height: int, width: int) -> None:
+    if height % 2 or width % 2:
+        raise ValueError(f"height and width must be even (4:2:0 video), got {height}x{width}")
+    for name, value in (("num_videos", num_videos), ("duration", duration), ("fps", fps)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def write_videos(
+    output_dir: str | Path,
+    num_videos: int,
+    duration: float,
+    fps: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    num_processes: int | None = None,
+) -> list[str]:
+    """
+    Render drives to `drive-0000.mp4` … (H.264, one keyframe a second) with a sidecar `drive-0000.json` each, through which the exact
+    flow between any two times of the file can be had. Complete ones are left as they are.
+
+    Raises:
+        ValueError: odd sizes or values that are not positive.
+    """
+    _check(num_videos, duration, fps, height, width)
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for number in range(num_videos):
+        street = Street(seed + number, height, width)
+        sidecar = {"format": FORMAT, "street": street.to_json(), "fps": fps, "num_frames": round(duration * fps)}
+        path = output_dir / f"drive-{number:04d}.mp4"
+        if not _is_complete(path, sidecar):
+            jobs.append((str(path), sidecar))
+    if jobs:
+        # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
+        workers = min(num_processes or os.cpu_count() or 1, len(jobs))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            done = as_completed([pool.submit(write_video, *job) for job in jobs])
+            bar = tqdm(
+                done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty()
+            )
+            for count, future in enumerate(bar, 1):
+                future.result()
+                if bar.disable:
+                    print(f"rendered drive {count}/{len(jobs)}", flush=True)
+    return [str(output_dir / f"drive-{number:04d}.mp4") for number in range(num_videos)]
+
+
+def _is_complete(path: Path, sidecar: dict) -> bool:
+    try:
+        return path.is_file() and json.loads(path.with_suffix(".json").read_text()) == sidecar
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def write_video(path: str, sidecar: dict) -> None:
+    """Render one drive. The sidecar is written last, each file aside first: a drive with a sidecar is whole."""
+    street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
+    partial = f"{path}.partial"
+    with av.open(partial, "w", format="mp4") as container:
+        # One thread of x264: the same bytes on every run.
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "medium", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = street.height, street.width, "yuv420p"
+        stream.codec_context.gop_size = max(fps, 1)
+        stream.codec_context.time_base = Fraction(1, fps)
+        for number in range(sidecar["num_frames"]):
+            frame = av.VideoFrame.from_ndarray(street.frame(number / fps), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    os.replace(partial, path)
+    sidecar_path = Path(path).with_suffix(".json")
+    sidecar_path.with_suffix(".partial").write_text(json.dumps(sidecar))
+    os.replace(sidecar_path.with_suffix(".partial"), sidecar_path)
+
+
+def write_folder(output_dir: str | Path, num_images: int, height: int = 192, width: int = 384, seed: int = 0) -> Path:
+    """
+    Labelled data set of held-out drives: `images/NAME.png`, `labels/NAME.png` (indices into the classes), `classes.json`.
+
+    Each image comes from a drive of its own.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+    output_dir = Path(output_dir)
+    for name in ("images", "labels"):
+        (output_dir / name).mkdir(parents=True, exist_ok=True)
+    for number in range(num_images):
+        street = Street(HELD_OUT_SEED + seed + number, height, width)
+        time = 1.0 + 0.37 * (number % 20)
+        Image.fromarray(street.frame(time)).save(output_dir / "images" / f"{number:05d}.png")
+        Image.fromarray(street.labels(time)).save(output_dir / "labels" / f"{number:05d}.png")
+    classes = {"classes": list(STREET_CLASSES), "ignore_index": 255}
+    (output_dir / "classes.json").write_text(json.dumps(classes, indent=1))
+    return output_dir
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m training.street",
+        description="Render the street.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output_dir", help="folder of the videos (default: the cache that --videos street reads)")
+    parser.add_argument(
+        "--labelled", type=int, default=0, help="write a labelled data set of N held-out frames instead"
+    )
+    for name, value in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=" ")
+    options = vars(parser.parse_args(arguments))
+    output_dir, labelled = options.pop("output_dir"), options.pop("labelled")
+    try:
+        if labelled:
+            if output_dir is None:
+                raise ValueError("--labelled needs --output_dir")
+            size = {name: options[name] for name in ("height", "width", "seed")}
+            print(f"{labelled} labelled frames in {write_folder(output_dir, labelled, **size)}")
+        else:
+            videos = street_videos(output_dir, **options)
+            print(f"{len(videos)} drives in {Path(videos[0]).parent}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
