@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=recipe.output_dir,
         kwargs_handlers=[ddp],
     )
+    if accelerator.device.type == "cpu":
+        # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(accelerator.num_processes, 1)))
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
     transformers.utils.logging.disable_progress_bar()
     set_seed(recipe.seed)  # the same weights on every rank
     return accelerator
