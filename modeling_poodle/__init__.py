@@ -21,4 +21,3 @@ __all__ = [
     "PoodleModel",
     "PoodlePreTrainedModel",
 ]
-__version__ = "0.1.0"
