@@ -1,0 +1,297 @@
+"""The model: parameter counts, gradients, teacher, files, encoders, and errors of the config."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    ResNetBackbone,
+    ResNetModel,
+    SegformerImageProcessor,
+    pipeline,
+)
+
+from modeling_poodle import (
+    PoodleBackbone,
+    PoodleConfig,
+    PoodleForPreTraining,
+    PoodleForSemanticSegmentation,
+    PoodleModel,
+)
+from modeling_poodle.geometry_poodle import affine_view, alignment_grids, crop_boxes, sample, see_through
+from modeling_poodle.objectives_poodle import dense_loss, pooled_loss
+
+RESNET = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 32, 64],
+    "embedding_size": 8,
+}
+BOTTLENECK = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128], "embedding_size": 8}
+CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64]}
+VIT = {
+    "model_type": "dinov2",
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def config(**changes) -> PoodleConfig:
+    return PoodleConfig(**{"backbone_config": RESNET, "projection_hidden_size": 32, "projection_size": 16, **changes})
+
+
+def inputs(b=2, height=64, width=96, k=3, seed=0) -> dict:
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=g)
+
+    corner = rand(b, 2, k, 2) * torch.tensor([width / 2, height / 2])
+    boxes = torch.cat([corner, corner + torch.tensor([width / 3, height / 3])], -1)
+    return {
+        "pixel_values": torch.randn(b, 2, 3, height, width, generator=g),
+        "flow": 3 * torch.randn(b, 2, 2, height, width, generator=g),
+        "valid_mask": rand(b, 2, height, width) > 0.001,
+        "student_views": affine_view(rand(b, 2) * 0.3, 0.9 + 0.2 * rand(b, 2), rand(b, 2) < 0.5, height, width),
+        "teacher_views": affine_view(rand(b, 2) * 0.3, 0.9 + 0.2 * rand(b, 2), rand(b, 2) < 0.5, height, width),
+        "student_boxes": boxes,
+        "teacher_boxes": boxes.flip(2),
+        "teacher_box_frames": torch.randint(0, 2, (b, 2, k), generator=g),
+        "subcrop_size": 64,
+    }
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_resnet50_has_the_methods_parameter_counts():
+    with torch.device("meta"):
+        model = PoodleForPreTraining(PoodleConfig())
+    assert count(model.student.encoder) == 25_557_032 - (
+        2048 * 1000 + 1000
+    )  # torchvision's ResNet-50 less its classifier
+    block = 2048 * 256 + 256 * 256 * 9 + 256 * 2048 + 2 * (256 + 256 + 2048)
+    laterals = (1024 * 2048 + 2048) + (512 * 2048 + 2048)
+    assert count(model.student.decoder) == 2 * block + laterals
+    for name in ("dense_projector", "pooled_projector"):
+        assert count(getattr(model, name)) == (2048 * 4096 + 4096) + 2 * 4096 + (4096 * 256 + 256)
+    for name in ("dense_predictor", "pooled_predictor"):
+        assert count(getattr(model, name)) == (256 * 4096 + 4096) + 2 * 4096 + (4096 * 256 + 256)
+
+
+def test_forward_equals_its_parts_one_pair_at_a_time():
+    """A slow twin in eval mode (no batch statistics): each frame, view and subcrop on its own."""
+    torch.manual_seed(0)
+    model, batch = PoodleForPreTraining(config()).eval(), inputs()
+    output = model(**batch)
+    dense, pooled = [], []
+    for b in range(2):
+        for source in range(2):
+            target = 1 - source
+            views = batch["student_views"][b, source][None], batch["teacher_views"][b, target][None]
+            images = batch["pixel_values"][b, source][None], batch["pixel_values"][b, target][None]
+            features = model.student(see_through(images[0], views[0])).last_hidden_state
+            prediction = model.dense_predictor(model.dense_projector(features))
+            features = model.teacher(see_through(images[1], views[1])).last_hidden_state
+            goal = model.teacher_dense_projector(features)
+            grids = alignment_grids(
+                batch["flow"][b, source][None], batch["valid_mask"][b, source][None], *views, (8, 12)
+            )
+            dense.append(
+                dense_loss(sample(prediction, grids[0], "border"), sample(goal, grids[1], "border"), grids[2])
+            )
+            for k in range(3):
+                frames = batch["pixel_values"][b][None]
+                box = batch["student_boxes"][b, source, k].view(1, 1, 4)
+                crop = crop_boxes(frames, box, torch.tensor([[source]]), 64)[0]
+                p = model.pooled_predictor(model.pooled_projector(model.student(crop).pooler_output[..., None, None]))
+                box = batch["teacher_boxes"][b, source, k].view(1, 1, 4)
+                crop = crop_boxes(frames, box, batch["teacher_box_frames"][b, source, k].view(1, 1), 64)[0]
+                z = model.teacher_pooled_projector(model.teacher(crop).pooler_output[..., None, None])
+                pooled.append(pooled_loss(p.flatten(1), z.flatten(1)))
+    assert output.dense_loss.item() == pytest.approx(torch.stack(dense).mean().item(), abs=1e-4)
+    assert output.pooled_loss.item() == pytest.approx(torch.stack(pooled).mean().item(), abs=1e-4)
+    assert output.loss.item() == pytest.approx(0.5 * (output.dense_loss + output.pooled_loss).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decoder_laterals": False},
+        {"num_decoder_blocks": 0},
+        {"num_decoder_blocks": 0, "output_stride": 8, "pooled_weight": 0, "dense_weight": 1},
+        {"num_decoder_blocks": 0, "dense_weight": 0},
+        {"dense_stride": 4},
+        {"backbone_config": BOTTLENECK, "num_decoder_blocks": 3},
+        {"backbone_config": CONVNEXT},
+        {"backbone_config": VIT},
+    ],
+    ids=str,
+)
+def test_only_the_student_gets_gradients_and_all_of_it_does(changes):
+    model = PoodleForPreTraining(config(**changes)).train()
+    model(**inputs()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "teacher" in name:
+            assert not parameter.requires_grad and parameter.grad is None, name
+        elif "mask_token" not in name:  # a ViT's, for masked image modelling
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_an_objective_of_weight_zero_has_no_heads():
+    names = dict(PoodleForPreTraining(config(pooled_weight=0)).named_children())
+    assert "dense_projector" in names and not any("pooled" in name for name in names)
+    with pytest.raises(ValueError, match="num_decoder_blocks must be 0 where dense_weight is 0"):
+        PoodleForPreTraining(config(dense_weight=0))
+
+
+def test_teacher_is_a_copy_and_follows_the_closed_form():
+    torch.manual_seed(0)
+    model = PoodleForPreTraining(config())
+    student, teacher = model.student.encoder.embedder, model.teacher.encoder.embedder
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.student.state_dict().values(), model.teacher.state_dict().values())
+    )
+    start = teacher.embedder.convolution.weight.clone()
+    values = []
+    for step in range(5):
+        with torch.no_grad():
+            student.embedder.convolution.weight.add_(0.1 * (step + 1))
+        values.append(student.embedder.convolution.weight.clone())
+        model.update_teacher(0.9)
+    expected = 0.9**5 * start + sum(0.1 * 0.9 ** (4 - step) * value for step, value in enumerate(values))
+    torch.testing.assert_close(teacher.embedder.convolution.weight, expected)
+
+
+def test_teacher_batch_norm_runs_in_train_mode():
+    model = PoodleForPreTraining(config()).train()
+    before = model.teacher.encoder.embedder.embedder.normalization.running_mean.clone()
+    model(**inputs())
+    assert not torch.equal(before, model.teacher.encoder.embedder.embedder.normalization.running_mean)
+
+
+def test_files_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = PoodleForPreTraining(config())
+    model.save_pretrained(tmp_path / "all")
+    again = PoodleForPreTraining.from_pretrained(tmp_path / "all")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+    model.teacher.save_pretrained(tmp_path / "model")
+    pixel_values = torch.randn(1, 3, 75, 101)  # odd sides
+    expected = model.eval().teacher(pixel_values, output_hidden_states=True)
+    loaded = AutoModel.from_pretrained(tmp_path / "model").eval()
+    assert isinstance(loaded, PoodleModel)
+    assert torch.equal(loaded(pixel_values).last_hidden_state, expected.last_hidden_state)
+    backbone = PoodleBackbone.from_pretrained(tmp_path / "model", out_features=["stage1", "stage4", "decoder"]).eval()
+    maps = backbone(pixel_values).feature_maps
+    assert backbone.channels == [8, 64, 64] and [m.shape[1] for m in maps] == [8, 64, 64]
+    assert torch.equal(maps[2], expected.last_hidden_state) and torch.equal(
+        maps[1].mean((2, 3)), expected.pooler_output
+    )
+
+    model.teacher.encoder.save_pretrained(tmp_path / "encoder")
+    plain = ResNetBackbone.from_pretrained(tmp_path / "encoder").eval()
+    assert torch.equal(plain(pixel_values).feature_maps[-1], maps[1])
+    assert torch.equal(
+        ResNetModel.from_pretrained(tmp_path / "encoder").eval()(pixel_values).last_hidden_state, maps[1]
+    )
+
+
+def test_readout_loss_files_and_pipeline(tmp_path):
+    model = PoodleForSemanticSegmentation(config(num_labels=5)).eval()
+    labels = torch.randint(0, 5, (2, 64, 96))
+    labels[:, :8] = 255
+    output = model(torch.randn(2, 3, 64, 96), labels)
+    full = nn.functional.interpolate(output.logits, size=(64, 96), mode="bilinear")
+    keep = labels != 255
+    probability = full.log_softmax(1).gather(1, labels.clamp(max=4)[:, None])[:, 0]
+    assert output.loss.item() == pytest.approx(-probability[keep].mean().item(), abs=1e-5)
+    model.save_pretrained(tmp_path)
+    SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    assert isinstance(AutoModelForSemanticSegmentation.from_pretrained(tmp_path), PoodleForSemanticSegmentation)
+    from PIL import Image
+
+    result = pipeline("image-segmentation", model=str(tmp_path))(Image.new("RGB", (96, 64), (90, 120, 30)))
+    assert result[0]["mask"].size == (96, 64)
+
+
+def test_dilated_resnet_equals_torchvision():
+    from torchvision.models import ResNet
+    from torchvision.models.resnet import Bottleneck
+
+    theirs = ResNet(Bottleneck, [1, 2, 2, 2], replace_stride_with_dilation=[False, True, True]).eval()
+    ours = PoodleModel(
+        PoodleConfig(
+            backbone_config={"model_type": "resnet", "depths": [1, 2, 2, 2]}, output_stride=8, num_decoder_blocks=0
+        )
+    ).eval()
+    source = [
+        value for name, value in theirs.state_dict().items() if not name.startswith("fc.") and "downsample" not in name
+    ]
+    target = [value for name, value in ours.encoder.state_dict().items() if "shortcut" not in name]
+    shortcuts = [value for name, value in theirs.state_dict().items() if "downsample" in name]
+    target_shortcuts = [value for name, value in ours.encoder.state_dict().items() if "shortcut" in name]
+    for a, b in zip(source + shortcuts, target + target_shortcuts, strict=True):
+        b.copy_(a)
+    images = torch.randn(1, 3, 64, 64)
+    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    x = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
+    torch.testing.assert_close(ours(images).last_hidden_state, x, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    plain = PoodleForPreTraining(config()).train()
+    saving = PoodleForPreTraining(config()).train()
+    saving.load_state_dict(plain.state_dict())
+    saving.student.checkpoint_gradients()
+    for model in (plain, saving):
+        model(**inputs()).loss.backward()
+    for a, b in zip(plain.student.parameters(), saving.student.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_decoder_block": 1}, "Did you mean 'num_decoder_blocks'"),
+        ({"num_decoder_blocks": -1}, "num_decoder_blocks must be an integer of at least 0"),
+        ({"num_decoder_blocks": 4}, "num_decoder_blocks must be at most 3"),
+        ({"decoder_laterals": 1}, "decoder_laterals must be true or false"),
+        ({"projection_size": 0}, "projection_size must be an integer of at least 1"),
+        ({"pooled_weight": -0.1}, "pooled_weight must be a finite number"),
+        ({"dense_weight": 0, "pooled_weight": 0}, "one objective must be left"),
+        ({"output_stride": 7}, "output_stride must be None, 8, 16 or 32"),
+        ({"backbone_config": {"depths": [1]}}, "must name its model_type"),
+        ({"out_features": ["stage9"]}, "stage9"),
+    ],
+    ids=str,
+)
+def test_config_refuses_wrong_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_config_round_trip(tmp_path):
+    original = config(num_decoder_blocks=1, out_features=["stage2", "decoder"])
+    original.save_pretrained(tmp_path)
+    assert PoodleConfig.from_pretrained(tmp_path).to_dict() == original.to_dict()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    model, batch = PoodleForPreTraining(config()), inputs()
+    with pytest.raises(ValueError, match="flow must be"):
+        model(**{**batch, "flow": batch["flow"][:1]})
+    with pytest.raises(ValueError, match="frame pairs"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:, 0]})

@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+
+from modeling_poodle.objectives_poodle import dense_loss, feature_std, pooled_loss
+
+
+def test_dense_loss_equals_a_loop():
+    torch.manual_seed(0)
+    prediction, target, mask = torch.randn(3, 8, 5, 7), torch.randn(3, 8, 5, 7), torch.rand(3, 5, 7) > 0.4
+    images = []
+    for n in range(3):
+        values = []
+        for row in range(5):
+            for column in range(7):
+                if mask[n, row, column]:
+                    p, t = prediction[n, :, row, column], target[n, :, row, column]
+                    values.append((p / p.norm() - t / t.norm()).square().sum().item())
+        images.append(sum(values) / len(values))
+    assert dense_loss(prediction, target, mask).item() == pytest.approx(sum(images) / 3, abs=1e-5)
+
+
+def test_an_image_without_valid_points_adds_nothing():
+    torch.manual_seed(0)
+    prediction = torch.randn(2, 4, 3, 3, requires_grad=True)
+    mask = torch.ones(2, 3, 3, dtype=torch.bool)
+    mask[1] = False
+    target = torch.randn(2, 4, 3, 3)
+    target[1] = math.nan
+    loss = dense_loss(prediction, target, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(dense_loss(prediction[:1], target[:1], mask[:1]).item() / 2, abs=1e-6)
+    assert prediction.grad[0].abs().sum() > 0
+    mask[:] = False
+    assert dense_loss(torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), mask).item() == 0
+
+
+def test_gradient_is_finite_with_an_empty_mask_and_no_gradient_reaches_the_target():
+    prediction, target = torch.randn(1, 4, 2, 2, requires_grad=True), torch.randn(1, 4, 2, 2, requires_grad=True)
+    dense_loss(prediction, target, torch.zeros(1, 2, 2, dtype=torch.bool)).backward()
+    assert torch.equal(prediction.grad, torch.zeros_like(prediction)) and target.grad is None
+
+
+def test_pooled_loss_has_its_closed_values():
+    a = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    assert pooled_loss(a, a * 5).item() == pytest.approx(0, abs=1e-6)
+    assert pooled_loss(a, -a).item() == pytest.approx(4, abs=1e-6)
+    assert pooled_loss(a, torch.tensor([[0.0, 2.0], [1.0, -1.0]])).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
+    torch.manual_seed(0)
+    assert feature_std(torch.randn(20000, 32)).item() == pytest.approx(1, abs=0.01)
+    assert feature_std(torch.ones(100, 32)).item() == pytest.approx(0, abs=1e-6)
