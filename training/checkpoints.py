@@ -127,7 +127,7 @@ def load_checkpoint(
         if state["num_processes"] != accelerator.num_processes:
             raise ValueError(
                 f"{checkpoint} is of a run on {state['num_processes']} processes, this one has {accelerator.num_processes}: "
-                f"resume with accelerate launch --num_processes {state['num_processes']}"
+                f"resume with as many (accelerate launch --num_processes {state['num_processes']})"
             )
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         _load_optimizer_tensors(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))

@@ -1,0 +1,193 @@
+"""The training script as a user runs it: killed, resumed, on two processes, and with wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, ResNetBackbone
+
+from modeling_poodle import PoodleBackbone, PoodleModel
+from training.street_files import write_videos
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMINGS = ("pairs_per_second", "data_wait")
+MODEL = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [8, 8, 16, 16],
+        "embedding_size": 8,
+    },
+    "decoder_reduction": 2,
+    "projection_hidden_size": 16,
+    "projection_size": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def drives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drives")
+    write_videos(folder, num_videos=3, duration=2.0, fps=5, height=64, width=128, num_processes=2)
+    return folder
+
+
+def command(drives, output_dir, *flags, processes=1, workers=2):
+    # On CPUs `accelerate launch` starts one process (more only under MPI); torchrun starts what Accelerate then finds.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    if processes > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [
+        *launch, str(REPOSITORY / "training" / "pretrain.py"), "--videos", str(drives), "--output_dir", str(output_dir),
+        "--config", "street", "--model", json.dumps(MODEL), "--crop_size", "64", "128", "--per_device_train_batch_size", "4",
+        "--subcrop_size", "32", "--num_subcrops", "2", "--warmup_steps", "2", "--logging_steps", "1", "--panel_steps", "100",
+        "--dataloader_num_workers", str(workers), *flags,
+    ]  # fmt: skip
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*args, **kwargs),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def metrics(output_dir) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def whole_run(drives, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(drives, output_dir, "--max_steps", "8", "--save_steps", "3")
+    assert done.returncode == 0, done.stderr
+    return output_dir
+
+
+def test_a_run_leaves_what_the_documents_promise(whole_run):
+    lines = metrics(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction", "lr", "momentum", "grad_norm",
+        "feature_std", "skipped_videos",
+    }  # fmt: skip
+    assert all(0 < line["loss"] < 4 and 0 <= line["valid_fraction"] <= 1 for line in lines)
+    assert [path.name for path in sorted((whole_run / "checkpoints").iterdir())] == ["step-6", "step-8"]
+    assert sorted(path.name for path in (whole_run / "panels").iterdir()) == ["step-000001.png", "step-000008.png"]
+    checkpoint = load_file(whole_run / "checkpoints" / "step-8" / "model.safetensors")
+    assert not any("flow" in name or "raft" in name for name in checkpoint)
+    model = PoodleModel.from_pretrained(whole_run / "model").eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint[f"teacher.{name}"]), name  # the teacher is what is saved
+    image = torch.rand(1, 3, 64, 96)
+    encoder = ResNetBackbone.from_pretrained(whole_run / "encoder").eval()
+    backbone = PoodleBackbone.from_pretrained(whole_run / "model", out_features=["stage4", "decoder"]).eval()
+    assert torch.equal(encoder(image).feature_maps[-1], backbone(image).feature_maps[0])
+    assert torch.equal(model(image).last_hidden_state, backbone(image).feature_maps[1])
+    assert encoder.config.out_features == ["stage1", "stage2", "stage3", "stage4"]
+    for folder in ("encoder", "model"):
+        processor = AutoImageProcessor.from_pretrained(whole_run / folder)
+        assert list(processor.image_mean) == pytest.approx([0.485, 0.456, 0.406])
+        assert "after 8 steps" in (whole_run / folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("moment", ["step", "checkpoint"])
+def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, tmp_path, moment):
+    """SIGKILL in the middle of a step after the first checkpoint, and while the second is being written."""
+    output_dir = tmp_path / "killed"
+    flags = ("--max_steps", "8", "--save_steps", "3")
+    process = subprocess.Popen(
+        command(drives, output_dir, *flags), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log, deadline = output_dir / "metrics.jsonl", time.monotonic() + 120
+    partial = output_dir / "checkpoints" / ".step-6.partial"
+    while time.monotonic() < deadline and process.poll() is None:
+        if moment == "step" and log.exists() and len(log.read_text().splitlines()) >= 4:
+            break
+        if moment == "checkpoint" and partial.exists():
+            break
+        time.sleep(0.0005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (output_dir / "checkpoints" / "step-3").is_dir()
+    resumed = run(drives, output_dir, *flags, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(output_dir) == metrics(whole_run)
+    for name in ("encoder", "model"):
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (output_dir, whole_run))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_two_processes_stop_and_go_on_alike(drives, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for output_dir in (whole, stopped):
+        done = run(drives, output_dir, "--max_steps", "4", "--save_steps", "2", processes=2, workers=1)
+        assert done.returncode == 0, done.stderr
+    before = metrics(whole)
+    assert before == metrics(stopped) and len(before) == 4
+    assert "on 2 process(es)" in done.stdout + done.stderr
+    # Go back to step 2, as if the run had been killed after its checkpoint.
+    (stopped / "checkpoints" / "step-4" / "state.json").unlink()
+    done = run(
+        drives,
+        stopped,
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--resume_from_checkpoint",
+        "latest",
+        processes=2,
+        workers=1,
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics(stopped) == before
+    alone = run(
+        drives, stopped, "--max_steps", "4", "--save_steps", "2", "--resume_from_checkpoint", "latest", workers=1
+    )
+    assert alone.returncode != 0 and "2 processes, this one has 1" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--videos", "/nowhere/at/all"], "no videos found; tried"),
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--frame_gap_seconds", "50", "60"], "is too short"),
+        (["--crop_size", "60", "128"], "crop_size must be multiples of the encoder's stride 32"),
+        (["--frame_size", "64", "64"], "is larger than the frame"),
+        (["--flow", "raft_large", "--flow_weights", "missing.pth"], "--flow dis"),
+        (["--config", "nothing"], "no such recipe"),
+        (["--init_encoder", "/nowhere/encoder"], "is no encoder that can be loaded"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_a_sentence_not_a_stack_trace(drives, tmp_path, flags, message):
+    direct = command(drives, tmp_path / "run", "--max_steps", "1", *flags)
+    done = subprocess.run(
+        [sys.executable, *direct[direct.index(str(REPOSITORY / "training" / "pretrain.py")) :]],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_with_another_run_is_refused(drives, whole_run):
+    done = run(drives, whole_run, "--max_steps", "8")
+    assert done.returncode != 0 and "holds another run" in done.stderr
+    done = run(drives, whole_run, "--max_steps", "8", "--learning_rate", "0.5", "--resume_from_checkpoint", "latest")
+    assert done.returncode != 0 and "another configuration" in done.stderr and "learning_rate" in done.stderr

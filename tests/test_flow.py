@@ -1,0 +1,111 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import optical_flow
+
+from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, flow_to_rgb
+from training.street import Street
+
+
+def smooth_frames(height, width, shift, seed=0):
+    """A textured picture and the same moved by `shift` pixels to the right."""
+    noise = np.random.default_rng(seed).random((height // 4, width // 4, 3)).astype(np.float32)
+    wide = cv2.resize(noise, (width + 64, height), interpolation=cv2.INTER_CUBIC)
+    pair = [wide[:, 32:-32], wide[:, 32 - shift : width + 32 - shift]]
+    return np.stack([(np.clip(p, 0, 1) * 255).astype(np.uint8).transpose(2, 0, 1) for p in pair])
+
+
+def test_dis_finds_a_shift_in_both_directions():
+    flow = DisFlow().estimate(smooth_frames(96, 160, 6))
+    inner = flow[:, :, 16:-16, 16:-16]
+    assert np.median(np.abs(inner[0, 0] - 6)) < 0.3 and np.median(np.abs(inner[1, 0] + 6)) < 0.3
+    assert np.median(np.abs(inner[:, 1])) < 0.2
+    sample = {"frames": smooth_frames(96, 160, 6)}
+    DisFlow()(sample)
+    assert sample["flow"].dtype == np.float16 and sample["flow"].shape == (2, 2, 96, 160)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size"), [("raft_small", (128, 136)), ("raft_large", (128, 128)), ("raft_small", (131, 150))]
+)
+def test_raft_in_both_directions_at_once_equals_torchvision_twice(variant, size):
+    torch.manual_seed(0)
+    ours = RaftFlow(variant, "random", num_updates=3)
+    frames = torch.from_numpy(
+        np.stack([smooth_frames(size[0] + 4, size[1] + 4, 3, s)[:, :, : size[0], : size[1]] for s in (0, 1)])
+    )
+    result = ours(frames)
+    pad = torch.nn.ReplicationPad2d(
+        (-size[1] % 8 // 2, -size[1] % 8 - -size[1] % 8 // 2, -size[0] % 8 // 2, -size[0] % 8 - -size[0] % 8 // 2)
+    )
+    earlier, later = (pad(frames[:, k].float() / 127.5 - 1) for k in (0, 1))
+    with torch.no_grad():
+        for index, (a, b) in enumerate(((earlier, later), (later, earlier))):
+            theirs = ours.raft(a, b, num_flow_updates=3)[-1]
+            top, left = pad.padding[2], pad.padding[0]
+            theirs = theirs[..., top : top + size[0], left : left + size[1]]
+            assert (result[:, index] - theirs).abs().max() < 1e-3
+
+
+def test_raft_encodes_once_and_upsamples_once():
+    raft = RaftFlow("raft_large", "random", num_updates=4)
+    calls = {"encoder": 0, "mask": 0}
+    raft.raft.feature_encoder.register_forward_hook(lambda *_: calls.__setitem__("encoder", calls["encoder"] + 1))
+    raft.raft.mask_predictor.register_forward_hook(lambda *_: calls.__setitem__("mask", calls["mask"] + 1))
+    raft(torch.zeros(1, 2, 3, 128, 128, dtype=torch.uint8))
+    assert calls == {"encoder": 1, "mask": 1}
+    assert not any(p.requires_grad for p in raft.parameters())
+
+
+def test_raft_weights_from_files(tmp_path):
+    torch.manual_seed(1)
+    source = optical_flow.raft_small(weights=None).state_dict()
+    torch.save(source, tmp_path / "raft.pth")
+    save_file({k: v.contiguous().clone() for k, v in source.items()}, tmp_path / "raft.safetensors")
+    for name in ("raft.pth", "raft.safetensors"):
+        loaded = RaftFlow("raft_small", str(tmp_path / name)).raft.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in source.items())
+    with pytest.raises(ValueError, match="(?s)do not fit raft_large.*--flow dis"):
+        RaftFlow("raft_large", str(tmp_path / "raft.pth"))
+    torch.save({"weights": Street(0)}, tmp_path / "strange.pth")
+    with pytest.raises(ValueError, match="cannot be loaded .*--flow_weights FILE"):
+        RaftFlow("raft_small", str(tmp_path / "strange.pth"))
+
+
+def test_unknown_names_and_small_frames():
+    with pytest.raises(ValueError, match="did you mean 'raft_large'"):
+        build_flow("raft_larg")
+    with pytest.raises(ValueError, match="at least 128x128"):
+        RaftFlow("raft_small", "random", 1)(torch.zeros(1, 2, 3, 64, 128, dtype=torch.uint8))
+
+
+def test_exact_flow_through_a_crop(tmp_path):
+    street = Street(3, 64, 128)
+    (tmp_path / "drive.json").write_text(json.dumps({"street": street.to_json()}))
+    whole = {
+        "video": str(tmp_path / "drive.mp4"),
+        "times": np.array([1.0, 1.2]),
+        "crop": np.array([0.0, 0, 128, 64]),
+        "frames": np.zeros((2, 3, 64, 128), np.uint8),
+    }
+    ExactFlow()(whole)
+    flow, visible = street.flow(1.0, 1.2)
+    np.testing.assert_allclose(whole["flow"][0][:, visible], flow[:, visible].astype(np.float16), atol=0.01)
+    assert np.array_equal(whole["valid_mask"][0], visible)
+    part = {**whole, "crop": np.array([32.0, 16, 96, 48]), "frames": np.zeros((2, 3, 96, 192), np.uint8)}
+    ExactFlow()(part)
+    centre = part["flow"][0][:, 1::3, 1::3].astype(np.float32)  # a factor of 3: every third centre is a pixel's own
+    np.testing.assert_allclose(centre, 3 * flow[:, 16:48, 32:96], rtol=2e-3, atol=0.05)
+    with pytest.raises(RuntimeError, match="only for the street"):
+        ExactFlow()({**whole, "video": str(tmp_path / "other.mp4")})
+
+
+def test_flow_colours_do_not_follow_one_outlier():
+    flow = torch.ones(2, 40, 40)
+    plain = flow_to_rgb(flow)
+    flow[:, 0, 0] = 1000
+    assert (flow_to_rgb(flow)[:, 20, 20].int() - plain[:, 20, 20].int()).abs().max() < 12

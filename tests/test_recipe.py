@@ -1,0 +1,88 @@
+import pytest
+
+from training.recipe import RECIPES, Recipe, parse_recipe, read_yaml
+
+NAMES = {
+    "street",
+    "bdd100k_r50",
+    "walking_tours_r50",
+    "flowe_r50",
+    "ablation_r50",
+    "supervised_init_r50",
+    "own_videos",
+}
+
+
+def test_every_recipe_reads_and_says_how_to_launch_it():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == NAMES
+    for path in RECIPES.glob("*.yaml"):
+        assert Recipe(**read_yaml(path)).to_yaml()
+        head = path.read_text()
+        assert "Launch:" in head and "Hardware:" in head
+
+
+def test_bdd100k_has_the_papers_numbers():
+    recipe = Recipe(**read_yaml("bdd100k_r50"))
+    assert (recipe.crop_size, recipe.frame_size, recipe.frame_scale) == ([512, 1024], [1080, 1920], [0.75, 1.25])
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.num_train_epochs) == (5e-4, 1e-2, 100)
+    assert (recipe.num_subcrops, recipe.subcrop_area, recipe.subcrop_size, recipe.subcrop_jitter) == (
+        6,
+        [0.05, 0.3],
+        192,
+        0.1,
+    )
+    config = recipe.poodle_config()
+    assert (config.projection_hidden_size, config.projection_size, config.num_decoder_blocks) == (4096, 256, 2)
+    flowe = Recipe(**read_yaml("flowe_r50")).poodle_config()
+    assert (flowe.output_stride, flowe.num_decoder_blocks, flowe.pooled_weight) == (8, 0, 0)
+
+
+def test_defaults_follow_the_videos_and_flags_override_the_file(tmp_path):
+    assert parse_recipe([]) == Recipe(**read_yaml("street"))
+    assert parse_recipe(["--videos", "a", "b"]).crop_size == [256, 512]
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1e-4\nvideos: clips\nmax_steps: 5\n")
+    recipe = parse_recipe(["--config", str(file), "--max_steps", "7", "--bf16", "--affine_views", "false"])
+    assert (recipe.learning_rate, recipe.videos, recipe.max_steps, recipe.bf16, recipe.affine_views) == (
+        1e-4,
+        ["clips"],
+        7,
+        True,
+        False,
+    )
+
+
+def test_resolved_recipe_reads_back(tmp_path):
+    recipe = parse_recipe(["--model", '{"num_decoder_blocks": 1}'])
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
+    assert parse_recipe(["--config", str(tmp_path / "config.yaml")]) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"flow": "diss"}, "did you mean 'dis'"),
+        ({"frame_scale": [0.5, 1.0]}, "frame_scale must be at least 1 where frame_size is unset"),
+        ({"frame_gap_seconds": [2.0, 1.0]}, "frame_gap_seconds must be two numbers"),
+        ({"crop_size": [100, 200]}, "crop_size must be multiples"),
+        ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"subcrop_area": [0.1, 1.5]}, "subcrop_area must be shares"),
+        ({"model": "{"}, "model must be a JSON mapping"),
+        ({"model": {"decoder_lateral": True}}, "Did you mean 'decoder_laterals'"),
+        ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
+    ],
+    ids=str,
+)
+def test_wrong_values_name_their_field(values, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**values)
+
+
+def test_unknown_keys_suggest_the_nearest(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("subcrop_are: [0.1, 0.2]\n")
+    with pytest.raises(ValueError, match="unknown recipe field 'subcrop_are' .did you mean 'subcrop_area'"):
+        read_yaml(file)
+    with pytest.raises(ValueError, match="did you mean 'max_steps'"):
+        parse_recipe(["--max_step", "3"])
