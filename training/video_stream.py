@@ -237,22 +237,24 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
 
 def generate_pairs(paths: list[tuple[int, str]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
     """The generator behind the stream. `paths` are the shards, (epoch, path); a bad file is skipped, logged and counted."""
-    skipped: list[str] = []
     for epoch, path in paths:
         try:
             for sample in video_pairs(path, sampling, epoch):
                 if pair_flow is not None:
                     pair_flow(sample)
-                sample["skipped"], skipped = skipped, []
+                # `datasets` calls this anew for every shard: what was skipped waits in the process for the next sample.
+                sample["skipped"] = _PENDING[:]
+                _PENDING.clear()
                 yield sample
         except UnreadableVideo as error:
             entry = f"{path}: {error}"
             if entry not in _REPORTED:
                 _REPORTED.add(entry)
                 logger.warning("skipped %s", entry)
-            skipped.append(entry)
+            _PENDING.append(entry)
 
 
+_PENDING: list[str] = []
 _REPORTED: set[str] = set()  # of this process: a file is named once, not once an epoch
 
 

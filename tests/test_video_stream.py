@@ -1,0 +1,199 @@
+"""Pairs from videos whose frames carry their own number, sharding, and exact resume."""
+
+import json
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from training.video_decoding import UnreadableVideo, cut_frame, index_video
+from training.video_stream import PairLoader, PairSampling, check_videos, find_videos, plan_pairs, video_pairs
+
+HEIGHT, WIDTH = 64, 128
+
+
+def numbered_video(path, times, codec="libx264", options=None, offset=0, gop=12):
+    """Frames show their number in eight blocks, bright for 1; pts in milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.gop_size = gop
+        for number, time in enumerate(times):
+            picture = np.full((HEIGHT, WIDTH, 3), 30, np.uint8)
+            for bit in range(8):
+                if number >> bit & 1:
+                    picture[:, bit * 16 : bit * 16 + 16] = 220
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = offset + round(time * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def number_of(frame):
+    """(3, H, W) -> the number it shows."""
+    bright = frame.mean(axis=(0, 1)).reshape(8, -1)[:, 4:12].mean(axis=1) > 125
+    return sum(int(bit) << k for k, bit in enumerate(bright))
+
+
+CFR = [k / 25 for k in range(120)]
+VFR = list(np.cumsum(np.random.default_rng(0).uniform(0.02, 0.2, 120)))
+WHOLE = {"crop_size": (HEIGHT, WIDTH), "frame_scale": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "kwargs"),
+    [
+        ("cfr.mp4", CFR, {"options": {"bf": "0"}}),
+        ("b_frames.mp4", CFR, {"options": {"bf": "3", "b_strategy": "0"}}),
+        ("vfr.mp4", VFR, {}),
+        ("long_gop.mp4", CFR, {"gop": 250}),
+        ("offset.mkv", [t + 3.5 for t in CFR], {}),
+        ("mpeg4.mp4", CFR, {"codec": "mpeg4", "offset": 0}),
+        ("hevc.mp4", CFR, {"codec": "libx265", "options": {"x265-params": "log-level=none"}}),
+        ("vp9.webm", CFR[:60], {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}}),
+    ],
+)
+def test_the_frames_of_a_pair_are_those_asked_for(tmp_path, name, times, kwargs):
+    path = numbered_video(tmp_path / name, times, **kwargs)
+    index = index_video(path)
+    assert len(index.pts) == len(times)
+    np.testing.assert_allclose(np.diff(index.times), np.diff(times), atol=2e-3)
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.3, 0.9), pairs_per_video=12)
+    plans = plan_pairs(index, sampling, 0, path)
+    for sample, plan in zip(video_pairs(path, sampling, 0), plans, strict=True):
+        assert [number_of(frame) for frame in sample["frames"]] == [cut.number for cut in plan]
+        np.testing.assert_allclose(sample["times"], [index.times[cut.number] for cut in plan], atol=2e-3)
+        gap = sample["times"][1] - sample["times"][0]
+        assert 0.3 - 0.11 <= gap <= 0.9 + 0.11  # within half a frame of the range
+
+
+def test_one_frame_a_second_gives_neighbours_never_the_same_frame(tmp_path):
+    path = numbered_video(tmp_path / "slow.mp4", list(range(10)))
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.1, 0.6), pairs_per_video=20)
+    assert {b.number - a.number for a, b in plan_pairs(index_video(path), sampling, 0, path)} == {1}
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_crop_first_equals_convert_turn_crop_resize(turns):
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (160, 96), interpolation=cv2.INTER_CUBIC)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+    shown = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+    box = (8, 12, 72, 76)
+    expected = cv2.resize(np.ascontiguousarray(shown[12:76, 8:72]), (32, 32), interpolation=cv2.INTER_AREA)
+    ours = cut_frame(frame, box, (32, 32), turns).transpose(1, 2, 0)
+    assert np.abs(ours.astype(int) - expected).mean() < 2.5
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    return [numbered_video(folder / f"{k}.mp4", CFR[: 40 + k]) for k in range(5)]
+
+
+SAMPLING = PairSampling(
+    crop_size=(32, 64), frame_scale=(1.0, 1.5), frame_gap_seconds=(0.2, 0.4), pairs_per_video=2, seed=3
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_after_any_batch(videos, workers):
+    def batches(state=None, count=7):
+        loader = PairLoader(videos, SAMPLING, 4, workers)
+        if state is not None:
+            loader.load_state_dict(state)
+        stream, result = iter(loader), []
+        for _ in range(count):
+            result.append((next(stream), json.loads(json.dumps(loader.state_dict()))))
+        loader.close()
+        return result
+
+    whole = batches()
+    for stop in (0, 3):
+        for (ours, _), (theirs, _) in zip(batches(whole[stop][1], 3), whole[stop + 1 :]):
+            assert torch.equal(ours["frames"], theirs["frames"]) and ours["video"] == theirs["video"]
+            assert torch.equal(ours["crop"], theirs["crop"]) and torch.equal(ours["epoch"], theirs["epoch"])
+
+
+def test_no_pair_is_seen_by_two_ranks_and_every_epoch_is_whole(videos):
+    seen = []
+    for rank in range(2):
+        stream = iter(PairLoader(videos, SAMPLING, 5, 0, rank, 2))
+        for _ in range(8):
+            batch = next(stream)
+            seen += list(zip(batch["video"], batch["epoch"].tolist(), batch["repeat"].tolist()))
+    assert len(seen) == 80 == len(set(seen))
+    for epoch in range(8):  # 10 pairs an epoch, two ranks in step
+        assert {s for s in seen if s[1] == epoch} == {(v, epoch, r) for v in videos for r in range(2)}
+
+
+def test_another_stream_is_not_resumed(videos):
+    state = PairLoader(videos, SAMPLING, 4, 2).state_dict()
+    with pytest.raises(ValueError, match="dataloader_num_workers was 2, now 1"):
+        PairLoader(videos, SAMPLING, 4, 1).load_state_dict(state)
+    with pytest.raises(ValueError, match="videos was"):
+        PairLoader(videos[:4], SAMPLING, 4, 2).load_state_dict(state)
+
+
+def test_bad_files_are_skipped_named_and_counted(tmp_path, videos):
+    whole = open(videos[0], "rb").read()
+    bad = {"empty.mp4": b"", "noise.mp4": bytes(range(256)) * 40, "cut.mp4": whole[: len(whole) // 3]}
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    short = numbered_video(tmp_path / "short.mp4", CFR[:3])
+    paths = [*videos, *(str(tmp_path / name) for name in bad), short]
+    stream, skipped = iter(PairLoader(paths, SAMPLING, 4, 0)), set()
+    for _ in range(8):
+        skipped |= {entry.split(": ")[0] for entry in next(stream)["skipped"]}
+    assert skipped == {*(str(tmp_path / name) for name in bad), short}
+    with pytest.raises(ValueError, match="(?s)no usable video.*short.mp4: is too short: 0.08 s"):
+        check_videos([*(str(tmp_path / name) for name in bad), short], SAMPLING)
+    with pytest.raises(UnreadableVideo, match="cannot be opened"):
+        index_video(str(tmp_path / "noise.mp4"))
+    with pytest.raises(ValueError, match="none of the 1 videos gave a full batch"):
+        next(iter(PairLoader([short], SAMPLING, 4, 0)))
+
+
+def test_audio_only_is_named(tmp_path):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UnreadableVideo, match="has no video stream"):
+        index_video(str(tmp_path / "sound.mp4"))
+
+
+def test_sources(tmp_path, videos):
+    import tarfile
+
+    folder = str(tmp_path.parent / videos[0]).rsplit("/", 1)[0]
+    assert find_videos([folder]) == sorted(videos) == find_videos([folder + "/*.mp4", videos[0]])
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for k in (0, 1):
+            archive.add(videos[k], arcname=f"a.b.{k}.mp4")
+    members = find_videos([str(tmp_path / "shard.tar")])
+    assert len(members) == 2
+    for member, path in zip(members, videos):
+        a, b = next(video_pairs(member, SAMPLING, 0)), index_video(path)
+        assert index_video(member).pts == b.pts and a["frames"].shape == (2, 3, 32, 64)
+    with pytest.raises(
+        ValueError, match=r"(?s)no videos found; tried.*nowhere: no such file.*\*\.xyz: a pattern that matches 0"
+    ):
+        find_videos([str(tmp_path / "nowhere"), str(tmp_path / "*.xyz")])
+
+
+def test_real_clips(poodle_data):
+    paths = find_videos([str(poodle_data / "videos")])
+    sampling = PairSampling((64, 128), (1.0, 1.5), None, (0.5, 1.5), 2)
+    assert check_videos(paths, sampling) == []
+    for path in paths:
+        for sample in video_pairs(path, sampling, 0):
+            gap = sample["times"][1] - sample["times"][0]
+            assert 0.45 <= gap <= 1.55 and sample["frames"].std() > 5
