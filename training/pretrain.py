@@ -69,6 +69,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
     )
     accelerator = Accelerator(
+        # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.bf16 else "no",
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
