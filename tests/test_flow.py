@@ -72,7 +72,7 @@ def test_raft_weights_from_files(tmp_path):
     with pytest.raises(ValueError, match="(?s)do not fit raft_large.*--flow dis"):
         RaftFlow("raft_large", str(tmp_path / "raft.pth"))
     torch.save({"weights": Street(0)}, tmp_path / "strange.pth")
-    with pytest.raises(ValueError, match="cannot be loaded .*--flow_weights FILE"):
+    with pytest.raises(ValueError, match="(?s)cannot be loaded .*--flow_weights FILE"):
         RaftFlow("raft_small", str(tmp_path / "strange.pth"))
 
 
