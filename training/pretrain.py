@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,16 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoBackbone, AutoConfig
 
-from modeling_poodle import PoodleForPreTraining
-from modeling_poodle.geometry_poodle import flow_valid_mask
 from modeling_poodle.objectives_poodle import feature_std
+from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
 from training.flow import build_flow
 from training.panels import save_panel
@@ -37,7 +31,7 @@ from training.recipe import Recipe, parse_recipe
 from training.schedules import learning_rate, teacher_momentum
 from training.street import street_videos
 from training.video_stream import PairLoader, PairSampling, check_videos, find_videos
-from training.views import draw_subcrops, draw_views, normalise, photometric_augmentation
+from training.views import model_inputs
 
 logger = logging.getLogger("poodle")
 
@@ -62,31 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
     run.close()
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
-    plain = recipe.poodle_config().backbone_config.model_type == "resnet"
-    ddp = DistributedDataParallelKwargs(
-        broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
-    )
-    accelerator = Accelerator(
-        # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if recipe.bf16 else "no",
-        log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_dir=recipe.output_dir,
-        kwargs_handlers=[ddp],
-    )
-    if accelerator.device.type == "cpu":
-        # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(accelerator.num_processes, 1)))
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
-    transformers.utils.logging.disable_progress_bar()
-    set_seed(recipe.seed)  # the same weights on every rank
-    return accelerator
-
-
 def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
     paths = []
@@ -96,78 +65,19 @@ def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
     others = [source for source in recipe.videos if source != "street"]
     if others:
         paths += find_videos(others)
-    check_videos(paths, pair_sampling(recipe))
+    check_videos(paths, PairSampling.of(recipe))
     return paths
-
-
-def pair_sampling(recipe: Recipe) -> PairSampling:
-    return PairSampling(
-        crop_size=tuple(recipe.crop_size),
-        frame_scale=tuple(recipe.frame_scale),
-        frame_size=None if recipe.frame_size is None else tuple(recipe.frame_size),
-        frame_gap_seconds=tuple(recipe.frame_gap_seconds),
-        pairs_per_video=recipe.pairs_per_video,
-        seed=recipe.seed,
-    )
-
-
-def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:
-    config, encoder = recipe.poodle_config(), None
-    if recipe.init_encoder is not None:
-        encoder = load_encoder(recipe.init_encoder)
-        if "backbone_config" not in recipe.model:
-            config = type(config)(**recipe.model, backbone_config=encoder.config)
-    model = PoodleForPreTraining(config)
-    if encoder is not None:
-        try:
-            model.student.encoder.load_state_dict(encoder.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"init_encoder {recipe.init_encoder} does not fit model.backbone_config; leave the latter out. {error}"
-            ) from None
-        model.reset_teacher()
-    if recipe.gradient_checkpointing:
-        model.student.checkpoint_gradients()
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
-    return model.to(accelerator.device, memory_format=torch.channels_last)
-
-
-def load_encoder(name: str) -> nn.Module:
-    """A pretrained backbone from the Hub or from a folder (for which AutoBackbone.from_pretrained asks the Hub)."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        backbone_class = type(AutoBackbone.from_config(config))
-        return backbone_class.from_pretrained(name, config=config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"init_encoder {name!r} is no encoder that can be loaded: {error}") from error
 
 
 def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pair_flow) -> PairLoader:
     return PairLoader(
         paths,
-        pair_sampling(recipe),
+        PairSampling.of(recipe),
         batch_size=recipe.per_device_train_batch_size,
         num_workers=recipe.dataloader_num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pair_flow=pair_flow,
-    )
-
-
-def build_optimizer(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and normalisations
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=True,
     )
 
 
@@ -271,30 +181,13 @@ class Run:
         self.waited += time.perf_counter() - began
         return batch
 
-    @torch.no_grad()
     def prepare(self, batch: dict, micro_step: int) -> dict[str, torch.Tensor]:
-        """Steps 2, 3, 4 and the boxes of step 8 of METHOD section 1: a batch of the loader -> the model's inputs."""
-        recipe, device = self.recipe, self.accelerator.device
-        # A seed of its own for every micro-step and rank: a resumed run draws what an uninterrupted one would.
-        number = self.step * recipe.gradient_accumulation_steps + micro_step
+        """A batch of the loader -> the model's inputs, with a seed of its own for every micro-step and rank: a resumed run draws
+        what an uninterrupted one would."""
+        number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        self.generator.manual_seed((recipe.seed * 1_000_003 + number) * ranks + rank)
-        frames = batch["frames"].to(device, non_blocking=True)  # (B, 2, 3, H, W) uint8
-        flow = batch["flow"].to(device, non_blocking=True).float() if "flow" in batch else self.flow_module(frames)
-        b, _, _, height, width = frames.shape
-        if "valid_mask" in batch:
-            valid_mask = batch["valid_mask"].to(device, non_blocking=True)
-        else:
-            valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1)).unflatten(0, (b, 2))
-        images = photometric_augmentation(frames.flatten(0, 1).float() / 255, self.generator)
-        pixel_values = normalise(images).unflatten(0, (b, 2))
-        inputs = {"pixel_values": pixel_values, "flow": flow, "valid_mask": valid_mask}
-        for who in ("student", "teacher"):
-            inputs[f"{who}_views"] = draw_views((b, 2), height, width, self.generator, recipe.affine_views)
-        subcrops = draw_subcrops(
-            flow, recipe.num_subcrops, self.generator, tuple(recipe.subcrop_area), recipe.subcrop_jitter
-        )
-        return {**inputs, **subcrops}
+        self.generator.manual_seed((self.recipe.seed * 1_000_003 + number) * ranks + rank)
+        return model_inputs(batch, self.recipe, self.generator, self.flow_module)
 
     @torch.no_grad()
     def accumulate(self, output, matched, batch) -> None:

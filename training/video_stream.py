@@ -74,6 +74,18 @@ class PairSampling:
                     f"({smallest[0]:.0f}x{smallest[1]:.0f}): raise frame_scale or frame_size, or lower crop_size"
                 )
 
+    @classmethod
+    def of(cls, recipe) -> "PairSampling":
+        """The sampling that a recipe asks for."""
+        return cls(
+            crop_size=tuple(recipe.crop_size),
+            frame_scale=tuple(recipe.frame_scale),
+            frame_size=None if recipe.frame_size is None else tuple(recipe.frame_size),
+            frame_gap_seconds=tuple(recipe.frame_gap_seconds),
+            pairs_per_video=recipe.pairs_per_video,
+            seed=recipe.seed,
+        )
+
 
 # --- sources ---
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling_poodle.geometry_poodle import affine_view, normalise_flow, sample
+from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, normalise_flow, sample
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -247,3 +247,33 @@ def draw_subcrops(
         "teacher_box_frames": torch.where(matched, 1 - own, own).view(b, 2, k),
         "matched": matched.view(b, 2, k),
     }
+
+
+@torch.no_grad()
+def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=None) -> dict[str, Tensor]:
+    """
+    Steps 2, 3, 4 and the boxes of step 8 of METHOD section 1: a batch of the loader -> the model's inputs.
+
+    Args:
+        batch: frames (B, 2, 3, H, W) uint8; flow (B, 2, 2, H, W) where the loader made it, and valid_mask (B, 2, H, W) where it is known.
+        recipe: of the run.
+        generator: of all draws; its device is where everything is done.
+        flow_module: frames -> flow, where the loader did not make it.
+
+    Returns:
+        The inputs of `PoodleForPreTraining.forward`, and `matched` (B, 2, K).
+    """
+    device = generator.device
+    frames = batch["frames"].to(device, non_blocking=True)
+    flow = batch["flow"].to(device, non_blocking=True).float() if "flow" in batch else flow_module(frames)
+    b, _, _, height, width = frames.shape
+    if "valid_mask" in batch:
+        valid_mask = batch["valid_mask"].to(device, non_blocking=True)
+    else:
+        valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1)).unflatten(0, (b, 2))
+    images = photometric_augmentation(frames.flatten(0, 1).float() / 255, generator)
+    inputs = {"pixel_values": normalise(images).unflatten(0, (b, 2)), "flow": flow, "valid_mask": valid_mask}
+    for who in ("student", "teacher"):
+        inputs[f"{who}_views"] = draw_views((b, 2), height, width, generator, recipe.affine_views)
+    area = tuple(recipe.subcrop_area)
+    return {**inputs, **draw_subcrops(flow, recipe.num_subcrops, generator, area, recipe.subcrop_jitter)}
