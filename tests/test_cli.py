@@ -76,6 +76,15 @@ def whole_run(drives, tmp_path_factory) -> Path:
     return output_dir
 
 
+@pytest.fixture(scope="session")
+def whole_run_of_two(drives, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("runs") / "two"
+    done = run(drives, output_dir, "--max_steps", "8", "--save_steps", "3", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 process(es)" in done.stdout + done.stderr
+    return output_dir
+
+
 def test_a_run_leaves_what_the_documents_promise(whole_run):
     lines = metrics(whole_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -103,13 +112,23 @@ def test_a_run_leaves_what_the_documents_promise(whole_run):
         assert "after 8 steps" in (whole_run / folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("moment", ["step", "checkpoint"])
-def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, tmp_path, moment):
+def kill_run(output_dir) -> None:
+    """SIGKILL to all processes of a run: launcher, ranks and workers."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(output_dir).encode() in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+@pytest.mark.parametrize(("moment", "processes"), [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2)])
+def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
     """SIGKILL in the middle of a step after the first checkpoint, and while the second is being written."""
-    output_dir = tmp_path / "killed"
+    output_dir, whole = tmp_path / "killed", whole_run if processes == 1 else whole_run_of_two
     flags = ("--max_steps", "8", "--save_steps", "3")
     process = subprocess.Popen(
-        command(drives, output_dir, *flags), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        command(drives, output_dir, *flags, processes=processes), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log, deadline = output_dir / "metrics.jsonl", time.monotonic() + 120
@@ -121,44 +140,22 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, tmp_path, mo
             break
         time.sleep(0.0005)
     assert process.poll() is None, "the run ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_run(output_dir)
     process.wait()
     assert (output_dir / "checkpoints" / "step-3").is_dir()
-    resumed = run(drives, output_dir, *flags, "--resume_from_checkpoint", "latest")
+    assert not (output_dir / "checkpoints" / "step-8").exists()
+    resumed = run(drives, output_dir, *flags, "--resume_from_checkpoint", "latest", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
-    assert metrics(output_dir) == metrics(whole_run)
+    assert metrics(output_dir) == metrics(whole)
     for name in ("encoder", "model"):
-        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (output_dir, whole_run))
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (output_dir, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_two_processes_stop_and_go_on_alike(drives, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for output_dir in (whole, stopped):
-        done = run(drives, output_dir, "--max_steps", "4", "--save_steps", "2", processes=2, workers=1)
-        assert done.returncode == 0, done.stderr
-    before = metrics(whole)
-    assert before == metrics(stopped) and len(before) == 4
-    assert "on 2 process(es)" in done.stdout + done.stderr
-    # Go back to step 2, as if the run had been killed after its checkpoint.
-    (stopped / "checkpoints" / "step-4" / "state.json").unlink()
-    done = run(
-        drives,
-        stopped,
-        "--max_steps",
-        "4",
-        "--save_steps",
-        "2",
-        "--resume_from_checkpoint",
-        "latest",
-        processes=2,
-        workers=1,
-    )
-    assert done.returncode == 0, done.stderr
-    assert metrics(stopped) == before
-    alone = run(
-        drives, stopped, "--max_steps", "4", "--save_steps", "2", "--resume_from_checkpoint", "latest", workers=1
-    )
+def test_another_number_of_processes_is_refused_with_the_command_that_works(drives, whole_run_of_two):
+    assert len(metrics(whole_run_of_two)) == 8
+    flags = ("--max_steps", "8", "--save_steps", "3", "--resume_from_checkpoint", "latest")
+    alone = run(drives, whole_run_of_two, *flags)
     assert alone.returncode != 0 and "2 processes, this one has 1" in alone.stderr
 
 

@@ -1,6 +1,7 @@
 """Pairs from videos whose frames carry their own number, sharding, and exact resume."""
 
 import json
+import os
 from fractions import Fraction
 
 import av
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from loopback import serve
 
 from training.video_decoding import UnreadableVideo, cut_frame, index_video
 from training.video_stream import PairLoader, PairSampling, check_videos, find_videos, plan_pairs, video_pairs
@@ -197,3 +199,54 @@ def test_real_clips(poodle_data):
         for sample in video_pairs(path, sampling, 0):
             gap = sample["times"][1] - sample["times"][0]
             assert 0.45 <= gap <= 1.55 and sample["frames"].std() > 5
+
+
+@pytest.mark.parametrize("clockwise", [0, 1, 2, 3])
+def test_rotation_metadata_of_a_phone(tmp_path, clockwise):
+    """The track's display matrix (ISO 14496-12): x' = a x + c y, y' = b x + d y, with y down."""
+    path = tmp_path / "phone.mp4"
+    numbered_video(path, CFR[:30])
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    a, b = ((1, 0), (0, 1), (-1, 0), (0, -1))[clockwise]
+    for slot, value in ((0, a), (1, b), (3, -b), (4, a)):
+        data[matrix + 4 * slot : matrix + 4 * slot + 4] = (value * 65536).to_bytes(4, "big", signed=True)
+    path.write_bytes(data)
+    index = index_video(str(path))
+    shown = (WIDTH, HEIGHT) if clockwise % 2 else (HEIGHT, WIDTH)
+    assert (index.height, index.width) == shown
+    sampling = PairSampling(crop_size=shown, frame_gap_seconds=(0.3, 0.6), pairs_per_video=4)
+    for sample, plan in zip(
+        video_pairs(str(path), sampling, 0), plan_pairs(index, sampling, 0, str(path)), strict=True
+    ):
+        for frame, cut in zip(sample["frames"], plan):
+            upright = np.rot90(frame, clockwise, axes=(1, 2))  # counter-clockwise: back to the coded picture
+            assert number_of(upright) == cut.number
+
+
+def test_videos_at_a_url_are_read_by_ranges(tmp_path, monkeypatch):
+    path = tmp_path / "web" / "long.mp4"
+    path.parent.mkdir()
+    numbered_video(path, [k / 25 for k in range(250)], gop=10)
+    with serve(path.parent) as server:
+        url = f"{server.url}/long.mp4"
+        assert find_videos([url]) == [url]
+        sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.3, 0.6), pairs_per_video=2)
+        plans = plan_pairs(index_video(url), sampling, 0, url)
+        for sample, plan in zip(video_pairs(url, sampling, 0), plans, strict=True):
+            assert [number_of(frame) for frame in sample["frames"]] == [cut.number for cut in plan]
+        assert any(range_header for _, _, range_header in server.requests)
+        missing = f"{server.url}/none.mp4"
+        with pytest.raises(UnreadableVideo, match="cannot be opened"):
+            index_video(missing)
+        with pytest.raises(ValueError, match="(?s)no usable video.*none.mp4"):
+            check_videos([missing], sampling)
+
+
+def test_reading_on_leaves_no_file_open(videos):
+    stream = iter(PairLoader(videos, SAMPLING, 5, 0))
+    counts = []
+    for _ in range(30):
+        next(stream)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert max(counts[5:]) <= counts[4]

@@ -1,0 +1,90 @@
+"""A small HTTP server on this machine for the tests: files by range request, with counted and injected faults."""
+
+import contextlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class FileServer(ThreadingHTTPServer):
+    """
+    Serves the files below `folder`. `requests` holds (method, path, range header) of each request; `sent` counts body bytes;
+    `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, handler=None):
+        super().__init__(("127.0.0.1", 0), handler or FileHandler)
+        self.folder, self.requests, self.sent, self.drop, self.refused = Path(folder), [], 0, 0, set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class FileHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FileServer
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        if path in self.server.refused:
+            self.reply(403, b"refused")
+            return
+        file = (self.server.folder / path.lstrip("/")).resolve()
+        if not file.is_relative_to(self.server.folder.resolve()) or not file.is_file():
+            self.reply(404, b"not found")
+            return
+        self.send_file(file, body)
+
+    def send_file(self, file: Path, body: bool, **headers: str) -> None:
+        data = file.read_bytes()
+        wanted, status = self.headers.get("Range"), 200
+        headers = {"Accept-Ranges": "bytes", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        if wanted:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            begin = int(first) if first else len(data) - int(last)
+            end = min(int(last), len(data) - 1) if first and last else len(data) - 1
+            headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
+            data, status = data[begin : end + 1], 206
+        self.reply(status, data, body, **headers)
+
+    def reply(self, status: int, data: bytes, body: bool = True, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not body:
+            return
+        if self.server.drop > 0 and len(data) > 1:
+            self.server.drop -= 1
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(data)
+        self.server.sent += len(data)
+
+
+@contextlib.contextmanager
+def serve(folder: Path, server_class=FileServer):
+    server = server_class(folder)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

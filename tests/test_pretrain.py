@@ -1,0 +1,272 @@
+"""The training loop in this process: recipe fields, baselines, other encoders, trackers, and ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoBackbone, AutoConfig
+
+from modeling_poodle import PoodleForPreTraining, PoodleModel
+from training.pretrain import main
+from training.schedules import teacher_momentum
+from training.street_files import write_videos
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESNET = {
+    "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8,
+}  # fmt: skip
+MODEL = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drives")
+    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def flags(drives, output_dir, *more, model=None, steps=3):
+    return [
+        "--config", "street", "--videos", str(drives), "--output_dir", str(output_dir), "--model", json.dumps(model or MODEL),
+        "--crop_size", "64", "128", "--subcrop_size", "32", "--num_subcrops", "2", "--per_device_train_batch_size", "2",
+        "--max_steps", str(steps), "--warmup_steps", "1", "--logging_steps", "1", "--panel_steps", "1000", "--save_steps", "1000",
+        "--dataloader_num_workers", "0", *more,
+    ]  # fmt: skip
+
+
+def train(drives, output_dir, *more, **kwargs) -> list[dict]:
+    main(flags(drives, output_dir, *more, **kwargs))
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch):
+    momenta, original = [], PoodleForPreTraining.update_teacher
+    monkeypatch.setattr(
+        PoodleForPreTraining, "update_teacher", lambda self, m: (momenta.append(m), original(self, m))[-1]
+    )
+    lines = train(drives, tmp_path / "run", "--gradient_accumulation_steps", "3")
+    assert momenta == [teacher_momentum(step, 3, 0.99) for step in range(3)]
+    assert [line["epoch"] for line in lines] == [
+        step * 6 / 8 for step in (1, 2, 3)
+    ]  # 2 x 3 pairs a step, 8 in an epoch
+
+
+def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, monkeypatch):
+    """Two micro-steps of two pairs: the reported loss is their mean, and the gradient that of the mean loss."""
+    losses, original = [], PoodleForPreTraining.forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        losses.append(output.loss.item())
+        return output
+
+    monkeypatch.setattr(PoodleForPreTraining, "forward", forward)
+    (line,) = train(drives, tmp_path / "run", "--gradient_accumulation_steps", "2", steps=1)
+    assert len(losses) == 2 and line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_figure(drives, tmp_path):
+    plain = train(drives, tmp_path / "plain")
+    AcceleratorState._reset_state(True)
+    saving = train(drives, tmp_path / "saving", "--gradient_checkpointing", "true")
+    for ours, theirs in zip(saving, plain):
+        # BatchNorm sees a recomputed block twice, which moves its running statistics but nothing that is trained.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_bf16_follows_fp32(drives, tmp_path):
+    plain = train(drives, tmp_path / "plain")
+    AcceleratorState._reset_state(True)
+    half = train(drives, tmp_path / "half", "--bf16", "true")
+    assert half[0]["loss"] != plain[0]["loss"]
+    assert half[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.05)
+    state = load_file(tmp_path / "half" / "model" / "model.safetensors")
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
+
+
+def test_torch_compile_follows_eager(drives, tmp_path):
+    plain = train(drives, tmp_path / "plain", steps=2)
+    AcceleratorState._reset_state(True)
+    compiled = train(drives, tmp_path / "compiled", "--torch_compile", "true", steps=2)
+    for ours, theirs in zip(compiled, plain):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    names = load_file(tmp_path / "compiled" / "model" / "model.safetensors").keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+VIT = {
+    "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8, "image_size": 64,
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16]}
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (
+            {"output_stride": 8, "num_decoder_blocks": 0, "pooled_weight": 0, "dense_weight": 1.0},
+            "pooled_loss",
+        ),  # FlowE
+        ({"dense_weight": 0, "pooled_weight": 1.0, "num_decoder_blocks": 0}, "dense_loss"),
+        ({"pooled_weight": 0}, "pooled_loss"),
+        ({"decoder_laterals": False}, None),
+        ({"dense_stride": 1}, None),
+        ({"backbone_config": VIT}, None),
+        ({"backbone_config": CONVNEXT}, None),
+    ],
+    ids=["flowe", "pooled only", "dense only", "no laterals", "stride 1", "vit", "convnext"],
+)
+def test_baselines_and_encoders_train_and_load(drives, tmp_path, change, missing):
+    lines = train(drives, tmp_path / "run", model={**MODEL, **change}, steps=2)
+    assert lines[-1]["loss"] < 4 and lines[-1]["grad_norm"] > 0
+    for name in ("dense_loss", "pooled_loss"):
+        assert (lines[-1][name] is None) == (name == missing)
+    model = PoodleModel.from_pretrained(tmp_path / "run" / "model").eval()
+    image = torch.rand(1, 3, 64, 128)
+    output = model(image)
+    stride = 32 if missing == "dense_loss" else 2 if change.get("backbone_config") == VIT else 8
+    assert output.last_hidden_state.shape[-2:] == (64 // stride, 128 // stride)
+    folder = tmp_path / "run" / "encoder"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.model_type == change.get("backbone_config", RESNET)["model_type"]
+    encoder = type(AutoBackbone.from_config(config)).from_pretrained(folder).eval()
+    if change.get("output_stride") is None:  # the folder's plain architecture is not dilated
+        assert torch.equal(encoder(image).feature_maps[-1].mean(dim=(2, 3)), output.pooler_output)
+
+
+def test_init_encoder_starts_from_its_weights(drives, tmp_path):
+    train(drives, tmp_path / "first", steps=1)
+    AcceleratorState._reset_state(True)
+    first = load_file(tmp_path / "first" / "encoder" / "model.safetensors")
+    heads = {
+        name: value for name, value in MODEL.items() if name != "backbone_config"
+    }  # the encoder brings its config
+    more = ("--init_encoder", str(tmp_path / "first" / "encoder"), "--teacher_momentum", "1.0", "--seed", "3")
+    train(drives, tmp_path / "second", *more, model=heads, steps=1)
+    second = load_file(tmp_path / "second" / "encoder" / "model.safetensors")  # the teacher, which stood still
+    weights = [name for name in first if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert weights and all(torch.equal(first[name], second[name]) for name in weights)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(drives, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 2; videos of that batch .*drive-") as stopped:
+        train(drives, tmp_path / "run", "--learning_rate", "1e38", "--save_steps", "1", "--warmup_steps", "0", steps=4)
+    assert "checkpoints" in str(stopped.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_tensorboard_through_accelerate(drives, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = train(drives, tmp_path / "run", "--report_to", "tensorboard")
+    reader = EventAccumulator(str(tmp_path / "run" / "poodle"))  # Accelerate names the folder after the project
+    reader.Reload()
+    values = [event.value for event in reader.Scalars("loss")]
+    assert values == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+
+
+def test_panels_are_written_and_show_something(drives, tmp_path):
+    import cv2
+
+    train(drives, tmp_path / "run", "--panel_steps", "2", steps=2)
+    names = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())
+    assert names == ["step-000001.png", "step-000002.png"]
+    picture = cv2.imread(str(tmp_path / "run" / "panels" / names[-1]))
+    assert picture.shape[0] > 64 and picture.shape[1] > 256 and picture.std() > 20
+
+
+# --- ranks ---
+
+
+def two_ranks(tmp_path, script: str, *arguments: str) -> None:
+    file = tmp_path / "two_ranks.py"
+    file.write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file), *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_ranks_hold_the_same_parameters(drives, tmp_path):
+    script = """
+import os, sys
+from safetensors.torch import save_file
+from training import pretrain
+original = pretrain.Run.close
+def close(self):
+    parameters = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+    save_file(parameters, os.path.join(sys.argv[1], f"rank-{self.accelerator.process_index}.safetensors"))
+    original(self)
+pretrain.Run.close = close
+pretrain.main(sys.argv[2:])
+"""
+    two_ranks(tmp_path, script, str(tmp_path), *flags(drives, tmp_path / "run", steps=4))
+    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() and any(name.startswith("teacher.") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
+    """Gradients through the script's own accelerator; BatchNorm on fixed statistics, since each rank has its own on CPUs."""
+    script = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from training.assembly import make_accelerator
+from training.recipe import Recipe
+folder = sys.argv[1]
+config = PoodleConfig.from_pretrained(folder)
+accelerator = make_accelerator(Recipe(model={k: v for k, v in config.to_dict().items() if k == "backbone_config"}))
+model = PoodleForPreTraining(config)
+model.load_state_dict(load_file(folder + "/weights.safetensors"))
+wrapped = accelerator.prepare_model(model.eval())
+inputs = load_file(folder + "/inputs.safetensors")
+mine = {name: value.chunk(2)[accelerator.process_index] for name, value in inputs.items()}
+accelerator.backward(wrapped(**mine, subcrop_size=32).loss)
+if accelerator.is_main_process:
+    save_file({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder + "/gradients.safetensors")
+accelerator.wait_for_everyone()
+"""
+    from safetensors.torch import save_file
+
+    from modeling_poodle import PoodleConfig
+    from training.recipe import Recipe
+    from training.views import model_inputs
+
+    torch.manual_seed(0)
+    config = PoodleConfig(**MODEL)
+    model = PoodleForPreTraining(config).eval()
+    flow = torch.randn(4, 2, 2, 64, 96)
+    batch = {"frames": torch.randint(0, 256, (4, 2, 3, 64, 96), dtype=torch.uint8), "flow": flow}
+    batch["valid_mask"] = torch.rand(4, 2, 64, 96) < 0.7
+    recipe = Recipe(crop_size=[64, 96], num_subcrops=2, subcrop_size=32)
+    inputs = model_inputs(batch, recipe, torch.Generator().manual_seed(0))
+    inputs.pop("matched")
+    config.save_pretrained(tmp_path)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "inputs.safetensors")
+    model(**inputs, subcrop_size=32).loss.backward()
+    two_ranks(tmp_path, script, str(tmp_path))
+    gradients = load_file(tmp_path / "gradients.safetensors")
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == own.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6)
