@@ -186,6 +186,10 @@ class Street:
             "asphalt": rng.uniform(0.25, 0.42) + rng.uniform(-0.02, 0.02, 3),
             "pavement": rng.uniform(0.48, 0.65) + rng.uniform(-0.04, 0.04, 3),
             "grass": np.array([0.30, 0.40, 0.18]) * rng.uniform(0.7, 1.2, 3),
+            # Time of day, white balance and weather differ from drive to drive, as in BDD100K: colour alone names no class.
+            "exposure": 2.0 ** rng.uniform(-1.3, 0.2) * rng.uniform(0.88, 1.12, 3),
+            "visibility": rng.uniform(80, 400),
+            "fog": rng.uniform(0.3, 0.75),
         }
 
 
@@ -274,8 +278,9 @@ def _draw(street: Street, t: float) -> Scene:
     for item in items:
         scene.items[item.key] = item
         paint_item(street, item, t, rays, scene, look)
-    haze = np.clip(scene.depth / 400, 0, 0.35)[..., None] * np.isfinite(scene.depth)[..., None]
-    scene.colour = np.clip(scene.colour * (1 - haze) + look["horizon"] * haze, 0, 1).astype(np.float32)
+    haze = np.clip(scene.depth / look["visibility"], 0, look["fog"])[..., None] * np.isfinite(scene.depth)[..., None]
+    hazy = scene.colour * (1 - haze) + look["horizon"] * haze
+    scene.colour = np.clip(hazy * look["exposure"], 0, 1).astype(np.float32)
     return scene
 
 

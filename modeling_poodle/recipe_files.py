@@ -1,0 +1,102 @@
+"""Recipes: a dataclass read from YAML and overridden by flags. What training/ and evaluation/ both need; no model is in here."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def described(default, help: str):
+    """A dataclass field with a help text; lists and mappings are copied for each instance."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def nearest(name: str, names) -> str:
+    """` (did you mean 'x'?)`, or nothing where no name is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, Any]:
+    """
+    A recipe file as a mapping of fields of the dataclass `kind`; a bare name is looked up among the recipes in `folder`.
+
+    Raises:
+        ValueError: no such file, not YAML, or an unknown field (the nearest name is suggested).
+    """
+    path = Path(path)
+    if not path.exists() and (folder / f"{path.stem}.yaml").exists() and path.parent == Path("."):
+        path = folder / f"{path.stem}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"--config: no such recipe file {path}; recipes of the package: {known}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of recipe fields, got {type(values).__name__}")
+    _refuse_unknown(kind, values, str(path))
+    return {name: _as_declared(kind, name, value, str(path)) for name, value in values.items()}
+
+
+def _refuse_unknown(kind: type, names, where: str) -> None:
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: unknown recipe field {name!r}{nearest(name, known)}")
+
+
+def _as_declared(kind: type, name: str, value, where: str):
+    """YAML reads 1e-4 as a string and 'videos: a.mp4' as no list; both are what a person meant."""
+    declared = {f.name: f.type for f in dataclasses.fields(kind)}[name]
+    if declared is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{where}: {name} must be a number, got {value!r}") from None
+    if declared == list[str] and isinstance(value, str):
+        return [value]
+    if declared in (int, bool) and type(value) is not declared:
+        expected = "an integer" if declared is int else "true or false"
+        raise ValueError(f"{where}: {name} must be {expected}, got {value!r}")
+    return value
+
+
+def parse_flags(kind: type, arguments: list[str] | None, description: str, json_fields=()) -> dict[str, Any]:
+    """
+    The flags that were given, by field name, and `config`, the recipe file, where it was.
+
+    Raises:
+        ValueError: an unknown flag; the nearest field is suggested.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="Recipe file, or the name of a recipe of the package.")
+    # Defaults are taken away so that only flags that were given override the file.
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default = None
+        if action.dest in json_fields:
+            action.type = str  # read by the dataclass, whose error says what is wrong with it
+    flags, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        if argument.startswith("--"):
+            _refuse_unknown(kind, [argument[2:].split("=")[0].removeprefix("no_")], "command line")
+        raise ValueError(f"command line: unexpected argument {argument!r}")
+    return {name: value for name, value in vars(flags).items() if value is not None}
