@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -121,25 +122,69 @@ def write_video(path: str, sidecar: dict) -> None:
     os.replace(sidecar_path.with_suffix(".partial"), sidecar_path)
 
 
-def write_folder(output_dir: str | Path, num_images: int, height: int = 192, width: int = 384, seed: int = 0) -> Path:
-    """
-    Labelled data set of held-out drives: `images/NAME.png`, `labels/NAME.png` (indices into the classes), `classes.json`.
+DETECTED = ("person", "rider", "car", "truck", "bus", "bicycle", "traffic light", "traffic sign")
 
-    Each image comes from a drive of its own.
+
+def write_folder(
+    output_dir: str | Path,
+    num_images: int,
+    height: int = 192,
+    width: int = 384,
+    seed: int = 0,
+    num_processes: int | None = None,
+) -> Path:
+    """
+    Labelled data set of held-out drives, each image from a drive of its own: `images/NAME.png`, `labels/NAME.png` (indices into the
+    classes), `annotations.json` (boxes of what is at least 4 pixels wide and high, in COCO's format), `classes.json`. A complete one
+    is left as it is.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     output_dir = Path(output_dir)
+    made_of = {"format": FORMAT, "num_images": num_images, "height": height, "width": width, "seed": seed}
+    classes = {"classes": list(STREET_CLASSES), "ignore_index": 255, "street": made_of}
+    listed = output_dir / "classes.json"
+    if listed.is_file() and json.loads(listed.read_text()) == classes:
+        return output_dir
     for name in ("images", "labels"):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
-    for number in range(num_images):
-        street = Street(HELD_OUT_SEED + seed + number, height, width)
-        time = 1.0 + 0.37 * (number % 20)
-        Image.fromarray(street.frame(time)).save(output_dir / "images" / f"{number:05d}.png")
-        Image.fromarray(street.labels(time)).save(output_dir / "labels" / f"{number:05d}.png")
-    classes = {"classes": list(STREET_CLASSES), "ignore_index": 255}
-    (output_dir / "classes.json").write_text(json.dumps(classes, indent=1))
+    workers = min(num_processes or os.cpu_count() or 1, num_images)
+    jobs = [(str(output_dir), number, height, width, HELD_OUT_SEED + seed + number) for number in range(num_images)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        boxes = list(pool.map(_write_labelled, *zip(*jobs)))
+    annotations = [
+        {"id": index, "image_id": number, "iscrowd": 0, **box}
+        for index, (number, box) in enumerate(((n, box) for n, found in enumerate(boxes) for box in found), 1)
+    ]
+    coco = {
+        "images": [
+            {"id": number, "file_name": f"{number:05d}.png", "height": height, "width": width}
+            for number in range(num_images)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
+    }
+    (output_dir / "annotations.json").write_text(json.dumps(coco))
+    listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is whole
     return output_dir
+
+
+def _write_labelled(output_dir: str, number: int, height: int, width: int, seed: int) -> list[dict]:
+    """Write one labelled frame; its boxes, COCO's xywh."""
+    street, time = Street(seed, height, width), 1.0 + 0.37 * (number % 20)
+    labels, instances = street.labels(time), street.instances(time)
+    Image.fromarray(street.frame(time)).save(Path(output_dir, "images", f"{number:05d}.png"))
+    Image.fromarray(labels).save(Path(output_dir, "labels", f"{number:05d}.png"))
+    boxes = []
+    for instance in np.unique(instances[instances > 0]):
+        mask = instances == instance
+        name = STREET_CLASSES[np.bincount(labels[mask]).argmax()]
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        h, w = int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+        if name in DETECTED and h >= 4 and w >= 4:
+            box = [int(columns[0]), int(rows[0]), w, h]
+            boxes.append({"category_id": DETECTED.index(name) + 1, "bbox": box, "area": int(mask.sum())})
+    return boxes
 
 
 def main(arguments: list[str] | None = None) -> None:

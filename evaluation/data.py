@@ -1,0 +1,373 @@
+"""Labelled images: the folder layouts that data sets are shipped in, the rendered street, and data sets of the Hub."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from evaluation.metrics import BDD100K_GROUPS, class_groups
+
+DATASETS = ("street", "camvid", "cityscapes", "bdd100k", "ade20k", "wt_sem", "folder")
+IGNORE = 255
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+DRIVING_CLASSES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+# Cityscapes' labelIds -> train ids (cityscapesScripts, helpers/labels.py); all others are ignored.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+STREET = {"train": (96, 0), "val": (48, 10_000)}  # images, and seed among the held-out drives
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled image. `image` and `label` are paths, or functions that give arrays."""
+
+    name: str
+    image: Path | Callable[[], np.ndarray]
+    label: Path | Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """
+    A labelled data set.
+
+    Args:
+        name: for tables. classes: names by id. train, test: examples.
+        table: (256,) uint8, stored label -> class id or 255; `None` where stored labels are ids already.
+        groups: the paper's groups of classes, or `None`: made from the training labels when they are first read.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    table: np.ndarray | None = None
+    groups: dict[str, Sequence[str]] | None = None
+
+    def image(self, example: Example) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        if callable(example.image):
+            return example.image()
+        return read_image(example.image)
+
+    def label(self, example: Example) -> np.ndarray:
+        """
+        (H, W) uint8 class ids; 255 is not counted.
+
+        Raises:
+            ValueError: an id outside the classes; names the file and the id.
+        """
+        stored = example.label() if callable(example.label) else read_label(example.label)
+        label = stored if self.table is None else self.table[stored]
+        outside = np.setdiff1d(np.unique(label), [*range(len(self.classes)), IGNORE])
+        if len(outside):
+            where = example.name if callable(example.label) else example.label
+            raise ValueError(f"{where} has the label {outside[0]}, but there are classes 0 to {len(self.classes) - 1}")
+        return label
+
+    def check(self) -> None:
+        """Look at the first and last example of each split, before anything costly."""
+        for split in (self.train, self.test):
+            for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
+                image, label = self.image(example), self.label(example)
+                if image.shape[:2] != label.shape:
+                    raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
+
+    def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
+        """The same with fewer images, spread evenly over each split."""
+        return dataclasses.replace(
+            self, train=_spread(self.train, max_train_images), test=_spread(self.test, max_test_images)
+        )
+
+    def with_groups(self) -> "LabelledImages":
+        """The same with groups from the statistics of (up to 200 of) the training labels."""
+        if self.groups is not None:
+            return self
+        counts = np.zeros((3, len(self.classes)))
+        for example in _spread(self.train, 200):
+            label = self.label(example)
+            for index in np.setdiff1d(np.unique(label), [IGNORE]):
+                mask = (label == index).astype(np.uint8)
+                regions = cv2.connectedComponents(mask, connectivity=8)[0] - 1
+                counts[:, index] += mask.sum(), regions, mask.mean()
+        return dataclasses.replace(self, groups=class_groups(*counts, self.classes))
+
+
+def _spread(examples: Sequence[Example], count: int | None) -> tuple[Example, ...]:
+    if count is None or count >= len(examples):
+        return tuple(examples)
+    return tuple(examples[i] for i in np.linspace(0, len(examples) - 1, count).round().astype(int))
+
+
+def read_image(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def read_label(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            label = np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"label {path} cannot be read: {error}") from error
+    return _as_ids(label, path)
+
+
+def _as_ids(label: np.ndarray, where) -> np.ndarray:
+    if label.ndim != 2:
+        raise ValueError(f"label {where} must hold one class id a pixel, got an array of shape {label.shape}")
+    if label.dtype == bool or label.max(initial=0) > 255 or label.min(initial=0) < 0:
+        raise ValueError(f"label {where} must hold ids from 0 to 255, got {label.dtype} up to {label.max()}")
+    return label.astype(np.uint8)
+
+
+# --- layouts ---
+
+
+def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
+    """
+    A data set by name: one of `DATASETS`, or the id of a labelled data set on the Hub (`org/name`).
+
+    Raises:
+        ValueError: an unknown name, or files that are missing; says which and what the layout should be.
+    """
+    if name == "street":
+        return _street(data_dir)
+    if name in DATASETS:
+        if data_dir is None:
+            raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it. {_LAYOUTS[name]}")
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"--data_dir {folder}: no such folder. {_LAYOUTS[name]}")
+        return {"camvid": _camvid, "cityscapes": _cityscapes, "bdd100k": _bdd100k, "ade20k": _ade20k}.get(
+            name, _folder if name == "folder" else _wt_sem
+        )(folder)
+    if "/" in name:
+        return _hub(name)
+    raise ValueError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}, or a Hub id (org/name)")
+
+
+_LAYOUTS = {
+    "camvid": "Expected: train/ and val/, each with images/ and labels/ of the same stems (ids 0 to 10, 11 is void).",
+    "cityscapes": "Expected: leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png "
+    "(or *_gtFine_labelTrainIds.png), from cityscapes-dataset.com.",
+    "bdd100k": "Expected: images/10k/{train,val}/*.jpg and labels/sem_seg/masks/{train,val}/*.png, from bdd-data.berkeley.edu.",
+    "ade20k": "Expected: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo150.txt, "
+    "the archive ADEChallengeData2016.",
+    "wt_sem": "Expected: images/{train,val}/ and annotations/{train,val}/ of the same stems (subfolders allowed), and classes.json "
+    "or objectInfo150.txt; labels as in ADE20K (0 is not counted).",
+    "folder": "Expected: images/ and labels/ of the same stems and classes.json, a list of names or "
+    '{"classes": [...], "ignore_index": 255}; with train/ and val/ (each with images/ and labels/), or without, where every '
+    "third image by name is held out.",
+}
+
+
+def _pairs(
+    name: str, images: Path, labels: Path, image_end: str | None = None, label_ends=(".png",)
+) -> tuple[Example, ...]:
+    """Examples of an image folder and the label folder of the same tree; each image must have its label."""
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise ValueError(f"{name}: there is no folder {folder}. {_LAYOUTS[name]}")
+    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+    files = [p for p in files if image_end is None or p.name.endswith(image_end)]
+    examples, missing = [], []
+    for path in files:
+        relative = path.relative_to(images)
+        stem = str(relative)[: -len(image_end or path.suffix)]
+        label = next((p for p in (labels / (stem + end) for end in label_ends) if p.is_file()), None)
+        if label is None:
+            missing.append(str(path))
+        else:
+            examples.append(Example(str(relative.with_suffix("")), path, label))
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(files)} images in {images} have no label in {labels}, the first is {missing[0]}. "
+            f"{_LAYOUTS[name]}"
+        )
+    if not examples:
+        raise ValueError(f"{name}: no images in {images}. {_LAYOUTS[name]}")
+    return tuple(examples)
+
+
+def _camvid(folder: Path) -> LabelledImages:
+    table = np.full(256, IGNORE, np.uint8)
+    table[:11] = range(11)
+    train, test = (_pairs("camvid", folder / s / "images", folder / s / "labels") for s in ("train", "val"))
+    return LabelledImages("camvid", CAMVID_CLASSES, train, test, table)
+
+
+def _cityscapes(folder: Path) -> LabelledImages:
+    splits = [
+        _pairs(
+            "cityscapes",
+            folder / "leftImg8bit" / split,
+            folder / "gtFine" / split,
+            "_leftImg8bit.png",
+            ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"),
+        )
+        for split in ("train", "val")
+    ]
+    kinds = {"TrainIds" in e.label.name for split in splits for e in split}
+    if len(kinds) > 1:
+        raise ValueError("cityscapes: some images have labelTrainIds, some only labelIds; make one kind for all")
+    table = None
+    if kinds == {False}:
+        table = np.full(256, IGNORE, np.uint8)
+        table[list(CITYSCAPES_IDS)] = range(19)
+    return LabelledImages("cityscapes", DRIVING_CLASSES, *splits, table, BDD100K_GROUPS)
+
+
+def _bdd100k(folder: Path) -> LabelledImages:
+    train, test = (
+        _pairs("bdd100k", folder / "images" / "10k" / s, folder / "labels" / "sem_seg" / "masks" / s)
+        for s in ("train", "val")
+    )
+    return LabelledImages("bdd100k", DRIVING_CLASSES, train, test, None, BDD100K_GROUPS)
+
+
+def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
+    """The 150 names from objectInfo150.txt, a table with the names in its last column."""
+    file = folder / "objectInfo150.txt"
+    if not file.is_file():
+        raise ValueError(f"{name}: {file} is missing; it holds the names of the classes. {_LAYOUTS[name]}")
+    lines = [line for line in file.read_text().splitlines() if line.strip() and line.lstrip()[0].isdigit()]
+    return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
+
+
+def _reduced() -> np.ndarray:
+    """ADE20K's convention (`reduce_labels`): 0 is not counted, k is class k - 1."""
+    return (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; what lies above the classes stays there, and is reported
+
+
+def _ade20k(folder: Path) -> LabelledImages:
+    classes = _ade_classes(folder, "ade20k")
+    train, test = (
+        _pairs("ade20k", folder / "images" / s, folder / "annotations" / s) for s in ("training", "validation")
+    )
+    return LabelledImages("ade20k", classes, train, test, _reduced())
+
+
+def _wt_sem(folder: Path) -> LabelledImages:
+    listed = folder / "classes.json"
+    classes = _read_classes(listed)[0] if listed.is_file() else _ade_classes(folder, "wt_sem")
+    train, test = (_pairs("wt_sem", folder / "images" / s, folder / "annotations" / s) for s in ("train", "val"))
+    return LabelledImages("wt_sem", classes, train, test, _reduced())
+
+
+def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. {_LAYOUTS['folder']}") from None
+    values = {"classes": values} if isinstance(values, list) else values
+    classes, ignore = values.get("classes") if isinstance(values, dict) else None, IGNORE
+    if isinstance(values, dict):
+        ignore = values.get("ignore_index", IGNORE)
+    if not isinstance(classes, list) or not classes or not all(isinstance(c, str) and c for c in classes):
+        raise ValueError(f"{file} must list the names of the classes. {_LAYOUTS['folder']}")
+    if len(set(classes)) < len(classes) or len(classes) > 254:
+        raise ValueError(f"{file} must list at most 254 classes with different names, got {len(classes)}")
+    if not isinstance(ignore, int) or not 0 <= ignore <= 255:
+        raise ValueError(f"{file}: ignore_index must be an id from 0 to 255, got {ignore!r}")
+    return tuple(classes), ignore
+
+
+def _folder(folder: Path, name: str = "folder") -> LabelledImages:
+    classes, ignore = _read_classes(folder / "classes.json")
+    table = None
+    if ignore != IGNORE:
+        table = np.arange(256).astype(np.uint8)
+        table[ignore] = IGNORE
+    if (folder / "train").is_dir():
+        train, test = (_pairs("folder", folder / s / "images", folder / s / "labels") for s in ("train", "val"))
+    else:
+        every = _pairs("folder", folder / "images", folder / "labels")
+        if len(every) < 3:
+            raise ValueError(f"{folder} has {len(every)} images; at least 3 are needed to hold every third one out")
+        train, test = tuple(e for i, e in enumerate(every) if i % 3 != 2), every[2::3]
+    return LabelledImages(name, classes, train, test, table)
+
+
+def street_folder(data_dir: str | None = None) -> Path:
+    """The street's labelled frames; rendered by the street's own command where they are missing."""
+    cache = Path(os.environ.get("POODLE_CACHE") or Path.home() / ".cache" / "poodle")
+    folder = Path(data_dir) if data_dir is not None else cache / "street-labelled"
+    for split, (count, seed) in STREET.items():
+        command = [sys.executable, "-m", "training.street", "--output_dir", str(folder / split)]
+        # A process of its own: evaluation does not import training. It leaves alone what is there already.
+        done = subprocess.run(
+            [*command, "--labelled", str(count), "--seed", str(seed)],
+            cwd=Path(__file__).resolve().parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise ValueError(f"the street's labelled frames could not be rendered: {done.stderr.strip()}")
+    (folder / "classes.json").write_text((folder / "train" / "classes.json").read_text())
+    return folder
+
+
+def _street(data_dir: str | None) -> LabelledImages:
+    return _folder(street_folder(data_dir), "street")
+
+
+def _hub(name: str) -> LabelledImages:
+    """A data set of the Hub with an image column, a label column of masks, and class names in its features or `id2label.json`."""
+    import datasets
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        splits = datasets.load_dataset(name)
+    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError, FileNotFoundError) as error:
+        raise ValueError(f"--dataset {name}: no such data set on the Hub, or it is private ({error})") from None
+    test_name = next((s for s in ("validation", "val", "test") if s in splits), None)
+    if "train" not in splits or test_name is None:
+        raise ValueError(f"--dataset {name} needs a train and a validation or test split, it has {', '.join(splits)}")
+    features = splits["train"].features
+    pictures = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = next((key for key in pictures if key in ("image", "pixel_values", "img")), None)
+    label = next((key for key in pictures if key != image and any(w in key for w in ("label", "annot", "mask"))), None)
+    if image is None or label is None:
+        raise ValueError(
+            f"--dataset {name} needs an image column and a label column of masks, it has {dict(features)}"
+        )
+    try:
+        with open(hf_hub_download(name, "id2label.json", repo_type="dataset")) as file:
+            names = {int(key): value for key, value in json.load(file).items()}
+        classes = tuple(names.get(index, str(index)) for index in range(max(names) + 1))
+    except (EntryNotFoundError, HfHubHTTPError):
+        raise ValueError(f"--dataset {name} has no id2label.json with the names of its classes") from None
+
+    def examples(split: str) -> tuple[Example, ...]:
+        rows = splits[split]
+
+        def read(index: int, column: str) -> np.ndarray:
+            picture = rows[index][column]
+            if column == image:
+                return np.asarray(picture.convert("RGB"))
+            return _as_ids(np.asarray(picture), f"{name}[{split}][{index}]")
+
+        return tuple(
+            Example(f"{split}-{index}", lambda index=index: read(index, image), lambda index=index: read(index, label))
+            for index in range(len(rows))
+        )
+
+    return LabelledImages(name, classes, examples("train"), examples(test_name))
