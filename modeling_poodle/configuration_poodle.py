@@ -31,7 +31,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, defaults to ResNet-50):
-            The encoder: the config of any backbone that `AutoBackbone` builds.
+            The encoder: the config of any backbone that `AutoBackbone` builds, or of a plain ViT.
         output_stride (`int`, *optional*):
             Stride of the encoder's last stage. `None` keeps the encoder's own; 8 or 16 dilates a ResNet (FlowE uses 8).
         num_decoder_blocks (`int`, defaults to 2):
@@ -48,6 +48,9 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
             Spacing in pixels of the points at which the dense loss is taken. `None`: the stride of the features.
         semantic_loss_ignore_index (`int`, defaults to 255):
             The label that `PoodleForSemanticSegmentation` leaves out of its loss.
+        readout_stage (`str`, *optional*):
+            The feature map that `PoodleForSemanticSegmentation` reads. `None`: the dense features (the SDM's, or the encoder's last
+            stage where there is no SDM).
         out_features, out_indices:
             Feature maps of [`PoodleBackbone`], out of the encoder's stages and `"decoder"`.
 
@@ -68,6 +71,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
     pooled_weight: float = 0.5
     dense_stride: int | None = None
     semantic_loss_ignore_index: int = 255
+    readout_stage: str | None = None
 
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -77,6 +81,9 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_values()
         super().__post_init__(**kwargs)
         self.stage_names = saved_stage_names or self._make_stage_names()
+        if self.readout_stage is not None and self.readout_stage not in self.stage_names:
+            expected = f"one of {', '.join(self.stage_names)}"
+            raise ValueError(f"PoodleConfig.readout_stage must be {expected}, got {self.readout_stage!r}")
         if out_features is None and out_indices is None:
             out_features = [self.stage_names[-1]]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
@@ -125,13 +132,20 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         config = self.backbone_config
         if config.model_type == "timm_backbone":  # timm names its stages only once the network is built
             return [f"stage{index}" for index in range(1, len(config.out_indices or [0]) + 1)]
+        if config.model_type in PLAIN_VITS:
+            return [f"stage{index}" for index in range(1, config.num_hidden_layers + 1)][-4:]
         if len(config.out_features) > 1:  # a plain ViT: the user says which layers make the pyramid
             return list(config.out_features)
         return [name for name in config.stage_names if name != "stem"][-4:]
 
     def _make_stage_names(self) -> list[str]:
         config = self.backbone_config
-        names = self._encoder_stages() if config.model_type == "timm_backbone" else list(config.stage_names)
+        if config.model_type == "timm_backbone":
+            names = self._encoder_stages()
+        elif config.model_type in PLAIN_VITS:
+            names = [f"stage{index}" for index in range(1, config.num_hidden_layers + 1)]
+        else:
+            names = list(config.stage_names)
         return names + (["decoder"] if self.num_decoder_blocks else [])
 
     @property
@@ -146,6 +160,8 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         return output
 
 
+# Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
+PLAIN_VITS = ("vit", "deit")
 _POSITIVE = ("decoder_reduction", "projection_hidden_size", "projection_size")
 
 
@@ -162,7 +178,7 @@ def _as_backbone_config(value) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **value)
     if not isinstance(value, PreTrainedConfig):
         raise ValueError(f"PoodleConfig.backbone_config must be a config or a dict, got {type(value).__name__}")
-    if not hasattr(value, "out_features"):
+    if value.model_type not in PLAIN_VITS and not hasattr(value, "out_features"):
         raise ValueError(
             f"PoodleConfig.backbone_config: {value.model_type!r} is no backbone; AutoBackbone cannot build it"
         )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 
-from .configuration_poodle import PoodleConfig
+from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
 
 class PoodleDecoderBlock(nn.Module):
@@ -65,9 +65,41 @@ class PoodlePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
+class PlainVitEncoder(nn.Module):
+    """A plain ViT, which transformers does not have as a backbone, read like one: its layers are the stages."""
+
+    def __init__(self, config, stages: list[str]):
+        super().__init__()
+        self.config, self.out_features = config, stages
+        self.channels = [config.hidden_size] * len(stages)
+        self.vit = AutoModel.from_config(config, add_pooling_layer=False)
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        patch = self.config.patch_size
+        size = [side // patch for side in pixel_values.shape[-2:]]
+        # Positions are interpolated where the image is not of the size that the model was trained on.
+        hidden = self.vit(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        maps = []
+        for name in self.out_features:
+            index = int(name.removeprefix("stage"))
+            tokens = hidden[index]
+            if index == self.config.num_hidden_layers:
+                tokens = self.vit.layernorm(tokens)
+            tokens = tokens[:, tokens.shape[1] - size[0] * size[1] :]  # class tokens come first
+            maps.append(tokens.transpose(1, 2).unflatten(2, size))
+        return BackboneOutput(feature_maps=tuple(maps))
+
+    def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the ViT itself, in its own architecture's format."""
+        state = self.state_dict() if state_dict is None else state_dict
+        self.vit.save_pretrained(folder, state_dict={key.removeprefix("vit."): value for key, value in state.items()})
+
+
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
     backbone_config = type(config.backbone_config).from_dict(config.backbone_config.to_dict())
+    if backbone_config.model_type in PLAIN_VITS:
+        return PlainVitEncoder(backbone_config, stages)
     if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
         backbone_config.out_features = stages
     encoder = AutoBackbone.from_config(backbone_config)
@@ -224,22 +256,32 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
 class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
     """
-    Linear readout: one 1x1 convolution on the dense features.
+    Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`.
 
-    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, H/8, W/8) and,
+    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, h, w) and,
     with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out).
     """
 
     def __init__(self, config: PoodleConfig):
         super().__init__(config)
-        self.poodle = PoodleModel(config)
-        self.classifier = nn.Conv2d(self.poodle.num_features, config.num_labels, kernel_size=1)
+        stage = config.readout_stage
+        stages = None if stage in (None, "decoder") else [stage]
+        self.poodle = PoodleModel(config, stages=stages)
+        channels = dict(zip(self.poodle.encoder_stages, self.poodle.encoder.channels))
+        width = self.poodle.num_features if stages is None else channels[stage]
+        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
         self.post_init()
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the readout reads, (B, C, h, w)."""
+        maps = self.poodle.encode(pixel_values)
+        stage = self.config.readout_stage
+        return self.poodle.decode(maps) if stage in (None, "decoder") else maps[stage]
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
     ) -> SemanticSegmenterOutput:
-        logits = self.classifier(self.poodle(pixel_values).last_hidden_state)
+        logits = self.classifier(self.features(pixel_values))
         loss = None
         if labels is not None:
             full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,5 +1,6 @@
 """Recipes: a dataclass read from YAML and overridden by flags. What training/ and evaluation/ both need; no model is in here."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -78,7 +79,9 @@ def _as_declared(kind: type, name: str, value, where: str):
     return value
 
 
-def parse_flags(kind: type, arguments: list[str] | None, description: str, json_fields=()) -> dict[str, Any]:
+def parse_flags(
+    kind: type, arguments: list[str] | None, description: str, json_fields=(), repeatable=()
+) -> dict[str, Any]:
     """
     The flags that were given, by field name, and `config`, the recipe file, where it was.
 
@@ -94,6 +97,8 @@ def parse_flags(kind: type, arguments: list[str] | None, description: str, json_
             action.default = None
         if action.dest in json_fields:
             action.type = str  # read by the dataclass, whose error says what is wrong with it
+        if action.dest in repeatable:
+            action.__class__ = argparse._ExtendAction  # --model A --model B as well as --model A B
     flags, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("--"):

@@ -9,9 +9,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
 
 from modeling_poodle import PoodleForPreTraining
+from modeling_poodle.loading_poodle import load_encoder
 from training.recipe import Recipe
 
 
@@ -41,15 +41,18 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:
-    config, encoder = recipe.poodle_config(), None
+    config, weights = recipe.poodle_config(), None
     if recipe.init_encoder is not None:
-        encoder = load_encoder(recipe.init_encoder)
-        if "backbone_config" not in recipe.model:
-            config = type(config)(**recipe.model, backbone_config=encoder.config)
-    model = PoodleForPreTraining(config)
-    if encoder is not None:
         try:
-            model.student.encoder.load_state_dict(encoder.state_dict())
+            encoder_config, weights = load_encoder(recipe.init_encoder)
+        except ValueError as error:
+            raise ValueError(f"init_encoder {error}") from error
+        if "backbone_config" not in recipe.model:
+            config = type(config)(**recipe.model, backbone_config=encoder_config)
+    model = PoodleForPreTraining(config)
+    if weights is not None:
+        try:
+            model.student.encoder.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(
                 f"init_encoder {recipe.init_encoder} does not fit model.backbone_config; leave the latter out. {error}"
@@ -61,16 +64,6 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
     return model.to(accelerator.device, memory_format=torch.channels_last)
-
-
-def load_encoder(name: str) -> nn.Module:
-    """A pretrained backbone from the Hub or from a folder (for which AutoBackbone.from_pretrained asks the Hub)."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        backbone_class = type(AutoBackbone.from_config(config))
-        return backbone_class.from_pretrained(name, config=config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"init_encoder {name!r} is no encoder that can be loaded: {error}") from error
 
 
 def build_optimizer(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

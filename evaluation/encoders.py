@@ -1,0 +1,155 @@
+"""Any encoder, read in one way: image in, dense features out."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor
+
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+from modeling_poodle.configuration_poodle import PLAIN_VITS
+from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Encoders whose table of positions has one size; larger images are read in windows of that size. (DINOv2 was trained at several
+# sizes and interpolates; DINOv3 and the convolutional ones have no table.)
+WINDOWED = (*PLAIN_VITS, "beit")
+
+
+class Encoder(nn.Module):
+    """
+    A frozen or trainable encoder with the map that a readout reads.
+
+    Args:
+        name: of the model, as the user gave it.
+        model: a PoodleForSemanticSegmentation whose `poodle` is the encoder; its classifier is the readout.
+        mean, std: of the model's own preprocessing.
+    """
+
+    def __init__(self, name: str, model: PoodleForSemanticSegmentation, mean=IMAGENET[0], std=IMAGENET[1]):
+        super().__init__()
+        self.name, self.model, self.mean, self.std = name, model, tuple(mean), tuple(std)
+        encoder_config = model.config.backbone_config
+        patch = getattr(encoder_config, "patch_size", None)
+        isotropic = encoder_config.model_type in WINDOWED or "dinov2" in encoder_config.model_type
+        self.patch = patch if isinstance(patch, int) and (isotropic or "vit" in encoder_config.model_type) else 1
+        self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED else None
+
+    @property
+    def features_name(self) -> str:
+        """Which map is read: decoder, stage4, …"""
+        config = self.model.config
+        return config.readout_stage or ("decoder" if config.num_decoder_blocks else config.decoder_inputs[-1])
+
+    @property
+    def channels(self) -> int:
+        return self.model.classifier.in_channels
+
+    @property
+    def inference(self) -> str:
+        """How images are read, for the report."""
+        if self.window is None:
+            return "whole image"
+        return f"sliding window of {self.window}, stride {self.window // 2}"
+
+    def normalise(self, image) -> Tensor:
+        """(H, W, 3) uint8 array -> (1, 3, H, W) on the encoder's device."""
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return ((pixels - mean) / std).to(self.model.device)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (B, 3, H, W), any size -> features (B, C, h, w) of the whole image."""
+        height, width = pixel_values.shape[-2:]
+        if self.patch > 1:
+            pixel_values = F.pad(pixel_values, (0, -width % self.patch, 0, -height % self.patch), mode="replicate")
+        if self.window is None:
+            return self.model.features(pixel_values)
+        return self._sliding(pixel_values)
+
+    def _sliding(self, pixel_values: Tensor) -> Tensor:
+        """Windows half overlapping, at multiples of the patch, their features averaged. Small images are padded to one window."""
+        window, patch = self.window, self.patch
+        height, width = pixel_values.shape[-2:]
+        pixel_values = F.pad(pixel_values, (0, max(window - width, 0), 0, max(window - height, 0)))
+        tops, lefts = (self._offsets(side) for side in pixel_values.shape[-2:])
+        total = count = None
+        for top in tops:
+            for left in lefts:
+                part = self.model.features(pixel_values[..., top : top + window, left : left + window])
+                if total is None:
+                    size = [side // patch for side in pixel_values.shape[-2:]]
+                    total = part.new_zeros(*part.shape[:2], *size)
+                    count = part.new_zeros(1, 1, *size)
+                rows = slice(top // patch, top // patch + part.shape[-2])
+                columns = slice(left // patch, left // patch + part.shape[-1])
+                total[..., rows, columns] += part
+                count[..., rows, columns] += 1
+        return (total / count)[..., : height // patch, : width // patch]
+
+    def _offsets(self, side: int) -> list[int]:
+        step = max(self.window // 2 // self.patch, 1) * self.patch
+        last = side - self.window
+        return [*range(0, last, step), last]
+
+
+def build(name: str, num_labels: int, classes=None, features: str | None = None, seed: int = 0) -> Encoder:
+    """
+    The encoder that `--model` names.
+
+    Args:
+        name: a run's folder, a model folder, a Hub id, `timm/NAME`, or `random:` before any of them for the untrained twin.
+        num_labels: outputs of the readout. classes: their names.
+        features: the map to read; `None`: the SDM's for PooDLe, the last stage's for others.
+        seed: of the readout's and an untrained twin's weights.
+
+    Raises:
+        ValueError: nothing there, no spatial features, or no such map.
+    """
+    untrained = name.startswith("random:")
+    source = name.removeprefix("random:")
+    if Path(source, "model", "config.json").is_file():  # the folder of a run
+        source = str(Path(source, "model"))
+    labels = {"num_labels": num_labels} if classes is None else {"id2label": dict(enumerate(classes))}
+    if classes is not None:
+        labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
+    model_type = _model_type(source)
+    if model_type == "poodle":
+        config, weights = PoodleConfig.from_pretrained(source), None
+        if not untrained:
+            weights = from_pretrained_whole(PoodleModel, source).state_dict()
+    else:
+        encoder_config, state = load_encoder(source)
+        weights = None if untrained else {f"encoder.{key}": value for key, value in state.items()}
+        config = PoodleConfig(backbone_config=encoder_config, num_decoder_blocks=0)
+    values = {**config.to_dict(), **labels, "readout_stage": features}
+    values.pop("architectures", None)
+    torch.manual_seed(seed)
+    try:
+        model = PoodleForSemanticSegmentation(PoodleConfig.from_dict(values))
+    except ValueError as error:
+        raise ValueError(f"--features {features}: {error}") from error
+    if weights is not None:
+        model.poodle.load_state_dict({k: v for k, v in weights.items() if k in model.poodle.state_dict()})
+    return Encoder(name, model.eval(), *_preprocessing(source))
+
+
+def _model_type(source: str) -> str | None:
+    if source.startswith("timm/") and not Path(source).exists():
+        return None
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise ValueError(f"--model {source}: the folder holds no model (no config.json)")
+    try:
+        return AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {source}: no such model, neither a folder nor on the Hub ({error})") from error
+
+
+def _preprocessing(source: str) -> tuple:
+    """Mean and deviation of the model's own image processor; ImageNet's where it has none."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+        return tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError, TypeError, ImportError):
+        return IMAGENET

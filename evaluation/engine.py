@@ -1,0 +1,162 @@
+"""One fit loop and one evaluate loop for all readouts, on any number of processes."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from evaluation.data import LabelledImages
+from evaluation.metrics import MeanIoU, confusion_matrix, scores
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of all parameters and buffers: equal only where they are byte for byte."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fit(
+    accelerator: Accelerator, readout: nn.Module, recipe, examples: list, folder: Path, resume: bool
+) -> list[dict]:
+    """
+    Fit a readout with AdamW, warm-up and cosine. `readout.batch(examples, generator)` gives the arguments of its `forward`, the loss.
+
+    Args:
+        examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit.
+
+    Returns:
+        The loss curve, [{"step", "loss", "lr"}].
+    """
+    batch = recipe.per_device_train_batch_size
+    total = len(readout.data.train)
+    steps = recipe.max_steps
+    if steps < 1:
+        steps = max(1, round(recipe.num_train_epochs * total / (batch * accelerator.num_processes)))
+    parameters = readout.trained()
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    begin, curve = (0, [])
+    if resume:
+        begin, curve = load_fit(folder, parameters, optimizer)
+    wrapped = accelerator.prepare_model(readout)
+    warmup = max(1, round(0.05 * steps))
+    readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
+    losses: list[torch.Tensor] = []
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="fitting", disable=not shown):
+        for group in optimizer.param_groups:
+            ramp = min(1.0, (step + 1) / warmup)
+            done = max(0, step - warmup) / max(1, steps - warmup)
+            group["lr"] = recipe.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * done))
+        generator = torch.Generator().manual_seed(
+            (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+        )
+        chosen = [examples[i] for i in draw(len(examples), batch, step, recipe.seed)]
+        loss = wrapped(**readout.batch(chosen, generator))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        last = step + 1 == steps
+        saving = (step + 1) % recipe.save_steps == 0 and not last
+        if (step + 1) % recipe.logging_steps == 0 or last or saving:
+            value = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            losses.clear()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is not finite at step {step + 1}; lower learning_rate")
+            curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
+        if saving and accelerator.is_main_process:
+            save_fit(folder, step + 1, curve, parameters, optimizer)
+    readout.eval()
+    return curve
+
+
+def draw(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """Indices of a step's examples: every epoch in an order of its own, batches running on over its end."""
+    indices = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, place = divmod(position, count)
+        indices.append(int(_order(count, seed, epoch)[place]))
+    return indices
+
+
+_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    key = (count, seed, epoch)
+    if key not in _ORDERS:
+        while len(_ORDERS) > 4:
+            _ORDERS.pop(next(iter(_ORDERS)))
+        _ORDERS[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _ORDERS[key]
+
+
+def save_fit(folder: Path, step: int, curve: list[dict], parameters, optimizer) -> None:
+    """Written aside, then renamed: a half one is never read."""
+    tensors = {}
+    for index, parameter in enumerate(parameters):
+        tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{index}"] = value.detach().cpu().contiguous()
+    partial = folder / "fit.partial"
+    save_file(tensors, partial, metadata={"step": str(step), "curve": json.dumps(curve)})
+    os.replace(partial, folder / "fit.safetensors")
+
+
+def load_fit(folder: Path, parameters, optimizer) -> tuple[int, list[dict]]:
+    path = folder / "fit.safetensors"
+    if not path.is_file():
+        return 0, []
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"parameter.{index}"])
+            state = {k: tensors[f"{k}.{index}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {
+                k: v.to(parameter.device) if k != "step" else v.clone() for k, v in state.items()
+            }
+    return int(metadata["step"]), json.loads(metadata["curve"])
+
+
+def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[MeanIoU, list[dict]]:
+    """
+    Predict every test image once, on exactly one process.
+
+    Args:
+        predict: (H, W, 3) uint8 -> (H, W) uint8 class ids.
+
+    Returns:
+        The metric over all images and processes, and per image its name, index and mean IoU (where it has labelled pixels).
+    """
+    metric, images = MeanIoU(data.classes, groups=data.groups), []
+    mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    for index in tqdm(mine, desc="evaluating", disable=not shown):
+        example = data.test[index]
+        prediction, truth = predict(data.image(example)), data.label(example)
+        if prediction.shape != truth.shape:
+            raise ValueError(f"{example.name}: image {prediction.shape} and label {truth.shape} differ in size")
+        confusion = confusion_matrix(prediction, truth, len(data.classes))
+        metric.confusion += confusion
+        images.append({"index": index, "name": example.name, "miou": scores(confusion)["miou"]})
+    total = torch.from_numpy(metric.confusion).to(accelerator.device)
+    metric.confusion = accelerator.reduce(total, reduction="sum").cpu().numpy()
+    if accelerator.num_processes > 1:
+        images = gather_object(images)
+    return metric, sorted(images, key=lambda entry: entry["index"])

@@ -1,0 +1,203 @@
+"""
+Measure encoders by semantic segmentation.
+
+    accelerate launch evaluation/segment.py --model ID_OR_DIR [--model ...] --dataset NAME [--data_dir DIR] --readout linear|knn|upernet
+
+Leaves evaluation.json, report.html and, where something is fitted, readout/ in --output_dir.
+"""
+
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+# `accelerate launch evaluation/segment.py` puts evaluation/ on the path; its siblings live one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from evaluation.data import LabelledImages, load_dataset
+from evaluation.encoders import Encoder, build
+from evaluation.engine import evaluate, fingerprint, fit
+from evaluation.readouts import READOUTS
+from evaluation.recipe import EvaluationRecipe, parse_recipe
+from evaluation.report import strip, table, write_html
+
+logger = logging.getLogger("poodle")
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    recipe = parse_recipe(arguments)
+    output_dir = prepare_output_dir(recipe)
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
+        data = load_dataset(recipe.dataset, recipe.data_dir)
+    data = data.limit(recipe.max_train_images, recipe.max_test_images)
+    data.check()
+    data = data.with_groups()
+    for name in recipe.model:  # a name that is wrong is found before the first model is measured
+        build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(recipe.to_yaml())
+    accelerator.wait_for_everyone()
+    results, curves, strips = [], {}, {}
+    for name in recipe.model:
+        folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
+        result, curves[name], strips[name] = measure(accelerator, recipe, data, name, folder)
+        results.append(result)
+    if accelerator.is_main_process:
+        text = write_html(results, curves, strips)
+        write_aside(output_dir / "report.html", text)
+        if len(results) > 1:
+            write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
+        print(f"\n{recipe.readout} readout on {recipe.dataset}, {len(data.test)} test images\n{table(results)}\n")
+        print(f"{output_dir}: evaluation.json, report.html" + ("" if recipe.readout == "knn" else ", readout/"))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def make_accelerator() -> Accelerator:
+    # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for name in ("httpx", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    return accelerator
+
+
+def prepare_output_dir(recipe: EvaluationRecipe) -> Path:
+    folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; it must be a folder")
+    saved = folder / "config.yaml"
+    if saved.exists() and recipe.resume_from_checkpoint is None and not (folder / "evaluation.json").exists():
+        raise ValueError(
+            f"output_dir {folder} holds an interrupted evaluation: go on with --resume_from_checkpoint latest, or choose another"
+        )
+    if recipe.resume_from_checkpoint and saved.exists():
+        now = recipe.to_yaml().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null")
+        if saved.read_text().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null") != now:
+            raise ValueError(
+                f"{saved} is of another evaluation; resume with its own values, or choose another output_dir"
+            )
+    elif saved.exists():  # a finished evaluation is replaced
+        for name in ("evaluation.json", "fit.safetensors"):
+            for path in folder.rglob(name):
+                path.unlink()
+    return folder
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def measure(
+    accelerator: Accelerator, recipe: EvaluationRecipe, data: LabelledImages, name: str, folder: Path
+) -> tuple[dict, list, list]:
+    """One model: fit, evaluate, write. Returns its result, its loss curve, and strips of its best, median and worst images."""
+    began = time.perf_counter()
+    set_seed(recipe.seed)
+    encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+    encoder.to(accelerator.device)
+    if name.startswith("random:"):
+        calibrate_batch_norm(encoder, data)
+    readout = READOUTS[recipe.readout](encoder, data, recipe).to(accelerator.device)
+    mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
+    if not mine:
+        raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
+    before = None if readout.trains_encoder else fingerprint(encoder.model.poodle)
+    readout.prepare(mine)
+    curve = []
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    if recipe.readout != "knn":
+        curve = fit(accelerator, readout, recipe, mine, folder, resume=recipe.resume_from_checkpoint is not None)
+    metric, images = evaluate(accelerator, readout.predict, data)
+    if before is not None and fingerprint(encoder.model.poodle) != before:
+        raise RuntimeError("a frozen encoder has changed: the figures are not those of the model that was given")
+    result = {
+        "model": name,
+        **metric.compute(),
+        "dataset": data.name,
+        "readout": recipe.readout,
+        "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
+        "inference": encoder.inference,
+        "num_train_images": len(data.train),
+        "num_test_images": len(data.test),
+        "group_members": {key: list(members) for key, members in data.groups.items()},
+        "seed": recipe.seed,
+        "steps": curve[-1]["step"] if curve else 0,
+        "seconds": round(time.perf_counter() - began, 1),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    strips = []
+    if accelerator.is_main_process:
+        if recipe.readout != "knn":
+            save_readout(readout, folder / "readout")
+        for title, entry in best_median_worst(images):
+            example = data.test[entry["index"]]
+            image = data.image(example)
+            shown = strip(image, data.label(example), readout.predict(image), len(data.classes))
+            strips.append((f"{title}: {entry['name']}, mIoU {100 * entry['miou']:.1f}", shown))
+        write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
+        (folder / "fit.safetensors").unlink(missing_ok=True)
+    return result, curve, strips
+
+
+@torch.no_grad()
+def calibrate_batch_norm(encoder: Encoder, data: LabelledImages) -> None:
+    """An untrained network gets the BatchNorm statistics of training images, or it would be handicapped for nothing."""
+    encoder.train()
+    for example in data.train[:32]:
+        encoder(encoder.normalise(data.image(example)))
+    encoder.eval()
+
+
+def best_median_worst(images: list[dict]) -> list[tuple[str, dict]]:
+    ranked = sorted((entry for entry in images if entry["miou"] is not None), key=lambda entry: -entry["miou"])
+    if not ranked:
+        return []
+    return [("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
+
+
+def save_readout(readout, folder: Path) -> None:
+    partial = folder.with_name(".readout.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    readout.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Written aside, then renamed: an interruption leaves no half file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("POODLE_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None

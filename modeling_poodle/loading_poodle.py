@@ -1,0 +1,55 @@
+"""Pretrained encoders by Hub id, folder or timm name, as the weights of a PooDLe encoder."""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, TimmBackboneConfig
+
+from .configuration_poodle import PLAIN_VITS
+
+
+def from_pretrained_whole(model_class, name: str, **kwargs):
+    """
+    `model_class.from_pretrained`, which leaves weights that a checkpoint lacks at random with a warning, as an error.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model; it is one of another architecture.
+    """
+    model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    missing = [key for key in report["missing_keys"] if "position_ids" not in key]
+    if missing or report["mismatched_keys"]:
+        first = missing[0] if missing else next(iter(report["mismatched_keys"]))
+        raise ValueError(
+            f"{name} holds a checkpoint of another architecture: {model_class.__name__} finds no fit for {first}"
+        )
+    return model
+
+
+def load_encoder(name: str) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """
+    Config and state dict of a pretrained encoder, named as `PoodleModel.encoder` names its parameters.
+
+    Args:
+        name: id on the Hub or local folder of any backbone that `AutoBackbone` builds or of a plain ViT; `timm/NAME` for timm's.
+
+    Raises:
+        ValueError: nothing there, or no encoder with spatial features.
+    """
+    try:
+        if name.startswith("timm/") and not Path(name).exists():
+            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), use_pretrained_backbone=True)
+            encoder = AutoBackbone.from_config(config)
+            config.use_pretrained_backbone = False  # the weights are here now; nothing downloads them again
+            return config, encoder.state_dict()
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type in PLAIN_VITS:
+            vit = from_pretrained_whole(type(AutoModel.from_config(config)), name, add_pooling_layer=False)
+            return config, {f"vit.{key}": value for key, value in vit.state_dict().items()}
+        # The class itself: AutoBackbone.from_pretrained takes a local folder for a name on the Hub.
+        backbone_class = type(AutoBackbone.from_config(config))
+        return config, from_pretrained_whole(backbone_class, name, config=config).state_dict()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
+
+
+__all__ = ["from_pretrained_whole", "load_encoder"]
