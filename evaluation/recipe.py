@@ -35,7 +35,7 @@ class EvaluationRecipe:
     max_steps: int = described(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     per_device_train_batch_size: int = described(8, "Images a process and step.")
     learning_rate: float = described(
-        1e-3, "Peak learning rate of AdamW; warm-up over 5 % of the steps, then a cosine to 0."
+        1e-2, "Peak learning rate of AdamW; warm-up over 5 % of the steps, then a cosine to 0."
     )
     weight_decay: float = described(1e-4, "AdamW weight decay.")
     crop_size: list[int] = described([256, 512], "UperNet: training crop, height and width.")
@@ -46,9 +46,7 @@ class EvaluationRecipe:
 
     # k-NN
     num_neighbours: int = described(20, "Cells that vote.")
-    max_reference_cells: int = described(
-        50_000, "Cells of the training images that are compared with, evenly spread."
-    )
+    max_reference_cells: int = described(50_000, "Cells of the training images that are compared with, evenly spread.")
 
     # Running
     logging_steps: int = described(20, "Steps between points of the loss curve.")

@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from evaluation.metrics import BDD100K_GROUPS, MeanIoU, class_groups, confusion_matrix, scores
+
+CLASSES = [f"class {k}" for k in range(7)]
+
+
+def maps(seed, shape=(31, 47), classes=7, ignored=0.2, dtype=np.uint8, absent=()):
+    rng = np.random.default_rng(seed)
+    truth, prediction = (rng.integers(0, classes, shape) for _ in range(2))
+    for index in absent:
+        truth[truth == index], prediction[prediction == index] = 0, 1
+    truth[rng.random(shape) < ignored] = 255
+    return prediction.astype(dtype), truth.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+@pytest.mark.parametrize("absent", [(), (3,), (3, 5)])
+def test_equals_scikit_learn_and_torchmetrics(dtype, absent):
+    pairs = [maps(seed, shape, dtype=dtype, absent=absent) for seed, shape in enumerate([(31, 47), (8, 9), (64, 33)])]
+    metric = MeanIoU(CLASSES)
+    metric.add_batch(predictions=[p for p, _ in pairs[:2]], references=[t for _, t in pairs[:2]])
+    metric.add(prediction=pairs[2][0], reference=pairs[2][1])
+    prediction, truth = (np.concatenate([pair[k].ravel() for pair in pairs]) for k in (0, 1))
+    kept = truth != 255
+    expected = sklearn_confusion(truth[kept], prediction[kept], labels=range(7))
+    np.testing.assert_array_equal(metric.confusion, expected)
+    result = metric.compute()
+    p, t = torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(truth.astype(np.int64))
+    iou = MulticlassJaccardIndex(7, average=None, ignore_index=255)(p, t).numpy()
+    present = [k for k in range(7) if k not in absent]
+    for k in range(7):
+        value = result["per_class"][CLASSES[k]]
+        assert (value is None) if k in absent else value == pytest.approx(iou[k], abs=1e-6)
+    assert result["miou"] == pytest.approx(iou[present].mean(), abs=1e-6)
+    accuracy = MulticlassAccuracy(7, average="micro", ignore_index=255)(p, t).item()
+    assert result["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    recall = MulticlassAccuracy(7, average=None, ignore_index=255)(p, t).numpy()
+    assert result["mean_accuracy"] == pytest.approx(recall[present].mean(), abs=1e-6)
+    assert metric.confusion.sum() == 0  # computed, then anew
+
+
+def test_known_answers():
+    truth = np.repeat(np.arange(4, dtype=np.uint8), 10).reshape(4, 10)
+    perfect = scores(confusion_matrix(truth, truth, 4))
+    assert perfect["miou"] == perfect["accuracy"] == perfect["mean_accuracy"] == 1.0
+    constant = scores(confusion_matrix(np.zeros_like(truth), truth, 4))
+    assert constant["miou"] == pytest.approx((1 / 4 + 0 + 0 + 0) / 4)  # IoU of the constant's class is its share
+    assert constant["accuracy"] == constant["mean_accuracy"] == 0.25
+    empty = scores(confusion_matrix(truth, np.full_like(truth, 255), 4))
+    assert empty["miou"] is None and empty["accuracy"] is None
+    json.dumps(empty)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), height=st.integers(1, 20), width=st.integers(1, 20), classes=st.integers(1, 254))
+def test_properties(seed, height, width, classes):
+    prediction, truth = maps(seed, (height, width), classes)
+    whole = confusion_matrix(prediction, truth, classes)
+    wide = confusion_matrix(prediction.astype(np.int32), truth.astype(np.int64), classes)
+    np.testing.assert_array_equal(whole, wide)  # both ways of counting
+    parts = sum(confusion_matrix(prediction[r : r + 1], truth[r : r + 1], classes) for r in range(height))
+    np.testing.assert_array_equal(whole, parts)
+    assert whole.sum() == (truth != 255).sum()
+    result = scores(whole)
+    assert result["miou"] is None or 0 <= result["miou"] <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_ids_outside_the_classes_are_named(dtype):
+    prediction, truth = maps(0, dtype=dtype)
+    truth[3, 4] = 9
+    with pytest.raises(ValueError, match=r"truth has the id 9, which is outside the 7 classes"):
+        confusion_matrix(prediction, truth, 7)
+    truth[3, 4], prediction[0, 0] = 1, 8
+    truth[0, 0] = 1
+    with pytest.raises(ValueError, match="prediction has the id 8"):
+        confusion_matrix(prediction, truth, 7)
+    with pytest.raises(ValueError, match="must have one shape"):
+        confusion_matrix(prediction[:5], truth, 7)
+    with pytest.raises(ValueError, match="members that are no classes: sky"):
+        MeanIoU(CLASSES, groups={"large": ["sky"]})
+
+
+def test_groups_of_bdd100k_fit_the_published_means():
+    """7 small and 12 large, 6 rare and 13 common: only then do the published group means give the published mean of 19 classes."""
+    sizes = {name: len(members) for name, members in BDD100K_GROUPS.items()}
+    assert sizes == {"small": 7, "large": 12, "rare": 6, "common": 13}
+    published = {
+        "FlowE": (12.2, 49.3, 10.7, 47.2, 35.7),
+        "PooDLe": (18.3, 51.4, 12.0, 51.8, 39.2),
+        "ImageNet": (27.2, 42.2, 16.1, 46.2, 36.7),
+    }
+    for small, large, rare, common, miou in published.values():
+        assert (7 * small + 12 * large) / 19 == pytest.approx(miou, abs=0.11)
+        assert (6 * rare + 13 * common) / 19 == pytest.approx(miou, abs=0.11)
+    assert set(BDD100K_GROUPS["small"]) | set(BDD100K_GROUPS["large"]) == set(BDD100K_GROUPS["rare"]) | set(
+        BDD100K_GROUPS["common"]
+    )
+
+
+def test_groups_from_statistics():
+    pixels = np.array([9000, 980, 20, 0])
+    groups = class_groups(
+        pixels, np.array([1, 100, 1, 0]), np.array([0.5, 0.1, 0.02, 0]), ["road", "pole", "bus", "train"]
+    )
+    assert groups == {"small": ["pole"], "large": ["road", "bus"], "rare": ["bus"], "common": ["road", "pole"]}
+    metric = MeanIoU(["road", "pole", "bus", "train"], groups=groups)
+    truth = np.uint8([[0, 0, 1, 2]])
+    result = metric.compute(predictions=[np.uint8([[0, 0, 1, 1]])], references=[truth])
+    assert result["groups"] == {"small": 0.5, "large": 0.5, "rare": 0.0, "common": 0.75}
