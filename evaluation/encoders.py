@@ -111,9 +111,8 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     source = name.removeprefix("random:")
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
-    labels = {"num_labels": num_labels} if classes is None else {"id2label": dict(enumerate(classes))}
-    if classes is not None:
-        labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
+    classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
     model_type = _model_type(source)
     if model_type == "poodle":
         config, weights = PoodleConfig.from_pretrained(source), None
