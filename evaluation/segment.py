@@ -7,11 +7,7 @@ Leaves evaluation.json, report.html and, where something is fitted, readout/ in 
 """
 
 import json
-import logging
 import os
-import platform
-import re
-import shlex
 import shutil
 import sys
 import time
@@ -21,18 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from evaluation.data import LabelledImages, load_dataset
 from evaluation.encoders import Encoder, build
 from evaluation.engine import evaluate, fingerprint, fit
+from evaluation.outputs import make_accelerator, prepare_output_dir, provenance, run_script, slug, write_aside
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
-
-logger = logging.getLogger("poodle")
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -65,44 +59,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
-
-
-def make_accelerator() -> Accelerator:
-    # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for name in ("httpx", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    return accelerator
-
-
-def prepare_output_dir(recipe: EvaluationRecipe) -> Path:
-    folder = Path(recipe.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; it must be a folder")
-    saved = folder / "config.yaml"
-    if saved.exists() and recipe.resume_from_checkpoint is None and not (folder / "evaluation.json").exists():
-        raise ValueError(
-            f"output_dir {folder} holds an interrupted evaluation: go on with --resume_from_checkpoint latest, or choose another"
-        )
-    if recipe.resume_from_checkpoint and saved.exists():
-        now = recipe.to_yaml().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null")
-        if saved.read_text().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null") != now:
-            raise ValueError(
-                f"{saved} is of another evaluation; resume with its own values, or choose another output_dir"
-            )
-    elif saved.exists():  # a finished evaluation is replaced
-        for name in ("evaluation.json", "fit.safetensors"):
-            for path in folder.rglob(name):
-                path.unlink()
-    return folder
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def measure(
@@ -142,12 +98,7 @@ def measure(
         "seed": recipe.seed,
         "steps": curve[-1]["step"] if curve else 0,
         "seconds": round(time.perf_counter() - began, 1),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(),
     }
     strips = []
     if accelerator.is_main_process:
@@ -187,17 +138,5 @@ def save_readout(readout, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Written aside, then renamed: an interruption leaves no half file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("POODLE_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -92,7 +92,9 @@ def test_labelled_folder(tmp_path):
 
     write_folder(tmp_path, 2, 64, 128)
     classes = json.loads((tmp_path / "classes.json").read_text())
+    made_of = classes.pop("street")  # by which a second call knows that the folder is whole
     assert classes == {"classes": list(STREET_CLASSES), "ignore_index": 255}
+    assert (made_of["num_images"], made_of["height"], made_of["width"], made_of["seed"]) == (2, 64, 128, 0)
     labels = np.array(Image.open(tmp_path / "labels" / "00001.png"))
     assert labels.shape == (64, 128) and labels.max() < len(STREET_CLASSES)
 
