@@ -12,12 +12,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from modeling_poodle.recipe_files import usable_cores
+
 
 def make_accelerator() -> Accelerator:
     # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("httpx", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ def described(default, help: str):
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's under a scheduler or a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_int(value) -> bool:

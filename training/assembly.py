@@ -1,7 +1,6 @@
 """What a run is put together from: accelerator, model and optimizer of a recipe."""
 
 import logging
-import os
 import warnings
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from modeling_poodle import PoodleForPreTraining
 from modeling_poodle.loading_poodle import load_encoder
+from modeling_poodle.recipe_files import usable_cores
 from training.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(accelerator.num_processes, 1)))
+        torch.set_num_threads(max(1, usable_cores() // max(accelerator.num_processes, 1)))
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
