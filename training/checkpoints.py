@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SegformerImageProcessor
 
-from modeling_poodle import PoodleForPreTraining, PoodleModel
+from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
+from training.cards import Facts, run_card
 from training.recipe import FREE_ON_RESUME, Recipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -103,6 +105,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
+        state["hardware"] = hardware(accelerator.num_processes)
         _write_text(partial / "state.json", json.dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -184,77 +187,75 @@ def _sync_folder(path: Path) -> None:
     os.close(descriptor)
 
 
-def export(model: PoodleForPreTraining, recipe: Recipe, step: int) -> None:
+def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes: int = 1) -> None:
     """
     Write `encoder/` (the teacher's encoder in its own architecture's format) and `model/` (PoodleModel with its decoder).
 
-    The teacher is what the method evaluates. Each folder is written aside, then renamed.
+    The teacher is what the method evaluates.
     """
-    output_dir = Path(recipe.output_dir)
-    teacher: PoodleModel = model.teacher
+    facts = Facts(step, "teacher", hardware(num_processes), num_processes, Path(recipe.output_dir))
+    config, fields = model.teacher.config.to_dict(), dataclasses.asdict(recipe)
+    write_folders(model.teacher, Path(recipe.output_dir), lambda part: run_card(part, config, fields, facts))
+
+
+def export_network(run: str | Path, output_dir: Path, network: str) -> None:
+    """
+    Write `encoder/` and `model/` of the student (or teacher) of a run's last checkpoint.
+
+    Raises:
+        ValueError: the run has no finished checkpoint, or an unreadable one.
+    """
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise ValueError(f"{run}: no finished checkpoint there, and the {network}'s weights are only in checkpoints")
+    folder = checkpoints[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        model = PoodleModel(PoodleConfig.from_pretrained(folder))
+        weights, prefix = load_file(folder / "model.safetensors"), f"{network}."
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read ({error})") from error
+    fields = {**dataclasses.asdict(Recipe()), **yaml.safe_load(Path(run, "config.yaml").read_text())}
+    facts = Facts(state["step"], network, state.get("hardware", "not recorded"), state["num_processes"], Path(run))
+    write_folders(model, output_dir, lambda part: run_card(part, model.config.to_dict(), fields, facts))
+
+
+def hardware(num_processes: int) -> str:
+    """What a run computes on, in words."""
+    if torch.cuda.is_available():
+        return f"{num_processes} x {torch.cuda.get_device_name()}"
+    return f"CPU, {os.cpu_count()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
+
+
+def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], str]) -> None:
+    """
+    Write `encoder/` and `model/`, each aside first, then renamed.
+
+    Args:
+        card: text of the model card of "encoder" and of "model".
+    """
     # do_resize=False: dense features are wanted at the image's own size.
     processor = SegformerImageProcessor(do_resize=False, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
-    encoder_config = teacher.encoder.config
+    encoder_config = model.encoder.config
     stages = [name for name in getattr(encoder_config, "stage_names", None) or [] if name != "stem"]
-    for name, module in (("model", teacher), ("encoder", teacher.encoder)):
+    for name, module in (("model", model), ("encoder", model.encoder)):
         partial = output_dir / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
-        kept = list(encoder_config.out_features)
-        if name == "encoder" and encoder_config.model_type == "resnet":
-            encoder_config.out_features = stages  # all four: what UperNet and the like ask for
-        module.save_pretrained(partial, state_dict=state)
-        if encoder_config.model_type == "resnet":
+        if encoder_config.model_type != "resnet":
+            module.save_pretrained(partial, state_dict=state)
+        else:
+            kept = list(encoder_config.out_features)
+            if name == "encoder":
+                encoder_config.out_features = stages  # all four: what UperNet and the like ask for
+            module.save_pretrained(partial, state_dict=state)
             encoder_config.out_features = kept
         processor.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(name, model, recipe, step))
+        (partial / "README.md").write_text(card(name))
         final, old = output_dir / name, output_dir / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
         os.replace(partial, final)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(name: str, model: PoodleForPreTraining, recipe: Recipe, step: int) -> str:
-    """Model card of `encoder/` or `model/`, from the run alone: nothing that was not done is in it."""
-    config = model.config
-    kind = config.backbone_config.model_type
-    load = {
-        "encoder": "from transformers import AutoModel, AutoImageProcessor\n\n"
-        'model = AutoModel.from_pretrained("PATH_OR_HUB_ID")',
-        "model": "from modeling_poodle import PoodleBackbone  # pip install modeling-poodle\n\n"
-        'model = PoodleBackbone.from_pretrained("PATH_OR_HUB_ID", out_features=["stage4", "decoder"])',
-    }[name]
-    what = {
-        "encoder": f"The {kind} encoder alone, in its own architecture's format.",
-        "model": f"The {kind} encoder with PooDLe's spatial decoder.",
-    }
-    dilated = ""
-    if name == "encoder" and config.output_stride is not None:
-        dilated = f"\nTrained dilated to stride {config.output_stride}; this folder's architecture runs the same weights undilated.\n"
-    return f"""---
-library_name: transformers
-license: apache-2.0
-tags: [poodle, self-supervised, video, feature-extraction]
-pipeline_tag: image-feature-extraction
----
-
-# PooDLe pretraining: {name}
-
-{what[name]} Weights of the momentum teacher after {step} steps of
-self-supervised pretraining on video with PooDLe (arXiv [2408.11208](https://arxiv.org/abs/2408.11208)).
-{dilated}
-```python
-{load}
-```
-
-Input: RGB, ImageNet mean and deviation (see `preprocessor_config.json`).
-
-## Run
-
-Videos: {len(recipe.videos)} source(s). Crop {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow `{recipe.flow}`, {recipe.num_subcrops} subcrops a frame,
-{recipe.per_device_train_batch_size} pairs a process and micro-step, learning rate {recipe.learning_rate:g}, seed {recipe.seed},
-dense weight {config.dense_weight:g}, pooled weight {config.pooled_weight:g}, {config.num_decoder_blocks} decoder blocks.
-Not evaluated yet.
-"""

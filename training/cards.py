@@ -1,0 +1,333 @@
+"""Model cards, made from what was done and measured alone. Light: neither torch nor transformers is imported."""
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+HUB_ID = "ORG/NAME"  # in a card until it is published
+NOT_MEASURED = "Nothing was measured yet."
+# Of a recipe, what is of this machine rather than of the training.
+_PRIVATE_FIELDS = (
+    "output_dir", "videos", "flow_weights", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers",
+)  # fmt: skip
+_CITATION = """```bibtex
+@misc{poodle2025,
+  title = {PooDLe: Pooled and dense self-supervised learning from naturalistic videos},
+  year = {2025},
+  eprint = {2408.11208},
+  archivePrefix = {arXiv}
+}
+```"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """
+    What a card says of a training.
+
+    Args:
+        step: optimizer steps done. network: "teacher" or "student". hardware: in words. num_processes: of the run.
+        output_dir: of the run; its `metrics.jsonl` tells the time, and CodeCarbon's `emissions.csv`, where there is one, the carbon.
+    """
+
+    step: int
+    network: str
+    hardware: str
+    num_processes: int
+    output_dir: Path
+
+
+def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
+    """
+    Card of `encoder/` or `model/` of a run.
+
+    Args:
+        part: "encoder" or "model". config: of the PoodleModel. recipe: its fields.
+    """
+    kind = config["backbone_config"]["model_type"]
+    sources = [public_source(source) for source in recipe["videos"]]
+    emissions = _emissions(facts.output_dir / "emissions.csv")
+    data = _data(
+        kind,
+        "image-feature-extraction",
+        datasets=sorted({name for source in sources if (name := dataset_of(source))}) or None,
+        base_model=_hub_id(recipe["init_encoder"]),
+        co2_eq_emissions=emissions and {**emissions, "hardware_used": facts.hardware, "training_type": "pre-training"},
+    )
+    rows = {
+        "Videos": _sources_in_words(sources),
+        "Steps": f"{facts.step} of {recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps'] * facts.num_processes} pairs",
+        "Hardware": facts.hardware,
+        "Time": _time(facts, recipe),
+        "Carbon": emissions and f"{emissions['emissions']:.3g} g CO2eq, by {emissions['source']}",
+        "Started from": "random weights" if recipe["init_encoder"] is None else data.base_model or "a local encoder",
+    }
+    shown = {name: value for name, value in recipe.items() if name not in _PRIVATE_FIELDS and value is not None}
+    what = (
+        f"{_part_in_words(part, kind, config)} Weights of the {_NETWORKS[facts.network]} after {facts.step} steps of self-supervised\n"
+        "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that is equivariant to "
+        "optical flow,\nand a pooled loss on subcrops that follow the flow."
+    )
+    training = (
+        _table(rows)
+        + "\n\n<details><summary>Recipe</summary>\n\n```yaml\n"
+        + yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)
+    )
+    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind), training + "```\n</details>")
+
+
+_NETWORKS = {"teacher": "momentum teacher", "student": "student"}
+
+
+def converted_card(part: str, config: dict, source: str, network: str) -> str:
+    """Card of a folder converted from a released checkpoint. The licence is not known here, and so not named."""
+    kind = config["backbone_config"]["model_type"]
+    data = _data(kind, "image-feature-extraction", license=None)
+    what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint `{source}`: weights of its {_NETWORKS[network]}."
+    return _card(
+        data, f"PooDLe {kind}: {part}, converted", what, _load(part, kind), "See the publication of the checkpoint."
+    )
+
+
+def readout_card(config: dict, results: list[dict]) -> str:
+    """Card of a readout or detector from its `evaluation.json`: which encoder, and how it was fitted."""
+    result = results[0] if results else {}
+    model, detector = result.get("model", ""), "detector" in result
+    kind = config.get("model_type", "detector")
+    task = "object-detection" if detector else "image-segmentation"
+    data = _data(kind, task, base_model=_hub_id(model))
+    readout, dataset = result.get("detector") or result.get("readout"), result.get("dataset")
+    what = f"A {readout} {'detector' if detector else 'readout'} on {data.base_model or 'an encoder'}, fitted on {dataset}."
+    if not results:
+        what = "A readout of an encoder."
+    load = _LOAD["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
+    known = ("num_train_images", "steps", "seed", "features", "inference")
+    rows = {name.replace("_", " "): result[name] for name in known if name in result}
+    return _card(data, f"PooDLe: {readout or 'readout'} on {dataset or 'images'}", what, load, _table(rows))
+
+
+def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) -> str:
+    """
+    The card of a folder as it is sent: with its name, its picture, and what was measured.
+
+    Raises:
+        ValueError: the metadata is not valid.
+    """
+    try:
+        card = ModelCard(text)
+        if results:
+            card.data.model_name = repo_id.split("/")[-1]
+            card.data.eval_results = [entry for result in results for entry in eval_results(result)]
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"README.md: its metadata (between the two lines ---) cannot be read: {error}") from None
+    card.text = card.text.replace(HUB_ID, repo_id)
+    if results:
+        lines = [result_line(result) for result in results]
+        head = "| data set | readout | features | figures |\n|---|---|---|---|\n"
+        card.text = card.text.replace(NOT_MEASURED, head + "\n".join(lines))
+    if panel and "(panel.png)" not in card.text:
+        picture = "![Frames with subcrops, flow, valid mask, views, features and subcrop pairs](panel.png)"
+        card.text = card.text.replace("\n## Training", f"\n{picture}\n\n## Training", 1)
+    return str(card)
+
+
+_METRICS = {
+    "miou": ("mean_iou", "mIoU"), "accuracy": ("accuracy", "pixel accuracy"), "mean_accuracy": ("mean_accuracy", "mean accuracy"),
+    "ap": ("mean_average_precision", "AP"), "ap50": ("ap50", "AP50"), "ap75": ("ap75", "AP75"),
+}  # fmt: skip
+
+
+def eval_results(result: dict) -> list[EvalResult]:
+    """One model's result of an evaluation.json as the Hub's `model-index` entries; values as they are there."""
+    task = "object-detection" if "detector" in result else "image-segmentation"
+    readout = result.get("detector") or result.get("readout")
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=f"{task.replace('-', ' ').capitalize()}, {readout}",
+            dataset_type=result["dataset"],
+            dataset_name=f"{result['dataset']} ({result['num_test_images']} images)",
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=result[key],
+        )
+        for key, (kind, name) in _METRICS.items()
+        if result.get(key) is not None
+    ]
+
+
+def result_line(result: dict) -> str:
+    figures = [
+        f"{name} {100 * result[key]:.1f} %" for key, (_, name) in _METRICS.items() if result.get(key) is not None
+    ]
+    readout = result.get("detector") or result.get("readout")
+    where = f"{result['dataset']}, {result['num_test_images']} test images"
+    return f"| {where} | {readout}, seed {result['seed']} | {result.get('features', '')} | {', '.join(figures)} |"
+
+
+# --- sources ---
+
+
+def public_source(source: str) -> str | None:
+    """A video source without what is of this machine or secret: `None` for local paths, URLs without user and query."""
+    if source == "street":
+        return source
+    if "://" in source:
+        split = urlsplit(source)
+        return urlunsplit(
+            (
+                split.scheme,
+                split.netloc.rsplit("@", 1)[-1] if split.scheme != "hf" else split.netloc,
+                split.path,
+                "",
+                "",
+            )
+        )
+    return f"hf://datasets/{source}" if is_dataset_id(source) else None
+
+
+def is_dataset_id(source: str) -> bool:
+    """`org/name`, where no such path exists here."""
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", source) is not None
+        and not Path(source).exists()
+    )
+
+
+def dataset_of(source: str | None) -> str | None:
+    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", source or "")
+    return match and match.group(1)
+
+
+def _hub_id(name: str | None) -> str | None:
+    return name if name and is_dataset_id(name) else None
+
+
+def _sources_in_words(sources: list[str | None]) -> str:
+    words = ["the procedural street" if source == "street" else f"`{source}`" for source in sources if source]
+    local = sources.count(None)
+    return ", ".join([*words, *([f"{local} local source{'s' if local > 1 else ''}"] if local else [])])
+
+
+# --- parts of a card ---
+
+_LOAD = {
+    "encoder": """from transformers import AutoBackbone, AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained("ORG/NAME")
+backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage2", "stage4"])""",
+    "plain vit": """from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("ORG/NAME")
+model = AutoModel.from_pretrained("ORG/NAME")""",
+    "model": """from transformers import AutoBackbone, AutoImageProcessor
+
+# The code is in this repository; without trust_remote_code where the package modeling-poodle is installed and imported.
+processor = AutoImageProcessor.from_pretrained("ORG/NAME")
+backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage4", "decoder"], trust_remote_code=True)""",
+    "poodle readout": """from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", model="ORG/NAME", trust_remote_code=True)""",
+    "readout": """from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
+    "detector": """from huggingface_hub import snapshot_download
+
+from evaluation.detect import load_detector  # of the package modeling-poodle
+
+detector = load_detector(snapshot_download("ORG/NAME"))""",
+}
+
+
+def _load(part: str, kind: str) -> str:
+    if part == "encoder" and kind in ("vit", "deit"):
+        return _LOAD["plain vit"]
+    return _LOAD[part]
+
+
+def _part_in_words(part: str, kind: str, config: dict) -> str:
+    stride = config.get("output_stride")
+    if part == "encoder":
+        dilated = (
+            f" It was trained dilated to stride {stride}; this architecture runs the same weights undilated."
+            if stride
+            else ""
+        )
+        return f"The {kind} encoder alone, in its own architecture's format: no code beyond transformers is needed.{dilated}"
+    if config["num_decoder_blocks"]:
+        return f"The {kind} encoder with PooDLe's spatial decoder of {config['num_decoder_blocks']} blocks."
+    return f"The {kind} encoder" + (f", dilated to stride {stride}." if stride else ", without a decoder.")
+
+
+def _data(kind: str, task: str, license: str | None = "apache-2.0", **more) -> ModelCardData:
+    tags = ["poodle", kind, "self-supervised", "video", "vision"]
+    return ModelCardData(library_name="transformers", license=license, pipeline_tag=task, tags=tags, **more)
+
+
+def _card(data: ModelCardData, title: str, what: str, load: str, training: str) -> str:
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+{what}
+
+```python
+{load}
+```
+
+Input: RGB, mean and deviation as in `preprocessor_config.json`.
+
+## Training
+
+{training}
+
+## Results
+
+{NOT_MEASURED}
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def _table(rows: dict) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
+    )
+
+
+def _time(facts: Facts, recipe: dict) -> str | None:
+    """Time in the steps, from the speeds that the run logged; it knows nothing of time between two parts of a run."""
+    path = facts.output_dir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
+    seconds, before = 0.0, 0
+    for line in lines:
+        if line["step"] <= facts.step:
+            seconds += (line["step"] - before) * pairs / line["pairs_per_second"]
+            before = line["step"]
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes" if seconds else None
+
+
+def _emissions(path: Path) -> dict | None:
+    """Grams of CO2eq from the file that CodeCarbon leaves in a run's folder; its unit is the kilogram, a line a measured part."""
+    if not path.exists():
+        return None
+    with open(path, newline="") as file:
+        return {
+            "emissions": sum(float(row["emissions"]) for row in csv.DictReader(file)) * 1000,
+            "source": "CodeCarbon",
+        }

@@ -1,0 +1,90 @@
+"""One commit a push, and every failure of the Hub as a sentence. Light: neither torch nor transformers is imported."""
+
+import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+
+# HTTPError is that of the client's own HTTP library (httpx, httpx2), failed connections included.
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+# What a push may hold, and what of an earlier push it takes away where it is no longer there. Nothing else in the repository is touched.
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*_poodle.py", "README.md", "panel.png")
+# What the client raises for a Hub that refuses, fails or cannot be reached (it wraps errors of LFS uploads in a RuntimeError).
+FAILURES = (OSError, HTTPError, RuntimeError, ValueError)
+
+
+def belongs(name: str) -> bool:
+    """True where a file of a folder of weights is one that is sent."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+def check_repo_id(repo_id: str, flag: str) -> None:
+    """
+    Raises:
+        ValueError: it is no name of a repository.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{flag} must be a name on the Hub such as org/poodle-r50, got {repo_id!r}: {error}"
+        ) from None
+
+
+def push(folder: Path, repo_id: str, message: str, private: bool | None = None) -> CommitInfo:
+    """
+    Send the files of `folder` as one commit; no commit where nothing has changed. The repository is made where there is none.
+
+    One commit rather than `upload_folder`, which sends several: an upload that is interrupted leaves the earlier revision as it was.
+    The token is the environment's or the cached login's.
+
+    Raises:
+        ConnectionError: the Hub refused, failed or was not reached; the message says what to do.
+    """
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        added = sorted(path.name for path in folder.iterdir() if path.is_file())
+        before = [name for name in api.list_repo_files(repo_id) if belongs(name)]
+        operations = [CommitOperationDelete(name) for name in before if name not in added]
+        operations += [CommitOperationAdd(name, folder / name) for name in added]
+        return api.create_commit(repo_id, operations, commit_message=message)
+    except FAILURES as error:
+        raise ConnectionError(explain(error, repo_id)) from error
+
+
+_BY_STATUS = {
+    400: "the Hub does not accept this push ({server})",
+    401: "the Hub does not accept the token, or there is none: log in with `hf auth login`, or set HF_TOKEN",
+    402: "the Hub asks for a paid plan to do this ({server})",
+    403: "the token may not write there: it needs write permission for {namespace} ({server})",
+    404: "no such repository, or it is private and the token may not see it",
+    409: "another commit was made at the same time: publish again",
+    412: "another commit was made at the same time: publish again",
+    413: "a file is too large for the Hub ({server})",
+    429: "the Hub takes no more requests for now (rate limit): publish again in a few minutes",
+}
+
+
+def explain(error: Exception, repo_id: str) -> str:
+    """What went wrong between us and the Hub, in one sentence that says what to do. Holds no token."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    where = f"{repo_id} on {constants.ENDPOINT}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{where}: not reached, since HF_HUB_OFFLINE is set: unset it to publish"
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        status = response.status_code
+        server = error.server_message or response.headers.get("X-Error-Message") or f"status {status}"
+        default = "the Hub fails at the moment ({server}): publish again later" if status >= 500 else "{server}"
+        sentence = _BY_STATUS.get(status, default)
+        return f"{where}: {status}, " + sentence.format(
+            server=" ".join(server.split()), namespace=repo_id.split("/")[0]
+        )
+    if isinstance(error, (HTTPError, OSError)):
+        reason = str(error) or type(error).__name__
+        return f"{where}: the connection failed or broke off ({reason}): publish again when the network is there"
+    return f"{where}: {error}"

@@ -1,0 +1,272 @@
+"""
+Send a run, or one folder of weights, to the Hub.
+
+    python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--dry_run]
+
+DIR is a run (its encoder/ goes to org/name, and what has the decoder to org/name-sdm), or one of the folders encoder/, model/, readout/
+or detector/. Sent are safetensors, configs, the card with its picture, and for PooDLe's own architecture its code; nothing else.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from training import cards
+from training.hub import belongs, check_repo_id, push
+
+logger = logging.getLogger("poodle")
+_CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
+_CODE_FILES = ("configuration_poodle.py", "modeling_poodle.py")
+# By architecture, what the Auto classes find in a repository. One checkpoint serves PoodleModel and PoodleBackbone.
+_AUTO_MAPS = {
+    "PoodleModel": {"AutoModel": "modeling_poodle.PoodleModel", "AutoBackbone": "modeling_poodle.PoodleBackbone"},
+    "PoodleForSemanticSegmentation": {
+        "AutoModelForSemanticSegmentation": "modeling_poodle.PoodleForSemanticSegmentation"
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("training.publish", description="Send a run or a folder of weights to the Hub.")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="A run, or one of its encoder/, model/, or readout/, detector/."
+    )
+    parser.add_argument("--repo_id", required=True, help="Name on the Hub: org/name.")
+    parser.add_argument(
+        "--which",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="Network of the run; the teacher is evaluated.",
+    )
+    parser.add_argument(
+        "--evaluation", nargs="+", type=Path, default=[], help="evaluation.json files of these weights, for the card."
+    )
+    parser.add_argument("--private", action="store_true", help="Make the repository private where it is new.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Write the folder, show what would be sent, send nothing."
+    )
+    options = parser.parse_args(arguments)
+    check_repo_id(options.repo_id, "--repo_id")
+    with tempfile.TemporaryDirectory(prefix="poodle-publish-") as scratch:
+        folder = options.folder
+        if options.which == "student":
+            folder = student_of(folder, Path(scratch, "student"))
+        parts = parts_of(folder, options.repo_id)
+        results = read_evaluations(options.evaluation, [source for source, _ in parts])
+        for source, repo_id in parts:
+            target = folder_for_dry_run(options.folder, source) if options.dry_run else Path(scratch, source.name)
+            stage(source, target, repo_id, results[source])
+            files = sorted(target.iterdir())
+            for file in files:
+                print(f"  {file.stat().st_size:>12,} bytes  {file.name}")
+            if options.dry_run:
+                print(f"{target}: would be sent to {repo_id}")
+                continue
+            done = push(target, repo_id, "Publish", private=options.private or None)
+            print(f"{repo_id}: {done.commit_url}")
+
+
+def folder_for_dry_run(given: Path, source: Path) -> Path:
+    return (given if (given / "encoder").is_dir() else given.parent) / "hub" / source.name
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "encoder" / "config.json").is_file() and (folder / "config.yaml").is_file()
+
+
+def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
+    """
+    What is sent where: (folder, name on the Hub).
+
+    Raises:
+        ValueError: neither a run nor a folder of weights.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
+    if (folder / "encoder" / "config.json").is_file():
+        config = json.loads((folder / "model" / "config.json").read_text())
+        plain = config["num_decoder_blocks"] == 0 and config.get("output_stride") is None
+        return [(folder / "encoder", repo_id)] + ([] if plain else [(folder / "model", f"{repo_id}-sdm")])
+    if not list(folder.glob("*.safetensors")) or not list(folder.glob("*config.json")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}")
+    return [(folder, repo_id)]
+
+
+def student_of(folder: Path, target: Path) -> Path:
+    """The student's folders in place of the teacher's, from the last checkpoint of the run that `folder` is or lies in."""
+    run = folder if is_run(folder) else folder.parent
+    if not is_run(run) or (run != folder and folder.name not in ("encoder", "model")):
+        raise ValueError(f"--which student needs a run (or its encoder/ or model/), and {folder} is none")
+    # Only here: publishing what is there already needs neither torch nor transformers.
+    from training.checkpoints import export_network
+
+    export_network(run, target, "student")
+    if (run / "panels").is_dir():
+        shutil.copytree(run / "panels", target / "panels")
+    return target if run == folder else target / folder.name
+
+
+def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[dict]]:
+    """
+    Results by the folder that they were measured on: those of `files`, and those of readouts beside themselves.
+
+    Raises:
+        ValueError: not an evaluation.json, one of other weights, or one measured before these weights were written.
+    """
+    results: dict[Path, list[dict]] = {source: [] for source in sources}
+    for source in sources:
+        beside = source.parent / "evaluation.json"
+        if source.name in ("readout", "detector") and beside.is_file():
+            results[source] += _results_in(beside)
+    for file in files:
+        entries = _results_in(file)
+        for source in sources:
+            fitting = [entry for entry in entries if _measured_on(entry["model"]) == source.resolve()]
+            if fitting and file.stat().st_mtime < max(path.stat().st_mtime for path in source.glob("*.safetensors")):
+                raise ValueError(
+                    f"{file} was measured before the weights in {source} were written: evaluate them again"
+                )
+            results[source] += fitting
+        if not any(_measured_on(entry["model"]) == source.resolve() for entry in entries for source in sources):
+            raise ValueError(
+                f"{file} is of {', '.join(entry['model'] for entry in entries)}, not of {' or '.join(map(str, sources))}: "
+                "give the evaluation of what is published"
+            )
+    return results
+
+
+def _results_in(file: Path) -> list[dict]:
+    try:
+        content = json.loads(file.read_text())
+        entries = content["results"] if "results" in content else [content]
+        for entry in entries:
+            for name in ("model", "dataset", "num_test_images", "seed"):
+                entry[name]
+        return entries
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no evaluation.json of this project: {type(error).__name__} {error}") from None
+
+
+def _measured_on(name: str) -> Path:
+    """The folder that an evaluation's `--model` named: of a run, its model/."""
+    path = Path(name)
+    return (path / "model" if (path / "model" / "config.json").is_file() else path).resolve()
+
+
+def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None:
+    """
+    Write to `target` exactly what is sent of the folder `source`.
+
+    Raises:
+        ValueError: a card that is not valid, or a file that holds the token.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in (path for path in source.iterdir() if path.is_file() and belongs(path.name)):
+        shutil.copyfile(path, target / path.name)
+        if path.suffix == ".json":
+            content = without_local_paths(json.loads(path.read_text()))
+            (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
+    config_file = target / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if config.get("model_type") == "poodle":
+        (name,) = config["architectures"]
+        config["auto_map"] = {"AutoConfig": "configuration_poodle.PoodleConfig", **_AUTO_MAPS[name]}
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        for file in _CODE_FILES:
+            shutil.copyfile(_CODE / file, target / file)
+    panels = sorted((source.parent / "panels").glob("step-*.png")) if source.name in ("encoder", "model") else []
+    if panels:
+        shutil.copyfile(panels[-1], target / "panel.png")
+    readme = source / "README.md"
+    text = readme.read_text() if readme.is_file() else cards.readout_card(config, results)
+    (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, panel=bool(panels)))
+    _refuse_token(target)
+
+
+def without_local_paths(value):
+    """A config without the places that its parts were loaded from."""
+    if isinstance(value, dict):
+        return {
+            key: without_local_paths(item) for key, item in value.items() if key not in ("_name_or_path", "auto_map")
+        }
+    return [without_local_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def _refuse_token(folder: Path) -> None:
+    token = get_token()
+    for path in folder.iterdir():
+        if token and path.suffix != ".safetensors" and token.encode() in path.read_bytes():
+            raise ValueError(
+                f"{path.name} holds your Hub token: take it out (and revoke it where others may have seen it)"
+            )
+
+
+class BackgroundPublisher:
+    """
+    Sends a run's folders while the run goes on, one upload at a time; of those that wait, only the newest. A failure is a warning.
+
+    Args:
+        output_dir: of the run. repo_id: name of the encoder on the Hub. private: for repositories that are new.
+    """
+
+    def __init__(self, output_dir: Path, repo_id: str, private: bool):
+        self.output_dir, self.repo_id, self.private = output_dir, repo_id, private
+        self.scratch = output_dir / ".publish"
+        shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
+        self.scratch.mkdir(parents=True)
+        self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self.lock, self.waiting = threading.Lock(), None
+
+    def submit(self, step: int) -> None:
+        """Copy what was just exported and send it when the upload before it is done. Returns at once."""
+        scratch = self.scratch / f"step-{step}"
+        try:
+            parts = []
+            for source, repo_id in parts_of(self.output_dir, self.repo_id):
+                stage(source, scratch / source.name, repo_id, [])
+                parts.append((scratch / source.name, repo_id))
+        except (OSError, ValueError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            logger.warning("step %d was not sent to the Hub: %s", step, error)
+            return
+        with self.lock:
+            replaced, self.waiting = self.waiting, (step, scratch, parts)
+        if replaced is None:
+            self.executor.submit(self._send)
+        else:  # the job that was to send it sends this one
+            shutil.rmtree(replaced[1], ignore_errors=True)
+
+    def _send(self) -> None:
+        with self.lock:
+            (step, scratch, parts), self.waiting = self.waiting, None
+        for folder, repo_id in parts:
+            try:
+                push(folder, repo_id, f"Step {step}", private=self.private or None)
+                logger.info("step %d was sent to %s", step, repo_id)
+            except Exception as error:  # whatever it is, training goes on
+                logger.warning("step %d was not sent to the Hub (training goes on): %s", step, error)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait for the last upload."""
+        self.executor.shutdown(wait=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ConnectionError) as error:
+        if os.environ.get("POODLE_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
