@@ -27,6 +27,7 @@ from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
 from training.flow import build_flow
 from training.panels import save_panel
+from training.publish import BackgroundPublisher
 from training.recipe import Recipe, parse_recipe
 from training.schedules import learning_rate, teacher_momentum
 from training.street import street_videos
@@ -98,7 +99,7 @@ class Run:
         self.model, self.optimizer = model, optimizer  # the bare model: the teacher and the files are its business
         self.flow_module = None if flow_module is None else flow_module.to(accelerator.device)
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
-        self.step, self.output_dir = 0, Path(recipe.output_dir)
+        self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
         self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
         self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
         self.generator = torch.Generator(device=accelerator.device)
@@ -116,6 +117,10 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(self.recipe.to_yaml())
             cut_metrics(self.output_dir / "metrics.jsonl", self.step)
+            if self.recipe.push_to_hub:
+                self.publisher = BackgroundPublisher(
+                    self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
+                )
         if self.recipe.torch_compile:
             self.model.compile()
         self.wrapped = self.accelerator.prepare_model(self.model)
@@ -270,7 +275,9 @@ class Run:
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state)
         if self.accelerator.is_main_process:
-            export(self.model, self.recipe, self.step)
+            export(self.model, self.recipe, self.step, self.accelerator.num_processes)
+        if self.publisher is not None:
+            self.publisher.submit(self.step)
 
     @torch.no_grad()
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
@@ -280,6 +287,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.recipe.report_to != "none":
             self.accelerator.end_training()
+        if self.publisher is not None:
+            self.publisher.close()
         if self.accelerator.is_main_process:
             logger.info("%s: encoder/, model/, panels/, metrics.jsonl and checkpoints/ are there", self.output_dir)
             for entry in sorted(self.skipped):

@@ -10,6 +10,7 @@ import yaml
 
 from modeling_poodle import PoodleConfig
 from modeling_poodle.recipe_files import described, is_finite, is_int, nearest, parse_flags, read_recipe_file
+from training.hub import check_repo_id
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "exact")
@@ -24,6 +25,9 @@ FREE_ON_RESUME = frozenset(
         "save_total_limit",
         "panel_steps",
         "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
     )
 )
 
@@ -92,6 +96,9 @@ class Recipe:
     panel_steps: int = described(500, "Steps between panels.")
     report_to: str = described("none", f"Tracker through Accelerate: {', '.join(TRACKERS)}.")
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
+    push_to_hub: bool = described(False, "Send encoder/ and model/ to the Hub at each checkpoint, in the background.")
+    hub_model_id: str | None = described(None, "Name on the Hub, org/name; what has the decoder goes to org/name-sdm.")
+    hub_private_repo: bool = described(False, "Make repositories that are new private.")
 
     def __post_init__(self):
         if isinstance(self.model, str):
@@ -133,6 +140,10 @@ class Recipe:
             "report_to",
             f"one of {', '.join(TRACKERS)}{nearest(self.report_to, TRACKERS)}",
         )
+        named = not self.push_to_hub or self.hub_model_id is not None
+        need(named, "hub_model_id", "org/name where push_to_hub is true")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
         need(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs")
         need(is_finite(self.num_train_epochs) and self.num_train_epochs > 0, "num_train_epochs", "above 0")
         need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
