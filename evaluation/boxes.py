@@ -1,0 +1,240 @@
+"""Images with boxes: the street's, BDD100K's and any folder in COCO's format, checked before anything costly."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.data import _spread, read_image, street_folder
+
+BOX_DATASETS = ("street", "bdd100k", "coco_folder")
+BDD100K_CLASSES = (
+    "pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light", "traffic sign",
+)  # fmt: skip
+# Names of the first release, and what BDD100K's evaluation neither rewards nor punishes, with the class that it may be taken for
+# (the toolkit's configs/det.toml).
+BDD100K_RENAMED = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
+BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
+BDD100K_SIZE = (720, 1280)  # of all its images, which its labels do not say
+ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
+
+_LAYOUTS = {
+    "street": "Expected: what `python -m training.street --labelled` writes.",
+    "bdd100k": "Expected: images/100k/{train,val}/*.jpg and labels/det_20/det_{train,val}.json, from bdd-data.berkeley.edu.",
+    "coco_folder": "Expected: train/ and val/, each with images/ and annotations.json in COCO's format "
+    "(images, annotations with bbox [x, y, width, height], categories).",
+}
+
+
+@dataclass(frozen=True)
+class BoxExample:
+    """
+    One image with its boxes.
+
+    Args:
+        size: height and width. boxes: (N, 4) float32, xyxy pixels. labels: (N,) class ids from 0.
+        crowd: (N,) bool; what is detected there counts neither as right nor as wrong.
+        areas: (N,) square pixels, by which COCO tells small from large.
+    """
+
+    name: str
+    image: Path
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+
+
+@dataclass(frozen=True)
+class BoxImages:
+    """A data set with boxes. name: for tables. classes: names by id."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[BoxExample, ...]
+    test: tuple[BoxExample, ...]
+
+    def image(self, example: BoxExample) -> np.ndarray:
+        """
+        (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: the image is of another size than its boxes are for.
+        """
+        image = read_image(example.image)
+        if image.shape[:2] != example.size:
+            told = "{1}x{0}".format(*example.size)
+            raise ValueError(f"{example.image} is {image.shape[1]}x{image.shape[0]}, but its boxes are for {told}")
+        return image
+
+    def check(self) -> None:
+        """Look at the first and last image of each split, and for boxes in each, before anything costly."""
+        for name, split in (("training", self.train), ("test", self.test)):
+            if all(example.crowd.all() for example in split):
+                raise ValueError(f"{self.name}: the {len(split)} {name} images have no boxes; a detector needs some")
+            self.image(split[0])
+            self.image(split[-1])
+
+    def limit(self, max_train_images: int | None, max_test_images: int | None) -> "BoxImages":
+        """The same with fewer images, spread evenly over each split."""
+        return dataclasses.replace(
+            self, train=_spread(self.train, max_train_images), test=_spread(self.test, max_test_images)
+        )
+
+
+def load_boxes(name: str, data_dir: str | None = None) -> BoxImages:
+    """
+    A data set with boxes by name, one of `BOX_DATASETS`.
+
+    Raises:
+        ValueError: files that are missing, boxes that are none, ids that do not fit; says which and what the layout should be.
+    """
+    if name == "street":
+        return _coco_splits(name, street_folder(data_dir))
+    if name not in BOX_DATASETS:
+        raise ValueError(f"unknown data set {name!r}: one of {', '.join(BOX_DATASETS)}")
+    if data_dir is None:
+        raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it. {_LAYOUTS[name]}")
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"--data_dir {folder}: no such folder. {_LAYOUTS[name]}")
+    return _bdd100k(folder) if name == "bdd100k" else _coco_splits(name, folder)
+
+
+def _read_json(path: Path, name: str):
+    if not path.is_file():
+        raise ValueError(f"{name}: {path} is missing; it holds the boxes. {_LAYOUTS[name]}")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. {_LAYOUTS[name]}") from None
+
+
+def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple]) -> BoxExample:
+    """An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the border."""
+    height, width = size
+    boxes, areas = np.zeros((len(found), 4), np.float32), np.zeros(len(found))
+    for index, (box, _, _, area, where) in enumerate(found):
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+        if not numbers or not all(math.isfinite(v) for v in box):
+            raise ValueError(f"{where}: a box must be 4 finite numbers, got {box!r}")
+        x0, y0, x1, y1 = box
+        if x1 <= x0 or y1 <= y0:
+            raise ValueError(
+                f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) has no extent; remove or mend it"
+            )
+        if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING or x0 >= width or y0 >= height:
+            raise ValueError(
+                f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) is outside its image {name}, {width}x{height}"
+            )
+        boxes[index] = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        areas[index] = (x1 - x0) * (y1 - y0) if area is None else area
+    return BoxExample(
+        name,
+        image,
+        size,
+        boxes,
+        np.array([label for _, label, *_ in found], np.int64),
+        np.array([crowd for _, _, crowd, *_ in found], bool),
+        areas,
+    )
+
+
+def _need_images(name: str, folder: Path, paths: Sequence[Path]) -> None:
+    if not paths:
+        raise ValueError(f"{name}: the annotations for {folder} list no images. {_LAYOUTS[name]}")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(paths)} annotated images are missing, the first is {missing[0]}. {_LAYOUTS[name]}"
+        )
+
+
+def _coco_splits(name: str, folder: Path) -> BoxImages:
+    (classes, train), (others, test) = (_coco(name, folder / split) for split in ("train", "val"))
+    if classes != others:
+        differing = sorted(set(classes) ^ set(others)) or [a for a, b in zip(classes, others) if a != b]
+        raise ValueError(
+            f"{name}: train/ and val/ must have the same categories in the same order; they differ in {differing[0]!r}"
+        )
+    return BoxImages(name, classes, train, test)
+
+
+def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, ...]]:
+    """Classes by rising category id, and examples by file name, of one annotations.json."""
+    path = folder / "annotations.json"
+    values = _read_json(path, name)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(values, dict) or not isinstance(values.get(key), list):
+            raise ValueError(f"{path} must hold a list {key!r}. {_LAYOUTS[name]}")
+    categories = {}
+    for category in values["categories"]:
+        identity, label = category.get("id"), category.get("name")
+        if not isinstance(identity, int) or not isinstance(label, str) or identity in categories:
+            raise ValueError(f"{path}: categories need different integer ids and a name each, got {category!r}")
+        categories[identity] = label
+    if not categories or len(set(categories.values())) < len(categories):
+        raise ValueError(f"{path} must list categories of different names, got {list(categories.values())}")
+    order = sorted(categories)
+    images = {}
+    for image in values["images"]:
+        size = (image.get("height"), image.get("width"))
+        if not isinstance(image.get("file_name"), str) or not all(isinstance(v, int) and v > 0 for v in size):
+            raise ValueError(f"{path}: an image needs id, file_name, height and width, got {image!r}")
+        if image.get("id") is None or image["id"] in images:
+            raise ValueError(f"{path}: images need different ids, got {image.get('id')!r} again")
+        images[image["id"]] = (image["file_name"], size)
+    _need_images(name, folder / "images", [folder / "images" / file for file, _ in images.values()])
+    found = {identity: [] for identity in images}
+    for annotation in values["annotations"]:
+        where = f"{path}, annotation {annotation.get('id')!r}"
+        if annotation.get("image_id") not in images:
+            raise ValueError(f"{where}: there is no image with the id {annotation.get('image_id')!r}")
+        if annotation.get("category_id") not in categories:
+            ids = ", ".join(str(identity) for identity in order[:20])
+            raise ValueError(f"{where} has the category_id {annotation.get('category_id')!r}; categories are {ids}")
+        box = annotation.get("bbox")
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
+            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+        label = order.index(annotation["category_id"])
+        entry = (box, label, bool(annotation.get("iscrowd", 0)), annotation.get("area"), where)
+        found[annotation["image_id"]].append(entry)
+    examples = [
+        _example(file, folder / "images" / file, size, found[identity]) for identity, (file, size) in images.items()
+    ]
+    return tuple(categories[i] for i in order), tuple(sorted(examples, key=lambda e: e.name))
+
+
+def _bdd100k(folder: Path) -> BoxImages:
+    splits = []
+    for split in ("train", "val"):
+        path, images = folder / "labels" / "det_20" / f"det_{split}.json", folder / "images" / "100k" / split
+        frames = _read_json(path, "bdd100k")
+        if not isinstance(frames, list) or not all(
+            isinstance(f, dict) and isinstance(f.get("name"), str) for f in frames
+        ):
+            raise ValueError(f"{path} must hold a list of frames, each with its name. {_LAYOUTS['bdd100k']}")
+        _need_images("bdd100k", images, [images / frame["name"] for frame in frames])
+        examples = []
+        for frame in sorted(frames, key=lambda f: f["name"]):
+            where = f"{path}, {frame['name']}"
+            found = [_bdd100k_box(label, where) for label in frame.get("labels") or () if label.get("box2d")]
+            examples.append(_example(frame["name"], images / frame["name"], BDD100K_SIZE, found))
+        splits.append(tuple(examples))
+    return BoxImages("bdd100k", BDD100K_CLASSES, *splits)
+
+
+def _bdd100k_box(label: dict, where: str) -> tuple:
+    name = BDD100K_RENAMED.get(label.get("category"), label.get("category"))
+    ignored = name in BDD100K_IGNORED
+    name = BDD100K_IGNORED.get(name, name)
+    if name not in BDD100K_CLASSES:
+        raise ValueError(f"{where}: unknown category {name!r}; BDD100K's are {', '.join(BDD100K_CLASSES)}")
+    crowd = ignored or bool((label.get("attributes") or {}).get("crowd", False))
+    box = [label["box2d"].get(key) for key in ("x1", "y1", "x2", "y2")]
+    return box, BDD100K_CLASSES.index(name), crowd, None, where

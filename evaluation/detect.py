@@ -1,0 +1,129 @@
+"""
+Measure encoders by object detection: Faster R-CNN, fine-tuned.
+
+    accelerate launch evaluation/detect.py --model ID_OR_DIR [--model ...] --detector c4|fpn --dataset NAME [--data_dir DIR]
+
+Leaves evaluation.json, report.html and detector/ in --output_dir.
+"""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+# `accelerate launch evaluation/detect.py` puts evaluation/ on the path; its siblings live one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from tqdm import tqdm
+
+from evaluation.boxes import BoxImages, load_boxes
+from evaluation.detection import DetectionReadout, load_detector
+from evaluation.detection_metrics import coco_scores
+from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
+from evaluation.detection_report import detection_table, pair, write_detection_html
+from evaluation.encoders import build
+from evaluation.engine import fit
+from evaluation.outputs import make_accelerator, prepare_output_dir, provenance, run_script, slug, write_aside
+from evaluation.segment import calibrate_batch_norm, save_readout
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Results by model; of the first process only, others have none."""
+    recipe = parse_detection_recipe(arguments)
+    output_dir = prepare_output_dir(recipe)
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
+        data = load_boxes(recipe.dataset, recipe.data_dir)
+    data = data.limit(recipe.max_train_images, recipe.max_test_images)
+    data.check()
+    if len(data.train) < accelerator.num_processes:
+        raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
+    for (
+        name
+    ) in recipe.model:  # a model that is wrong, or does not fit the detector, is found before the first is measured
+        DetectionReadout(build(name, len(data.classes), seed=recipe.seed), data, recipe)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(recipe.to_yaml())
+    accelerator.wait_for_everyone()
+    results, curves, pairs = [], {}, {}
+    for name in recipe.model:
+        folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
+        result, curves[name], pairs[name] = measure(accelerator, recipe, data, name, folder)
+        results += [] if result is None else [result]
+    if accelerator.is_main_process:
+        write_aside(output_dir / "report.html", write_detection_html(results, curves, pairs))
+        if len(results) > 1:
+            write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
+        title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
+        print(f"\n{title}\n{detection_table(results)}\n")
+        print(f"{output_dir}: evaluation.json, report.html, detector/")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def measure(
+    accelerator: Accelerator, recipe: DetectionRecipe, data: BoxImages, name: str, folder: Path
+) -> tuple[dict | None, list, list]:
+    """One model: fit, detect, write. Returns its result (first process only), its loss curve, and pictures of a few images."""
+    began = time.perf_counter()
+    set_seed(recipe.seed)
+    encoder = build(name, len(data.classes), seed=recipe.seed)
+    encoder.to(accelerator.device)
+    if name.startswith("random:"):
+        calibrate_batch_norm(encoder, data)
+    readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
+    del encoder  # the readout has a copy of its own
+    mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    curve = fit(accelerator, readout, recipe, mine, folder, resume=recipe.resume_from_checkpoint is not None)
+    found = detect_all(accelerator, readout.predict, data)
+    if not accelerator.is_main_process:
+        return None, curve, []
+    steps = curve[-1]["step"]
+    size = recipe.image_size
+    result = {
+        "model": name,
+        **coco_scores(data.test, found, data.classes),
+        "dataset": data.name,
+        "detector": recipe.detector,
+        "inference": "their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}",
+        "num_train_images": len(data.train),
+        "num_test_images": len(data.test),
+        "seed": recipe.seed,
+        "steps": steps,
+        "train_images_seen": steps * recipe.per_device_train_batch_size * accelerator.num_processes,
+        "seconds": round(time.perf_counter() - began, 1),
+        **provenance(),
+    }
+    result["versions"] |= {package: version(package) for package in ("torchvision", "pycocotools")}
+    save_readout(readout, folder / "detector")
+    shown = np.unique(np.linspace(0, len(data.test) - 1, 4).round().astype(int))
+    pairs = [(data.test[i].name, pair(data.image(data.test[i]), data.test[i], found[i], data.classes)) for i in shown]
+    write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
+    (folder / "fit.safetensors").unlink(missing_ok=True)
+    return result, curve, pairs
+
+
+def detect_all(accelerator: Accelerator, predict, data: BoxImages) -> list[dict[str, np.ndarray]]:
+    """What `predict` finds in every test image, in their order: each seen once, on exactly one process, and gathered on all."""
+    mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    found = [
+        (index, predict(data.image(data.test[index]))) for index in tqdm(mine, desc="detecting", disable=not shown)
+    ]
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    return [prediction for _, prediction in sorted(found, key=lambda entry: entry[0])]
+
+
+__all__ = ["load_detector", "main"]
+
+if __name__ == "__main__":
+    run_script(main)
