@@ -187,6 +187,66 @@ def _write_labelled(output_dir: str, number: int, height: int, width: int, seed:
     return boxes
 
 
+SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # never those of the labelled frames
+SEQUENCE_FRAMES, SEQUENCE_FPS, MAX_OBJECTS = 12, 8, 8
+OBJECT_SHARE = 1 / 400  # of the first frame that an object covers at least
+
+
+def write_sequences(
+    output_dir: str | Path,
+    num_sequences: int,
+    height: int = 192,
+    width: int = 384,
+    seed: int = 0,
+    num_processes: int | None = None,
+) -> Path:
+    """
+    Frames and object masks of held-out drives in the layout of DAVIS 2017. Objects are the largest instances of the first frame (at
+    most 8) that the last one still shows. A complete folder is left as it is.
+    """
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+    output_dir = Path(output_dir)
+    made_of = {"format": FORMAT, "num_sequences": num_sequences, "height": height, "width": width, "seed": seed}
+    marker = output_dir / "street.json"
+    if marker.is_file() and json.loads(marker.read_text()) == made_of:
+        return output_dir
+    workers = min(num_processes or os.cpu_count() or 1, num_sequences)
+    jobs = [(str(output_dir), height, width, SEQUENCE_SEED + seed + number) for number in range(num_sequences)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        names = list(pool.map(_write_sequence, *zip(*jobs)))
+    listed = output_dir / "ImageSets" / "2017" / "val.txt"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text("\n".join(names) + "\n")
+    marker.write_text(json.dumps(made_of))  # last: with it the folder is whole
+    return output_dir
+
+
+def _write_sequence(output_dir: str, height: int, width: int, seed: int) -> str:
+    """Write one drive; its name."""
+    street, name = Street(seed, height, width), f"drive-{seed - SEQUENCE_SEED:04d}"
+    folders = [Path(output_dir, kind, "480p", name) for kind in ("JPEGImages", "Annotations")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    times = [1.0 + number / SEQUENCE_FPS for number in range(SEQUENCE_FRAMES)]
+    frames, instances = zip(*[(street.frame(time), street.instances(time)) for time in times])
+    keys, sizes = np.unique(instances[0][instances[0] > 0], return_counts=True)
+    kept = (sizes >= OBJECT_SHARE * height * width) & np.isin(keys, instances[-1])
+    if not kept.any():
+        raise ValueError(f"the drive of seed {seed} keeps no object in view; choose another --seed")
+    objects = keys[kept][np.argsort(-sizes[kept], kind="stable")][:MAX_OBJECTS]
+    palette = [0, 0, 0, *np.random.default_rng(0).integers(64, 256, 3 * MAX_OBJECTS).tolist()]
+    for number, (frame, seen) in enumerate(zip(frames, instances)):
+        Image.fromarray(frame).save(folders[0] / f"{number:05d}.jpg", quality=95)
+        mask = np.zeros(seen.shape, np.uint8)
+        for index, key in enumerate(objects, 1):
+            mask[seen == key] = index
+        picture = Image.fromarray(mask)
+        picture.putpalette(palette)
+        picture.save(folders[1] / f"{number:05d}.png")
+    return name
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m training.street",
@@ -197,16 +257,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--labelled", type=int, default=0, help="write a labelled data set of N held-out frames instead"
     )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=0,
+        help="write N held-out drives with object masks, as DAVIS is laid out, instead",
+    )
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=" ")
     options = vars(parser.parse_args(arguments))
-    output_dir, labelled = options.pop("output_dir"), options.pop("labelled")
+    output_dir, labelled, sequences = (options.pop(name) for name in ("output_dir", "labelled", "sequences"))
+    size = {name: options[name] for name in ("height", "width", "seed")}
     try:
+        if (labelled or sequences) and output_dir is None:
+            raise ValueError("--labelled and --sequences need --output_dir")
         if labelled:
-            if output_dir is None:
-                raise ValueError("--labelled needs --output_dir")
-            size = {name: options[name] for name in ("height", "width", "seed")}
             print(f"{labelled} labelled frames in {write_folder(output_dir, labelled, **size)}")
+        elif sequences:
+            print(f"{sequences} sequences in {write_sequences(output_dir, sequences, **size)}")
         else:
             videos = street_videos(output_dir, **options)
             print(f"{len(videos)} drives in {Path(videos[0]).parent}")

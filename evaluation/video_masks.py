@@ -1,0 +1,166 @@
+"""Videos with object masks in the layout of DAVIS 2017, and its measures: region similarity J and contour accuracy F."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from evaluation.data import read_label
+
+VIDEO_DATASETS = ("davis", "street")
+STREET_SEQUENCES = 12
+VOID = 255  # not annotated; the toolkit counts it as background
+BOUND = 0.008  # of the diagonal: how far a contour may be off
+LAYOUT = (
+    "Expected: ImageSets/2017/val.txt, JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png of the same stems, as in "
+    "DAVIS-2017-trainval-480p from davischallenge.org."
+)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One video: its frames, and a mask for each (0 background, else the object's id)."""
+
+    name: str
+    frames: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+    def mask(self, index: int) -> np.ndarray:
+        """(H, W) uint8 object ids of a frame."""
+        mask = read_label(self.masks[index])
+        return np.where(mask == VOID, 0, mask).astype(np.uint8)
+
+    def objects(self) -> list[int]:
+        """Ids in the first frame. Those that come later cannot be known to a propagation and count as background."""
+        return [int(index) for index in np.unique(self.mask(0)) if index]
+
+
+def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int | None = None) -> list[Sequence]:
+    """
+    The sequences of `davis` (its val.txt) or of the rendered street.
+
+    Args:
+        max_sequences: of davis so many, evenly spread; of the street so many are rendered.
+
+    Raises:
+        ValueError: a missing folder or mask, sizes that differ, a sequence of fewer than three frames or without an object.
+    """
+    if dataset == "street":
+        folder = street_sequences(data_dir, max_sequences or STREET_SEQUENCES)
+    elif data_dir is None:
+        raise ValueError(f"--dataset {dataset} needs --data_dir, the folder that holds it. {LAYOUT}")
+    else:
+        folder = Path(data_dir).expanduser()
+    listed = folder / "ImageSets" / "2017" / "val.txt"
+    if not listed.is_file():
+        raise ValueError(f"{dataset}: there is no {listed}. {LAYOUT}")
+    names = listed.read_text().split()
+    if not names:
+        raise ValueError(f"{dataset}: {listed} lists no sequence. {LAYOUT}")
+    if max_sequences is not None and max_sequences < len(names):
+        names = [names[i] for i in np.linspace(0, len(names) - 1, max_sequences).round().astype(int)]
+    return [_sequence(folder, name) for name in names]
+
+
+def _sequence(folder: Path, name: str) -> Sequence:
+    frames, masks = folder / "JPEGImages" / "480p" / name, folder / "Annotations" / "480p" / name
+    for place in (frames, masks):
+        if not place.is_dir():
+            raise ValueError(f"sequence {name}: there is no folder {place}. {LAYOUT}")
+    paths = sorted(frames.glob("*.jpg"))
+    if len(paths) < 3:
+        raise ValueError(
+            f"sequence {name} has {len(paths)} frames in {frames}; at least 3 are needed, since the first is given and DAVIS does not "
+            "count the last"
+        )
+    missing = [path.name for path in paths if not (masks / f"{path.stem}.png").is_file()]
+    if missing:
+        raise ValueError(
+            f"sequence {name}: {len(missing)} of {len(paths)} frames have no mask in {masks}, the first is {missing[0]}. {LAYOUT}"
+        )
+    sequence = Sequence(name, tuple(paths), tuple(masks / f"{path.stem}.png" for path in paths))
+    sizes = {path: _size(path) for path in (*sequence.frames, *sequence.masks)}
+    first = sizes[sequence.frames[0]]
+    for path, size in sizes.items():
+        if size != first:
+            raise ValueError(f"sequence {name}: {path} is {size[0]}x{size[1]}, its first frame {first[0]}x{first[1]}")
+    if not sequence.objects():
+        raise ValueError(f"sequence {name}: the first mask, {sequence.masks[0]}, has no object to propagate")
+    return sequence
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def street_sequences(data_dir: str | None, count: int) -> Path:
+    """The street's sequences; rendered by the street's own command where they are missing."""
+    cache = Path(os.environ.get("POODLE_CACHE") or Path.home() / ".cache" / "poodle")
+    folder = Path(data_dir).expanduser() if data_dir is not None else cache / f"street-sequences-{count}"
+    # A process of its own: evaluation does not import training. It leaves alone what is there already.
+    done = subprocess.run(
+        [sys.executable, "-m", "training.street", "--output_dir", str(folder.resolve()), "--sequences", str(count)],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(f"the street's sequences could not be rendered: {done.stderr.strip()}")
+    return folder
+
+
+# --- measures, as the DAVIS 2017 toolkit defines them (Perazzi et al. 2016, Pont-Tuset et al. 2017) ---
+
+
+def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """J: intersection over union of two (H, W) bool masks; 1 where both are empty."""
+    union = np.count_nonzero(prediction | truth)
+    return np.count_nonzero(prediction & truth) / union if union else 1.0
+
+
+def contour_accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """
+    F: harmonic mean of the shares of each contour that lie within reach of the other, for two (H, W) bool masks. The reach is a disk
+    of 0.8 % of the diagonal, rounded up. 1 where neither has a contour, 0 where only one has.
+    """
+    radius = math.ceil(BOUND * math.hypot(*truth.shape))
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    disk = (x * x + y * y <= radius * radius).astype(np.uint8)
+    ours, theirs = contour(prediction), contour(truth)
+    lengths = np.count_nonzero(ours), np.count_nonzero(theirs)
+    if not all(lengths):
+        return float(not any(lengths))
+    precision = np.count_nonzero(ours & cv2.dilate(theirs, disk)) / lengths[0]
+    recall = np.count_nonzero(theirs & cv2.dilate(ours, disk)) / lengths[1]
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """(H, W) uint8: 1 where a pixel differs from the next one to the right, below, or diagonally below; none at the image's border."""
+    wider = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return ((mask != wider[:-1, 1:]) | (mask != wider[1:, :-1]) | (mask != wider[1:, 1:])).astype(np.uint8)
+
+
+def statistics(values: np.ndarray) -> dict[str, float]:
+    """
+    Of the values of an object's frames: mean; recall, the share of frames above 0.5; decay, the mean of the first quarter less that of
+    the last. Quarters share the frames between them, as in the toolkit.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first, last = values[: edges[1] + 1], values[edges[3] :]
+    return {
+        "mean": float(values.mean()),
+        "recall": float((values > 0.5).mean()),
+        "decay": float(first.mean() - last.mean()),
+    }
