@@ -1,0 +1,242 @@
+"""
+Released PooDLe and FlowE checkpoints -> the folders that a run leaves.
+
+    python -m training.convert poodle_bdd.pth out/ [--which student] [--drop PREFIX ...]
+
+Writes out/encoder/ and out/model/. Every key of the checkpoint is converted, dropped for a reason that is printed, or an error.
+"""
+
+import argparse
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import ResNetConfig
+
+from modeling_poodle import PoodleConfig, PoodleModel
+from training.cards import converted_card
+from training.checkpoints import write_folders
+
+# By family: prefixes of the converted network, student and teacher, and what is left out with the reason.
+_HEADS = "a head of pretraining, no part of the features"
+_FAMILIES = {
+    "PooDLe": {
+        "student": {"backbone": "encoder", "decoder_blocks": "blocks", "decoder_laterals": "laterals"},
+        "heads": ("dense_projector", "dense_predictor", "pooled_projector", "pooled_predictor"),
+        "teacher_prefix": "teacher_",
+    },
+    "FlowE": {
+        "student": {"encoder": "encoder"},
+        "heads": ("projector", "predictor"),
+        "teacher_prefix": "target_",
+    },
+}
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "network")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "training.convert", description="Convert a released checkpoint to encoder/ and model/."
+    )
+    parser.add_argument("checkpoint", type=Path, help="The .pth file.")
+    parser.add_argument("output_dir", type=Path, help="Folder for encoder/ and model/.")
+    parser.add_argument(
+        "--which", choices=("teacher", "student"), default="teacher", help="Network; the teacher is evaluated."
+    )
+    parser.add_argument(
+        "--drop", nargs="+", default=[], metavar="PREFIX", help="Keys to leave out beside the known ones."
+    )
+    options = parser.parse_args(arguments)
+    for name in ("encoder", "model"):
+        if (options.output_dir / name).exists():
+            raise ValueError(f"{options.output_dir / name} exists already: choose another output folder")
+    state = read_checkpoint(options.checkpoint)
+    model, notes = convert(state, options.which, options.drop)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    config, source = model.config.to_dict(), options.checkpoint.name
+    write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, options.which))
+    for reason, count in notes.items():
+        print(f"{count:>6} keys {reason}")
+    print(f"{options.output_dir}: encoder/ and model/")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """
+    The state dict in a .pth file, read without running code from it; `module.` and the dict around it taken away.
+
+    Raises:
+        ValueError: no such file, one that only unsafe loading would open, or one without a state dict.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of the training's flags; holds values alone
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found.group(1)})" if found else ""
+        raise ValueError(
+            f"{path} holds more than tensors{what}, and opening it could run code: where you trust its source, open it yourself and "
+            "save its state dict alone, torch.save({'model': checkpoint['model']}, PATH)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch reads: {error}") from None
+    for name in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict (looked also under {', '.join(_WRAPPERS)})")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str] = ()) -> tuple[PoodleModel, Counter]:
+    """
+    The network `which` of a released state dict as a PoodleModel, and how many keys came to what.
+
+    Raises:
+        ValueError: a key that is not known, a network that is not there, or one that is no ResNet as transformers has it.
+    """
+    family, parts = _family_of(state, which)
+    notes, ours = Counter(), {name: {} for name in ("encoder", "blocks", "laterals")}
+    unknown = []
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part in parts["wanted"]:
+            ours[parts["wanted"][part]][rest] = value
+            if re.match(r"(fc|head)\.", rest) and parts["wanted"][part] == "encoder":
+                del ours["encoder"][rest]
+                notes["dropped: the encoder's classifier"] += 1
+        elif any(key.startswith(prefix) for prefix in drop):
+            notes["dropped: as asked for by --drop"] += 1
+        elif part in parts["dropped"]:
+            notes[f"dropped: {parts['dropped'][part]}"] += 1
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} keys are not those of a released {family} checkpoint, such as {', '.join(sorted(unknown)[:4])}: "
+            "leave them out with --drop PREFIX if they are no part of the features"
+        )
+    weights = {f"encoder.{_resnet_key(key)}": value for key, value in ours["encoder"].items()}
+    weights |= {f"decoder.{key}": value for key, value in ours["blocks"].items()}
+    weights |= {f"decoder.{key.replace('.', '.lateral.', 1)}": value for key, value in ours["laterals"].items()}
+    model = PoodleModel(_config(family, ours)).eval()
+    report = model.load_state_dict(_same_shapes(weights, model), strict=False)
+    missing = [
+        key for key in report.missing_keys if not key.endswith("num_batches_tracked")
+    ]  # old files lack the counter
+    if missing or report.unexpected_keys:
+        raise ValueError(
+            f"the {which}'s weights are no whole ResNet with decoder as transformers has it: "
+            + "; ".join(
+                f"{what} {', '.join(keys[:4])}"
+                for what, keys in (("missing", missing), ("too many", report.unexpected_keys))
+                if keys
+            )
+        )
+    return model, Counter({f"converted ({family}, {which})": len(weights)}) + notes
+
+
+def _family_of(state: dict[str, Tensor], which: str) -> tuple[str, dict]:
+    found = {key.partition(".")[0] for key in state}
+    for family, names in _FAMILIES.items():
+        prefix = names["teacher_prefix"]
+        students, teachers = names["student"], {prefix + name: part for name, part in names["student"].items()}
+        if not found & {name for name, part in {**students, **teachers}.items() if part == "encoder"}:
+            continue
+        wanted, other = (teachers, students) if which == "teacher" else (students, teachers)
+        if not found & wanted.keys():
+            there = "student" if which == "teacher" else "teacher"
+            raise ValueError(
+                f"the checkpoint holds no {which}, only the {there}: convert that one with --which {there}"
+            )
+        reason = f"the {'student' if which == 'teacher' else 'teacher'}; --which converts it"
+        dropped = dict.fromkeys(other, reason) | dict.fromkeys(names["heads"], _HEADS)
+        dropped |= dict.fromkeys((prefix + name for name in names["heads"]), _HEADS)
+        dropped["flow_model"] = "the flow estimator, which is an input here"
+        return family, {"wanted": wanted, "dropped": dropped}
+    known = ", ".join(
+        f"{name}. ({family})" for family, names in _FAMILIES.items() for name in list(names["student"])[:1]
+    )
+    raise ValueError(
+        f"no released checkpoint: of its keys ({', '.join(sorted(found)[:6])}, …) none begins with {known}"
+    )
+
+
+_RESNET_KEYS = (
+    (r"conv1\.", "embedder.embedder.convolution."),
+    (r"bn1\.", "embedder.embedder.normalization."),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.", "encoder.stages.{0}.layers.{1}.layer.{2}.convolution."),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.", "encoder.stages.{0}.layers.{1}.layer.{2}.normalization."),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.", "encoder.stages.{0}.layers.{1}.shortcut.convolution."),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.", "encoder.stages.{0}.layers.{1}.shortcut.normalization."),
+)
+
+
+def _resnet_key(key: str) -> str:
+    """Name of a parameter of torchvision's (and timm's) ResNet in transformers'."""
+    for pattern, name in _RESNET_KEYS:
+        match = re.match(pattern, key)
+        if match:
+            # Stages and convolutions are counted from 1 there and from 0 here, blocks from 0 in both.
+            numbers = [int(number) for number in match.groups()]
+            return name.format(*(n if k == 1 else n - 1 for k, n in enumerate(numbers))) + key[match.end() :]
+    raise ValueError(
+        f"{key} is no parameter of a plain ResNet: only torchvision's and timm's plain ResNets can be converted"
+    )
+
+
+def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:
+    """The architecture, read from the shapes."""
+    encoder, blocks, laterals = ours["encoder"], ours["blocks"], ours["laterals"]
+    depths, sizes = [], []
+    last = "conv3" if any(".conv3." in key for key in encoder) else "conv2"
+    for stage in range(1, 5):
+        found = {int(key.split(".")[1]) for key in encoder if key.startswith(f"layer{stage}.")}
+        weight = encoder.get(f"layer{stage}.0.{last}.weight")
+        if weight is None or found != set(range(len(found))):
+            raise ValueError(f"the encoder has no whole layer{stage}: only ResNets of four stages can be converted")
+        depths.append(len(found))
+        sizes.append(weight.shape[0])
+    backbone = ResNetConfig(
+        embedding_size=encoder["conv1.weight"].shape[0] if "conv1.weight" in encoder else sizes[0],
+        hidden_sizes=sizes,
+        depths=depths,
+        layer_type="bottleneck" if last == "conv3" else "basic",
+    )
+    if family == "FlowE":  # dilated to stride 8; the weights do not show it
+        return PoodleConfig(
+            backbone_config=backbone, output_stride=8, num_decoder_blocks=0, dense_weight=1.0, pooled_weight=0.0
+        )
+    count = len({key.split(".")[0] for key in blocks})
+    reduced = blocks["0.conv1.weight"].shape[0] if "0.conv1.weight" in blocks else sizes[-1]
+    return PoodleConfig(
+        backbone_config=backbone,
+        num_decoder_blocks=count,
+        decoder_reduction=sizes[-1] // reduced,
+        decoder_laterals=bool(laterals),
+    )
+
+
+def _same_shapes(weights: dict[str, Tensor], model: PoodleModel) -> dict[str, Tensor]:
+    own = model.state_dict()
+    for key, value in weights.items():
+        if key in own and own[key].shape != value.shape:
+            raise ValueError(
+                f"{key} has the shape {tuple(value.shape)}, expected {tuple(own[key].shape)}: a wide, grouped or otherwise changed ResNet"
+            )
+    return {key: value.to(own[key].dtype) if key in own else value for key, value in weights.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("POODLE_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None
