@@ -22,7 +22,8 @@ from training.flow import build_flow
 from training.recipe import parse_recipe
 from training.street import street_videos
 from training.video_decoding import decode_cuts, index_video
-from training.video_stream import PairLoader, PairSampling, find_videos, plan_pairs
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling, plan_pairs
 
 
 def time_parts(paths: list[str], sampling: PairSampling, pair_flow, openings: int) -> dict[str, float]:

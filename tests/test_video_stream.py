@@ -12,7 +12,8 @@ import torch
 from loopback import serve
 
 from training.video_decoding import UnreadableVideo, cut_frame, index_video
-from training.video_stream import PairLoader, PairSampling, check_videos, find_videos, plan_pairs, video_pairs
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
 
 HEIGHT, WIDTH = 64, 128
 

@@ -6,7 +6,14 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 # HTTPError is that of the client's own HTTP library (httpx, httpx2), failed connections included.
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 # What a push may hold, and what of an earlier push it takes away where it is no longer there. Nothing else in the repository is touched.
@@ -64,7 +71,7 @@ _BY_STATUS = {
     409: "another commit was made at the same time: publish again",
     412: "another commit was made at the same time: publish again",
     413: "a file is too large for the Hub ({server})",
-    429: "the Hub takes no more requests for now (rate limit): publish again in a few minutes",
+    429: "the Hub takes no more requests for now (rate limit): try again in a few minutes",
 }
 
 
@@ -79,12 +86,14 @@ def explain(error: Exception, repo_id: str) -> str:
     if isinstance(error, HfHubHTTPError) and response is not None:
         status = response.status_code
         server = error.server_message or response.headers.get("X-Error-Message") or f"status {status}"
-        default = "the Hub fails at the moment ({server}): publish again later" if status >= 500 else "{server}"
+        if isinstance(error, (RevisionNotFoundError, EntryNotFoundError)):
+            return f"{where}: {status}, no such {'revision' if isinstance(error, RevisionNotFoundError) else 'file'}"
+        default = "the Hub fails at the moment ({server}): try again later" if status >= 500 else "{server}"
         sentence = _BY_STATUS.get(status, default)
         return f"{where}: {status}, " + sentence.format(
             server=" ".join(server.split()), namespace=repo_id.split("/")[0]
         )
     if isinstance(error, (HTTPError, OSError)):
         reason = str(error) or type(error).__name__
-        return f"{where}: the connection failed or broke off ({reason}): publish again when the network is there"
+        return f"{where}: the connection failed or broke off ({reason}): try again when the network is there"
     return f"{where}: {error}"

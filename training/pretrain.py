@@ -31,7 +31,8 @@ from training.publish import BackgroundPublisher
 from training.recipe import Recipe, parse_recipe
 from training.schedules import learning_rate, teacher_momentum
 from training.street import street_videos
-from training.video_stream import PairLoader, PairSampling, check_videos, find_videos
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling, check_videos
 from training.views import model_inputs
 
 logger = logging.getLogger("poodle")
@@ -65,7 +66,11 @@ def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
             paths += street_videos()
     others = [source for source in recipe.videos if source != "street"]
     if others:
-        paths += find_videos(others)
+        pins = Path(recipe.output_dir, "revisions.json")
+        with accelerator.main_process_first():  # the others find the commits that rank 0 wrote down
+            if recipe.resume_from_checkpoint is None and accelerator.is_main_process:
+                pins.unlink(missing_ok=True)
+            paths += find_videos(others, pins)
     check_videos(paths, PairSampling.of(recipe))
     return paths
 

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import io
+import time
 from dataclasses import dataclass
 
 import av
@@ -50,6 +51,62 @@ def is_remote(source: str) -> bool:
     return "://" in source
 
 
+REMOTE_BLOCK = 1 << 20  # bytes read ahead: a pair lies in few of them, and a seek wastes at most one
+ATTEMPTS = 5
+
+
+class RemoteFile(io.RawIOBase):
+    """
+    A remote file for PyAV, read by ranges. A read that fails is tried again on a new connection; what is not there, or not allowed,
+    fails at once.
+
+    Args:
+        wait: seconds before the second attempt; doubled each time.
+    """
+
+    def __init__(self, source: str, wait: float = 0.5):
+        self.source, self.wait, self.position, self.file = source, wait, 0, None
+        self.size = self._attempt(lambda file: file.size)
+        if self.size is None:
+            raise OSError("its server tells no size, so that it cannot be read by ranges")
+
+    def _attempt(self, act):
+        for attempt in range(ATTEMPTS):
+            try:
+                if self.file is None:
+                    self.file = fsspec.open(self.source, "rb", block_size=REMOTE_BLOCK).open()
+                return act(self.file)
+            except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
+                self.file = None
+                status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+                refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+                if refused or isinstance(error, FileNotFoundError) or attempt + 1 == ATTEMPTS:
+                    raise OSError(" ".join((str(error) or type(error).__name__).split())) from error
+            time.sleep(self.wait * 2**attempt)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        def from_here(file) -> bytes:
+            file.seek(self.position)
+            return file.read(size)
+
+        data = self._attempt(from_here)
+        self.position += len(data)
+        return data
+
+
 def open_video(source: str):
     """
     An open PyAV container, to be used in a `with` block (PyAV leaks without close).
@@ -61,10 +118,10 @@ def open_video(source: str):
         if "::" in source:
             tar, member = source.rsplit("::", 1)
             offset, size, _ = member.split(":", 2)
-            with fsspec.open(tar, "rb") as file:
+            with RemoteFile(tar) if is_remote(tar) else open(tar, "rb") as file:
                 file.seek(int(offset))
                 return av.open(io.BytesIO(file.read(int(size))))
-        return av.open(fsspec.open(source, "rb").open() if is_remote(source) else source)
+        return av.open(RemoteFile(source) if is_remote(source) else source)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UnreadableVideo(f"cannot be opened as a video ({_words(error)})") from error
 

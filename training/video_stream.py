@@ -6,41 +6,20 @@ workers are rarely restarted, and so that more ranks or workers than videos all 
 rank, so no two processes ever see the same (video, epoch, repeat).
 """
 
-import glob
 import logging
-import os
-import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video, is_remote
+from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
 
 logger = logging.getLogger("poodle")
-EXTENSIONS = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".mts",
-    ".wmv",
-    ".flv",
-    ".3gp",
-    ".ogv",
-)
 SHARDS_PER_SPAN = 2048
 
 
@@ -87,72 +66,7 @@ class PairSampling:
         )
 
 
-# --- sources ---
-
-
-def find_videos(sources: Sequence[str]) -> list[str]:
-    """
-    Expand files, folders (recursive), globs, URLs, `hf://` globs and tars (one entry a video inside) to a sorted list.
-
-    Raises:
-        ValueError: nothing was found; lists what was tried and what came of it.
-    """
-    found, tried = set(), []
-    for source in sources:
-        videos, outcome = _expand(source)
-        found.update(videos)
-        tried.append(f"{source}: {outcome}")
-    if not found:
-        raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
-    return sorted(found)
-
-
-def _is_video(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _expand(source: str) -> tuple[list[str], str]:
-    if is_remote(source):
-        return _expand_remote(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        inside = [str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        videos = [p for p in inside if _is_video(p)] + [
-            m for p in inside if p.endswith(".tar") for m in _tar_members(p)
-        ]
-        return videos, f"a folder without videos ({len(inside)} other files)"
-    if path.is_file():
-        return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")
-    matches = [p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
-    videos = [p for p in matches if _is_video(p)] + [m for p in matches if p.endswith(".tar") for m in _tar_members(p)]
-    if glob.has_magic(source):
-        return videos, f"a pattern that matches {len(matches)} files, none of them a video"
-    return videos, "no such file or folder"
-
-
-def _expand_remote(source: str) -> tuple[list[str], str]:
-    if not glob.has_magic(source):
-        if source.endswith(".tar"):
-            return _tar_members(source), "a tar without videos"
-        return [source], "a URL"
-    try:
-        filesystem, path = fsspec.core.url_to_fs(source)
-        names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
-    except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
-        return [], f"cannot be listed ({type(error).__name__}: {error})"
-    return [
-        name for name in names if _is_video(name)
-    ], f"a pattern that matches {len(names)} remote files, none a video"
-
-
-def _tar_members(tar: str) -> list[str]:
-    """Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names."""
-    try:
-        with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            return [f"{tar}::{m.offset_data}:{m.size}:{m.name}" for m in archive if m.isfile() and _is_video(m.name)]
-    except (tarfile.TarError, OSError) as error:
-        logger.warning("skipped %s: not a readable tar (%s)", tar, error)
-        return []
+# --- pairs of one video ---
 
 
 def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) -> list[str]:
@@ -178,9 +92,6 @@ def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) 
         of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
         raise ValueError(f"no usable video{of}:\n  " + "\n  ".join(failed))
     return failed
-
-
-# --- pairs of one video ---
 
 
 def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
@@ -302,7 +213,7 @@ class PairLoader:
     `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
 
     Args:
-        paths: the videos, as of [`find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
+        paths: the videos, as of [`~training.video_sources.find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
         pair_flow: callable that adds the flow to a sample, in the worker.
     """
 
@@ -372,6 +283,7 @@ class PairLoader:
             "num_workers": self.num_workers,
             "world_size": self.world_size,
             "paths": zlib.crc32("\n".join(self.paths).encode()),
+            "first_path": self.paths[0],
             "loader": None if self._loader is None else self._loader.state_dict(),
         }
 
@@ -387,7 +299,9 @@ class PairLoader:
             ("paths", "videos"),
         ):
             if own[name] != state[name]:
-                raise ValueError(f"cannot resume the stream exactly: {what} was {state[name]}, now {own[name]}")
+                shown = "first_path" if name == "paths" else name
+                was, now = state[shown], own[shown]
+                raise ValueError(f"cannot resume the stream exactly: {what} was {was}, now {now}")
         self.span, self._restored = state["span"], state["loader"]
 
     def close(self) -> None:

@@ -1,0 +1,131 @@
+"""Where videos are: files, folders, globs, URLs, tars, and data sets on the Hub -> a sorted list of paths."""
+
+import glob
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import fsspec
+from huggingface_hub import HfApi, HfFileSystem
+
+from training.cards import is_dataset_id
+from training.hub import FAILURES, explain
+from training.video_decoding import is_remote
+
+logger = logging.getLogger("poodle")
+EXTENSIONS = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+)
+
+
+def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
+    """
+    Expand files, folders (recursive), globs, URLs, data sets on the Hub (`org/name`, `hf://datasets/org/name/...`) and tars (one entry
+    a video inside) to a sorted list.
+
+    Args:
+        pins: JSON file with the commit of each data set on the Hub: read where it is there, so that a resumed run sees the bytes that
+            it began with, and written where it is not.
+
+    Raises:
+        ValueError: nothing was found; lists what was tried and what came of it.
+    """
+    known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
+    commits, found, tried = dict(known), set(), []
+    for source in sources:
+        videos, outcome = _expand(source, commits)
+        found.update(videos)
+        tried.append(f"{source}: {outcome}")
+    if not found:
+        raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
+    if pins is not None and commits != known:
+        pins.parent.mkdir(parents=True, exist_ok=True)
+        pins.write_text(json.dumps(commits, indent=1))
+    return sorted(found)
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
+    if is_dataset_id(source):
+        return _expand_hub(f"hf://datasets/{source}", commits)
+    if source.startswith("hf://"):
+        return _expand_hub(source, commits)
+    if is_remote(source):
+        return _expand_remote(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = [str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"
+    if path.is_file():
+        return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")
+    matches = [p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+    if glob.has_magic(source):
+        return _videos_among(matches), f"a pattern that matches {len(matches)} files, none of them a video"
+    return [], "no such file or folder"
+
+
+def _videos_among(names: Sequence[str]) -> list[str]:
+    return [n for n in names if _is_video(n)] + [m for n in names if n.endswith(".tar") for m in _tar_members(n)]
+
+
+def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
+    """A repository, a folder, a file or a pattern on the Hub. The names hold the commit: later ones change nothing in a run."""
+    repository = source
+    try:
+        files = HfFileSystem()
+        place = files.resolve_path(source)
+        repository = place.repo_id
+        key = f"{place.repo_type}s/{place.repo_id}@{place.revision}"
+        if key not in commits:
+            commits[key] = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
+        prefix = "" if place.repo_type == "model" else f"{place.repo_type}s/"
+        root = f"{prefix}{place.repo_id}@{commits[key]}"
+        path = f"{root}/{place.path_in_repo}".rstrip("/")
+        names = files.glob(path) if glob.has_magic(place.path_in_repo) else files.find(path)
+    except (*FAILURES, AttributeError) as error:  # AttributeError: a bucket, which has no commits
+        return [], explain(error, repository)
+    return _videos_among([f"hf://{name}" for name in names]), f"{len(names)} files on the Hub, none a video"
+
+
+def _expand_remote(source: str) -> tuple[list[str], str]:
+    if not glob.has_magic(source):
+        if source.endswith(".tar"):
+            return _tar_members(source), "a tar without videos"
+        return [source], "a URL"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
+    except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
+        return [], f"cannot be listed ({type(error).__name__}: {error})"
+    return [
+        name for name in names if _is_video(name)
+    ], f"a pattern that matches {len(names)} remote files, none a video"
+
+
+def _tar_members(tar: str) -> list[str]:
+    """Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names."""
+    try:
+        with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            return [f"{tar}::{m.offset_data}:{m.size}:{m.name}" for m in archive if m.isfile() and _is_video(m.name)]
+    except (tarfile.TarError, *FAILURES) as error:
+        logger.warning("skipped %s: not a readable tar (%s)", tar, error)
+        return []
