@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import cv2
 import datasets
 import evaluate
 import numpy as np
@@ -19,6 +20,7 @@ BDD100K_GROUPS = {
         "bus",
     ),
 }  # fmt: skip
+GROUPS = ("small", "large", "rare", "common")
 RARE_BELOW = 0.003  # share of the labelled pixels
 SMALL_BELOW = 0.005  # mean share of the image that a connected region of the class covers
 
@@ -38,9 +40,10 @@ def confusion_matrix(
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} must have one shape")
-    if num_classes <= 180 and prediction.dtype == truth.dtype == np.uint8:
-        # 16 bit keys: half the memory traffic, and one pass finds ids that do not belong.
-        return _confusion_of_bytes(prediction.ravel(), truth.ravel(), num_classes, ignore_index)
+    if num_classes <= 256 and 0 <= ignore_index < 256:
+        prediction_bytes, truth_bytes = _as_bytes(prediction), _as_bytes(truth)
+        if prediction_bytes is not None and truth_bytes is not None:
+            return _confusion_of_bytes(prediction_bytes, truth_bytes, num_classes, ignore_index)
     kept = truth != ignore_index
     truth, prediction = truth[kept].astype(np.int64), prediction[kept].astype(np.int64)
     _refuse_outside(truth, "truth", num_classes)
@@ -49,18 +52,32 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes)
 
 
+def _as_bytes(ids: np.ndarray) -> np.ndarray | None:
+    """Flat uint8 ids; `None` where they do not fit."""
+    if ids.dtype != np.uint8:
+        # All bits together, in one pass: a negative or large id leaves one beyond the eighth.
+        if ids.dtype.kind not in "iu" or not 0 <= np.bitwise_or.reduce(ids, axis=None) < 256:
+            return None
+        ids = ids.astype(np.uint8)
+    return np.ascontiguousarray(ids).reshape(-1)
+
+
+# OpenCV counts in float32, whose integers are exact up to here.
+CHUNK = 1 << 24
+
+
 def _confusion_of_bytes(prediction: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
-    keys = truth.astype(np.uint16)
-    keys <<= 8
-    keys |= prediction
-    counts = np.bincount(keys, minlength=1 << 16).reshape(256, 256)
-    if 0 <= ignore_index < 256:
-        counts[ignore_index] = 0
-    for name, per_id in (("truth", counts.sum(axis=1)), ("prediction", counts.sum(axis=0))):
-        outside = np.flatnonzero(per_id[num_classes:])
-        if len(outside):
-            _raise_outside(name, int(outside[0]) + num_classes, num_classes)
-    return counts[:num_classes, :num_classes]
+    """One pass over both maps counts all 256 x 256 pairs, and with them finds ids that do not belong (see benchmarks/metrics.py)."""
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    for begin in range(0, truth.size, CHUNK):
+        pair = [ids[begin : begin + CHUNK].reshape(1, -1) for ids in (truth, prediction)]
+        pairs = cv2.calcHist(pair, [0, 1], None, [256, 256], [0, 256, 0, 256])
+        pairs[ignore_index] = 0
+        for name, outside in (("truth", pairs[num_classes:]), ("prediction", pairs.T[num_classes:])):
+            if outside.any():
+                _raise_outside(name, num_classes + int(np.argmax(outside.any(axis=1))), num_classes)
+        counts += pairs[:num_classes, :num_classes].astype(np.int64)
+    return counts
 
 
 def _refuse_outside(ids: np.ndarray, name: str, num_classes: int) -> None:
@@ -119,7 +136,7 @@ def class_groups(
     """
     share = pixels / max(pixels.sum(), 1)
     size = region_share / np.maximum(regions, 1)
-    groups: dict[str, list[str]] = {name: [] for name in ("small", "large", "rare", "common")}
+    groups: dict[str, list[str]] = {name: [] for name in GROUPS}
     for index, name in enumerate(classes):
         if pixels[index]:
             groups["small" if size[index] < SMALL_BELOW else "large"].append(name)

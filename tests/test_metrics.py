@@ -74,6 +74,26 @@ def test_properties(seed, height, width, classes):
     assert result["miou"] is None or 0 <= result["miou"] <= 1
 
 
+def test_large_maps_are_counted_in_parts(monkeypatch):
+    prediction, truth = maps(3, (40, 50))
+    whole = confusion_matrix(prediction, truth, 7)
+    monkeypatch.setattr("evaluation.metrics.CHUNK", 300)  # 6 parts and a rest
+    np.testing.assert_array_equal(confusion_matrix(prediction, truth, 7), whole)
+    np.testing.assert_array_equal(confusion_matrix(prediction.T, truth.T, 7), whole)  # not contiguous
+    kept = truth != 255
+    np.testing.assert_array_equal(whole, sklearn_confusion(truth[kept], prediction[kept], labels=range(7)))
+
+
+@pytest.mark.parametrize("ignored", [-100, 65_535])
+def test_an_ignored_id_beyond_a_byte(ignored):
+    prediction, truth = maps(4, dtype=np.int64)
+    whole = confusion_matrix(prediction, truth, 7)
+    truth[truth == 255] = ignored
+    np.testing.assert_array_equal(confusion_matrix(prediction, truth, 7, ignored), whole)
+    with pytest.raises(ValueError, match=f"truth has the id {ignored}, which is outside the 7 classes"):
+        confusion_matrix(prediction, truth, 7)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
 def test_ids_outside_the_classes_are_named(dtype):
     prediction, truth = maps(0, dtype=dtype)

@@ -1,0 +1,126 @@
+"""
+The segmentation metric: seconds and memory, beside the arithmetic of the `mean_iou` metric that the `evaluate` library loads from the Hub.
+
+    python benchmarks/metrics.py
+    python benchmarks/metrics.py --json metrics.json
+
+The other's arithmetic is written anew from its definition: per image, pixels of the ignored label are taken out, and three histograms of
+`np.histogram` count the pixels that agree, the predicted and the true ones. It gets its maps as arrays: the metric of the Hub also
+writes them to an Arrow table first, which is not measured. Both must give the same IoU of every class.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from evaluation.metrics import MeanIoU
+
+IGNORE = 255
+
+
+def random_maps(count: int, side: int, classes: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Predictions and truths (side, side) uint8 in blocks like segmentations; a tenth of the prediction is wrong, a tenth ignored."""
+    rng = np.random.default_rng(seed)
+    predictions, truths = [], []
+    for _ in range(count):
+        blocks = rng.integers(0, classes, (side // 16 + 1, side // 16 + 1)).astype(np.uint8)
+        truth = np.kron(blocks, np.ones((16, 16), np.uint8))[:side, :side].copy()
+        wrong = rng.random(truth.shape) < 0.1
+        predictions.append(np.where(wrong, rng.integers(0, classes, truth.shape), truth).astype(np.uint8))
+        truth[rng.random(truth.shape) < 0.1] = IGNORE
+        truths.append(truth)
+    return predictions, truths
+
+
+class MeanIouOfTheHub:
+    """Its arithmetic; all maps are kept until `compute`, as metrics of `evaluate` keep what is added."""
+
+    def __init__(self, classes: int):
+        self.classes, self.maps = classes, []
+
+    def add_batch(self, predictions, references) -> None:
+        # Copied: evaluate writes what is added to a table of its own.
+        self.maps += [(np.array(p), np.array(r)) for p, r in zip(predictions, references)]
+
+    def compute(self) -> np.ndarray:
+        """IoU by class, nan where a class does not occur."""
+        total = np.zeros((3, self.classes))
+        for prediction, truth in self.maps:
+            kept = truth != IGNORE
+            prediction, truth = prediction[kept], truth[kept]
+            for row, values in enumerate((prediction[prediction == truth], prediction, truth)):
+                total[row] += np.histogram(values, bins=self.classes, range=(0, self.classes - 1))[0]
+        self.maps = []
+        with np.errstate(invalid="ignore"):
+            return total[0] / (total[1] + total[2] - total[0])
+
+
+def ours(classes: int) -> MeanIoU:
+    return MeanIoU([str(index) for index in range(classes)], ignore_index=IGNORE)
+
+
+def seconds(make, classes: int, maps, rounds: int) -> tuple[float, object]:
+    """Median seconds of a round (all maps added, then computed) after one that is not counted, and what was computed."""
+    times = []
+    for _ in range(rounds + 1):
+        metric = make(classes)
+        began = time.perf_counter()
+        metric.add_batch(predictions=maps[0], references=maps[1])
+        result = metric.compute()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]), result
+
+
+def growth(make, classes: int, maps, rounds: int) -> list[float]:
+    """MiB that a metric holds on to after each round of adding all maps, nothing computed."""
+    metric, held = make(classes), []
+    metric.add_batch(predictions=maps[0][:1], references=maps[1][:1])
+    tracemalloc.start()
+    for _ in range(rounds):
+        metric.add_batch(predictions=maps[0], references=maps[1])
+        held.append(tracemalloc.get_traced_memory()[0] / 2**20)
+    tracemalloc.stop()
+    return held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, default=150)
+    parser.add_argument("--maps", type=int, default=64)
+    parser.add_argument("--side", type=int, default=512, help="height and width of a map")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    bytes_ = random_maps(options.maps, options.side, options.classes)
+    print(
+        f"{options.maps} maps of {options.side}x{options.side}, {options.classes} classes, median of {options.rounds}"
+    )
+    print(f"{'maps':8}{'metric':10}{'seconds':>10}{'ms a map':>10}   MiB held after 1, 2, 3 rounds")
+    figures = vars(options).copy()
+    for kind in (np.uint8, np.int64):
+        maps = tuple([array.astype(kind) for array in arrays] for arrays in bytes_)
+        rows, found, name = {}, {}, np.dtype(kind).name
+        for metric, make in (("ours", ours), ("mean_iou", MeanIouOfTheHub)):
+            took, found[metric] = seconds(make, options.classes, maps, options.rounds)
+            rows[metric] = {"seconds": took, "held_mib": growth(make, options.classes, maps, 3)}
+            held = ", ".join(f"{value:.1f}" for value in rows[metric]["held_mib"])
+            print(f"{name:8}{metric:10}{took:10.3f}{1000 * took / options.maps:10.2f}   {held}", flush=True)
+        iou = np.array([np.nan if v is None else v for v in found["ours"]["per_class"].values()])
+        np.testing.assert_allclose(iou, found["mean_iou"], rtol=1e-12)
+        ratio = rows["mean_iou"]["seconds"] / rows["ours"]["seconds"]
+        print(f"{name:8}ours is {ratio:.1f} times as fast; the IoU of every class is equal")
+        figures[name] = {"ratio": ratio, **rows}
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
