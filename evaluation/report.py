@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from evaluation.metrics import GROUPS
+
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
@@ -16,7 +18,7 @@ def percent(value: float | None) -> str:
 
 def table(results: Sequence[dict]) -> str:
     """The results side by side, a line a model."""
-    groups = [name for name in ("small", "large", "rare", "common") if any(r["groups"].get(name) for r in results)]
+    groups = [name for name in GROUPS if any(r["groups"].get(name) is not None for r in results)]
     width = max(12, *(len(r["model"]) + 2 for r in results))
     lines = [f"{'model':{width}}{'mIoU':>8}{'accuracy':>10}{'mean acc':>10}" + "".join(f"{g:>8}" for g in groups)]
     for r in results:

@@ -7,6 +7,7 @@ The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, ph
 both objectives, an optimizer step, and one of the teacher.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -44,11 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = prepare_output_dir(recipe)
     paths = resolve_videos(accelerator, recipe)
     pair_flow, flow_module = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    probe = build_probe(accelerator, recipe)
     model = build_model(accelerator, recipe)
     loader = build_loader(accelerator, recipe, paths, pair_flow)
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(accelerator, recipe, loader)
-    run = Run(accelerator, recipe, model, optimizer, loader, flow_module, max_steps)
+    run = Run(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
     accelerator.wait_for_everyone()
     run.open(checkpoint)
     try:
@@ -75,6 +77,14 @@ def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
     return paths
 
 
+def build_probe(accelerator: Accelerator, recipe: Recipe):
+    """The readout that `probe` asks for, taken by its name: see evaluation/probe.py for why."""
+    if recipe.probe is None:
+        return None
+    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
+        return importlib.import_module("evaluation.probe").Probe(recipe.probe)
+
+
 def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pair_flow) -> PairLoader:
     return PairLoader(
         paths,
@@ -99,8 +109,9 @@ class Run:
 
     METRICS = ("loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction")
 
-    def __init__(self, accelerator, recipe, model, optimizer, loader, flow_module, max_steps):
+    def __init__(self, accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
+        self.probe = probe
         self.model, self.optimizer = model, optimizer  # the bare model: the teacher and the files are its business
         self.flow_module = None if flow_module is None else flow_module.to(accelerator.device)
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
@@ -121,7 +132,8 @@ class Run:
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(self.recipe.to_yaml())
-            cut_metrics(self.output_dir / "metrics.jsonl", self.step)
+            for name in ("metrics.jsonl", "probe.jsonl"):
+                cut_metrics(self.output_dir / name, self.step)
             if self.recipe.push_to_hub:
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
@@ -158,6 +170,8 @@ class Run:
                 self.log(output, progress)
             if (self.step % recipe.panel_steps == 0 or self.step == 1 or last) and self.accelerator.is_main_process:
                 self.save_panel(batch, inputs, output)
+            if self.probe is not None and (self.step % recipe.probe_steps == 0 or last):
+                self.run_probe()
             if self.step % recipe.save_steps == 0 or last:
                 self.save()
         progress.close()
@@ -270,6 +284,21 @@ class Run:
         if self.recipe.report_to != "none":
             numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
             self.accelerator.log(numbers, step=self.step)
+
+    def run_probe(self) -> None:
+        """A line of probe.jsonl: the teacher's k-NN readout. Its time is in no rate of metrics.jsonl."""
+        began = time.perf_counter()
+        figures = {"step": self.step, **self.probe(self.accelerator, self.model.teacher)}
+        self.started += time.perf_counter() - began
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.output_dir / "probe.jsonl", "a") as file:
+            file.write(json.dumps(figures) + "\n")
+        logger.info(
+            "step %d  probe: mIoU %.1f  accuracy %.1f", self.step, 100 * figures["miou"], 100 * figures["accuracy"]
+        )
+        if self.recipe.report_to != "none":
+            self.accelerator.log({f"probe_{k}": v for k, v in figures.items() if k != "step"}, step=self.step)
 
     def epoch(self) -> float:
         pairs = self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps

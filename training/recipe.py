@@ -24,6 +24,8 @@ FREE_ON_RESUME = frozenset(
         "save_steps",
         "save_total_limit",
         "panel_steps",
+        "probe",
+        "probe_steps",
         "report_to",
         "push_to_hub",
         "hub_model_id",
@@ -94,6 +96,11 @@ class Recipe:
     save_steps: int = described(500, "Steps between checkpoints.")
     save_total_limit: int = described(2, "Checkpoints to keep.")
     panel_steps: int = described(500, "Steps between panels.")
+    probe: str | None = described(
+        None,
+        "Log a k-NN readout of the teacher on labelled images: 'street' or 'folder:PATH' (images/, labels/, classes.json).",
+    )
+    probe_steps: int = described(500, "Steps between probes.")
     report_to: str = described("none", f"Tracker through Accelerate: {', '.join(TRACKERS)}.")
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     push_to_hub: bool = described(False, "Send encoder/ and model/ to the Hub at each checkpoint, in the background.")
@@ -187,6 +194,7 @@ _AT_LEAST_ONE = (
     "save_steps",
     "save_total_limit",
     "panel_steps",
+    "probe_steps",
 )
 
 

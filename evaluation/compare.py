@@ -1,0 +1,77 @@
+"""
+One table from several evaluations.
+
+    python -m evaluation.compare runs/a/evaluation.json runs/b/evaluation.json [--markdown]
+
+A line for each model and readout, in the order of the files. Reads what evaluation/segment.py wrote; nothing is measured anew.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from evaluation.metrics import GROUPS
+from evaluation.outputs import run_script
+from evaluation.report import percent
+
+COLUMNS = {"miou": "mIoU", "accuracy": "accuracy", "mean_accuracy": "mean acc"}
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """
+    The results in an evaluation.json of one model or of several.
+
+    Raises:
+        ValueError: no such file, or not one of segment.py.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as an evaluation.json: {error}") from None
+    results = values.get("results", [values]) if isinstance(values, dict) else []
+    if not results or any("miou" not in result or "readout" not in result for result in results):
+        raise ValueError(f"{path} holds no segmentation results; give files that evaluation/segment.py wrote")
+    return results
+
+
+def rows(results: list[dict]) -> list[list[str]]:
+    """The table with its head: model, data set, readout, figures in per cent."""
+    groups = [name for name in GROUPS if any(r["groups"].get(name) is not None for r in results)]
+    head = ["model", "data", "readout", "features", "steps", "seed", *COLUMNS.values(), *groups]
+    body = [
+        [
+            *(str(r[key]) for key in ("model", "dataset", "readout", "features", "steps", "seed")),
+            *(percent(r[key]) for key in COLUMNS),
+            *(percent(r["groups"].get(name)) for name in groups),
+        ]
+        for r in results
+    ]
+    return [head, *body]
+
+
+def aligned(table: list[list[str]], markdown: bool = False) -> str:
+    """Columns of equal width, the figures to the right; with `markdown` a table of it."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.ljust(width) if column < 4 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
+    if markdown:
+        rule = [("-" * width if column < 4 else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
+        lines.insert(1, f"| {' | '.join(rule)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m evaluation.compare", description=__doc__.strip().split("\n")[0])
+    parser.add_argument("files", nargs="+", help="evaluation.json files")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    options = parser.parse_args(arguments)
+    print(aligned(rows([result for path in options.files for result in read_results(path)]), options.markdown))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,64 @@
+"""
+A k-NN readout of a network in training, every so many steps (`--probe` of training/pretrain.py).
+
+The script takes this module by its name, as a callback, so that `training/` does not import `evaluation/`. Moving the readout, the data
+sets and the metric into `modeling_poodle/` instead would have put half of this package among the files that are uploaded with a model;
+this way the probe is segment.py's own k-NN readout, and gives its figure.
+"""
+
+import torch
+from accelerate import Accelerator
+
+from evaluation.data import load_dataset
+from evaluation.encoders import Encoder
+from evaluation.engine import evaluate
+from evaluation.readouts import KnnReadout
+from evaluation.recipe import EvaluationRecipe
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+
+
+class Probe:
+    """
+    Args:
+        source: `street`, or `folder:PATH` (images/, labels/, classes.json).
+
+    Raises:
+        ValueError: another source, or a folder that does not hold such a data set.
+    """
+
+    def __init__(self, source: str):
+        name, _, folder = source.partition(":")
+        if not (source == "street" or (name == "folder" and folder)):
+            raise ValueError(f"probe must be 'street' or 'folder:PATH', got {source!r}")
+        self.data = load_dataset(name, folder or None)
+        self.data.check()
+        self.data = self.data.with_groups()
+        self.recipe = EvaluationRecipe(model=["probe"], readout="knn", dataset=name, data_dir=folder or None)
+
+    def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:
+        """
+        Measure `model`, which is left in the mode it was in; no random state of the run is touched.
+
+        Returns:
+            miou, accuracy, and the mean IoU of each group of classes that occurs, all 0 to 1.
+        """
+        training = model.training
+        with torch.random.fork_rng():
+            readout = KnnReadout(self._encoder(model), self.data, self.recipe)
+            readout.prepare(list(self.data.train))
+            metric, _ = evaluate(accelerator, readout.predict, self.data)
+        model.train(training)
+        result = metric.compute()
+        figures = {"miou": result["miou"], "accuracy": result["accuracy"], **result["groups"]}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def _encoder(self, model: PoodleModel) -> Encoder:
+        labels = {
+            "id2label": dict(enumerate(self.data.classes)),
+            "label2id": {c: k for k, c in enumerate(self.data.classes)},
+        }
+        config = PoodleConfig.from_dict({**model.config.to_dict(), **labels})
+        with torch.device("meta"):  # all but the classifier, which k-NN does not use, is the model's own
+            wrapper = PoodleForSemanticSegmentation(config)
+        wrapper.poodle = model
+        return Encoder("probe", wrapper)

@@ -1,0 +1,131 @@
+"""The readout of a network in training, and the table of several evaluations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from evaluation.compare import main as compare
+from evaluation.probe import Probe
+from evaluation.segment import main as segment
+from modeling_poodle import PoodleConfig, PoodleModel
+from training.pretrain import main as pretrain
+from training.street_files import write_videos
+
+RESNET = {
+    "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Three classes that colour tells apart."""
+    folder = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        for name in ("images", "labels"):
+            (folder / split / name).mkdir(parents=True)
+        for number in range(count):
+            label = np.repeat(rng.permutation(3), 32).astype(np.uint8)[:, None].repeat(64, axis=1)
+            colours = np.array([[30, 160, 40], [200, 30, 30], [30, 60, 210]], np.float32)
+            image = (colours[label] + rng.normal(0, 10, (*label.shape, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / split / "images" / f"{number}.png")
+            Image.fromarray(label).save(folder / split / "labels" / f"{number}.png")
+    (folder / "classes.json").write_text(json.dumps(["grass", "brick", "water"]))
+    return folder
+
+
+def test_probe_gives_the_figure_of_segment_and_touches_nothing(stripes, tmp_path):
+    torch.manual_seed(0)
+    model = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).train().requires_grad_(False)
+    model.save_pretrained(tmp_path / "model")
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    figures = Probe(f"folder:{stripes}")(Accelerator(cpu=True), model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (result,) = segment(
+        ["--model", str(tmp_path / "model"), "--dataset", "folder", "--data_dir", str(stripes), "--readout", "knn"]
+        + ["--output_dir", str(tmp_path / "knn")]
+    )
+    assert figures["miou"] == result["miou"] and figures["accuracy"] == result["accuracy"]
+    assert 0.4 < figures["miou"] < 1  # colours: far better than one class for all, 1/9
+
+
+def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
+    write_videos(tmp_path / "drives", num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=1)
+    model = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
+    flags = [
+        "--config", "street", "--videos", str(tmp_path / "drives"), "--model", json.dumps(model), "--crop_size", "64", "128",
+        "--subcrop_size", "32", "--num_subcrops", "2", "--per_device_train_batch_size", "2", "--max_steps", "5", "--warmup_steps", "1",
+        "--logging_steps", "1", "--save_steps", "100", "--panel_steps", "100", "--dataloader_num_workers", "0",
+    ]  # fmt: skip
+    pretrain([*flags, "--output_dir", str(tmp_path / "plain")])
+    pretrain([*flags, "--output_dir", str(tmp_path / "probed"), "--probe", f"folder:{stripes}", "--probe_steps", "2"])
+    probes = [json.loads(line) for line in (tmp_path / "probed" / "probe.jsonl").read_text().splitlines()]
+    assert [probe["step"] for probe in probes] == [2, 4, 5]  # every second, and the last
+    (result,) = segment(
+        ["--model", str(tmp_path / "probed"), "--dataset", "folder", "--data_dir", str(stripes), "--readout", "knn"]
+        + ["--output_dir", str(tmp_path / "knn")]
+    )
+    assert probes[-1]["miou"] == pytest.approx(result["miou"], abs=0.01)  # another memory format, other rounding
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "probed")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [("streets", "probe must be 'street' or 'folder:PATH', got 'streets'"), ("folder:", "probe must be")],
+)
+def test_wrong_probes(source, message):
+    with pytest.raises(ValueError, match=message):
+        Probe(source)
+
+
+def test_a_probe_of_a_folder_that_is_not_there():
+    with pytest.raises(ValueError, match="--data_dir nowhere: no such folder"):
+        Probe("folder:nowhere")
+
+
+def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
+    result = {
+        "model": "a", "dataset": "street", "readout": "knn", "features": "decoder", "steps": 0, "seed": 0, "miou": 0.25,
+        "accuracy": 0.5, "mean_accuracy": None, "groups": {"small": 0.0, "large": 0.5},
+    }  # fmt: skip
+    both = {"results": [result | {"model": "b", "readout": "linear"}, result | {"model": "c"}]}
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    (tmp_path / "two.json").write_text(json.dumps(both))
+    compare([str(tmp_path / "one.json"), str(tmp_path / "two.json"), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == [
+        "model",
+        "data",
+        "readout",
+        "features",
+        "steps",
+        "seed",
+        "mIoU",
+        "accuracy",
+        "mean acc",
+        "small",
+        "large",
+    ]
+    assert [row[0] for row in cells[2:]] == ["a", "b", "c"]
+    assert cells[3][2:] == ["linear", "decoder", "0", "0", "25.0", "50.0", "-", "0.0", "50.0"]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no segmentation results"):
+        compare([str(tmp_path / "other.json")])
