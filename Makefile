@@ -12,13 +12,22 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	@echo "rendering the street (about a minute), then pretraining a small PooDLe on it"
+	@echo "rendering the street (about a minute), then pretraining PooDLe and FlowE on it, for as many steps each"
 	$(BIN)/python -m training.street
 	test -f runs/quickstart/config.yaml && resume="--resume_from_checkpoint latest" || resume=""; \
 	$(BIN)/accelerate launch training/pretrain.py --output_dir runs/quickstart $$resume
-	$(BIN)/python benchmarks/knn_street.py --model runs/quickstart/model
+	test -f runs/quickstart-flowe/config.yaml && resume="--resume_from_checkpoint latest" || resume=""; \
+	$(BIN)/accelerate launch training/pretrain.py --config flowe_street --output_dir runs/quickstart-flowe $$resume
+	@echo "measuring both, and the untrained network, on held-out drives"
+	for readout in linear knn; do \
+	$(BIN)/accelerate launch evaluation/segment.py --model random:runs/quickstart --model runs/quickstart-flowe \
+	    --model runs/quickstart --dataset street --readout $$readout --output_dir runs/quickstart-$$readout --resume_from_checkpoint latest || exit 1; \
+	done
+	@echo
+	$(BIN)/python -m evaluation.compare runs/quickstart-linear/evaluation.json runs/quickstart-knn/evaluation.json
 	@echo
 	@echo "runs/quickstart: panels/ (pictures), metrics.jsonl (curves), checkpoints/, encoder/ and model/ (weights)"
+	@echo "runs/quickstart-linear, runs/quickstart-knn: report.html"
 	@echo "next, on your own clips:"
 	@echo "  $(BIN)/accelerate launch training/pretrain.py --videos path/to/my/videos --output_dir runs/mine"
 
