@@ -32,7 +32,7 @@ quickstart: install
 	@echo "  $(BIN)/accelerate launch training/pretrain.py --videos path/to/my/videos --output_dir runs/mine"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,12 +1,19 @@
-"""What all tests share: no internet, few threads, and the optional folder of real clips."""
+"""What all tests share: no internet, a core for each worker, and the optional folder of real clips."""
 
 import os
 from pathlib import Path
 
-# Set before torch or huggingface_hub are imported: tests never reach the internet, and two test processes share two cores.
+# Set before torch or huggingface_hub are imported: tests never reach the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Under pytest-xdist a worker, and all that it starts, keeps to a core of its own: threads of several workers on the same
+# cores wait for each other in spinning barriers and are many times slower than one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 
