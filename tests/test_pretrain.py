@@ -182,6 +182,13 @@ def test_tensorboard_through_accelerate(drives, tmp_path):
     assert values == pytest.approx([line["loss"] for line in lines], rel=1e-6)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(drives, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to trackio: not installed; pip install trackio"):
+        main(flags(drives, tmp_path / "run", "--report_to", "trackio"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_panels_are_written_and_show_something(drives, tmp_path):
     import cv2
 

@@ -1,5 +1,6 @@
 """What a run is put together from: accelerator, model and optimizer of a recipe."""
 
+import importlib.util
 import logging
 import warnings
 
@@ -16,6 +17,12 @@ from training.recipe import Recipe
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
+    """
+    Raises:
+        ValueError: the tracker of `report_to` is not installed. (Accelerate goes on without it, with a warning.)
+    """
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        raise ValueError(f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out")
     # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
     plain = recipe.poodle_config().backbone_config.model_type == "resnet"
     ddp = DistributedDataParallelKwargs(
