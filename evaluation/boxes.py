@@ -170,8 +170,9 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
     path = folder / "annotations.json"
     values = _read_json(path, name)
     for key in ("images", "annotations", "categories"):
-        if not isinstance(values, dict) or not isinstance(values.get(key), list):
-            raise ValueError(f"{path} must hold a list {key!r}. {_LAYOUTS[name]}")
+        entries = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} must hold a list {key!r} of objects. {_LAYOUTS[name]}")
     categories = {}
     for category in values["categories"]:
         identity, label = category.get("id"), category.get("name")

@@ -165,14 +165,21 @@ def build_backbone(config: DetectorConfig) -> nn.Module:
     else:
         raise ValueError(f"detector {config.detector} needs an encoder with stages, {kind!r} has none; {WORKING}")
     encoder = AutoBackbone.from_config(backbone_config)
-    with torch.no_grad():
+    try:
         maps = encoder.eval()(torch.zeros(1, 3, 128, 128)).feature_maps
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm's ViTs of one image size
+        raise ValueError(f"detector {config.detector} does not fit a {kind!r} encoder: {error}; {WORKING}") from None
     sizes = [tuple(features.shape[2:]) for features in maps]
     if sizes != [(side, side) for side in (32, 16, 8, 4)]:
         strides = ", ".join(f"{128 / max(side, 1):.3g}" for side, _ in sizes)
         raise ValueError(
             f"detector {config.detector} does not fit a {kind!r} encoder with strides {strides}; {WORKING}"
         )
+    # What no map depends on (Swin's last norm) cannot be trained, and DistributedDataParallel would wait for its gradient.
+    parameters = list(encoder.parameters())
+    gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
     return encoder
 
 
@@ -246,7 +253,7 @@ class DetectionReadout(nn.Module):
         return detect(self.model, image)
 
     def trained(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
