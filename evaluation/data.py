@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from evaluation.metrics import BDD100K_GROUPS, class_groups
+from modeling_poodle.recipe_files import cache_root
 
 DATASETS = ("street", "camvid", "cityscapes", "bdd100k", "ade20k", "wt_sem", "folder")
 IGNORE = 255
@@ -307,8 +307,7 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
 
 def street_folder(data_dir: str | None = None) -> Path:
     """The street's labelled frames; rendered by the street's own command where they are missing."""
-    cache = Path(os.environ.get("POODLE_CACHE") or Path.home() / ".cache" / "poodle")
-    folder = Path(data_dir) if data_dir is not None else cache / "street-labelled"
+    folder = Path(data_dir) if data_dir is not None else cache_root() / "street-labelled"
     for split, (count, seed) in STREET.items():
         command = [sys.executable, "-m", "training.street", "--output_dir", str(folder / split)]
         # A process of its own: evaluation does not import training. It leaves alone what is there already.

@@ -1,7 +1,6 @@
 """Videos with object masks in the layout of DAVIS 2017, and its measures: region similarity J and contour accuracy F."""
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation.data import read_label
+from modeling_poodle.recipe_files import cache_root
 
 VIDEO_DATASETS = ("davis", "street")
 STREET_SEQUENCES = 12
@@ -105,8 +105,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 def street_sequences(data_dir: str | None, count: int) -> Path:
     """The street's sequences; rendered by the street's own command where they are missing."""
-    cache = Path(os.environ.get("POODLE_CACHE") or Path.home() / ".cache" / "poodle")
-    folder = Path(data_dir).expanduser() if data_dir is not None else cache / f"street-sequences-{count}"
+    folder = Path(data_dir).expanduser() if data_dir is not None else cache_root() / f"street-sequences-{count}"
     # A process of its own: evaluation does not import training. It leaves alone what is there already.
     done = subprocess.run(
         [sys.executable, "-m", "training.street", "--output_dir", str(folder.resolve()), "--sequences", str(count)],

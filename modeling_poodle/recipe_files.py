@@ -20,6 +20,13 @@ def described(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def cache_root() -> Path:
+    """Where the rendered street is kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle."""
+    if os.environ.get("POODLE_CACHE"):
+        return Path(os.environ["POODLE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poodle"
+
+
 def usable_cores() -> int:
     """Cores that this process may use: fewer than the machine's under a scheduler or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,7 +22,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: the tracker of `report_to` is not installed. (Accelerate goes on without it, with a warning.)
     """
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
-        raise ValueError(f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out")
+        raise ValueError(
+            f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
+        )
     # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
     plain = recipe.poodle_config().backbone_config.model_type == "resnet"
     ddp = DistributedDataParallelKwargs(
@@ -40,7 +42,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.
         torch.set_num_threads(max(1, usable_cores() // max(accelerator.num_processes, 1)))
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # the Hub client's, by its version
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
     transformers.utils.logging.disable_progress_bar()
     set_seed(recipe.seed)  # the same weights on every rank

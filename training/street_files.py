@@ -14,19 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from modeling_poodle.recipe_files import cache_root
 from training.street import STREET_CLASSES, Street
 
 FORMAT = "poodle-street-2"  # changes whenever the pictures do
 # Rendered in about 80 s on two cores.
 DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0}
 HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on: never those of the videos
-
-
-def cache_root() -> Path:
-    """Where rendered drives are kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle."""
-    if os.environ.get("POODLE_CACHE"):
-        return Path(os.environ["POODLE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poodle"
 
 
 def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str]:
