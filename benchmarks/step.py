@@ -1,170 +1,157 @@
 """
-One training step: pairs a second, peak memory, and where the time goes.
+One training step: pairs a second, peak memory, FLOPs, and where the time goes; with --reference beside a plain step of the released
+code's behaviour (benchmarks/reference.py), in one run.
 
-    python benchmarks/step.py --config street
-    python benchmarks/step.py --config bdd100k_r50 --flow dis --per_device_train_batch_size 1 --steps 1 --warmup 0   # memory at 512x1024
-    python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 32     # on a GPU
+    python benchmarks/step.py --config street --reference
+    python benchmarks/step.py --config bdd100k_r50 --crop_size 256 512 --flow dis --per_device_train_batch_size 2 --reference
+    python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --torch_compile --reference --json step.json   # on a GPU
+    python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --largest_batch                                # on a GPU
 
 Takes any flag of training/pretrain.py. Frames are synthetic and lie on the device, so that neither the disk nor the decoder is
-measured (benchmarks/loader.py does that); flow that a loader's worker would make is given, RAFT is run and counted as "flow".
+measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
+that a disturbance of the machine hits both and each has a peak of memory of its own. On a CPU, "computing" is the processor time of the
+step, all threads added up: it holds on a busy machine too.
 """
 
-import argparse
-import resource
-import statistics
+import dataclasses
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from training.assembly import build_model, build_optimizer, make_accelerator
-from training.flow import build_flow
+from benchmarks.common import (
+    H100_H200_BF16_PEAK,
+    Contender,
+    OurStep,
+    benchmark_parser,
+    interleave,
+    medians,
+    print_table,
+    write_json,
+)
+from benchmarks.reference import ReferenceStep
 from training.recipe import Recipe, parse_recipe
-from training.views import model_inputs
 
-PARTS = ("flow", "augmentation", "forward", "teacher", "backward", "optimizer", "ema")
-
-
-class Clock:
-    """Adds up the seconds of named parts; waits for the device at each boundary only where `exact` is set."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
-        self.exact = True
-
-    def wait(self) -> None:
-        if self.device.type == "cuda" and self.exact:
-            torch.cuda.synchronize()
-
-    @contextmanager
-    def part(self, name: str):
-        self.wait()
-        began = time.perf_counter()
-        yield
-        self.wait()
-        self.seconds[name] += time.perf_counter() - began
-
-    def around(self, name: str, function):
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return timed
+PARTS = ("flow", "augmentation", "draws", "forward", "teacher", "backward", "optimizer", "ema")
 
 
-def synthetic_batch(recipe: Recipe, device: torch.device, with_flow: bool) -> dict:
-    """Frames that move by a constant shift, and that shift as flow."""
-    b, (height, width) = recipe.per_device_train_batch_size, recipe.crop_size
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(b, 3, height // 8, width // 8, generator=generator)
-    later = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    earlier = later.roll((3, -5), dims=(2, 3))
-    batch = {"frames": (torch.stack([earlier, later], dim=1) * 255).byte().to(device)}
-    if with_flow:
-        shift = torch.tensor([5.0, -3.0])
-        flow = torch.stack([shift, -shift]).view(1, 2, 2, 1, 1).expand(b, 2, 2, height, width)
-        batch["flow"] = flow.half().to(device)
-    return batch
+def summary(contender: Contender, rows: list[dict], pairs: int, exact_steps: int) -> dict:
+    """Figures of one contender from the seconds of its steps."""
+    median = medians(rows)
+    step, wall = median["step"], median["wall"]
+    memory = contender.ask("memory")
+    flops, parts = contender.ask("flops"), medians(contender.ask("exact", exact_steps))
+    rest = step - parts["flow"]
+    return {
+        "pairs_per_second": pairs / wall,
+        "ms_a_step": 1000 * wall,
+        "ms_of_computing": 1000 * step,
+        "peak_gib": memory["peak_bytes"] / 2**30,
+        "step_gib": (memory["peak_bytes"] - memory["built_bytes"]) / 2**30,
+        "model_gflops_a_pair": flops["model"] / pairs / 1e9,
+        "flow_gflops_a_pair": flops["flow"] / pairs / 1e9,
+        "model_tflops_per_second": flops["model"] / rest / 1e12,
+        "parts_ms": {name: 1000 * parts[name] for name in PARTS if name in parts},
+    }
 
 
-def peak_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; the whole process
+def compare(recipe: Recipe, reference: bool, steps: int, warmup: int) -> dict:
+    kinds = {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}
+    contenders = {name: Contender(make, recipe) for name, make in kinds.items()}
+    about = contenders["ours"].ask("about")
+    before = contenders["ours"].ask("ceiling")
+    rows = interleave(contenders, steps, warmup)
+    ceiling = max(before, contenders["ours"].ask("ceiling"))
+    pairs = recipe.per_device_train_batch_size
+    result = {name: summary(contenders[name], rows[name], pairs, min(5, steps)) for name in contenders}
+    for contender in contenders.values():
+        contender.close()
+    result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
+    # The second precision's peak would be meaningless for a float32 step.
+    peak = H100_H200_BF16_PEAK if about["device"].startswith("cuda") and recipe.bf16 else None
+    result["share_of_ceiling"] = result["ours"]["model_tflops_per_second"] * 1e12 / ceiling
+    result["share_of_bf16_peak"] = peak and result["ours"]["model_tflops_per_second"] * 1e12 / peak
+    if reference:
+        ours, theirs = result["ours"], result["reference"]
+        result["speed_ratio"] = theirs["ms_a_step"] / ours["ms_a_step"]
+        computing = theirs["ms_of_computing"], theirs["ms_of_computing"] - theirs["parts_ms"]["augmentation"]
+        result["computing_ratio"] = computing[0] / ours["ms_of_computing"]
+        result["computing_ratio_reference_not_augmenting"] = computing[1] / ours["ms_of_computing"]
+        result["peak_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
+        result["step_memory_ratio"] = ours["step_gib"] / theirs["step_gib"]
+    return result
 
 
-class OurStep:
-    """The step of training/pretrain.py on one process, in parts."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.accelerator = recipe, make_accelerator(recipe)
-        self.device = self.accelerator.device
-        pair_flow, self.flow_module = build_flow(
-            recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates
+def report(recipe: Recipe, result: dict) -> None:
+    height, width = recipe.crop_size
+    names = [name for name in ("ours", "reference") if name in result]
+    print(
+        f"{recipe.per_device_train_batch_size} pairs of {height}x{width}, {recipe.num_subcrops} subcrops of "
+        f"{recipe.subcrop_size} a frame, flow {recipe.flow}, ours in {'bf16' if recipe.bf16 else 'fp32'}, "
+        f"{result['device']} ({result['threads']} threads), median of {result['steps']} steps"
+    )
+    form = {
+        "pairs_per_second": ".2f",
+        "ms_a_step": ".0f",
+        "ms_of_computing": ".0f",
+        "peak_gib": ".2f",
+        "step_gib": ".2f",
+        "model_gflops_a_pair": ".1f",
+        "flow_gflops_a_pair": ".1f",
+    }
+    print_table([{"": name, **result[name]} for name in names], {"": "", **form})
+    print()
+    parts = [part for part in PARTS if any(part in result[name]["parts_ms"] for name in names)]
+    print_table(
+        [{"ms of": part, **{name: result[name]["parts_ms"].get(part) for name in names}} for part in parts],
+        {"ms of": "", **dict.fromkeys(names, ".1f")},
+    )
+    print()
+    print(
+        f"ours does {result['ours']['model_tflops_per_second']:.3f} TFLOP/s outside the flow: "
+        f"{100 * result['share_of_ceiling']:.0f} % of the {result['ceiling_tflops_per_second']:.3f} measured on this device"
+        + (f", {100 * result['share_of_bf16_peak']:.0f} % of its bf16 peak" if result["share_of_bf16_peak"] else "")
+    )
+    if "reference" in result:
+        print(
+            f"ours is {result['speed_ratio']:.2f} times as fast; by time of computing {result['computing_ratio']:.2f} times, and "
+            f"{result['computing_ratio_reference_not_augmenting']:.2f} were the reference's augmentation free; peak memory "
+            f"{result['peak_ratio']:.2f} times, above the built model {result['step_memory_ratio']:.2f} times"
         )
-        if self.flow_module is not None:
-            self.flow_module.to(self.device)
-        self.model = build_model(self.accelerator, recipe)
-        self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
-        if recipe.torch_compile:
-            self.model.compile()
-        self.model.train()
-        self.batch = synthetic_batch(recipe, self.device, with_flow=pair_flow is not None)
-        self.generator = torch.Generator(device=self.device).manual_seed(0)
-        self.clock = Clock(self.device)
-
-    def time_the_teacher(self) -> None:
-        """Also take the teacher's forward apart from the student's. Not together with torch_compile."""
-        teacher = self.model.teacher
-        for name in ("encode", "decode"):
-            setattr(teacher, name, self.clock.around("teacher", getattr(teacher, name)))
-
-    def __call__(self) -> None:
-        clock, batch = self.clock, self.batch
-        if self.flow_module is not None:
-            with clock.part("flow"), self.accelerator.autocast():
-                batch = {**batch, "flow": self.flow_module(batch["frames"])}
-        with clock.part("augmentation"):
-            inputs = model_inputs(batch, self.recipe, self.generator)
-            inputs.pop("matched")
-        before = clock.seconds["teacher"]
-        with clock.part("forward"), self.accelerator.autocast():
-            output = self.model(**inputs, subcrop_size=self.recipe.subcrop_size)
-        clock.seconds["forward"] -= clock.seconds["teacher"] - before
-        with clock.part("backward"):
-            output.loss.backward()
-        with clock.part("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with clock.part("ema"):
-            self.model.update_teacher(0.996)
 
 
-def measure(step, device: torch.device, steps: int, warmup: int) -> list[float]:
-    """Seconds of each of `steps` steps after `warmup`."""
-    seconds = []
-    for number in range(warmup + steps):
-        if number == warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= warmup:
-            seconds.append(time.perf_counter() - began)
-    return seconds
+def largest_batch(recipe: Recipe) -> int:
+    """The most pairs a step that run, found by doubling and halving the gap; every try is a process of its own."""
+    works, fails = 0, None
+    while fails is None or fails - works > 1:
+        pairs = max(1, 2 * works) if fails is None else (works + fails) // 2
+        contender = Contender(OurStep, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
+        try:
+            contender.ask("run", 2)
+            contender.close()
+            works = pairs
+        except RuntimeError:
+            fails = pairs
+        print(f"{pairs} pairs: {'runs' if works == pairs else 'does not run'}", flush=True)
+    return works
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--reference", action="store_true", help="run the reference beside it")
+    parser.add_argument("--largest_batch", action="store_true", help="only find the largest batch that fits this GPU")
     parser.add_argument("--steps", type=int, default=20, help="steps that count")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     options, flags = parser.parse_known_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
     recipe = parse_recipe(flags)
-    step = OurStep(recipe)
-    pairs, device = recipe.per_device_train_batch_size, step.device
-    step.clock.exact = False
-    median = statistics.median(measure(step, device, options.steps, options.warmup))
-    memory = peak_gib(device)
-    step.clock.exact, step.clock.seconds = True, dict.fromkeys(PARTS, 0.0)
-    if not recipe.torch_compile:
-        step.time_the_teacher()
-    parts_steps = max(1, min(options.steps, 5))
-    measure(step, device, parts_steps, 0)
-    height, width = recipe.crop_size
-    print(
-        f"{pairs} pairs of {height}x{width}, {recipe.num_subcrops} subcrops of {recipe.subcrop_size} a frame, "
-        f"{'bf16' if recipe.bf16 else 'fp32'}, {device} ({torch.get_num_threads()} threads)"
-    )
-    print(f"{pairs / median:.2f} pairs/s   {1000 * median:.0f} ms a step   peak {memory:.2f} GiB")
-    total = sum(step.clock.seconds.values())
-    for name, seconds in step.clock.seconds.items():
-        if seconds:
-            print(f"  {name:14}{1000 * seconds / parts_steps:9.1f} ms{100 * seconds / total:7.1f} %")
+    if options.largest_batch:
+        result = {"largest_batch": largest_batch(recipe)}
+    else:
+        result = compare(recipe, options.reference, options.steps, options.warmup)
+        report(recipe, result)
+    write_json(options.json, {**result, "recipe": dataclasses.asdict(recipe)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,319 @@
+"""What the benchmarks share: our step in parts, clocks, peaks, ceilings, contenders in processes of their own, tables and JSON."""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_poodle.recipe_files import usable_cores
+from training.assembly import build_model, build_optimizer, make_accelerator
+from training.flow import build_flow
+from training.recipe import Recipe
+from training.views import model_inputs
+
+H100_H200_BF16_PEAK = 989e12  # FLOP/s, dense, of NVIDIA's data sheets
+
+
+class Clock:
+    """
+    Adds up the seconds of named parts; waits for a GPU at each boundary only where `exact` is set.
+
+    On a CPU these are seconds of computing, of all threads: what other processes do to the machine hardly changes them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.exact = device, {}, False
+        self.now = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def wait(self) -> None:
+        if self.device.type == "cuda" and self.exact:
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def part(self, name: str):
+        self.wait()
+        began = self.now()
+        yield
+        self.wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
+
+    def around(self, name: str, function):
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+def moving_frames(b: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Frames (B, 2, 3, H, W) uint8 of a smooth picture that moves by (-5, 3) pixels."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(b, 3, height // 8, width // 8, generator=generator)
+    later = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    earlier = later.roll((3, -5), dims=(2, 3))
+    return (torch.stack([earlier, later], dim=1) * 255).byte().to(device)
+
+
+class OurStep:
+    """The step of training/pretrain.py, in parts. Flow is part of it: RAFT on the device, DIS here instead of in a loader's worker."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.accelerator = recipe, make_accelerator(recipe)
+        self.device = self.accelerator.device
+        self.pair_flow, self.flow_module = build_flow(
+            recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates
+        )
+        if self.flow_module is not None:
+            self.flow_module.to(self.device)
+        self.model = build_model(self.accelerator, recipe)
+        self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
+        if recipe.torch_compile:
+            self.model.compile()
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.model.train()
+        self.frames = moving_frames(recipe.per_device_train_batch_size, *recipe.crop_size, self.device)
+        self.generator = torch.Generator(device=self.device).manual_seed(0)
+        self.clock = Clock(self.device)
+
+    def time_the_teacher(self) -> None:
+        """Also take the teacher's forward apart from the student's. Not together with torch_compile."""
+        teacher = self.model.teacher
+        for name in ("encode", "decode"):
+            setattr(teacher, name, self.clock.around("teacher", getattr(teacher, name)))
+
+    def estimate_flow(self) -> torch.Tensor:
+        if self.flow_module is None:
+            return dis_flow(self.pair_flow, self.frames)
+        with self.accelerator.autocast():
+            return self.flow_module(self.frames)
+
+    def __call__(self) -> None:
+        clock = self.clock
+        with clock.part("flow"):
+            batch = {"frames": self.frames, "flow": self.estimate_flow()}
+        with clock.part("augmentation"):
+            inputs = model_inputs(batch, self.recipe, self.generator)
+            inputs.pop("matched")
+        before = clock.seconds.get("teacher", 0.0)
+        with clock.part("forward"), self.accelerator.autocast():
+            output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
+        clock.seconds["forward"] -= clock.seconds.get("teacher", 0.0) - before
+        with clock.part("backward"):
+            output.loss.backward()
+        with clock.part("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with clock.part("ema"):
+            self.model.update_teacher(0.996)
+
+
+def dis_flow(pair_flow, frames: torch.Tensor) -> torch.Tensor:
+    """DIS of a batch (B, 2, 3, H, W) uint8, pair by pair on the CPU -> (B, 2, 2, H, W) on the frames' device."""
+    flows = [pair_flow.estimate(pair) for pair in frames.cpu().numpy()]
+    return torch.from_numpy(np.stack(flows)).to(frames.device)
+
+
+# --- time, memory, arithmetic ---
+
+
+def timed_steps(step, steps: int) -> list[dict[str, float]]:
+    """Seconds of each of `steps` steps: `wall` and, as the step's clock takes them, `step`, the whole, and its parts."""
+    rows = []
+    for _ in range(steps):
+        step.clock.seconds = {}
+        wall, began = time.perf_counter(), step.clock.now()
+        step()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        step_seconds, wall = step.clock.now() - began, time.perf_counter() - wall
+        rows.append({"wall": wall, "step": step_seconds, **step.clock.seconds})
+    return rows
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def step_flops(step) -> dict[str, int]:
+    """FLOPs of a step by torch.utils.flop_counter (a multiplication and an addition are two): `flow`, and `model`, all the rest."""
+    counts = {}
+    for name, function in (("flow", step.estimate_flow), ("all", step)):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        counts[name] = counter.get_total_flops()
+    return {"flow": counts["flow"], "model": counts["all"] - counts["flow"]}
+
+
+def memory_bytes(device: torch.device, peak: bool = False) -> int:
+    """What this process holds, or the most it held since `reset_peak`: tensors on a GPU, resident memory on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    # Not getrusage: its peak is inherited from the process that started this one.
+    name = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def ceiling(device: torch.device, bf16: bool) -> float:
+    """
+    The most FLOP/s that this device was seen to do now, in the step's precision: on a CPU the best of a few convolutions of ResNets, on
+    a GPU a product of 8192 x 8192 matrices. On a CPU: of one core, by its time of computing.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=dtype)
+        return max(_rate(lambda: a @ a, 2 * 8192**3, 20) for _ in range(3))
+    best = 0.0
+    for channels, size, kernel in ((64, 56, 3), (256, 28, 3), (256, 56, 1), (1024, 28, 1)):
+        images = torch.randn(8, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, kernel, kernel, dtype=dtype).to(memory_format=torch.channels_last)
+        flops = 2 * images.numel() * channels * kernel**2
+
+        def convolve(images=images, weight=weight, padding=kernel // 2):
+            with torch.no_grad():
+                return F.conv2d(images, weight, padding=padding)
+
+        best = max(best, _rate(convolve, flops, 5))
+    return best
+
+
+def _rate(function: Callable[[], torch.Tensor], flops: int, repeats: int) -> float:
+    """FLOP/s of the fastest of `repeats` calls after two."""
+    seconds, now = [], Clock(function().device).now
+    for _ in range(repeats + 2):
+        began = now()
+        if function().is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(now() - began)
+    return flops / min(seconds[2:])
+
+
+# --- contenders, each in a process of its own ---
+
+
+def _serve(connection, make, recipe) -> None:
+    step = make(recipe)
+    base = memory_bytes(step.device)
+    reset_peak(step.device)
+    actions = {
+        "run": lambda steps: timed_steps(step, steps),
+        "exact": lambda steps: _exact(step, steps),
+        "memory": lambda _: {"built_bytes": base, "peak_bytes": memory_bytes(step.device, peak=True)},
+        "flops": lambda _: step_flops(step),
+        "ceiling": lambda _: ceiling(step.device, recipe.bf16),
+        "about": lambda _: {"device": str(step.device), "threads": torch.get_num_threads()},
+    }
+    while (request := connection.recv()) is not None:
+        name, argument = request
+        connection.send(actions[name](argument))
+        if step.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other one needs the memory now
+
+
+def _exact(step, steps: int) -> list[dict[str, float]]:
+    step.clock.exact = True
+    rows = timed_steps(step, steps)
+    step.clock.exact = False
+    return rows
+
+
+class Contender:
+    """A step in a process of its own, so that its peak of memory is its own; runs when it is asked to and sleeps otherwise."""
+
+    def __init__(self, make: Callable[[Recipe], object], recipe: Recipe):
+        # fork: what is imported is shared. This process itself must not touch the GPU before.
+        context = multiprocessing.get_context("fork")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, make, recipe), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, name: str, argument=None):
+        self.connection.send((name, argument))
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of this contender ended at {name!r}; its error is above") from None
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+def interleave(contenders: dict[str, Contender], steps: int, warmup: int, rounds: int = 5) -> dict[str, list[dict]]:
+    """
+    Seconds of `steps` steps of each contender, taken in turns: a machine that is disturbed for a while disturbs all of them.
+
+    Every turn begins with a step that is not counted, the first turn with `warmup`; the order is reversed each round.
+    """
+    rows = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.ask("run", warmup)
+    for number in range(rounds):
+        share = (number + 1) * steps // rounds - number * steps // rounds
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            rows[name] += contenders[name].ask("run", share + 1)[1:]
+    return rows
+
+
+# --- what is written ---
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", help="also write the figures to this file")
+    return parser
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure must be read with: machine, versions, date and command."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+        "cpu": cpu,
+        "cores": usable_cores(),
+        **gpu,
+        "torch": torch.__version__,
+    }
+
+
+def print_table(rows: list[dict], columns: dict[str, str]) -> None:
+    """Rows under headings; `columns` maps a row's key to its format (`""`: text)."""
+    cells = [list(columns)] + [
+        ["-" if row.get(key) is None else format(row[key], form) for key, form in columns.items()] for row in rows
+    ]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def write_json(path: str | None, figures: dict) -> None:
+    if path:
+        Path(path).write_text(json.dumps({**machine(), **figures}, indent=1) + "\n")
