@@ -232,7 +232,9 @@ class ReferenceStep:
         accelerator = make_accelerator(self.recipe)
         self.device = accelerator.device
         self.pair_flow, flow_module = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates)
-        self.raft = None if flow_module is None else flow_module.raft.to(self.device)
+        self.raft = None
+        if flow_module is not None:
+            self.raft = flow_module.raft.to(self.device, memory_format=torch.contiguous_format)
         self.model = ReferenceModel(build_model(accelerator, self.recipe)).train()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(

@@ -4,6 +4,7 @@ Optical flow of both directions of a pair: (B, 2, 3, H, W) uint8 -> (B, 2, 2, H,
 Two kinds. A *pair flow* runs in the loader's workers on one sample; a *flow module* runs on the device on a whole batch.
 """
 
+import copy
 import difflib
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.models import optical_flow
 from torchvision.utils import flow_to_image
 
+from training.raft import GatedUnit, correlation_pyramid, look_up
 from training.street import Street
 
 NAMES = ("dis", "raft_large", "raft_small", "exact")
@@ -106,9 +108,11 @@ class RaftFlow(nn.Module):
     """
     torchvision's RAFT (Teed & Deng 2020) for both directions at once.
 
-    The released code runs RAFT on both orders. Here each image passes the feature encoder once, the second direction's
-    correlation volume is the transpose of the first's, both directions go through the update block as one batch, and only the last of
-    the iterations is upsampled.
+    The released code runs RAFT on both orders. Here each image passes the encoders once, both directions go through the update
+    block as one batch, what the updates share is computed once (training/raft.py), and only the last of them is upsampled.
+
+    Under autocast it computes in float16, whatever autocast's own type: flow enters the update block as numbers of up to 128 cells, of
+    which bfloat16 keeps 8 bits. Positions are float32 always.
 
     Args:
         variant: "raft_large" or "raft_small".
@@ -122,7 +126,8 @@ class RaftFlow(nn.Module):
         self.raft = getattr(optical_flow, variant)(weights=None)
         if weights != "random":
             self._load(variant, weights)
-        self.raft.eval().requires_grad_(False)
+        self.raft.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self._cast: dict[tuple, nn.Module] = {}
 
     def _load(self, variant: str, weights: str | None) -> None:
         enum = {"raft_large": "Raft_Large_Weights.C_T_V2", "raft_small": "Raft_Small_Weights.C_T_V2"}[variant]
@@ -165,32 +170,44 @@ class RaftFlow(nn.Module):
 
     def _both_directions(self, images: Tensor) -> Tensor:
         """(2B, 3, H, W) -> (2B, 2, H, W): first the flow from earlier to later, then the other."""
-        raft = self.raft
-        features = raft.feature_encoder(images)
-        earlier, later = features.chunk(2)
-        # Each row of the pyramid is one query pixel: the transposed volume serves the other direction.
-        volume = raft.corr_block._compute_corr_volume(earlier, later)  # (B, h, w, 1, h, w)
-        volume = torch.cat([volume, volume.permute(0, 4, 5, 3, 1, 2)])
-        n, h, w = volume.shape[:3]
-        level = volume.reshape(n * h * w, 1, h, w)
-        raft.corr_block.corr_pyramid = [level]
-        for _ in range(raft.corr_block.num_levels - 1):
-            level = F.avg_pool2d(level, kernel_size=2, stride=2)
-            raft.corr_block.corr_pyramid.append(level)
+        raft, kind = self.raft, images.device.type
+        reduced = torch.is_autocast_enabled(kind)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(kind, dtype=torch.float16, enabled=reduced):
+            features, context = raft.feature_encoder(images), raft.context_encoder(images)
+        with torch.autocast(kind, enabled=False):
+            dtype = torch.float16 if reduced else torch.float32
+            return self._update(features.to(dtype), context.to(dtype))
 
-        context = raft.context_encoder(images)
-        hidden_channels = raft.update_block.hidden_state_size
-        hidden, context = context.split([hidden_channels, context.shape[1] - hidden_channels], dim=1)
+    def _update(self, features: Tensor, context: Tensor) -> Tensor:
+        """Features and context (2B, C, h, w) of both images -> flow (2B, 2, 8h, 8w), float32."""
+        earlier, later = features.chunk(2)
+        pyramid = correlation_pyramid(features, torch.cat([later, earlier]), self.raft.corr_block.num_levels)
+        block, predictor = (self._in(features, m) for m in (self.raft.update_block, self.raft.mask_predictor))
+        hidden, context = context.split([block.hidden_state_size, context.shape[1] - block.hidden_state_size], dim=1)
         hidden, context = torch.tanh(hidden), F.relu(context)
-        start = optical_flow._utils.make_coords_grid(n, h, w).to(images.device)
+        recurrent = block.recurrent_block
+        units = [GatedUnit(u, context) for u in (recurrent.convgru1, recurrent.convgru2) if isinstance(u, nn.Module)]
+        n, _, h, w = features.shape
+        start = optical_flow._utils.make_coords_grid(n, h, w, device=features.device)
         points = start
         for _ in range(self.num_updates):
-            looked_up = raft.corr_block.index_pyramid(centroids_coords=points)
-            hidden, delta = raft.update_block(hidden, context, looked_up, points - start)
-            points = points + delta
-        raft.corr_block.corr_pyramid = None  # gigabytes at 512x1024; nothing needs them now
-        mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden)
+            looked_up = look_up(pyramid, points, self.raft.corr_block.radius)
+            motion = block.motion_encoder((points - start).to(features.dtype), looked_up)
+            for unit in units:
+                hidden = unit(hidden, motion)
+            points = points + block.flow_head(hidden).float()
+        mask = None if predictor is None else predictor(hidden).float()
         return optical_flow._utils.upsample_flow(flow=points - start, up_mask=mask)
+
+    def _in(self, like: Tensor, module: nn.Module | None) -> nn.Module | None:
+        """A frozen module in the type of `like`; kept, since autocast would cast its weights anew in every update."""
+        if module is None or like.dtype == torch.float32:
+            return module
+        key = id(module), like.dtype, like.device
+        if key not in self._cast:
+            self._cast[key] = copy.deepcopy(module).to(like.dtype)
+        return self._cast[key]
 
 
 def build_flow(

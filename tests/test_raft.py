@@ -1,0 +1,58 @@
+"""RAFT's inner loop against torchvision's modules, and in reduced precision."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.models import optical_flow
+
+from training.flow import RaftFlow
+from training.raft import GatedUnit, correlation_pyramid, look_up
+
+
+@pytest.mark.parametrize(("levels", "radius", "size"), [(4, 4, (16, 24)), (4, 3, (17, 29)), (2, 1, (16, 16))])
+def test_pyramid_and_lookups_equal_torchvision(levels, radius, size):
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 2, 32, *size)
+    theirs = optical_flow.raft.CorrBlock(num_levels=levels, radius=radius)
+    if levels == 4:
+        theirs.build_pyramid(first, second)
+    else:
+        volume = theirs._compute_corr_volume(first, second).reshape(-1, 1, *size)
+        theirs.corr_pyramid = [volume, F.avg_pool2d(volume, 2, 2)]
+    ours = correlation_pyramid(first, second, levels)
+    for a, b in zip(ours, theirs.corr_pyramid, strict=True):
+        torch.testing.assert_close(a[:, None], b, rtol=1e-4, atol=1e-5)
+    # Everywhere, half of it outside, some of it far away.
+    points = torch.rand(2, 2, *size) * 60 - 15
+    points[:, :, 0] *= 100
+    expected = theirs.index_pyramid(points)
+    torch.testing.assert_close(look_up(ours, points, radius), expected, rtol=1e-3, atol=2e-4)
+    whole = points.round()
+    torch.testing.assert_close(look_up(ours, whole, radius), theirs.index_pyramid(whole), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [((1, 5), (0, 2)), (3, 1)])
+def test_gated_unit_equals_torchvision(kernel, padding):
+    torch.manual_seed(0)
+    theirs = optical_flow.raft.ConvGRU(input_size=12, hidden_size=8, kernel_size=kernel, padding=padding)
+    hidden, context, motion = torch.randn(2, 8, 9, 11), torch.randn(2, 5, 9, 11), torch.randn(2, 7, 9, 11)
+    ours = GatedUnit(theirs, context)
+    for _ in range(3):
+        expected = theirs(hidden, torch.cat([context, motion], dim=1))
+        torch.testing.assert_close(ours(hidden, motion), expected, rtol=1e-5, atol=1e-6)
+        hidden = expected
+
+
+def test_reduced_precision_stays_near():
+    torch.manual_seed(0)
+    raft = RaftFlow("raft_small", "random", num_updates=4)
+    coarse = torch.rand(1, 2, 3, 16, 16)
+    frames = (F.interpolate(coarse.flatten(0, 1), (128, 128), mode="bicubic").clamp(0, 1) * 255).byte()[None]
+    full = raft(frames)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reduced = raft(frames)
+    assert full.dtype == reduced.dtype == torch.float32
+    assert 0 < (full - reduced).norm(dim=2).mean() < 0.05 < full.norm(dim=2).mean()
+    # The float32 path is as it was before, and what was cast is no part of the checkpoint.
+    assert torch.equal(raft(frames), full)
+    assert all(value.dtype != torch.float16 for value in raft.state_dict().values())

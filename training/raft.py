@@ -1,0 +1,99 @@
+"""
+The inner loop of RAFT (Teed & Deng 2020) with torchvision's weights: correlation pyramid, lookups and the update block.
+
+The same function as torchvision's modules, arranged so that less is computed and moved. Everything here runs in the precision of what it is given;
+coordinates are float32 always.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[Tensor]:
+    """
+    Correlations of every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
+
+    Averaging commutes with the product: the keys are pooled, not the volume, which at 512x1024 holds 32 times their numbers.
+
+    Args:
+        queries, keys: features (N, C, h, w).
+
+    Returns:
+        a tensor (N * h * w, h >> l, w >> l) for each level l; a row a query pixel.
+    """
+    n, channels, h, w = queries.shape
+    rows = queries.flatten(2).transpose(1, 2) / channels**0.5  # (N, h * w, C)
+    levels = []
+    for level in range(num_levels):
+        keys = F.avg_pool2d(keys, kernel_size=2, stride=2) if level else keys
+        levels.append(torch.bmm(rows, keys.flatten(2)).view(n * h * w, *keys.shape[-2:]))
+    return levels
+
+
+def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
+    """
+    Correlations around each query pixel's match: a window of (2 radius + 1)^2 points a level, read bilinearly, zeros outside.
+
+    All points of a window have the same fractions, so a window is one gather of (2 radius + 2)^2 whole cells and two interpolations, in the
+    pyramid's own precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of the volume each time.)
+
+    Args:
+        pyramid: of [`correlation_pyramid`].
+        points: (N, 2, h, w) float32 positions in the keys, x then y, in cells from the centre of the first.
+
+    Returns:
+        (N, levels * (2 radius + 1)^2, h, w); in a level x varies slowest, as torchvision has it.
+    """
+    n, _, h, w = points.shape
+    centres = points.permute(0, 2, 3, 1).reshape(-1, 2)
+    offsets = torch.arange(-radius, radius + 2, device=points.device)
+    found = []
+    for level, volume in enumerate(pyramid):
+        rows, columns = volume.shape[1:]
+        scaled = centres / 2**level
+        corner = scaled.floor()
+        right, below = (scaled - corner).to(volume.dtype).unbind(1)  # each (M,)
+        x, y = (corner.long()[:, :, None] + offsets).unbind(1)  # each (M, 2 radius + 2)
+        index = y.clamp(0, rows - 1)[:, :, None] * columns + x.clamp(0, columns - 1)[:, None, :]
+        window = volume.flatten(1).gather(1, index.flatten(1)).view(index.shape)  # (M, y, x)
+        in_x, in_y = ((x >= 0) & (x < columns)).to(volume.dtype), ((y >= 0) & (y < rows)).to(volume.dtype)
+        # What lies outside has weight zero.
+        window = (
+            window[:, :, :-1] * ((1 - right)[:, None] * in_x[:, :-1])[:, None]
+            + window[:, :, 1:] * (right[:, None] * in_x[:, 1:])[:, None]
+        )
+        window = (
+            window[:, :-1] * ((1 - below)[:, None] * in_y[:, :-1])[:, :, None]
+            + window[:, 1:] * (below[:, None] * in_y[:, 1:])[:, :, None]
+        )
+        found.append(window.transpose(1, 2).flatten(1))
+    return torch.cat(found, dim=1).view(n, h, w, -1).permute(0, 3, 1, 2)  # channels last as it lies
+
+
+class GatedUnit:
+    """
+    A convolutional GRU of torchvision's RAFT, for many updates with one context.
+
+    Each of its convolutions reads [hidden state, context, motion]. The context is the same in every update, so its share is computed once;
+    the two gates read the same input, so they are one convolution.
+    """
+
+    def __init__(self, unit: nn.Module, context: Tensor):
+        hidden, dtype = unit.convz.out_channels, context.dtype
+        self.padding = unit.convz.padding
+        rest = hidden + context.shape[1]
+        weights = [conv.weight.to(dtype) for conv in (unit.convz, unit.convr, unit.convq)]
+        biases = torch.cat([conv.bias for conv in (unit.convz, unit.convr, unit.convq)]).to(dtype)
+        of_context = torch.cat([weight[:, hidden:rest] for weight in weights])
+        shares = F.conv2d(context, of_context, biases, padding=self.padding)
+        self.gates_of_context, self.candidate_of_context = shares.split([2 * hidden, hidden], dim=1)
+        others = [torch.cat([weight[:, :hidden], weight[:, rest:]], dim=1) for weight in weights]
+        self.gates = torch.cat(others[:2]).contiguous(memory_format=torch.channels_last)
+        self.candidate = others[2].contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, hidden: Tensor, motion: Tensor) -> Tensor:
+        gates = F.conv2d(torch.cat([hidden, motion], dim=1), self.gates, padding=self.padding)
+        update, reset = (gates + self.gates_of_context).sigmoid_().chunk(2, dim=1)
+        candidate = F.conv2d(torch.cat([reset * hidden, motion], dim=1), self.candidate, padding=self.padding)
+        return torch.lerp(hidden, (candidate + self.candidate_of_context).tanh_(), update)
