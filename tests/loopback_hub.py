@@ -9,14 +9,15 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-
-from tests.loopback import FileHandler, FileServer
+from loopback import FileHandler, FileServer
 
 TOKEN = "hf_loopback-secret"
 LFS_PATTERN = re.compile(r"\.(safetensors|mp4|tar|png)$")
@@ -357,3 +358,47 @@ ROUTES = [
     (("GET", "HEAD"), r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", HubHandler.resolve),
     (("GET", "HEAD"), r"/cdn/(\w+)", HubHandler.cdn),
 ]
+
+
+class Interpreter:
+    """A Python process whose Hub is `hub`, which runs scripts one after the other: what they import, it imports once."""
+
+    LOOP = """
+import os, sys, traceback
+scripts, sys.stdin = sys.stdin, open(os.devnull)
+for line in scripts:
+    path = line.strip()
+    os.chdir(os.path.dirname(path))
+    try:
+        exec(compile(open(path).read(), path, "exec"), {"__name__": "__main__"})
+        print(chr(0) + "passed", flush=True)
+    except BaseException:
+        print(traceback.format_exc() + chr(0) + "failed", flush=True)
+"""
+
+    def __init__(self, hub: HubServer, home: Path, prelude: str = ""):
+        self.log = open(home / "stderr.txt", "w+")
+        command, pipe = [sys.executable, "-u", "-c", prelude + self.LOOP], subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, cwd=home, env=hub.environment(home / "hf"), stdin=pipe, stdout=pipe, stderr=self.log, text=True
+        )
+
+    def __call__(self, folder: Path, script: str) -> str:
+        """What `script`, run in `folder`, prints. Fails where it raises."""
+        (folder / "script.py").write_text(script)
+        self.process.stdin.write(f"{folder / 'script.py'}\n")
+        self.process.stdin.flush()
+        lines = []
+        for line in self.process.stdout:
+            if "\0" in line:
+                printed, outcome = ("".join(lines) + line).split("\0")
+                assert outcome.strip() == "passed", printed
+                return printed
+            lines.append(line)
+        self.log.seek(0)
+        raise AssertionError(f"the process ended: {self.log.read()}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()

@@ -12,11 +12,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from loopback import serve
+from loopback_hub import TOKEN, HubServer, Interpreter
 from safetensors.torch import load_file, save_file
 
 from modeling_poodle import PoodleForPreTraining, PoodleForSemanticSegmentation, PoodleModel
-from tests.loopback import serve
-from tests.loopback_hub import TOKEN, HubServer
 from training import cards
 from training.pretrain import main as pretrain
 from training.publish import main as publish_main
@@ -38,8 +38,12 @@ try:
     raise SystemExit("modeling_poodle is on the path: this test would prove nothing")
 except ModuleNotFoundError:
     pass
+"""
+SAME = """
+from pathlib import Path
 import torch
 from safetensors.torch import load_file
+torch.set_grad_enabled(False)
 def same(ours, theirs):
     assert torch.equal(ours, theirs), (ours - theirs).abs().max()
 """
@@ -90,7 +94,7 @@ def hub(tmp_path):
 
 def python(hub, home: Path, *arguments, token=TOKEN, **variables) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=home, capture_output=True, text=True, timeout=120,
+        [sys.executable, *map(str, arguments)], cwd=home, capture_output=True, text=True, timeout=600,
         env={**hub.environment(home / "hf", token), **variables}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -98,14 +102,24 @@ def python(hub, home: Path, *arguments, token=TOKEN, **variables) -> subprocess.
 def publish(hub, folder, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "training.publish", str(folder), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=hub.environment(hub.folder / "home", token)
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, env=hub.environment(hub.folder / "home", token)
     )  # fmt: skip
 
 
-def without_the_package(hub, home: Path, script: str) -> str:
-    done = python(hub, home, "-c", WITHOUT_THE_PACKAGE + script)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def clean(shared_hub, tmp_path_factory):
+    """A process with an empty cache and a path without this package."""
+    interpreter = Interpreter(shared_hub, tmp_path_factory.mktemp("clean"), WITHOUT_THE_PACKAGE)
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="module")
+def installed(shared_hub, tmp_path_factory):
+    """A process with an empty cache that imports this package."""
+    interpreter = Interpreter(shared_hub, tmp_path_factory.mktemp("installed"))
+    yield interpreter
+    interpreter.close()
 
 
 # --- what is sent ---
@@ -193,7 +207,7 @@ def test_the_student_on_request(run):
 # --- use without this package ---
 
 
-def test_a_clean_environment_loads_what_was_published(shared_hub, run, tmp_path):
+def test_a_clean_environment_loads_what_was_published(shared_hub, clean, run, tmp_path):
     """AutoBackbone, AutoModel, processor, pipeline and three models on it; the features are training's."""
     model = PoodleForPreTraining.from_pretrained(run / "checkpoints" / "step-2").eval().teacher
     image = torch.rand(1, 3, 64, 96)
@@ -209,10 +223,10 @@ def test_a_clean_environment_loads_what_was_published(shared_hub, run, tmp_path)
         {name: value.detach().contiguous() for name, value in expected.items()}, tmp_path / "expected.safetensors"
     )
     (tmp_path / "revision.txt").write_text(shared_hub.first_revision)
-    printed = without_the_package(
-        shared_hub,
+    printed = clean(
         tmp_path,
-        """
+        SAME
+        + """
 import numpy as np
 from PIL import Image
 from transformers import (
@@ -221,7 +235,6 @@ from transformers import (
 )
 expected = load_file("expected.safetensors")
 image = expected["image"]
-torch.set_grad_enabled(False)
 
 plain = AutoBackbone.from_pretrained("org/poodle-r18").eval()
 assert type(plain).__name__ == "ResNetBackbone" and plain.channels == [8, 8, 16, 16]
@@ -244,7 +257,7 @@ torch.testing.assert_close(torch.tensor(features), plain(pixels).feature_maps[-1
 
 config = AutoConfig.from_pretrained("org/poodle-r18")
 tiny = {"num_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
-upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, hidden_size=16, auxiliary_in_channels=16, auxiliary_channels=8))
+upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone="org/poodle-r18", hidden_size=16, auxiliary_in_channels=16, auxiliary_channels=8))
 mask2former = Mask2FormerForUniversalSegmentation(
     Mask2FormerConfig(backbone_config=config, feature_size=32, mask_feature_size=32, hidden_dim=32, dim_feedforward=16, encoder_feedforward_dim=16, **tiny)
 )
@@ -276,16 +289,42 @@ except ValueError as error:
     assert printed.endswith("refused: True\n")
 
 
-def test_where_the_package_is_installed_no_code_is_fetched(shared_hub, tmp_path):
+def test_where_the_package_is_installed_no_code_is_fetched(shared_hub, installed, tmp_path):
     before = len(shared_hub.requests)
     script = """
 import modeling_poodle
 from transformers import AutoBackbone
 print(type(AutoBackbone.from_pretrained("org/poodle-r18-sdm", out_features=["stage4", "decoder"])).__module__)
 """
-    done = python(shared_hub, tmp_path, "-c", script)
-    assert done.stdout == "modeling_poodle.modeling_poodle\n", done.stderr
+    assert installed(tmp_path, script) == "modeling_poodle.modeling_poodle\n"
     assert not [path for _, path, _ in shared_hub.requests[before:] if path.endswith(".py")]
+
+
+def test_a_standard_resnet_is_timm_s_too(shared_hub, clean, tmp_path):
+    from transformers import ResNetBackbone, ResNetConfig, SegformerImageProcessor
+
+    torch.manual_seed(0)
+    config = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    ResNetBackbone(config).save_pretrained(tmp_path / "encoder")
+    SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path / "encoder")
+    done = publish(shared_hub, tmp_path / "encoder", "--repo_id", "org/r18")
+    assert done.returncode == 0, done.stderr
+    script = """
+import timm
+import torch
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
+AutoImageProcessor.from_pretrained("org/r18")
+assert AutoConfig.from_pretrained("org/r18").model_type == "resnet"
+ours = AutoBackbone.from_pretrained("org/r18").eval()
+theirs = timm.create_model("hf-hub:org/r18", pretrained=True).eval()
+assert type(theirs).__name__ == "ResNet" and theirs.num_classes == 0
+image = torch.rand(1, 3, 64, 96)
+torch.testing.assert_close(theirs.forward_features(image), ours(image).feature_maps[-1], rtol=1e-5, atol=1e-5)
+print(theirs.pretrained_cfg["architecture"], theirs.pretrained_cfg["mean"])
+"""
+    assert clean(tmp_path, script) == "resnet18 [0.485, 0.456, 0.406]\n"
+    card = ModelCard(shared_hub.repository("org/r18").commits[-1].files["README.md"].path.read_text())
+    assert card.data.license is None and "Nothing was recorded." in card.text and 'pretrained("org/r18"' in card.text
 
 
 EVALUATION = {
@@ -294,7 +333,7 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_a_readout_is_one_line_for_others(hub, run, tmp_path):
+def test_a_readout_is_one_line_for_others(shared_hub, clean, run, tmp_path):
     from transformers import SegformerImageProcessor
 
     config = PoodleModel.from_pretrained(run / "model").config
@@ -306,14 +345,14 @@ def test_a_readout_is_one_line_for_others(hub, run, tmp_path):
     readout.save_pretrained(tmp_path / "readout")
     SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path / "readout")
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "org/poodle-r18-sdm"}))
-    done = publish(hub, tmp_path / "readout", "--repo_id", "org/poodle-r18-camvid-linear")
+    done = publish(shared_hub, tmp_path / "readout", "--repo_id", "org/poodle-r18-camvid-linear")
     assert done.returncode == 0, done.stderr
     image = torch.rand(1, 3, 64, 96)
     save_file({"image": image, "logits": readout(image).logits.detach()}, tmp_path / "expected.safetensors")
-    printed = without_the_package(
-        hub,
+    printed = clean(
         tmp_path,
-        """
+        SAME
+        + """
 import numpy as np
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
@@ -328,7 +367,9 @@ print(sorted({segment["label"] for segment in segments} - {"road", "sky", "car"}
 """,
     )
     assert printed == "[]\n"
-    card = ModelCard(hub.repository("org/poodle-r18-camvid-linear").commits[-1].files["README.md"].path.read_text())
+    card = ModelCard(
+        shared_hub.repository("org/poodle-r18-camvid-linear").commits[-1].files["README.md"].path.read_text()
+    )
     assert card.data.base_model == "org/poodle-r18-sdm" and card.data.pipeline_tag == "image-segmentation"
     assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {
         ("mean_iou", 0.25),
@@ -563,7 +604,7 @@ def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, c
     assert sum("HF_HUB_OFFLINE is set" in warning for warning in warnings) >= 2
 
 
-def test_a_truncated_download_is_a_sentence_and_fetched_anew(shared_hub, tmp_path):
+def test_a_truncated_download_is_a_sentence_and_fetched_anew(shared_hub, installed, tmp_path):
     """Broken off again and again: a sentence, as `--init_encoder` and `--model` give it. Then the client goes on where it broke off."""
     script = """
 from modeling_poodle.loading_poodle import load_encoder
@@ -575,8 +616,7 @@ for attempt in range(2):
 """
     shared_hub.fail("GET /cdn/", "truncate", 7)
     try:
-        done = python(shared_hub, tmp_path, "-c", script)
-        failed, loaded = done.stdout.splitlines()
+        failed, loaded = installed(tmp_path, script).splitlines()
         assert "sentence: 'org/poodle-r18' is no encoder that can be loaded" in failed
         assert int(loaded) > 20 and shared_hub.faults[0][2] == 0
     finally:

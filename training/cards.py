@@ -96,21 +96,28 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
     )
 
 
-def readout_card(config: dict, results: list[dict]) -> str:
-    """Card of a readout or detector from its `evaluation.json`: which encoder, and how it was fitted."""
-    result = results[0] if results else {}
-    model, detector = result.get("model", ""), "detector" in result
+def folder_card(config: dict, results: list[dict]) -> str:
+    """Card of a folder that has none: a readout or detector, told from its `evaluation.json`, or an encoder of which no more is known."""
     kind = config.get("model_type", "detector")
-    task = "object-detection" if detector else "image-segmentation"
-    data = _data(kind, task, base_model=_hub_id(model))
-    readout, dataset = result.get("detector") or result.get("readout"), result.get("dataset")
-    what = f"A {readout} {'detector' if detector else 'readout'} on {data.base_model or 'an encoder'}, fitted on {dataset}."
-    if not results:
-        what = "A readout of an encoder."
+    readout = kind == "detector" or any(name.endswith("ForSemanticSegmentation") for name in config["architectures"])
+    if not readout:
+        part = "model" if kind == "poodle" else "encoder"
+        inner = config["backbone_config"]["model_type"] if kind == "poodle" else kind
+        data = _data(inner, "image-feature-extraction", license=None)
+        return _card(
+            data, f"{inner}: {part}", _part_in_words(part, inner, config), _load(part, inner), "Nothing was recorded."
+        )
+    result = results[0] if results else {}
+    task = "object-detection" if kind == "detector" else "image-segmentation"
+    data = _data(kind, task, base_model=_hub_id(result.get("model")))
+    if kind == "detector":
+        data.library_name = None  # torchvision's, and read by this project's own function
+    name, dataset = result.get("detector") or result.get("readout") or "", result.get("dataset", "images")
+    what = f"A {name} {'detector' if kind == 'detector' else 'readout'} on {data.base_model or 'an encoder'}, fitted on {dataset}."
     load = _LOAD["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
     known = ("num_train_images", "steps", "seed", "features", "inference")
     rows = {name.replace("_", " "): result[name] for name in known if name in result}
-    return _card(data, f"PooDLe: {readout or 'readout'} on {dataset or 'images'}", what, load, _table(rows))
+    return _card(data, f"PooDLe: {name} on {dataset}", what, load, _table(rows))
 
 
 def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) -> str:
@@ -223,7 +230,9 @@ _LOAD = {
     "encoder": """from transformers import AutoBackbone, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage2", "stage4"])""",
+backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage2", "stage4"])
+# UperNetConfig(backbone="ORG/NAME") and the like take the architecture alone; then the weights:
+# upernet.backbone.load_state_dict(backbone.state_dict())""",
     "plain vit": """from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")

@@ -21,6 +21,7 @@ from transformers import ResNetConfig
 from modeling_poodle import PoodleConfig, PoodleModel
 from training.cards import converted_card
 from training.checkpoints import write_folders
+from training.resnet_names import to_transformers
 
 # By family: prefixes of the converted network, student and teacher, and what is left out with the reason.
 _HEADS = "a head of pretraining, no part of the features"
@@ -168,27 +169,11 @@ def _family_of(state: dict[str, Tensor], which: str) -> tuple[str, dict]:
     )
 
 
-_RESNET_KEYS = (
-    (r"conv1\.", "embedder.embedder.convolution."),
-    (r"bn1\.", "embedder.embedder.normalization."),
-    (r"layer(\d)\.(\d+)\.conv(\d)\.", "encoder.stages.{0}.layers.{1}.layer.{2}.convolution."),
-    (r"layer(\d)\.(\d+)\.bn(\d)\.", "encoder.stages.{0}.layers.{1}.layer.{2}.normalization."),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.", "encoder.stages.{0}.layers.{1}.shortcut.convolution."),
-    (r"layer(\d)\.(\d+)\.downsample\.1\.", "encoder.stages.{0}.layers.{1}.shortcut.normalization."),
-)
-
-
 def _resnet_key(key: str) -> str:
-    """Name of a parameter of torchvision's (and timm's) ResNet in transformers'."""
-    for pattern, name in _RESNET_KEYS:
-        match = re.match(pattern, key)
-        if match:
-            # Stages and convolutions are counted from 1 there and from 0 here, blocks from 0 in both.
-            numbers = [int(number) for number in match.groups()]
-            return name.format(*(n if k == 1 else n - 1 for k, n in enumerate(numbers))) + key[match.end() :]
-    raise ValueError(
-        f"{key} is no parameter of a plain ResNet: only torchvision's and timm's plain ResNets can be converted"
-    )
+    try:
+        return to_transformers(key)
+    except ValueError as error:
+        raise ValueError(f"{error}: only torchvision's and timm's plain ResNets can be converted") from None
 
 
 def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:

@@ -93,6 +93,10 @@ def explain(error: Exception, repo_id: str) -> str:
         return f"{where}: {status}, " + sentence.format(
             server=" ".join(server.split()), namespace=repo_id.split("/")[0]
         )
+    if isinstance(error, FileNotFoundError):
+        return (
+            f"{where}: no such repository, revision or file, or it is private and the token may not see it ({error})"
+        )
     if isinstance(error, (HTTPError, OSError)):
         reason = str(error) or type(error).__name__
         return f"{where}: the connection failed or broke off ({reason}): try again when the network is there"

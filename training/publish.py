@@ -21,6 +21,7 @@ from huggingface_hub import get_token
 
 from training import cards
 from training.hub import belongs, check_repo_id, push
+from training.resnet_names import add_timm, timm_architecture
 
 logger = logging.getLogger("poodle")
 _CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
@@ -184,11 +185,14 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         for file in _CODE_FILES:
             shutil.copyfile(_CODE / file, target / file)
+    if timm_architecture(config) is not None and (target / "model.safetensors").exists():
+        processor = json.loads((target / "preprocessor_config.json").read_text())
+        config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
     panels = sorted((source.parent / "panels").glob("step-*.png")) if source.name in ("encoder", "model") else []
     if panels:
         shutil.copyfile(panels[-1], target / "panel.png")
     readme = source / "README.md"
-    text = readme.read_text() if readme.is_file() else cards.readout_card(config, results)
+    text = readme.read_text() if readme.is_file() else cards.folder_card(config, results)
     (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, panel=bool(panels)))
     _refuse_token(target)
 

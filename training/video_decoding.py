@@ -51,7 +51,9 @@ def is_remote(source: str) -> bool:
     return "://" in source
 
 
-REMOTE_BLOCK = 1 << 20  # bytes read ahead: a pair lies in few of them, and a seek wastes at most one
+REMOTE_BLOCK = (
+    1 << 20
+)  # bytes a request, each block asked for once an opening: a pair lies in few, a seek wastes at most one
 ATTEMPTS = 5
 
 
@@ -61,11 +63,11 @@ class RemoteFile(io.RawIOBase):
     fails at once.
 
     Args:
-        wait: seconds before the second attempt; doubled each time.
+        block: bytes a request.
     """
 
-    def __init__(self, source: str, wait: float = 0.5):
-        self.source, self.wait, self.position, self.file = source, wait, 0, None
+    def __init__(self, source: str, block: int = REMOTE_BLOCK):
+        self.source, self.block, self.position, self.file = source, block, 0, None
         self.size = self._attempt(lambda file: file.size)
         if self.size is None:
             raise OSError("its server tells no size, so that it cannot be read by ranges")
@@ -74,15 +76,18 @@ class RemoteFile(io.RawIOBase):
         for attempt in range(ATTEMPTS):
             try:
                 if self.file is None:
-                    self.file = fsspec.open(self.source, "rb", block_size=REMOTE_BLOCK).open()
+                    files, path = fsspec.core.url_to_fs(self.source)
+                    self.file = files.open(path, "rb", block_size=self.block, cache_type="blockcache")
                 return act(self.file)
             except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
-                self.file = None
-                status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+                self.file, root = None, error
+                while root.__cause__ is not None:  # fsspec says "not found" of whatever failed; the cause is behind it
+                    root = root.__cause__
+                status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
                 refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-                if refused or isinstance(error, FileNotFoundError) or attempt + 1 == ATTEMPTS:
-                    raise OSError(" ".join((str(error) or type(error).__name__).split())) from error
-            time.sleep(self.wait * 2**attempt)
+                if refused or isinstance(root, FileNotFoundError) or attempt + 1 == ATTEMPTS:
+                    raise OSError(" ".join((str(root) or type(root).__name__).split())) from error
+            time.sleep(0.5 * 2**attempt)
 
     def readable(self) -> bool:
         return True

@@ -4,6 +4,7 @@ import glob
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from training.cards import is_dataset_id
 from training.hub import FAILURES, explain
-from training.video_decoding import is_remote
+from training.video_decoding import RemoteFile, is_remote
 
 logger = logging.getLogger("poodle")
 EXTENSIONS = (
@@ -100,7 +101,8 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         prefix = "" if place.repo_type == "model" else f"{place.repo_type}s/"
         root = f"{prefix}{place.repo_id}@{commits[key]}"
         path = f"{root}/{place.path_in_repo}".rstrip("/")
-        names = files.glob(path) if glob.has_magic(place.path_in_repo) else files.find(path)
+        # fsspec wants `**` to stand alone between slashes; people write **.mp4.
+        names = files.glob(re.sub(r"\*\*(?=[^/])", "**/*", path)) if glob.has_magic(path) else files.find(path)
     except (*FAILURES, AttributeError) as error:  # AttributeError: a bucket, which has no commits
         return [], explain(error, repository)
     return _videos_among([f"hf://{name}" for name in names]), f"{len(names)} files on the Hub, none a video"
@@ -124,8 +126,10 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
 def _tar_members(tar: str) -> list[str]:
     """Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names."""
     try:
-        with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        # Small blocks: of each member only the header is read.
+        opened = RemoteFile(tar, block=1 << 16) if is_remote(tar) else open(tar, "rb")
+        with opened as file, tarfile.open(fileobj=file, mode="r:") as archive:
             return [f"{tar}::{m.offset_data}:{m.size}:{m.name}" for m in archive if m.isfile() and _is_video(m.name)]
-    except (tarfile.TarError, *FAILURES) as error:
+    except (tarfile.TarError, OSError) as error:
         logger.warning("skipped %s: not a readable tar (%s)", tar, error)
         return []

@@ -1,0 +1,169 @@
+"""Video data sets on a Hub on 127.0.0.1: read by ranges, over broken connections, and resumed exactly though the data set goes on."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from loopback import serve
+from loopback_hub import HubServer, Interpreter
+from safetensors.torch import load_file
+from test_hub import REPOSITORY, flags
+from test_video_stream import CFR, numbered_video
+
+from training.street_files import write_videos
+from training.video_decoding import ATTEMPTS, RemoteFile, UnreadableVideo, index_video
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def process(hub, tmp_path_factory):
+    interpreter = Interpreter(hub, tmp_path_factory.mktemp("process"))
+    yield interpreter
+    interpreter.close()
+
+
+def noise_video(path: Path, frames: int) -> None:
+    """A large file: every frame is a keyframe of noise."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 512, 256, "yuvj420p"
+        for _ in range(frames):
+            picture = rng.integers(0, 256, (256, 512, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+READ = f"""
+import sys, json
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+from test_video_stream import WHOLE, number_of
+from training.video_decoding import UnreadableVideo, index_video
+from training.video_sources import find_videos
+from training.video_stream import PairSampling, plan_pairs, video_pairs
+"""
+
+
+def test_a_data_set_is_read_by_ranges_over_broken_connections(hub, process, tmp_path):
+    numbered_video(tmp_path / "numbers.mp4", CFR, gop=10)
+    noise_video(tmp_path / "noise.mp4", 350)
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        archive.add(tmp_path / "numbers.mp4", arcname="inside.mp4")
+    names = {"train/numbers.mp4": "numbers.mp4", "noise.mp4": "noise.mp4", "shard.tar": "shard.tar"}
+    commit = hub.add_dataset("org/drives", {name: (tmp_path / file).read_bytes() for name, file in names.items()})
+    size = (tmp_path / "noise.mp4").stat().st_size
+    assert size > 8e6
+    # In the way of the first reads, one after the other: half a body, an answer that never comes, an error of the server.
+    hub.fail("GET /cdn/", "truncate", 1)
+    hub.fail("GET /cdn/", "drop", 1)
+    hub.fail("GET /cdn/", 500, 1)
+    script = (
+        READ
+        + """
+everything = find_videos(["org/drives"])
+print(json.dumps(everything))
+for source in ("hf://datasets/org/drives", "hf://datasets/org/drives@main"):
+    assert find_videos([source]) == everything, source
+for source in ("hf://datasets/org/drives/**.mp4", "hf://datasets/org/drives/**/*.mp4"):
+    assert find_videos([source]) == [path for path in everything if "::" not in path], source
+numbers = [path for path in everything if path.endswith("train/numbers.mp4")]
+assert find_videos(["hf://datasets/org/drives/train"]) == find_videos(["hf://datasets/org/drives/train/numbers.mp4"]) == numbers
+sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.3, 0.6), pairs_per_video=6)
+for path in (*numbers, *[path for path in everything if "::" in path]):
+    plans = plan_pairs(index_video(path), sampling, 0, path)
+    for sample, plan in zip(video_pairs(path, sampling, 0), plans, strict=True):
+        assert [number_of(frame) for frame in sample["frames"]] == [cut.number for cut in plan], path
+(pair,) = video_pairs(everything[0], PairSampling(crop_size=(64, 128), frame_gap_seconds=(0.2, 0.3)), 0)
+assert pair["frames"].std() > 2
+for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/org/drives/*.xyz"):
+    try:
+        find_videos([source])
+    except ValueError as error:
+        print(str(error).splitlines()[1])
+"""
+    )
+    found, *errors = process(tmp_path, script).splitlines()
+    root = f"hf://datasets/org/drives@{commit.oid}"
+    plain, member = json.loads(found)[:2], json.loads(found)[2:]
+    assert (
+        plain[0] == f"{root}/noise.mp4"
+        and member[-1] == f"{root}/train/numbers.mp4"
+        and plain[1].startswith(f"{root}/shard.tar::")
+    )
+    assert [fault[2] for fault in hub.faults] == [0, 0, 0]
+    assert "org/none" in errors[0] and "no such repository, revision or file" in errors[0]
+    assert "no such repository, revision or file" in errors[1] and "0 files on the Hub, none a video" in errors[2]
+    # One pair of the large file costs a few of its blocks.
+    large = commit.files["noise.mp4"].sha256
+    blocks = {span for _, path, span in hub.requests if path == f"/cdn/{large}"}
+    assert 0 < len(blocks) * 2**20 < size / 2
+
+
+def test_a_connection_that_stays_broken_is_a_reason_and_a_refusal_is_not_tried_again(tmp_path, monkeypatch):
+    """At a plain URL, whose fsspec backend does not reconnect by itself."""
+    monkeypatch.setattr("training.video_decoding.time.sleep", lambda seconds: None)
+    numbered_video(tmp_path / "a.mp4", CFR[:30])
+    whole = (tmp_path / "a.mp4").read_bytes()
+    with serve(tmp_path) as server:
+        server.drop = ATTEMPTS - 1
+        file = RemoteFile(f"{server.url}/a.mp4")
+        file.seek(-100, 2)
+        assert file.read(1000) == whole[-100:] and file.tell() == len(whole)
+        file.seek(10)
+        assert file.read(50) == whole[10:60] and server.drop == 0
+        server.drop = 10**6
+        with pytest.raises(UnreadableVideo, match="cannot be (opened|decoded)"):
+            index_video(f"{server.url}/a.mp4")
+        server.drop = 0
+        server.refused.add("/a.mp4")
+        before = len(server.requests)
+        with pytest.raises(UnreadableVideo, match="403"):
+            index_video(f"{server.url}/a.mp4?again")
+        assert len(server.requests) - before <= 3
+
+
+def lines(folder: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k not in ("pairs_per_second", "data_wait")} for entry in entries]
+
+
+def test_a_run_on_a_data_set_resumes_exactly_though_the_data_set_goes_on(hub, process, tmp_path):
+    write_videos(tmp_path / "drives", num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
+    videos = {path.name: path.read_bytes() for path in sorted((tmp_path / "drives").glob("*.mp4"))}
+    first = hub.add_dataset("org/streets", videos)
+    script = f"""
+import sys
+sys.path[:0] = [{str(REPOSITORY)!r}]
+from accelerate.state import AcceleratorState
+from training.pretrain import main
+AcceleratorState._reset_state(True)
+main(%r)
+"""
+    arguments = flags("org/streets", tmp_path / "whole", "--save_steps", "3", steps=4)
+    process(tmp_path, script % arguments)
+    assert json.loads((tmp_path / "whole" / "revisions.json").read_text()) == {"datasets/org/streets@main": first.oid}
+    # As a run that was killed after step 3; meanwhile somebody has put other videos under the same names.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-4")
+    names = list(videos)
+    second = hub.add_dataset("org/streets", dict(zip(names, reversed(list(videos.values())))))
+    assert second.oid != first.oid
+    hub.fail("GET /cdn/", "truncate", 2)
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path / "killed")
+    printed = process(tmp_path, script % [*arguments, "--resume_from_checkpoint", "latest"])
+    assert "step 4/4" in printed and "step 3/4" not in printed and hub.faults[-1][2] == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    card = (tmp_path / "whole" / "encoder" / "README.md").read_text()
+    assert "datasets:\n- org/streets\n" in card and "hf://datasets/org/streets" in card

@@ -1,0 +1,74 @@
+"""
+A plain ResNet under torchvision's (and timm's) names of its parameters and under transformers'. Light: torch is not imported.
+"""
+
+import re
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+# torchvision counts stages and convolutions from 1, transformers from 0; both count blocks from 0.
+_NAMES = (
+    ("conv1.", "embedder.embedder.convolution."),
+    ("bn1.", "embedder.embedder.normalization."),
+    ("layer{stage}.{block}.conv{conv}.", "encoder.stages.{stage}.layers.{block}.layer.{conv}.convolution."),
+    ("layer{stage}.{block}.bn{conv}.", "encoder.stages.{stage}.layers.{block}.layer.{conv}.normalization."),
+    ("layer{stage}.{block}.downsample.0.", "encoder.stages.{stage}.layers.{block}.shortcut.convolution."),
+    ("layer{stage}.{block}.downsample.1.", "encoder.stages.{stage}.layers.{block}.shortcut.normalization."),
+)
+TIMM_FILE = "timm.safetensors"
+_DEPTHS = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("bottleneck", (3, 8, 36, 3)): "resnet152",
+}
+_SIZES = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
+
+
+def _renamed(key: str, source: int, shift: int) -> str:
+    for names in _NAMES:
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(names[source]))
+        if match := re.match(pattern, key):
+            numbers = {name: int(n) + (0 if name == "block" else shift) for name, n in match.groupdict().items()}
+            return names[1 - source].format(**numbers) + key[match.end() :]
+    raise ValueError(f"{key} is no parameter of a plain ResNet")
+
+
+def to_transformers(key: str) -> str:
+    """`layer1.0.conv1.weight` -> `encoder.stages.0.layers.0.layer.0.convolution.weight`."""
+    return _renamed(key, 0, -1)
+
+
+def to_torchvision(key: str) -> str:
+    """The other way round."""
+    return _renamed(key, 1, 1)
+
+
+def timm_architecture(config: dict) -> str | None:
+    """timm's name of the network of a transformers config, where it is one of the standard ResNets."""
+    if config.get("model_type") != "resnet" or config["hidden_sizes"] != _SIZES.get(config["layer_type"]):
+        return None
+    if config["embedding_size"] != 64 or config["downsample_in_bottleneck"] or config["downsample_in_first_stage"]:
+        return None
+    return _DEPTHS.get((config["layer_type"], tuple(config["depths"])))
+
+
+def add_timm(folder: Path, config: dict, processor: dict) -> dict:
+    """
+    Write the weights of `folder` under timm's names beside the others, and return the config that makes
+    `timm.create_model("hf-hub:org/name", pretrained=True)` find them. The Hub stores equal chunks of files once.
+    """
+    weights = {to_torchvision(key): value for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / TIMM_FILE, metadata={"format": "pt"})
+    found = {
+        "hf_hub_filename": TIMM_FILE,
+        "num_classes": 0,
+        "input_size": [3, 224, 224],
+        "mean": processor["image_mean"],
+        "std": processor["image_std"],
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+    return {**config, "architecture": timm_architecture(config), "num_classes": 0, "pretrained_cfg": found}
