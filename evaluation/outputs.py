@@ -21,7 +21,7 @@ def make_accelerator() -> Accelerator:
     if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for name in ("httpx", "datasets"):
+    for name in ("httpx", "httpx2", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     return accelerator
