@@ -1,84 +1,144 @@
 """
-The loader alone: pairs a second, and the CPU time of a pair by part.
+The loader: CPU milliseconds a pair of what a pair costs, beside plain seeks with augmentation frame by frame.
 
-    python benchmarks/loader.py                                   # the street's own videos
-    python benchmarks/loader.py --videos path/to/videos --config own_videos --dataloader_num_workers 2
+    python benchmarks/loader.py                                     # 1280x720 H.264, GOP 30 and 250, R = 1, 2, 4, made for it
+    python benchmarks/loader.py --videos path/to/videos             # your own videos
+    python benchmarks/loader.py --step_pairs_per_second 100         # and the cores that feed such a step
 
-Takes any flag of training/pretrain.py. The parts are timed in this process, one opening of a video at a time; the rate is that of the
-real loader with its workers, nothing else running.
+Ours: index, decode (crop before conversion, both frames in one pass, R pairs an opening) and hand over as uint8; augmentation is done on the
+device. Plain: for each frame open the file, seek to the keyframe before it, decode up to it, convert the whole picture, resize it by the
+frame's scale, crop, and augment it photometrically as the reference does. Crops of 512x1024 from 1080x1920 times U(0.75, 1.25), gaps of
+U(0.5, 1.5) s (METHOD section 1). Times are processor times of this one process; the two take turns at the same pairs. Flow is in neither.
 """
 
-import argparse
-import statistics
 import sys
+import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import av
+import cv2
 import numpy as np
+import torch
+from torchvision.transforms.v2.functional import resize
 
-from training.flow import build_flow
-from training.recipe import parse_recipe
-from training.street import street_videos
+from benchmarks.common import benchmark_parser, medians, print_table, write_json
+from benchmarks.reference import photometric
+from training.street import Street
 from training.video_decoding import decode_cuts, index_video
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling, plan_pairs
+from training.video_stream import PairSampling, plan_pairs
 
 
-def time_parts(paths: list[str], sampling: PairSampling, pair_flow, openings: int) -> dict[str, float]:
-    """CPU milliseconds a pair (median over openings) of indexing, decoding with cropping and resizing, and flow."""
-    rows = []
-    for number in range(openings):
+def write_clip(
+    path: Path, gop: int, seconds: float = 12.0, fps: int = 30, height: int = 720, width: int = 1280
+) -> None:
+    """A clip of a camera that pans over street frames; x264 "veryfast" with a keyframe every `gop` frames."""
+    street = Street(0, height // 4, width // 4)
+    pictures = [
+        cv2.resize(street.frame(t), (width, height + 64), interpolation=cv2.INTER_CUBIC) for t in (0.0, 1.0, 2.0)
+    ]
+    with av.open(str(path), "w") as container:
+        options = {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0", "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = width, height, "yuv420p", Fraction(1, fps)
+        for number in range(int(seconds * fps)):
+            picture = np.roll(pictures[number // 120 % 3], 3 * number, axis=1)[number % 64 : number % 64 + height]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def ours(path: str, sampling: PairSampling, number: int) -> tuple[list, dict[str, float]]:
+    """The pairs of one opening, and seconds of each part. The index is made anew, as for a file that was never seen."""
+    index_video.cache_clear()
+    marks = [time.process_time()]
+    index = index_video(path)
+    pairs = plan_pairs(index, sampling, number, path)
+    marks.append(time.process_time())
+    decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+    marks.append(time.process_time())
+    return pairs, {"index": marks[1] - marks[0], "decode": marks[2] - marks[1]}
+
+
+def plain(path: str, pairs: list, augment) -> dict[str, float]:
+    """The same pairs frame by frame; seconds of each part."""
+    index = index_video(path)
+    seconds = {"decode": 0.0, "augment": 0.0}
+    for cut in (cut for pair in pairs for cut in pair):
+        began = time.process_time()
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            container.seek(index.pts[cut.number], stream=stream, backward=True)
+            frame = next(frame for frame in container.decode(stream) if frame.pts >= index.pts[cut.number])
+            picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+        scale = cut.size[0] / (cut.box[3] - cut.box[1])
+        x, y = round(cut.box[0] * scale), round(cut.box[1] * scale)
+        picture = resize(picture, [round(picture.shape[1] * scale), round(picture.shape[2] * scale)])
+        picture = picture[:, y : y + cut.size[0], x : x + cut.size[1]]
+        seconds["decode"] += time.process_time() - began
+        began = time.process_time()
+        augment(picture)
+        seconds["augment"] += time.process_time() - began
+    return seconds
+
+
+def compare(paths: list[str], repeats: int, openings: int) -> dict[str, float]:
+    """Medians over openings, CPU ms a pair."""
+    sampling = PairSampling(
+        crop_size=(512, 1024),
+        frame_size=(1080, 1920),
+        frame_scale=(0.75, 1.25),
+        frame_gap_seconds=(0.5, 1.5),
+        pairs_per_video=repeats,
+    )
+    augment, rows = photometric(*sampling.crop_size), []
+    for number in range(openings + 1):
         path = paths[number % len(paths)]
-        marks = [time.process_time()]
-        index = index_video(path)
-        pairs = plan_pairs(index, sampling, number, path)
-        marks.append(time.process_time())
-        pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
-        marks.append(time.process_time())
-        for repeat, (cut, _) in enumerate(pairs):
-            sample = {
-                "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
-                "video": path,
-                "times": times[2 * repeat : 2 * repeat + 2],
-                "crop": cut.box,
-            }
-            if pair_flow is not None:
-                pair_flow(sample)
-        marks.append(time.process_time())
-        rows.append([1000 * (after - before) / len(pairs) for before, after in zip(marks, marks[1:])])
-    return dict(zip(("index", "decode", "flow"), (statistics.median(column) for column in zip(*rows))))
+        pairs, own = ours(path, sampling, number)
+        other = plain(path, pairs, augment)
+        row = {f"ours_{name}": value for name, value in own.items()} | {f"plain_{k}": v for k, v in other.items()}
+        row["ours"], row["plain"] = sum(own.values()), sum(other.values())
+        rows.append({name: 1000 * value / repeats for name, value in row.items()})
+    result = medians(rows[1:])
+    return {**result, "ratio": result["plain"] / result["ours"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=40, help="batches that count")
-    options, flags = parser.parse_known_args()
-    recipe = parse_recipe(flags)
-    paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
-    sampling = PairSampling.of(recipe)
-    pair_flow, _ = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
-    parts = time_parts(paths, sampling, pair_flow, openings=2 * min(len(paths), 16))
-    loader = PairLoader(
-        paths, sampling, recipe.per_device_train_batch_size, recipe.dataloader_num_workers, pair_flow=pair_flow
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--videos", nargs="+", help="files, folders, ...; without it clips are made")
+    parser.add_argument(
+        "--openings", type=int, default=12, help="openings of a video that count, each row of the table"
     )
-    batches = iter(loader)
-    for _ in range(4 * max(1, recipe.dataloader_num_workers) + 1):  # what the workers hold ready when the clock starts
-        next(batches)
-    began = time.perf_counter()
-    for _ in range(options.batches):
-        next(batches)
-    elapsed = time.perf_counter() - began
-    loader.close()
-    height, width = recipe.crop_size
-    print(
-        f"{len(paths)} videos, pairs of {height}x{width}, R = {recipe.pairs_per_video}, flow {recipe.flow}, "
-        f"{recipe.dataloader_num_workers} worker(s)"
+    parser.add_argument("--pairs_per_video", type=int, nargs="+", default=[1, 2, 4], help="R, a row each")
+    parser.add_argument(
+        "--step_pairs_per_second", type=float, help="rate of a training step, to count the cores that feed it"
     )
-    print(f"{options.batches * recipe.per_device_train_batch_size / elapsed:.1f} pairs/s")
-    for name, milliseconds in parts.items():
-        print(f"  {name:8}{milliseconds:8.1f} ms of one core a pair")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if options.videos:
+            sources = {"videos": find_videos(options.videos)}
+        else:
+            sources = {f"GOP {gop}": [f"{folder}/gop-{gop}.mp4"] for gop in (30, 250)}
+            for (clip,), gop in zip(sources.values(), (30, 250)):
+                write_clip(Path(clip), gop)
+        for name, paths in sources.items():
+            for repeats in options.pairs_per_video:
+                row = {"clips": name, "R": repeats, **compare(paths, repeats, options.openings)}
+                if options.step_pairs_per_second:
+                    row["cores"] = row["ours"] * options.step_pairs_per_second / 1000
+                rows.append(row)
+    print("CPU milliseconds a pair of 512x1024, one core")
+    parts = ("ours_index", "ours_decode", "ours", "plain_decode", "plain_augment", "plain", "ratio", "cores")
+    shown = {"clips": "", "R": "", **{name: ".1f" for name in parts if name in rows[0]}}
+    print_table(rows, shown)
+    write_json(options.json, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The benchmarks: the reference and our step agree where their definitions do, and every script runs. No test asserts a time."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -16,6 +18,7 @@ from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
 from training.recipe import Recipe
+from training.video_decoding import index_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESNET = {
@@ -185,3 +188,38 @@ def test_step_beside_the_reference(tmp_path):
     )
     for name in ("ours", "reference"):
         assert figures[name]["peak_gib"] > figures[name]["step_gib"] > 0
+
+
+def test_clips_have_the_groups_of_pictures_that_they_are_named_by(tmp_path):
+    loader = runpy.run_path(str(REPOSITORY / "benchmarks" / "loader.py"))
+    loader["write_clip"](tmp_path / "clip.mp4", gop=10, seconds=1.0, height=128, width=256)
+    index = index_video(str(tmp_path / "clip.mp4"))
+    assert (len(index.pts), index.height, index.width) == (30, 128, 256)
+    assert list(index.keyframes) == [index.pts[0], index.pts[10], index.pts[20]]
+
+
+def test_raft_beside_torchvision(tmp_path):
+    small = ["--variant", "raft_small", "--crop_size", "128", "128", "--updates", "3", "--repeats", "1"]
+    run("raft.py", *small, "--overfit", "3", "--json", str(tmp_path / "f.json"))
+    torchvision, full, reduced = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert torchvision["max_px"] == 0 and full["max_px"] < 1e-3
+    assert full["mean_px"] < reduced["mean_px"] < 0.05
+
+
+def test_cost_names_what_it_changes(tmp_path):
+    figures = ["--steps", "1", "--warmup", "1", "--json", str(tmp_path / "f.json")]
+    run("cost.py", "--only", "dense_stride", *figures, *SMALL)
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["to"] for row in rows] == ["as it is", "4", "1"]
+    # The points at which the loss is taken cost no products.
+    assert rows[0]["gflops_a_pair"] == pytest.approx(rows[2]["gflops_a_pair"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"), [("one_gpu", 1, 1), ("one_node", 1, 8), ("several_nodes", 4, 32)]
+)
+def test_launch_configurations_are_what_accelerate_reads(name, machines, processes):
+    config = load_config_from_file(str(REPOSITORY / "training" / "launch" / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert config.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
+    assert config.mixed_precision == "no"

@@ -1,0 +1,92 @@
+"""
+Cost against size: time, FLOPs and memory of a step as one thing at a time is changed. What readers of the paper asked for.
+
+    python benchmarks/cost.py --config street --per_device_train_batch_size 4
+    python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 8    # on a GPU
+    python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
+
+Takes any flag of training/pretrain.py; the first row is that recipe as it is. Every row is a process of its own. Milliseconds are of computing
+(all threads) on a CPU, of time on a GPU.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import Contender, OurStep, benchmark_parser, medians, print_table, write_json
+from training.recipe import Recipe, parse_recipe
+
+
+def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
+    """(what is changed, its value, the recipe), the unchanged recipe first."""
+
+    def changed(**values) -> Recipe:
+        return dataclasses.replace(recipe, **values)
+
+    def model(**values) -> Recipe:
+        return changed(model={**recipe.model, **values})
+
+    height, width = recipe.crop_size
+    rows = [("recipe", "as it is", recipe)]
+    for factor in (0.5, 1.5, 2):
+        size = [round(factor * side) for side in (height, width)]
+        if all(side % 32 == 0 for side in size):
+            rows.append(("crop_size", f"{size[0]}x{size[1]}", changed(crop_size=size)))
+    rows += [("num_subcrops", str(k), changed(num_subcrops=k)) for k in (1, 2, 4, 6, 12) if k != recipe.num_subcrops]
+    if recipe.flow.startswith("raft"):
+        counts = [n for n in (6, 12, 24, 30) if n != recipe.flow_updates]
+        rows += [("flow_updates", str(n), changed(flow_updates=n)) for n in counts]
+        rows.append(("flow", "dis", changed(flow="dis")))
+    blocks = recipe.poodle_config().num_decoder_blocks
+    rows += [("num_decoder_blocks", str(n), model(num_decoder_blocks=n)) for n in (0, 1, 2, 3) if n != blocks]
+    rows.append(("dense_stride", "4", model(dense_stride=4)))
+    rows.append(("dense_stride", "1", model(dense_stride=1)))
+    rows.append(("pooled_weight", "0", model(pooled_weight=0.0)))
+    rows.append(("dense_weight", "0, no decoder", model(dense_weight=0.0, num_decoder_blocks=0)))
+    return rows
+
+
+def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
+    contender, pairs = Contender(OurStep, recipe), recipe.per_device_train_batch_size
+    contender.ask("run", warmup)
+    median = medians(contender.ask("run", steps))
+    memory, flops = contender.ask("memory"), contender.ask("flops")
+    flow = medians(contender.ask("exact", min(3, steps)))["flow"]
+    contender.close()
+    return {
+        "ms_a_pair": 1000 * median["step"] / pairs,
+        "flow_ms": 1000 * flow / pairs,
+        "gflops_a_pair": flops["model"] / pairs / 1e9,
+        "flow_gflops": flops["flow"] / pairs / 1e9,
+        "peak_gib": memory["peak_bytes"] / 2**30,
+        "step_gib": (memory["peak_bytes"] - memory["built_bytes"]) / 2**30,
+    }
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--only", nargs="+", help="rows that change these, beside the recipe as it is")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    options, flags = parser.parse_known_args()
+    recipe = parse_recipe(flags)
+    wanted = variants(recipe)
+    known = sorted({name for name, _, _ in wanted})
+    if options.only and not set(options.only) <= set(known):
+        parser.error(f"--only must be among {', '.join(known)}, got {' '.join(options.only)}")
+    rows = []
+    for name, value, variant in wanted:
+        if options.only is None or name in ("recipe", *options.only):
+            rows.append({"changed": name, "to": value, **cost(variant, options.steps, options.warmup)})
+    print(
+        f"{recipe.per_device_train_batch_size} pairs of {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow {recipe.flow}"
+    )
+    formats = {"ms_a_pair": ".1f", "flow_ms": ".1f", "gflops_a_pair": ".1f", "flow_gflops": ".1f"}
+    print_table(rows, {"changed": "", "to": "", **formats, "peak_gib": ".2f", "step_gib": ".2f"})
+    write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""
+Memory over time: batches of the loader, and training steps. Flat is what is wanted.
+
+    python benchmarks/memory.py                              # 2,000 batches, 500 steps, the street
+    python benchmarks/memory.py --batches 200 --steps 50
+
+Takes any flag of training/pretrain.py. The loader runs in this process (its workers do the same), each part in a process of its own. Growth is
+the resident memory at the end over that after the first tenth.
+"""
+
+import dataclasses
+import multiprocessing
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.common import OurStep, benchmark_parser, memory_bytes, print_table, write_json
+from training.flow import build_flow
+from training.recipe import Recipe, parse_recipe
+from training.street import street_videos
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling
+
+MARKS = 10
+
+
+def watch(act, count: int, device: torch.device) -> list[float]:
+    """Call `act` `count` times; MiB held after each tenth of them."""
+    held = []
+    for number in range(1, count + 1):
+        act()
+        if number * MARKS // count > (number - 1) * MARKS // count:
+            held.append(memory_bytes(device) / 2**20)
+    return held
+
+
+def watch_loader(recipe: Recipe, count: int) -> list[float]:
+    paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
+    pair_flow, _ = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    torch.set_num_threads(1)
+    loader = PairLoader(
+        paths, PairSampling.of(recipe), recipe.per_device_train_batch_size, num_workers=0, pair_flow=pair_flow
+    )
+    batches = iter(loader)
+    return watch(lambda: next(batches), count, torch.device("cpu"))
+
+
+def watch_steps(recipe: Recipe, count: int) -> list[float]:
+    step = OurStep(recipe)
+    return watch(step, count, step.device)
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=500)
+    options, flags = parser.parse_known_args()
+    if min(options.batches, options.steps) < MARKS:
+        parser.error(f"--batches and --steps must be at least {MARKS}, got {options.batches} and {options.steps}")
+    recipe = parse_recipe(flags)
+    rows = []
+    for name, function, count in (("batches", watch_loader, options.batches), ("steps", watch_steps, options.steps)):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            held = pool.apply(function, (recipe, count))
+        growth = 100 * (held[-1] / held[0] - 1)
+        rows.append({"what": f"{count} {name}", "first_mib": held[0], "last_mib": held[-1], "growth_percent": growth})
+        rows[-1]["held_mib"] = held
+    columns = {"what": "", "first_mib": ".1f", "last_mib": ".1f", "growth_percent": "+.2f"}
+    print_table(rows, columns)
+    write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""
+RAFT of both directions of a pair: our arrangement beside torchvision's run twice at its defaults, time, memory and agreement.
+
+    python benchmarks/raft.py --crop_size 512 1024 --pairs 4                    # on a GPU
+    python benchmarks/raft.py --crop_size 512 1024 --pairs 4 --overfit 300      # also on a RAFT that knows the street
+    python benchmarks/raft.py --variant raft_small --crop_size 128 256 --pairs 1 --updates 12 --overfit 100    # a CPU can do this
+
+Ours runs in float32 and under autocast (float16). Untrained weights give flow of a fraction of a pixel, on which no precision shows an error;
+--overfit N first fits the weights to one pair of street frames with exact flow for N steps, so that flow is large and the update matters.
+Differences are lengths of vectors, in pixels, against torchvision's in float32 without TF32. Weights of your own: --weights FILE.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import Clock, benchmark_parser, memory_bytes, print_table, reset_peak, write_json
+from training.flow import RaftFlow
+from training.street import Street
+
+
+def street_pairs(pairs: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames (B, 2, 3, H, W) uint8 a fifth of a second apart, exact flow (B, 2, 2, H, W) and where it is seen (B, 2, H, W)."""
+    frames, flows, seen = [], [], []
+    for seed in range(pairs):
+        street = Street(seed, height, width)
+        frames.append(np.stack([street.frame(t).transpose(2, 0, 1) for t in (1.0, 1.2)]))
+        both = [street.flow(1.0, 1.2), street.flow(1.2, 1.0)]
+        flows.append(np.stack([flow for flow, _ in both]))
+        seen.append(np.stack([visible for _, visible in both]))
+    return tuple(torch.from_numpy(np.stack(arrays)) for arrays in (frames, flows, seen))
+
+
+def torchvision_twice(raft: torch.nn.Module, frames: Tensor, updates: int) -> Tensor:
+    """frames (B, 2, 3, H, W) uint8 -> flow (B, 2, 2, H, W), the model run on both orders."""
+    earlier, later = (frames[:, index].float() / 127.5 - 1 for index in (0, 1))
+    with torch.no_grad():
+        both = [raft(a, b, num_flow_updates=updates)[-1] for a, b in ((earlier, later), (later, earlier))]
+    return torch.stack(both, dim=1)
+
+
+def overfit(raft: torch.nn.Module, frames: Tensor, flow: Tensor, seen: Tensor, steps: int, updates: int) -> float:
+    """Fit the weights to the pairs, both directions; returns the mean error in pixels of the last step."""
+    raft.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(raft.parameters(), lr=4e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, total_steps=steps, pct_start=0.1)
+    images = frames.float() / 127.5 - 1
+    weights = 0.8 ** torch.arange(updates - 1, -1, -1, device=frames.device)  # RAFT's own loss
+    for step in range(steps):
+        k = step % 2
+        found = torch.stack(raft(images[:, k], images[:, 1 - k], num_flow_updates=updates))
+        length = (found - flow[:, k]).norm(dim=2)
+        error = torch.where(seen[:, k], length, 0.0).sum(dim=(1, 2, 3)) / seen[:, k].sum()
+        optimizer.zero_grad()
+        (weights * error).sum().backward()
+        torch.nn.utils.clip_grad_norm_(raft.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    raft.requires_grad_(False).eval()
+    return error[-1].item()
+
+
+def timed(function, device: torch.device, repeats: int) -> tuple[Tensor, float, float | None]:
+    """Result, median milliseconds (of computing, on a CPU) and on a GPU GiB above what lay there before."""
+    clock, seconds, before = Clock(device), [], memory_bytes(device)
+    clock.exact = True
+    for number in range(repeats + 2):
+        if number == 2:
+            reset_peak(device)
+        clock.seconds = {}
+        with clock.part("flow"):
+            result = function()
+        seconds.append(clock.seconds["flow"])
+    # The resident memory of a CPU process tells nothing here: what an earlier run gave back lies there still.
+    peak = (memory_bytes(device, peak=True) - before) / 2**30 if device.type == "cuda" else None
+    return result, 1000 * statistics.median(seconds[2:]), peak
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--variant", choices=("raft_large", "raft_small"), default="raft_large")
+    parser.add_argument("--weights", default="random", help="a .pth or .safetensors file")
+    parser.add_argument("--crop_size", type=int, nargs=2, default=[512, 1024])
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--updates", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=10, help="runs that count")
+    parser.add_argument("--overfit", type=int, default=0, help="steps of fitting to the street first")
+    options = parser.parse_args()
+    if any(side % 8 for side in options.crop_size):
+        parser.error(f"--crop_size must be multiples of 8, which torchvision's model needs, got {options.crop_size}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    frames, flow, seen = (array.to(device) for array in street_pairs(options.pairs, *options.crop_size))
+    ours = RaftFlow(options.variant, options.weights, options.updates).to(device)
+    figures = {**vars(options), "device": str(device)}
+    if options.overfit:
+        figures["overfit_error_px"] = overfit(
+            ours.raft, frames[:1], flow[:1].float(), seen[:1], options.overfit, min(options.updates, 12)
+        )
+        print(f"overfitted for {options.overfit} steps: mean error {figures['overfit_error_px']:.2f} px on its pair")
+
+    def reduced():
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return ours(frames)
+
+    ways = {
+        "torchvision twice": lambda: torchvision_twice(ours.raft, frames, options.updates),
+        "ours, float32": lambda: ours(frames),
+        "ours, float16": reduced,
+    }
+    rows, expected = [], None
+    for name, function in ways.items():
+        found, milliseconds, peak = timed(function, device, options.repeats)
+        expected = found if expected is None else expected
+        difference = (found - expected).norm(dim=2)
+        rows.append({"RAFT": name, "ms_a_pair": milliseconds / options.pairs, "gib": peak})
+        rows[-1] |= {"mean_px": difference.mean().item(), "max_px": difference.max().item()}
+        rows[-1]["ratio"] = rows[0]["ms_a_pair"] / rows[-1]["ms_a_pair"]
+    length = expected.norm(dim=2).mean().item()
+    print(f"{options.variant}, {options.updates} updates, {options.pairs} pairs of {options.crop_size}, {device}")
+    print(f"mean length of the flow {length:.2f} px; mean_px, max_px: difference to torchvision in float32")
+    formats = {"ms_a_pair": ".1f", "ratio": ".2f", "gib": ".2f", "mean_px": ".5f", "max_px": ".5f"}
+    print_table(rows, {"RAFT": "", **formats})
+    write_json(options.json, {**figures, "mean_flow_px": length, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

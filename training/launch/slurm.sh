@@ -1,0 +1,38 @@
+#!/bin/bash
+# PooDLe on several machines under SLURM: one task a machine starts one launcher, and that one process a GPU.
+#
+#   sbatch --nodes 4 training/launch/slurm.sh --config bdd100k_r50 --videos PATH --output_dir SHARED_FOLDER --bf16 \
+#     --per_device_train_batch_size 4
+#
+# Arguments go to training/pretrain.py. Submit from the repository's root; output_dir must lie on a file system that all machines share.
+# A job that is stopped before its time or requeued goes on from its last checkpoint.
+#SBATCH --job-name=poodle
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=48:00:00
+#SBATCH --requeue
+#SBATCH --output=poodle-%j.log
+set -euo pipefail
+
+gpus=${SLURM_GPUS_ON_NODE:?this script is for sbatch, on machines with GPUs}
+main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+resume=()
+output_dir=runs/poodle
+previous=
+for argument in "$@"; do
+  [[ $previous == --output_dir ]] && output_dir=$argument
+  previous=$argument
+done
+compgen -G "$output_dir/checkpoints/step-*" > /dev/null && resume=(--resume_from_checkpoint latest)
+
+# Quoted so that each machine fills in its own SLURM_NODEID.
+srun --kill-on-bad-exit=1 bash -c '
+  gpus=$1 host=$2
+  shift 2
+  exec .venv/bin/accelerate launch --config_file training/launch/several_nodes.yaml \
+    --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus))" --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$host" --main_process_port 29500 training/pretrain.py "$@"
+' launch "$gpus" "$main_host" "$@" ${resume[@]+"${resume[@]}"}
