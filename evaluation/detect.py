@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
-from tqdm import tqdm
+from accelerate.utils import set_seed
 
 from evaluation.boxes import BoxImages, load_boxes
 from evaluation.detection import DetectionReadout, load_detector
@@ -26,7 +25,7 @@ from evaluation.detection_metrics import coco_scores
 from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import build
-from evaluation.engine import fit
+from evaluation.engine import fit, over_test_images
 from evaluation.outputs import make_accelerator, prepare_output_dir, provenance, run_script, slug, write_aside
 from evaluation.segment import calibrate_batch_norm, save_readout
 
@@ -112,15 +111,8 @@ def measure(
 
 
 def detect_all(accelerator: Accelerator, predict, data: BoxImages) -> list[dict[str, np.ndarray]]:
-    """What `predict` finds in every test image, in their order: each seen once, on exactly one process, and gathered on all."""
-    mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
-    shown = accelerator.is_main_process and sys.stderr.isatty()
-    found = [
-        (index, predict(data.image(data.test[index]))) for index in tqdm(mine, desc="detecting", disable=not shown)
-    ]
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
-    return [prediction for _, prediction in sorted(found, key=lambda entry: entry[0])]
+    """What `predict` finds in every test image, in their order."""
+    return over_test_images(accelerator, data, lambda example: predict(data.image(example)), "detecting")
 
 
 __all__ = ["load_detector", "main"]

@@ -19,7 +19,7 @@ from transformers import AutoBackbone, AutoConfig
 
 from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
-from evaluation.encoders import Encoder
+from evaluation.encoders import Encoder, four_stages, freeze_idle
 
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
 # it for others (Lin et al. 2017, arXiv 1612.03144, section 4).
@@ -155,15 +155,11 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
 
 def build_backbone(config: DetectorConfig) -> nn.Module:
     """The encoder with its four stages as feature maps, at random weights."""
-    values = dict(config.backbone_config)
-    kind = values.get("model_type")
-    backbone_config = type(AutoConfig.for_model(kind)).from_dict(values)
-    if kind == "timm_backbone":
-        backbone_config.out_indices = [-4, -3, -2, -1]
-    elif hasattr(backbone_config, "stage_names"):
-        backbone_config.out_features = [name for name in backbone_config.stage_names if name != "stem"][-4:]
-    else:
-        raise ValueError(f"detector {config.detector} needs an encoder with stages, {kind!r} has none; {WORKING}")
+    kind = config.backbone_config.get("model_type")
+    try:
+        backbone_config = four_stages(type(AutoConfig.for_model(kind)).from_dict(dict(config.backbone_config)))
+    except ValueError as error:
+        raise ValueError(f"detector {config.detector}: {error}; {WORKING}") from None
     encoder = AutoBackbone.from_config(backbone_config)
     try:
         maps = encoder.eval()(torch.zeros(1, 3, 128, 128)).feature_maps
@@ -175,11 +171,7 @@ def build_backbone(config: DetectorConfig) -> nn.Module:
         raise ValueError(
             f"detector {config.detector} does not fit a {kind!r} encoder with strides {strides}; {WORKING}"
         )
-    # What no map depends on (Swin's last norm) cannot be trained, and DistributedDataParallel would wait for its gradient.
-    parameters = list(encoder.parameters())
-    gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
+    freeze_idle(encoder, maps)
     return encoder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.configuration_poodle import PLAIN_VITS
@@ -119,7 +119,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if not untrained:
             weights = from_pretrained_whole(PoodleModel, source).state_dict()
     else:
-        encoder_config, state = load_encoder(source)
+        encoder_config, state = load_encoder(source, weights=not untrained)
         weights = None if untrained else {f"encoder.{key}": value for key, value in state.items()}
         config = PoodleConfig(backbone_config=encoder_config, num_decoder_blocks=0)
     values = {**config.to_dict(), **labels, "readout_stage": features}
@@ -132,6 +132,36 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     if weights is not None:
         model.poodle.load_state_dict({k: v for k, v in weights.items() if k in model.poodle.state_dict()})
     return Encoder(name, model.eval(), *_preprocessing(source))
+
+
+def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    A copy of an encoder's config whose backbone returns its last four stages.
+
+    Raises:
+        ValueError: the encoder has no stages.
+    """
+    config = type(config).from_dict(config.to_dict())
+    if config.model_type == "timm_backbone":
+        config.out_indices = [-4, -3, -2, -1]
+    elif hasattr(config, "stage_names"):
+        config.out_features = [name for name in config.stage_names if name != "stem"][-4:]
+    else:
+        raise ValueError(
+            f"an encoder with stages is needed, which AutoBackbone builds; {config.model_type!r} has none"
+        )
+    return config
+
+
+def freeze_idle(encoder: nn.Module, maps: tuple[Tensor, ...]) -> None:
+    """
+    Freeze the parameters on which no feature map depends (Swin's last norm): they cannot be trained, and DistributedDataParallel would
+    wait for their gradients. `maps` are the encoder's, of any image.
+    """
+    parameters = list(encoder.parameters())
+    gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
 
 
 def _model_type(source: str) -> str | None:

@@ -50,7 +50,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     begin, curve = (0, [])
     if resume:
-        begin, curve = load_fit(folder, parameters, optimizer)
+        begin, curve = load_fit(folder, parameters, moving(readout), optimizer)
     wrapped = accelerator.prepare_model(readout)
     warmup = max(1, round(0.05 * steps))
     readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
@@ -79,7 +79,7 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {step + 1}; lower learning_rate")
             curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
         if saving and accelerator.is_main_process:
-            save_fit(folder, step + 1, curve, parameters, optimizer)
+            save_fit(folder, step + 1, curve, parameters, moving(readout), optimizer)
     readout.eval()
     return curve
 
@@ -105,9 +105,14 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return _ORDERS[key]
 
 
-def save_fit(folder: Path, step: int, curve: list[dict], parameters, optimizer) -> None:
+def moving(readout: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
+    return dict(readout.named_buffers()) if readout.trains_encoder else {}
+
+
+def save_fit(folder: Path, step: int, curve: list[dict], parameters, buffers: dict, optimizer) -> None:
     """Written aside, then renamed: a half one is never read."""
-    tensors = {}
+    tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in buffers.items()}
     for index, parameter in enumerate(parameters):
         tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state[parameter].items():
@@ -117,7 +122,7 @@ def save_fit(folder: Path, step: int, curve: list[dict], parameters, optimizer) 
     os.replace(partial, folder / "fit.safetensors")
 
 
-def load_fit(folder: Path, parameters, optimizer) -> tuple[int, list[dict]]:
+def load_fit(folder: Path, parameters, buffers: dict, optimizer) -> tuple[int, list[dict]]:
     path = folder / "fit.safetensors"
     if not path.is_file():
         return 0, []
@@ -125,6 +130,8 @@ def load_fit(folder: Path, parameters, optimizer) -> tuple[int, list[dict]]:
         metadata = file.metadata()
     tensors = load_file(path)
     with torch.no_grad():
+        for name, value in buffers.items():
+            value.copy_(tensors[f"buffer.{name}"])
         for index, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"parameter.{index}"])
             state = {k: tensors[f"{k}.{index}"] for k in ("step", "exp_avg", "exp_avg_sq")}
@@ -132,6 +139,16 @@ def load_fit(folder: Path, parameters, optimizer) -> tuple[int, list[dict]]:
                 k: v.to(parameter.device) if k != "step" else v.clone() for k, v in state.items()
             }
     return int(metadata["step"]), json.loads(metadata["curve"])
+
+
+def over_test_images(accelerator: Accelerator, data, measure, title: str) -> list:
+    """`measure(example)` of every test example, in their order: each on exactly one process, gathered on all."""
+    mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    found = [(index, measure(data.test[index])) for index in tqdm(mine, desc=title, disable=not shown)]
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    return [value for _, value in sorted(found, key=lambda entry: entry[0])]
 
 
 def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[MeanIoU, list[dict]]:
@@ -144,19 +161,17 @@ def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[M
     Returns:
         The metric over all images and processes, and per image its name, index and mean IoU (where it has labelled pixels).
     """
-    metric, images = MeanIoU(data.classes, groups=data.groups), []
-    mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
-    shown = accelerator.is_main_process and sys.stderr.isatty()
-    for index in tqdm(mine, desc="evaluating", disable=not shown):
-        example = data.test[index]
+    metric = MeanIoU(data.classes, groups=data.groups)
+
+    def measure(example) -> dict:
         prediction, truth = predict(data.image(example)), data.label(example)
         if prediction.shape != truth.shape:
             raise ValueError(f"{example.name}: image {prediction.shape} and label {truth.shape} differ in size")
         confusion = confusion_matrix(prediction, truth, len(data.classes))
         metric.confusion += confusion
-        images.append({"index": index, "name": example.name, "miou": scores(confusion)["miou"]})
+        return {"name": example.name, "miou": scores(confusion)["miou"]}
+
+    images = over_test_images(accelerator, data, measure, "evaluating")
     total = torch.from_numpy(metric.confusion).to(accelerator.device)
     metric.confusion = accelerator.reduce(total, reduction="sum").cpu().numpy()
-    if accelerator.num_processes > 1:
-        images = gather_object(images)
-    return metric, sorted(images, key=lambda entry: entry["index"])
+    return metric, [{"index": index, **image} for index, image in enumerate(images)]

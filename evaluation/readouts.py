@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from evaluation.data import IGNORE, Example, LabelledImages
-from evaluation.encoders import Encoder
+from evaluation.encoders import Encoder, four_stages, freeze_idle
 from evaluation.recipe import EvaluationRecipe
 
 logger = logging.getLogger("poodle")
@@ -239,12 +239,10 @@ class UperNetReadout(nn.Module):
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
         self.encoder_info, self.data, self.recipe = (encoder,), data, recipe
-        config = encoder.model.config.backbone_config
-        if not hasattr(config, "stage_names"):
-            raise ValueError(f"readout upernet needs an encoder that AutoBackbone builds, not a {config.model_type!r}")
-        config = type(config).from_dict(config.to_dict())
-        if config.model_type != "timm_backbone":
-            config.out_features = [name for name in config.stage_names if name != "stem"][-4:]
+        try:
+            config = four_stages(encoder.model.config.backbone_config)
+        except ValueError as error:
+            raise ValueError(f"readout upernet: {error}") from None
         channels = AutoBackbone.from_config(config).channels
         labels = encoder.model.config
         self.model = UperNetForSemanticSegmentation(
@@ -265,6 +263,8 @@ class UperNetReadout(nn.Module):
         wrong = [key for key in (*missing, *unexpected) if "norm" not in key]
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
+        backbone = self.model.backbone.eval()
+        freeze_idle(backbone, backbone(torch.zeros(1, 3, 224, 224)).feature_maps)
 
     def prepare(self, examples: list[Example]) -> None:
         pass
@@ -299,7 +299,7 @@ class UperNetReadout(nn.Module):
         return upsample(logits, image.shape[:2]).argmax(dim=1)[0].byte().cpu().numpy()
 
     def trained(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

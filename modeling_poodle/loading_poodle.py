@@ -26,23 +26,27 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     return model
 
 
-def load_encoder(name: str) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """
     Config and state dict of a pretrained encoder, named as `PoodleModel.encoder` names its parameters.
 
     Args:
         name: id on the Hub or local folder of any backbone that `AutoBackbone` builds or of a plain ViT; `timm/NAME` for timm's.
+        weights: False reads the config alone; the state dict is empty.
 
     Raises:
         ValueError: nothing there, or no encoder with spatial features.
     """
     try:
         if name.startswith("timm/") and not Path(name).exists():
-            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), use_pretrained_backbone=True)
+            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), use_pretrained_backbone=weights)
             encoder = AutoBackbone.from_config(config)
             config.use_pretrained_backbone = False  # the weights are here now; nothing downloads them again
             return config, encoder.state_dict()
         config = AutoConfig.from_pretrained(name)
+        if not weights:
+            AutoModel.from_config(config) if config.model_type in PLAIN_VITS else AutoBackbone.from_config(config)
+            return config, {}
         if config.model_type in PLAIN_VITS:
             vit = from_pretrained_whole(type(AutoModel.from_config(config)), name, add_pooling_layer=False)
             return config, {f"vit.{key}": value for key, value in vit.state_dict().items()}

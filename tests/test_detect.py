@@ -300,7 +300,7 @@ ENCODERS = {
         ("poodle", "c4", None),
         ("convnext", "c4", r"c4 needs a ResNet, .* not a 'convnext'; c4 works with ResNets"),
         ("dinov2", "fpn", r"does not fit a 'dinov2' encoder with strides .*; c4 works with ResNets .* four stages"),
-        ("vit", "c4", r"needs an encoder with stages, 'vit' has none; c4 works with"),
+        ("vit", "c4", r"an encoder with stages is needed, which AutoBackbone builds; 'vit' has none; c4 works with"),
     ],
 )
 def test_detectors_take_encoders_with_stages(street, tmp_path, name, detector, refused):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -32,7 +33,7 @@ from evaluation import data as data_module
 from evaluation.data import load_dataset
 from evaluation.encoders import Encoder, build
 from evaluation.engine import draw, fingerprint
-from evaluation.readouts import KnnReadout, LinearReadout, majority
+from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, majority
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.segment import main
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
@@ -434,6 +435,58 @@ def test_upernet_overfits_four_street_images(tmp_path):
     model = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "run" / "readout")
     assert model.config.id2label[10] == "sky"
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "run" / "readout").image_mean)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "timm", "swin"])
+def test_upernet_reads_four_stages_and_trains_all_that_they_depend_on(shapes, tmp_path, kind):
+    """DistributedDataParallel waits for a gradient of every parameter that requires one."""
+    if kind == "timm":
+        pytest.importorskip("timm")
+        encoder_config = {"backbone": "resnet18", "model_type": "timm_backbone"}
+    elif kind == "swin":
+        encoder_config = SwinConfig(
+            embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, image_size=64
+        )
+    else:
+        encoder_config = {"model_type": "resnet", **RESNET}
+    config = PoodleConfig(backbone_config=encoder_config, num_decoder_blocks=0, num_labels=3)
+    data = load_dataset("folder", str(shapes))
+    encoder = Encoder("x", PoodleForSemanticSegmentation(config))
+    readout = UperNetReadout(encoder, data, recipe(crop_size=[64, 96])).train()
+    assert len(readout.model.backbone.channels) == 4
+    readout(**readout.batch(list(data.train[:2]), torch.Generator().manual_seed(0))).backward()
+    assert all(p.grad is not None for p in readout.trained())
+    frozen = [name for name, p in readout.named_parameters() if not p.requires_grad]
+    assert all("norm" in name for name in frozen) and bool(frozen) == (kind == "swin")
+
+
+def test_an_interrupted_upernet_goes_on_bit_for_bit(shapes, tmp_path, monkeypatch):
+    """BatchNorm's statistics are part of what a fit changes."""
+    ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
+
+    def arguments(name):
+        return [
+            *flags(shapes, tmp_path / name, tmp_path / "resnet", readout="upernet", max_steps=4, save_steps=2),
+            "--crop_size", "64", "96", "--per_device_train_batch_size", "2",
+        ]  # fmt: skip
+
+    main(arguments("whole"))
+    original, count = UperNetReadout.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(UperNetReadout, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments("parts"))
+    monkeypatch.setattr(UperNetReadout, "forward", original)
+    main([*arguments("parts"), "--resume_from_checkpoint", "latest"])
+    whole, parts = (load_file(tmp_path / name / "readout" / "model.safetensors") for name in ("whole", "parts"))
+    assert any("running_mean" in name for name in whole)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(
