@@ -377,7 +377,7 @@ for line in scripts:
 """
 
     def __init__(self, hub: HubServer, home: Path, prelude: str = ""):
-        self.log = open(home / "stderr.txt", "w+")
+        self.log = open(home / "stderr.txt", "w")
         command, pipe = [sys.executable, "-u", "-c", prelude + self.LOOP], subprocess.PIPE
         self.process = subprocess.Popen(
             command, cwd=home, env=hub.environment(home / "hf"), stdin=pipe, stdout=pipe, stderr=self.log, text=True
@@ -395,8 +395,11 @@ for line in scripts:
                 assert outcome.strip() == "passed", printed
                 return printed
             lines.append(line)
-        self.log.seek(0)
-        raise AssertionError(f"the process ended: {self.log.read()}")
+        raise AssertionError(f"the process ended: {self.errors()}")
+
+    def errors(self) -> str:
+        """What it has written to its standard error so far."""
+        return Path(self.log.name).read_text()
 
     def close(self) -> None:
         self.process.kill()
