@@ -20,6 +20,8 @@ import dataclasses
 import math
 import random
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -207,13 +209,30 @@ def draw_subcrops(flow: Tensor, recipe: Recipe) -> dict[str, Tensor]:
     return {name: values.view(b, 2, recipe.num_subcrops, *values.shape[1:]) for name, values in shaped.items()}
 
 
+class Blur(nn.Module):
+    """
+    Gaussian blur of an image (3, H, W) uint8 with a kernel of 10 % of the side.
+
+    OpenCV's, which is separable: 13 ms at 512x1024 on one core, where torchvision's takes 537 ms and would flatter us.
+    """
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.size = max(3, round(0.1 * min(height, width)) | 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        array = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        blurred = cv2.GaussianBlur(array, (self.size, self.size), random.uniform(0.1, 2.0))
+        return torch.from_numpy(blurred).permute(2, 0, 1)
+
+
 def photometric(height: int, width: int) -> nn.Module:
-    """Photometric augmentation of one image (METHOD section 1, step 2), with torchvision's transforms."""
+    """Photometric augmentation of one image (3, H, W) uint8 (METHOD section 1, step 2), with torchvision's transforms."""
     return v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(max(3, round(0.1 * min(height, width)) | 1), (0.1, 2.0))], p=0.5),
+            v2.RandomApply([Blur(height, width)], p=0.5),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
