@@ -1,0 +1,295 @@
+"""What the page of features shows, free of the page: frames of a file, features in colour, similarity maps, and a cache."""
+
+import base64
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import av.error
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluation.data import IMAGES
+from evaluation.encoders import Encoder
+
+av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+# Containers that hold their frames themselves: a playlist under a video's name would make FFmpeg open other files and addresses.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
+MAX_DECODED = 3000  # frames of a video that are decoded for one strip
+MAX_FILES = 500  # that a folder offers
+SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows none larger
+MINIMUM_SPAN = 0.1  # of a similarity's colours: features that are all alike look alike
+
+
+# --- files ---
+
+
+@dataclass(frozen=True)
+class Clip:
+    """
+    A picture, or frames of a video.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB of one size, the first is the one that is clicked.
+        times: seconds from the video's start; (0.0,) of a picture.
+        duration: seconds of the whole video, 0 of a picture.
+    """
+
+    frames: tuple[np.ndarray, ...]
+    times: tuple[float, ...]
+    duration: float
+
+
+def list_media(source: str | None) -> list[tuple[str, str]]:
+    """
+    (name to show, path) of a file, or of the pictures and videos below a folder, by name; empty for `None`.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    if source is None:
+        return []
+    root = Path(source).expanduser()
+    if root.is_file():
+        return [(root.name, str(root))]
+    if not root.is_dir():
+        raise ValueError(f"images {source}: no such file or folder")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in (*IMAGES, *VIDEOS) and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"images {source}: no picture or video below it, expected {', '.join((*IMAGES, *VIDEOS))}")
+    return [(p.relative_to(root).as_posix(), str(p)) for p in files[:MAX_FILES]]
+
+
+def read_clip(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
+    """
+    A picture; or `count` frames of a video, `gap` seconds apart from `start`, fewer at its end. Larger ones are shrunk to `max_side`.
+
+    Raises:
+        ValueError: not a picture or video, damaged, or no frame there; names the file, not its folder.
+    """
+    name, suffix = Path(path).name, Path(path).suffix.lower()
+    try:
+        if suffix in VIDEOS:
+            return _read_video(path, start, gap, count, max_side)
+        if suffix not in IMAGES:
+            raise ValueError(f"expected {', '.join((*IMAGES, *VIDEOS))}")
+        with Image.open(path) as image:
+            image.draft("RGB", (max_side, max_side))
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright.thumbnail((max_side, max_side))
+        return Clip((np.asarray(upright),), (0.0,), 0.0)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # The library's own text may name the folder of an upload.
+        reason = getattr(error, "strerror", None) or (
+            str(error) if str(path) not in str(error) else "unknown contents"
+        )
+        raise ValueError(f"{name} is no picture or video that can be read ({reason})") from error
+
+
+def _read_video(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
+    with av.open(path, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        origin = (stream.start_time or 0) * stream.time_base
+        length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        wanted = [start + gap * number for number in range(count)]
+        if start > 0:
+            container.seek(round((start + origin) / stream.time_base), stream=stream)
+        half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time
+        frames, times = [], []
+        for decoded, frame in enumerate(container.decode(stream)):
+            if decoded >= MAX_DECODED:
+                raise ValueError(f"over {MAX_DECODED} frames would have to be decoded; choose an earlier second")
+            if frame.pts is None:
+                continue
+            time = float(frame.pts * stream.time_base - origin)
+            if time + half < wanted[len(frames)]:
+                continue
+            frames.append(_to_array(frame, max_side))
+            times.append(time)
+            if len(frames) == count:
+                break
+    if not frames:
+        raise ValueError(f"it has no frame at {start:.1f} s")
+    return Clip(tuple(frames), tuple(times), float(length))
+
+
+def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:
+    shrink = min(1, max_side / max(frame.width, frame.height))
+    width, height = (max(round(side * shrink), 2) for side in (frame.width, frame.height))
+    array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90) % 4))
+
+
+# --- features ---
+
+
+class FrameFeatures(NamedTuple):
+    """
+    Args:
+        unit: (C, h, w) features of unit length.
+        extent: height and width in pixels that the cells cover; beyond the picture where it was padded to whole patches.
+    """
+
+    unit: Tensor
+    extent: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.unit.nbytes
+
+
+@torch.inference_mode()
+def frame_features(encoder: Encoder, image: np.ndarray) -> FrameFeatures:
+    extent = tuple(-(-side // encoder.patch) * encoder.patch for side in image.shape[:2])
+    return FrameFeatures(F.normalize(encoder(encoder.normalise(image))[0].float(), dim=0).cpu(), extent)
+
+
+def cell_at(features: FrameFeatures, point: tuple[float, float]) -> tuple[int, int]:
+    """Row and column of the cell in which a point (x, y), pixels, lies."""
+    rows, columns = features.unit.shape[1:]
+    height, width = features.extent
+    return min(int(point[1] * rows / height), rows - 1), min(int(point[0] * columns / width), columns - 1)
+
+
+def similarity(features: FrameFeatures, query: Tensor) -> Tensor:
+    """(h, w) cosines of all cells with a unit vector (C,)."""
+    return torch.einsum("chw,c->hw", features.unit, query)
+
+
+@torch.no_grad()
+def calibrate_batch_norm(encoder: Encoder, images: list[np.ndarray]) -> None:
+    """An untrained network gets the BatchNorm statistics of the images, or it would be handicapped for nothing."""
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average of all passes
+    encoder.train()
+    for image in images:
+        encoder(encoder.normalise(image))
+    encoder.eval()
+
+
+class Basis(NamedTuple):
+    """Three principal axes (C, 3) around `mean` (C,), and the values (3,) that become no and full colour."""
+
+    mean: Tensor
+    axes: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def principal_basis(features: FrameFeatures) -> Basis:
+    """
+    Of one frame's cells. The other frames are seen through the same one, so that a colour means one thing in all of them. An axis'
+    sign is that of its largest loading; colours span the 2nd to the 98th percentile.
+    """
+    samples = features.unit.flatten(1).t()
+    mean = samples.mean(dim=0)
+    # Randomised subspace iteration, from one seed: the exact decomposition of 2048 channels takes seconds.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        axes = torch.pca_lowrank(samples - mean, q=min(12, *samples.shape), center=False, niter=4)[2]
+    axes = F.pad(axes[:, :3], (0, 3 - min(axes.shape[1], 3)))
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    low, high = torch.quantile((samples - mean) @ axes, torch.tensor([0.02, 0.98]), dim=0)
+    return Basis(mean, axes, low, high)
+
+
+def pca_colours(features: FrameFeatures, basis: Basis, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 of `size`; grey along an axis on which the basis' own frame does not vary."""
+    values = (features.unit.flatten(1).t() - basis.mean) @ basis.axes
+    spread = basis.high - basis.low
+    scaled = torch.where(spread > 1e-6, (values - basis.low) / spread.clamp(min=1e-6), 0.5).clamp(0, 1)
+    colours = _upsample(scaled.t().unflatten(1, features.unit.shape[1:]), features.extent, size)
+    return (255 * colours).round().byte().permute(1, 2, 0).numpy()
+
+
+def _upsample(maps: Tensor, extent: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(K, h, w), which covers `extent`, -> its upper left (K, *size)."""
+    full = F.interpolate(maps[None], size=extent, mode="bilinear", align_corners=False)[0]
+    return full[:, : size[0], : size[1]]
+
+
+# --- pictures ---
+
+
+def floor_of(cosines: Tensor) -> float:
+    """The similarity that is drawn dark; 1 is drawn bright."""
+    return min(float(cosines.min()), 1 - MINIMUM_SPAN)
+
+
+def heat_picture(image: np.ndarray, cosines: Tensor, floor: float, extent: tuple[int, int]) -> np.ndarray:
+    """The picture in grey under the similarity (h, w) in colours from `floor` (dark) to 1 (bright); (H, W, 3) uint8."""
+    share = ((_upsample(cosines[None], extent, image.shape[:2])[0] - floor) / (1 - floor)).clamp(0, 1)
+    colours = cv2.applyColorMap((255 * share).round().byte().numpy(), cv2.COLORMAP_INFERNO)[..., ::-1]
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    return (0.3 * grey + 0.7 * colours).astype(np.uint8)
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """A picture of at least `SHOWN` pixels: where one is shown larger than it is, Gradio gives wrong places for clicks (6.31)."""
+    scale = SHOWN / max(image.shape[:2])
+    return image if scale <= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+
+
+def marked(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
+    """A ring around a point (x, y), pixels; white in black, to be seen on any ground."""
+    image = image.copy()  # it may be a frame that is kept
+    centre = round(point[0] - 0.5), round(point[1] - 0.5)
+    radius = max(max(image.shape[:2]) // 64, 3)
+    for colour, thickness in (((0, 0, 0), 5), ((255, 255, 255), 2)):
+        cv2.circle(image, centre, radius, colour, thickness, cv2.LINE_AA)
+    return image
+
+
+def best_match(cosines: Tensor, extent: tuple[int, int]) -> tuple[float, tuple[float, float]]:
+    """The largest similarity, and the centre (x, y), pixels, of its cell."""
+    rows, columns = cosines.shape
+    row, column = divmod(int(cosines.argmax()), columns)
+    return float(cosines[row, column]), ((column + 0.5) * extent[1] / columns, (row + 0.5) * extent[0] / rows)
+
+
+def data_uri(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- cache ---
+
+
+class Cache:
+    """
+    Values by key, each computed once; those unused for longest go when together they pass `limit` bytes. One is computed at a time:
+    several at once would only share the cores.
+    """
+
+    def __init__(self, limit: float):
+        self.limit, self.size = limit, 0
+        self._values: OrderedDict = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __call__(self, key, compute: Callable, nbytes: Callable):
+        """The value of `key`; `compute()` where it is not kept, `nbytes(value)` bytes large."""
+        with self._lock:
+            if key not in self._values:
+                value = compute()
+                self._values[key] = value, nbytes(value)
+                self.size += self._values[key][1]
+                while self.size > self.limit and len(self._values) > 1:  # the newest stays, however large
+                    self.size -= self._values.popitem(last=False)[1][1]
+            self._values.move_to_end(key)
+            return self._values[key][0]

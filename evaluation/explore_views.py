@@ -1,0 +1,199 @@
+"""What stands behind the page of features: models, a readout, files, and the pictures and HTML that are made of them."""
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from evaluation.encoders import Encoder, build
+from evaluation.explore_features import (
+    Cache,
+    Clip,
+    FrameFeatures,
+    best_match,
+    calibrate_batch_norm,
+    cell_at,
+    data_uri,
+    enlarged,
+    floor_of,
+    frame_features,
+    heat_picture,
+    list_media,
+    marked,
+    pca_colours,
+    principal_basis,
+    read_clip,
+    similarity,
+)
+from evaluation.outputs import make_accelerator
+from evaluation.report import palette
+from modeling_poodle import PoodleForSemanticSegmentation
+from modeling_poodle.loading_poodle import from_pretrained_whole
+
+NEXT = 5  # frames of a video after the one that is clicked
+KEPT_BYTES = 1 << 30  # of features and frames; a ResNet-50's decoder gives 19 MB for a frame of 512x288
+
+
+class Readout:
+    """A fitted segmentation model, from evaluation/segment.py or any other that transformers loads."""
+
+    def __init__(self, source: str, device: torch.device):
+        try:
+            self.model = from_pretrained_whole(AutoModelForSemanticSegmentation, source).eval().to(device)
+            processor = AutoImageProcessor.from_pretrained(source)
+            mean, std = processor.image_mean, processor.image_std
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"readout {source} cannot be loaded; expected the readout/ folder of an evaluation: {error}"
+            ) from error
+        linear = isinstance(self.model, PoodleForSemanticSegmentation)
+        # Encoder pads to whole patches and reads windows where the encoder needs it.
+        self.encoder = Encoder(source, self.model, mean, std) if linear else None
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.classes = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (H, W) class ids."""
+        if self.encoder is not None:
+            logits = self.model.classifier(self.encoder(self.encoder.normalise(image)))
+        else:
+            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+            logits = self.model(pixel_values=((pixels - self.mean) / self.std)[None].to(self.model.device)).logits
+        logits = F.interpolate(logits.float(), size=image.shape[:2], mode="bilinear", align_corners=False)
+        return logits[0].argmax(dim=0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One model's part of the page: two pictures and HTML around them."""
+
+    title: str
+    heat: np.ndarray
+    colours: np.ndarray
+    strip: str
+
+
+class Explorer:
+    """
+    Models, files and what was computed of them; gives pictures and HTML, and knows nothing of the page.
+
+    Raises:
+        ValueError: a model, a readout or the files that cannot be used.
+    """
+
+    def __init__(
+        self, models: list[str], images: str | None, readout: str | None, features: str | None, max_side: int
+    ):
+        self.media, self.max_side = list_media(images), max_side
+        device = make_accelerator().device
+        self.encoders = {name: build(name, 1, features=features).to(device) for name in models}
+        self.readout = None if readout is None else Readout(readout, device)
+        self.kept = Cache(KEPT_BYTES)
+        clips, wrong = [], None
+        for index in np.linspace(0, len(self.media) - 1, min(len(self.media), 8)).round().astype(int):
+            try:
+                clips.append(self.clip(self.media[index][1], 0.0, 0.5))
+            except ValueError as error:
+                wrong = error
+        if self.media and not clips:
+            raise wrong
+        for name in models:
+            if name.startswith("random:"):
+                if not clips:
+                    raise ValueError(f"--model {name} needs --images: its BatchNorm takes its statistics from them")
+                calibrate_batch_norm(self.encoders[name], [clip.frames[0] for clip in clips])
+
+    def clip(self, path: str, start: float, gap: float) -> Clip:
+        def read() -> Clip:
+            return read_clip(path, start, gap, 1 + NEXT, self.max_side)
+
+        return self.kept((path, start, gap), read, lambda clip: sum(frame.nbytes for frame in clip.frames))
+
+    def features(self, name: str, path: str, time: float, image: np.ndarray) -> FrameFeatures:
+        return self.kept(
+            (name, path, time), lambda: frame_features(self.encoders[name], image), lambda found: found.nbytes
+        )
+
+    def panel(self, name: str, path: str, clip: Clip, share: tuple[float, float], count: int) -> Panel:
+        """A model's view of the first `count` frames, for a point of the first one in shares (x, y) of its size."""
+        found = [self.features(name, path, time, image) for time, image in zip(clip.times[:count], clip.frames)]
+        first, image = found[0], clip.frames[0]
+        point = place(image, share)
+        row, column = cell_at(first, point)
+        query = first.unit[:, row, column]
+        cosines = [similarity(features, query) for features in found]
+        floor = floor_of(cosines[0])
+        basis = self.kept(
+            (name, path, clip.times[0], "basis"), lambda: principal_basis(first), lambda basis: basis.axes.nbytes
+        )
+        heat = enlarged(heat_picture(image, cosines[0], floor, first.extent))
+        figures = []
+        for time, shown, features, cosine in list(zip(clip.times, clip.frames, found, cosines))[1:]:
+            value, where = best_match(cosine, features.extent)
+            pictures = (
+                marked(heat_picture(shown, cosine, floor, features.extent), where),
+                pca_colours(features, basis, shown.shape[:2]),
+            )
+            figures.append(figure(pictures, f"+{time - clip.times[0]:.1f} s", f"best {value:.2f}"))
+        encoder = self.encoders[name]
+        cells = (
+            f"{encoder.features_name}, {encoder.channels} channels, {first.unit.shape[2]}x{first.unit.shape[1]} cells"
+        )
+        title = (
+            f"<h2>{html.escape(short_name(name))}</h2><p>{html.escape(cells)}</p><p class='scale'><b>{floor:.2f}</b>"
+            f"<i></i><b>1.00</b><span>cosine; <b class='here'>{float(cosines[0][row, column]):.2f}</b> at the point</span></p>"
+        )
+        colours = enlarged(pca_colours(first, basis, image.shape[:2]))
+        return Panel(title, marked(heat, place(heat, share)), colours, strip(figures, clip, count))
+
+    def segmentation(self, path: str, clip: Clip) -> tuple[np.ndarray, str]:
+        """The first frame tinted by its classes, and a legend of those that occur, the largest first."""
+        image = clip.frames[0]
+        classes = self.kept(
+            ("readout", path, clip.times[0]), lambda: self.readout.predict(image), lambda found: found.nbytes
+        )
+        colours = palette(len(self.readout.classes))
+        counts = np.bincount(classes.flatten(), minlength=len(self.readout.classes))
+        items = [
+            f"<li><i style='background:rgb{tuple(int(v) for v in colours[index])}'></i>"
+            f"{html.escape(self.readout.classes[index])} <b>{100 * counts[index] / classes.size:.1f} %</b></li>"
+            for index in np.argsort(-counts, kind="stable")
+            if counts[index]
+        ]
+        return (0.4 * image + 0.6 * colours[classes]).astype(np.uint8), f"<ul class='legend'>{''.join(items)}</ul>"
+
+
+def place(image: np.ndarray, share: tuple[float, float]) -> tuple[float, float]:
+    """A point in shares (x, y) of the picture's size, in pixels."""
+    return share[0] * image.shape[1], share[1] * image.shape[0]
+
+
+def short_name(name: str) -> str:
+    """A Hub id as it is; of a folder on this machine its last two parts."""
+    source = name.removeprefix("random:")
+    if not Path(source).is_dir():
+        return name
+    return name[: len(name) - len(source)] + "/".join(Path(source).resolve().parts[-2:])
+
+
+def figure(pictures: tuple[np.ndarray, ...], title: str, note: str) -> str:
+    shown = "".join(f'<img src="{data_uri(picture)}" alt="">' for picture in pictures)
+    return f"<figure>{shown}<figcaption>{title} <b>{note}</b></figcaption></figure>"
+
+
+def strip(figures: list[str], clip: Clip, count: int) -> str:
+    """The next frames side by side; says so where there are none, or where they are still to come."""
+    if clip.duration == 0:
+        return ""
+    if len(clip.frames) == 1:
+        return "<p class='strip'>The video ends here: no next frames.</p>"
+    if count == 1:
+        return "<p class='strip'>Next frames: computing their features …</p>"
+    return (
+        f"<p>Next frames, and where each is most similar</p><div class='strip' tabindex='0'>{''.join(figures)}</div>"
+    )
