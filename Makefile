@@ -21,7 +21,7 @@ quickstart: install
 	@echo "measuring both, and the untrained network, on held-out drives"
 	for readout in linear knn; do \
 	$(BIN)/accelerate launch evaluation/segment.py --model random:runs/quickstart --model runs/quickstart-flowe \
-	    --model runs/quickstart --dataset street --readout $$readout --output_dir runs/quickstart-$$readout --resume_from_checkpoint latest || exit 1; \
+	    --model runs/quickstart --dataset street --readout $$readout --num_train_epochs 80 --output_dir runs/quickstart-$$readout --resume_from_checkpoint latest || exit 1; \
 	done
 	@echo
 	$(BIN)/python -m evaluation.compare runs/quickstart-linear/evaluation.json runs/quickstart-knn/evaluation.json
