@@ -41,11 +41,11 @@ class FileHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         if path in self.server.refused:
-            self.reply(403, b"refused")
+            self.reply(403, b"refused", body)  # bytes after a HEAD would be read as the next answer
             return
         file = (self.server.folder / path.lstrip("/")).resolve()
         if not file.is_relative_to(self.server.folder.resolve()) or not file.is_file():
-            self.reply(404, b"not found")
+            self.reply(404, b"not found", body)
             return
         self.send_file(file, body)
 
