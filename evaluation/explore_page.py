@@ -35,7 +35,7 @@ header p {color: var(--body-text-color-subdued); margin: 0}
 .side .form, .side .block {border: none !important; box-shadow: none !important; background: none !important}
 .side .form {gap: 14px !important}
 .side .form > .block {padding: 0 0 6px !important}
-.side input {text-overflow: ellipsis}
+.side input[role=combobox] {text-overflow: ellipsis; padding-right: 1.6em}
 .point {overflow: visible !important; padding: 0 !important}
 .point label[data-testid=block-label] {position: static !important; padding: 0 0 4px !important; border: none !important;
   box-shadow: none !important; background: none !important; color: var(--body-text-color-subdued) !important; font-weight: 500}
@@ -118,7 +118,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
                 frame = gr.Image(label="Click a point", elem_id="frame", **PICTURE)
                 with gr.Row():
                     start = gr.Slider(0, 1, 0, step=0.1, label="Second of the video", visible=False, elem_id="start")
-                    gap = gr.Slider(0.1, 2, 0.5, step=0.1, label="Seconds between frames", visible=False)
+                    gap = gr.Slider(0.1, 2, 0.5, step=0.1, label="Step, seconds", visible=False)
         with gr.Row():
             panels = [PanelParts(side) for side in ("left", "right")[: min(len(names), 2)]]
         with gr.Column(elem_classes="side", visible=False) as classes:
@@ -172,7 +172,13 @@ def build_page(explorer: Explorer) -> gr.Blocks:
             for values in answer(path, share, start, gap, left, right, at_once=True):
                 yield [share, *values]
 
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        # One after the other, in the order of the clicks: the last one asked is the one that stays on the page.
+        quiet = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_id": "all",
+            "concurrency_limit": 1,
+        }
         for trigger in (start.release, gap.release, left.input, right.input):
             trigger(answer, [path, point, start, gap, left, right], shown, **quiet)
         for picture in (frame, *(part for panel in panels for part in (panel.heat, panel.colours))):

@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from evaluation.encoders import Encoder, build
 from evaluation.explore_features import (
+    Basis,
     Cache,
     Clip,
     FrameFeatures,
@@ -119,6 +120,16 @@ class Explorer:
             (name, path, time), lambda: frame_features(self.encoders[name], image), lambda found: found.nbytes
         )
 
+    def colours(
+        self, name: str, path: str, clip: Clip, time: float, features: FrameFeatures, basis: Basis
+    ) -> np.ndarray:
+        """A frame's features in colour; they do not depend on the point, so that a click finds them made."""
+        return self.kept(
+            (name, path, clip.times[0], time, "colours"),
+            lambda: pca_colours(features, basis, clip.frames[0].shape[:2]),
+            lambda picture: picture.nbytes,
+        )
+
     def panel(self, name: str, path: str, clip: Clip, share: tuple[float, float], count: int) -> Panel:
         """A model's view of the first `count` frames, for a point of the first one in shares (x, y) of its size."""
         found = [self.features(name, path, time, image) for time, image in zip(clip.times[:count], clip.frames)]
@@ -137,7 +148,7 @@ class Explorer:
             value, where = best_match(cosine, features.extent)
             pictures = (
                 marked(heat_picture(shown, cosine, floor, features.extent), where),
-                pca_colours(features, basis, shown.shape[:2]),
+                self.colours(name, path, clip, time, features, basis),
             )
             figures.append(figure(pictures, f"+{time - clip.times[0]:.1f} s", f"best {value:.2f}"))
         encoder = self.encoders[name]
@@ -148,7 +159,7 @@ class Explorer:
             f"<h2>{html.escape(short_name(name))}</h2><p>{html.escape(cells)}</p><p class='scale'><b>{floor:.2f}</b>"
             f"<i></i><b>1.00</b><span>cosine; <b class='here'>{float(cosines[0][row, column]):.2f}</b> at the point</span></p>"
         )
-        colours = enlarged(pca_colours(first, basis, image.shape[:2]))
+        colours = enlarged(self.colours(name, path, clip, clip.times[0], first, basis))
         return Panel(title, marked(heat, place(heat, share)), colours, strip(figures, clip, count))
 
     def segmentation(self, path: str, clip: Clip) -> tuple[np.ndarray, str]:
