@@ -8,7 +8,7 @@ The loader: CPU milliseconds a pair of what a pair costs, beside plain seeks wit
 Ours: index, decode (crop before conversion, both frames in one pass, R pairs an opening) and hand over as uint8; augmentation is done on the
 device. Plain: for each frame open the file, seek to the keyframe before it, decode up to it, convert the whole picture, resize it by the
 frame's scale, crop, and augment it photometrically as the reference does. Crops of 512x1024 from 1080x1920 times U(0.75, 1.25), gaps of
-U(0.5, 1.5) s (METHOD section 1). Times are processor times of this one process; the two take turns at the same pairs. Flow is in neither.
+U(0.5, 1.5) s (arXiv 2408.11208, section 3). Times are processor times of this one process; the two take turns at the same pairs. Flow is in neither.
 """
 
 import sys

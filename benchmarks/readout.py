@@ -73,7 +73,7 @@ def fitted(
     readout.mean, readout.std, readout.store, readout.cached = like.mean, like.std, like.store, kept
     like.recipe.max_steps = steps
     with Timer() as timer, tempfile.TemporaryDirectory() as folder:
-        fit(accelerator, readout, like.recipe, list(like.data.train), Path(folder), resume=False)
+        fit(accelerator, readout, like.recipe, list(like.data.train), Path(folder), "", resume=False)
     return readout, timer
 
 

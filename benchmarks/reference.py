@@ -181,7 +181,7 @@ def draw_box(x: float, y: float, area: float, height: int, width: int) -> tuple[
 
 
 def draw_subcrops(flow: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Subcrops of a batch (METHOD section 1, step 8), one after the other; the host reads the flow at each centre."""
+    """Subcrops of a batch (arXiv 2408.11208, section 3), one after the other; the host reads the flow at each centre."""
     b, _, _, height, width = flow.shape
     low, high = recipe.subcrop_area
     cell = max(round(math.sqrt((low + high) / 2) * min(height, width)), 1)
@@ -227,7 +227,7 @@ class Blur(nn.Module):
 
 
 def photometric(height: int, width: int) -> nn.Module:
-    """Photometric augmentation of one image (3, H, W) uint8 (METHOD section 1, step 2), with torchvision's transforms."""
+    """Photometric augmentation of one image (3, H, W) uint8 (arXiv 2408.11208, section 3), with torchvision's transforms."""
     return v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),

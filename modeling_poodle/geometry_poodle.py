@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def filled(values: tuple[float, ...], device=None, dtype=torch.float32) -> Tensor:
+    """A vector of these numbers, filled on the device: `torch.tensor(..., device="cuda")` is a copy for which the host waits."""
+    return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
+
+
 def cell_centres(h: int, w: int, device=None, dtype=torch.float32) -> Tensor:
     """Normalised centres of an h x w grid of cells that tiles the frame. Returns (h, w, 2), x then y."""
     y = (torch.arange(h, device=device, dtype=dtype) + 0.5) * (2 / h) - 1
@@ -76,13 +81,13 @@ def sample(maps: Tensor, points: Tensor, padding_mode: str = "zeros") -> Tensor:
 def normalise_flow(flow: Tensor) -> Tensor:
     """Flow (N, 2, H, W) in pixels -> displacement (N, H, W, 2) in normalised units."""
     height, width = flow.shape[-2:]
-    size = torch.tensor([2 / width, 2 / height], device=flow.device, dtype=flow.dtype)
+    size = filled((2 / width, 2 / height), flow.device, flow.dtype)
     return flow.permute(0, 2, 3, 1) * size
 
 
 def flow_valid_mask(forward: Tensor, backward: Tensor, alpha_1: float = 0.1, alpha_2: float = 0.5) -> Tensor:
     """
-    Forward-backward occlusion check (METHOD section 1, step 3; Sundaram et al. 2010 with UFlow's constants).
+    Forward-backward occlusion check (arXiv 2408.11208, section 3; Sundaram et al. 2010 with UFlow's constants).
 
     A pixel p is valid where p + f(p) stays inside the frame and
     |f(p) + b(p + f(p))|^2 <= alpha_1 (|f(p)|^2 + |b(p + f(p))|^2) + alpha_2.

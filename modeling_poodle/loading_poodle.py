@@ -39,9 +39,16 @@ def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dic
     """
     try:
         if name.startswith("timm/") and not Path(name).exists():
-            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), use_pretrained_backbone=weights)
+            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"))
             encoder = AutoBackbone.from_config(config)
-            config.use_pretrained_backbone = False  # the weights are here now; nothing downloads them again
+            if weights:
+                # transformers builds timm's networks at random, whatever its config says of pretraining.
+                import timm
+
+                pretrained = timm.create_model(
+                    config.backbone, pretrained=True, features_only=True, out_indices=config.out_indices
+                )
+                encoder._backbone.load_state_dict(pretrained.state_dict())
             return config, encoder.state_dict()
         config = AutoConfig.from_pretrained(name)
         if not weights:
@@ -53,7 +60,7 @@ def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dic
         # The class itself: AutoBackbone.from_pretrained takes a local folder for a name on the Hub.
         backbone_class = type(AutoBackbone.from_config(config))
         return config, from_pretrained_whole(backbone_class, name, config=config).state_dict()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
 
 

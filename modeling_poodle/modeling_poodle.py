@@ -17,7 +17,7 @@ from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
 
 class PoodleDecoderBlock(nn.Module):
-    """Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (METHOD, step 5)."""
+    """Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3)."""
 
     def __init__(self, channels: int, reduction: int, lateral_channels: int | None):
         super().__init__()

@@ -32,7 +32,7 @@ class PoodleForPreTrainingOutput(ModelOutput):
 
 
 def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
-    """Projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (METHOD, step 6)."""
+    """Projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (arXiv 2408.11208, section 3)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, hidden_channels, kernel_size=1),
         nn.BatchNorm2d(hidden_channels),
@@ -149,7 +149,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         return output
 
     def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
-        """Steps 4, 5, 6 and 7 of METHOD section 1."""
+        """Views, encoder and SDM, dense heads, and the dense loss at matched points (arXiv 2408.11208, section 3)."""
         b, _, _, height, width = pixel_values.shape
         frames = pixel_values.flatten(0, 1)  # (2B, 3, H, W), source and target in turn
         student_images = see_through(frames, student_views.flatten(0, 1))
@@ -176,7 +176,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         return loss, mask.float().mean(), student_features.detach()
 
     def _pooled_objective(self, pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size):
-        """Steps 5, 6 and 8 of METHOD section 1."""
+        """Subcrops, encoder, pooled heads, and the pooled loss (arXiv 2408.11208, section 3)."""
         own_frame = torch.arange(2, device=pixel_values.device)[None, :, None].expand(student_boxes.shape[:3])
         student_crops = crop_boxes(pixel_values, student_boxes.flatten(1, 2), own_frame.flatten(1, 2), subcrop_size)
         student_pooled = self.student.pool(self.student.encode(student_crops.flatten(0, 1)))  # (2BK, C)

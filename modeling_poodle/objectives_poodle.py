@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 def dense_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
-    Flow-equivariant dense loss (METHOD section 1, step 7; Xiong et al. 2021, FlowE).
+    Flow-equivariant dense loss (arXiv 2408.11208, section 3; Xiong et al. 2021, FlowE).
 
     Squared distance of unit vectors, 2 - 2 cos, averaged over the points that count: a masked mean per image, then a
     mean over images. An image without a single such point adds 0 (and no gradient).
@@ -28,7 +28,7 @@ def dense_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 def pooled_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """
-    Pooled loss on flow-matched subcrops (METHOD section 1, step 8; Grill et al. 2020, BYOL): mean of 2 - 2 cos.
+    Pooled loss on flow-matched subcrops (arXiv 2408.11208, section 3; Grill et al. 2020, BYOL): mean of 2 - 2 cos.
 
     Args:
         prediction: (M, C) the student's. target: (M, C) the teacher's. No gradient flows into it.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_poodle import PoodleForPreTraining, PoodleForSemanticSegmentation, PoodleModel
 from training import cards
+from training.hub import belongs
 from training.pretrain import main as pretrain
 from training.publish import main as publish_main
 from training.street_files import write_videos
@@ -182,6 +183,11 @@ for revision in sys.argv[1:]:
     old, new = map(load_file, python(hub, tmp_path, "-c", script, first.oid, "main").stdout.split())
     assert all(torch.equal(old[name], weights[name]) for name in weights)
     assert all(torch.equal(new[name], changed_weights[name]) for name in weights)
+
+
+def test_files_in_folders_of_a_repository_are_not_ours_to_delete():
+    assert belongs("config.json") and belongs("model.safetensors") and belongs("modeling_poodle.py")
+    assert not belongs("onnx/config.json") and not belongs("old/model.safetensors") and not belongs("notes.txt")
 
 
 def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, run):

@@ -56,7 +56,7 @@ from training.video_stream import PairSampling, plan_pairs, video_pairs
 
 def test_a_data_set_is_read_by_ranges_over_broken_connections(hub, process, tmp_path):
     numbered_video(tmp_path / "numbers.mp4", CFR, gop=10)
-    noise_video(tmp_path / "noise.mp4", 350)
+    noise_video(tmp_path / "noise.mp4", 500)
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         archive.add(tmp_path / "numbers.mp4", arcname="inside.mp4")
     names = {"train/numbers.mp4": "numbers.mp4", "noise.mp4": "noise.mp4", "shard.tar": "shard.tar"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from modeling_poodle import PoodleForPreTraining, PoodleModel
 from training.pretrain import main
@@ -161,6 +162,53 @@ def test_init_encoder_starts_from_its_weights(drives, tmp_path):
     second = load_file(tmp_path / "second" / "encoder" / "model.safetensors")  # the teacher, which stood still
     weights = [name for name in first if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert weights and all(torch.equal(first[name], second[name]) for name in weights)
+
+
+def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
+    """The decoder reads stages for which a classifier's checkpoint has no norm."""
+    config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16])
+    ConvNextForImageClassification(config).save_pretrained(tmp_path / "convnext")
+    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
+    lines = train(drives, tmp_path / "run", "--init_encoder", str(tmp_path / "convnext"), model=heads, steps=1)
+    assert lines[-1]["loss"] > 0
+    config.hidden_sizes = [8, 8, 16, 24]
+    config.save_pretrained(tmp_path / "convnext")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="init_encoder"):
+        train(drives, tmp_path / "other", "--init_encoder", str(tmp_path / "convnext"), model=heads, steps=1)
+
+
+def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):
+    """Its mask token never gets a gradient, so the optimizer has no state for it."""
+    model = {**MODEL, "backbone_config": VIT}
+    whole = train(drives, tmp_path / "run", "--save_steps", "1", "--save_total_limit", "9", model=model, steps=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+    shutil.rmtree(tmp_path / "run" / "model")
+    AcceleratorState._reset_state(True)
+    more = ("--save_steps", "1", "--save_total_limit", "9", "--resume_from_checkpoint", "latest")
+    resumed = train(drives, tmp_path / "run", *more, model=model, steps=2)
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+    # Killed between its last checkpoint and its folders, a run writes them when it is resumed.
+    shutil.rmtree(tmp_path / "run" / "model")
+    AcceleratorState._reset_state(True)
+    train(drives, tmp_path / "run", *more, model=model, steps=2)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
+    train(drives, tmp_path / "a", "--save_steps", "1", steps=1)
+    AcceleratorState._reset_state(True)
+    train(drives, tmp_path / "b", "--seed", "1", steps=1)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="holds another run than"):
+        train(
+            drives, tmp_path / "b", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"), steps=1
+        )
+
+
+def test_crops_must_be_whole_patches(drives, tmp_path):
+    with pytest.raises(ValueError, match="crop_size must be multiples of the dinov2 encoder's 12"):
+        train(drives, tmp_path / "run", model={**MODEL, "backbone_config": {**VIT, "patch_size": 12}}, steps=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(drives, tmp_path):

@@ -7,6 +7,7 @@ NAMES = {
     "bdd100k_r50",
     "walking_tours_r50",
     "flowe_r50",
+    "flowe_street",
     "ablation_r50",
     "supervised_init_r50",
     "own_videos",

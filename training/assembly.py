@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
-from modeling_poodle import PoodleForPreTraining
+from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.loading_poodle import load_encoder
 from modeling_poodle.recipe_files import usable_cores
 from training.recipe import Recipe
@@ -26,7 +26,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
         )
     # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
-    plain = recipe.poodle_config().backbone_config.model_type == "resnet"
+    plain = recipe.init_encoder is None and recipe.poodle_config().backbone_config.model_type == "resnet"
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
     )
@@ -59,14 +59,10 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
             raise ValueError(f"init_encoder {error}") from error
         if "backbone_config" not in recipe.model:
             config = type(config)(**recipe.model, backbone_config=encoder_config)
+    check_crop_size(config, recipe.crop_size)
     model = PoodleForPreTraining(config)
     if weights is not None:
-        try:
-            model.student.encoder.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"init_encoder {recipe.init_encoder} does not fit model.backbone_config; leave the latter out. {error}"
-            ) from None
+        load_into(model.student.encoder, weights, recipe.init_encoder)
         model.reset_teacher()
     if recipe.gradient_checkpointing:
         model.student.checkpoint_gradients()
@@ -74,6 +70,34 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
     return model.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
+    """
+    Raises:
+        ValueError: a patch embedding or a stage would cut off the crop's edge, and its map would be taken for one of the whole crop.
+    """
+    encoder = config.backbone_config
+    patch = getattr(encoder, "patch_size", None)
+    if not isinstance(patch, int):
+        return
+    stride = patch * 2 ** (len(encoder.depths) - 1) if hasattr(encoder, "depths") else patch
+    if any(side % stride for side in crop_size):
+        raise ValueError(
+            f"crop_size must be multiples of the {encoder.model_type} encoder's {stride}, got {crop_size}"
+        )
+
+
+def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Raises ValueError where the weights are another encoder's."""
+    try:
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        missing, unexpected = [str(error)], []
+    # Norms of stages that were not read before (ConvNeXt, Swin) begin as the identity; nothing else may.
+    wrong = [key for key in missing if not key.startswith("hidden_states_norms.")] + unexpected
+    if wrong:
+        raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")
 
 
 def build_optimizer(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

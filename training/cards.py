@@ -161,7 +161,6 @@ def eval_results(result: dict) -> list[EvalResult]:
             task_name=f"{task.replace('-', ' ').capitalize()}, {readout}",
             dataset_type=result["dataset"],
             dataset_name=f"{result['dataset']} ({result['num_test_images']} images)",
-            dataset_split="test",
             metric_type=kind,
             metric_name=name,
             metric_value=result[key],

@@ -56,6 +56,10 @@ def prepare_output_dir(recipe: Recipe) -> Path | None:
         checkpoint = Path(resume)
         if not (checkpoint / "state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
+        if output_dir.resolve() != checkpoint.resolve().parent.parent and saved_config.exists():
+            raise ValueError(
+                f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+            )
         saved_config = checkpoint.parent.parent / "config.yaml"
     if saved_config.is_file():
         _refuse_other_configuration(recipe, saved_config)
@@ -86,7 +90,7 @@ def save_checkpoint(
     Write `checkpoints/step-N/`: aside first, then renamed, so that a half checkpoint is never taken for a whole one.
 
     Args:
-        rank_state: what this rank needs to go on: "loader" (JSON-able) and tensors by name.
+        rank_state: what this rank needs to go on: tensors, and JSON-able values, by name.
     """
     folder = Path(recipe.output_dir, "checkpoints")
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
@@ -97,7 +101,7 @@ def save_checkpoint(
     rank = accelerator.process_index
     tensors = {name: value for name, value in rank_state.items() if isinstance(value, torch.Tensor)}
     _write_tensors(partial / f"rank-{rank}.safetensors", tensors)
-    _write_text(partial / f"rank-{rank}.json", json.dumps({"loader": rank_state["loader"]}))
+    _write_text(partial / f"rank-{rank}.json", json.dumps({k: v for k, v in rank_state.items() if k not in tensors}))
     if accelerator.is_main_process:
         _write_tensors(partial / "model.safetensors", model.state_dict())
         _write_text(partial / "config.json", model.config.to_json_string())
@@ -154,6 +158,8 @@ def _load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) 
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if f"step.{names[parameter]}" not in tensors:
+                continue  # it never had a gradient (a ViT's mask token)
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 value = tensors[f"{key}.{names[parameter]}"]
                 # preserve the parameter's memory format; the step counter lives where the optimizer made it

@@ -24,7 +24,7 @@ FAILURES = (OSError, HTTPError, RuntimeError, ValueError)
 
 def belongs(name: str) -> bool:
     """True where a file of a folder of weights is one that is sent."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def check_repo_id(repo_id: str, flag: str) -> None:

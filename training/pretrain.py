@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from modeling_poodle.objectives_poodle import feature_std
@@ -128,6 +129,7 @@ class Run:
             self.loader.load_state_dict(state["loader"])
             self.sums.copy_(state["sums"])
             torch.set_rng_state(state["rng"])
+            self.skipped = set(state["skipped"])
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,8 @@ class Run:
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        if self.step >= self.max_steps:  # killed after its last checkpoint, perhaps before these were written
+            self.hand_out()
         while self.step < self.max_steps:
             last = self.step + 1 == self.max_steps
             output, inputs, batch = self.train_step(batches)
@@ -211,7 +215,11 @@ class Run:
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.generator.manual_seed((self.recipe.seed * 1_000_003 + number) * ranks + rank)
-        return model_inputs(batch, self.recipe, self.generator, self.flow_module)
+        return model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
+
+    def estimate_flow(self, frames: torch.Tensor) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.flow_module(frames)
 
     @torch.no_grad()
     def accumulate(self, output, matched, batch) -> None:
@@ -244,6 +252,8 @@ class Run:
     @torch.no_grad()
     def log(self, output, progress) -> None:
         self.stop_if_not_finite()
+        if self.accelerator.num_processes > 1:  # each rank's workers skip files of their own
+            self.skipped = {entry for found in gather_object([sorted(self.skipped)]) for entry in found}
         window = (self.step - 1) % self.recipe.logging_steps + 1
         features = output.dense_features if output.dense_features is not None else output.pooled_features
         flat = features.transpose(0, 1).flatten(1).t()  # (samples, C)
@@ -307,7 +317,12 @@ class Run:
     def save(self) -> None:
         self.stop_if_not_finite()
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
+        state["skipped"] = sorted(self.skipped)
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state)
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """encoder/ and model/ of this step, and to the Hub where that was asked for."""
         if self.accelerator.is_main_process:
             export(self.model, self.recipe, self.step, self.accelerator.num_processes)
         if self.publisher is not None:

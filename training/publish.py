@@ -92,6 +92,10 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
+    if (folder / "state.json").is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint with its optimizer: publish the run, or with --which student its student"
+        )
     if (folder / "encoder" / "config.json").is_file():
         config = json.loads((folder / "model" / "config.json").read_text())
         plain = config["num_decoder_blocks"] == 0 and config.get("output_stride") is None

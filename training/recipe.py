@@ -20,7 +20,6 @@ FREE_ON_RESUME = frozenset(
     (
         "output_dir",
         "resume_from_checkpoint",
-        "logging_steps",
         "save_steps",
         "save_total_limit",
         "panel_steps",
@@ -45,7 +44,7 @@ class Recipe:
         "runs/poodle", "Folder of the run: config, metrics, panels, checkpoints, encoder/ and model/."
     )
 
-    # Pairs (METHOD section 1, step 1)
+    # Pairs
     frame_gap_seconds: list[float] = described([0.5, 1.5], "Range of the time between the two frames of a pair.")
     crop_size: list[int] = described([128, 256], "Height and width of the crop that both frames share, pixels.")
     frame_size: list[int] | None = described(
@@ -56,19 +55,19 @@ class Recipe:
         4, "Pairs taken from a video each time it is opened (the method's repeat_sample)."
     )
 
-    # Flow (step 3)
+    # Flow
     flow: str = described("dis", f"Estimator: {', '.join(FLOWS)}.")
     flow_updates: int = described(24, "Iterations of RAFT.")
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
 
-    # Views and subcrops (steps 4 and 8)
+    # Views and subcrops
     affine_views: bool = described(True, "Rotate, scale and flip each network's view of each frame.")
     num_subcrops: int = described(6, "Subcrop pairs a frame (K).")
     subcrop_area: list[float] = described([0.05, 0.3], "Range of a subcrop's share of the frame.")
     subcrop_size: int = described(64, "Side to which subcrops are resized, pixels.")
     subcrop_jitter: float = described(0.1, "Jitter of the teacher's subcrop, share of the frame, both ways.")
 
-    # Model (steps 5, 6, 9, 10)
+    # Model
     model: dict[str, Any] | str = described({}, "PoodleConfig's fields, as a mapping (JSON on the command line).")
     init_encoder: str | None = described(None, "Hub id or folder of an encoder to start from.")
     teacher_momentum: float = described(0.996, "The teacher's momentum at the start; it rises to 1 on a cosine.")

@@ -10,7 +10,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
     """
-    Linear warm-up to `peak` over `warmup_steps`, then a cosine to `floor` at `max_steps` (METHOD section 1, optimiser).
+    Linear warm-up to `peak` over `warmup_steps`, then a cosine to `floor` at `max_steps` (arXiv 2408.11208, section 3).
 
     Args:
         step: optimizer steps already taken; the first step of a warm-up of n has peak / n, not 0.
@@ -21,5 +21,5 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, flo
 
 
 def teacher_momentum(step: int, max_steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """Cosine from `start` to `end` over the run (METHOD section 1, step 10)."""
+    """Cosine from `start` to `end` over the run (arXiv 2408.11208, section 3)."""
     return cosine(start, end, step / max(max_steps, 1))

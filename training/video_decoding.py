@@ -125,8 +125,9 @@ def open_video(source: str):
             offset, size, _ = member.split(":", 2)
             with RemoteFile(tar) if is_remote(tar) else open(tar, "rb") as file:
                 file.seek(int(offset))
-                return av.open(io.BytesIO(file.read(int(size))))
-        return av.open(RemoteFile(source) if is_remote(source) else source)
+                return av.open(io.BytesIO(file.read(int(size))), metadata_errors="replace")
+        # Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out.
+        return av.open(RemoteFile(source) if is_remote(source) else source, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UnreadableVideo(f"cannot be opened as a video ({_words(error)})") from error
 

@@ -26,7 +26,7 @@ SHARDS_PER_SPAN = 2048
 @dataclass(frozen=True)
 class PairSampling:
     """
-    How pairs are drawn from a video (METHOD section 1, step 1).
+    How pairs are drawn from a video (arXiv 2408.11208, section 3).
 
     Args:
         crop_size: (H, W) of the crop that both frames share, pixels.

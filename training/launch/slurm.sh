@@ -20,13 +20,14 @@ gpus=${SLURM_GPUS_ON_NODE:?this script is for sbatch, on machines with GPUs}
 main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 resume=()
-output_dir=runs/poodle
+output_dir=
 previous=
 for argument in "$@"; do
   [[ $previous == --output_dir ]] && output_dir=$argument
   previous=$argument
 done
-compgen -G "$output_dir/checkpoints/step-*" > /dev/null && resume=(--resume_from_checkpoint latest)
+[[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
+[[ -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
 
 # Quoted so that each machine fills in its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
