@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from evaluation.metrics import BDD100K_GROUPS, class_groups
+from evaluation.outputs import write_aside
 from modeling_poodle.recipe_files import cache_root
 
 DATASETS = ("street", "camvid", "cityscapes", "bdd100k", "ade20k", "wt_sem", "folder")
@@ -79,12 +80,19 @@ class LabelledImages:
         return label
 
     def check(self) -> None:
-        """Look at the first and last example of each split, before anything costly."""
+        """Read the first and last example of each split, and the sizes of all that are files, before anything costly."""
         for split in (self.train, self.test):
             for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
                 image, label = self.image(example), self.label(example)
                 if image.shape[:2] != label.shape:
                     raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
+            for example in split:
+                if isinstance(example.image, Path) and isinstance(example.label, Path):
+                    image, label = file_size(example.image), file_size(example.label)
+                    if image != label:
+                        raise ValueError(
+                            f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
+                        )
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
         """The same with fewer images, spread evenly over each split."""
@@ -110,6 +118,15 @@ def _spread(examples: Sequence[Example], count: int | None) -> tuple[Example, ..
     if count is None or count >= len(examples):
         return tuple(examples)
     return tuple(examples[i] for i in np.linspace(0, len(examples) - 1, count).round().astype(int))
+
+
+def file_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's head alone."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -231,7 +248,7 @@ def _cityscapes(folder: Path) -> LabelledImages:
     if kinds == {False}:
         table = np.full(256, IGNORE, np.uint8)
         table[list(CITYSCAPES_IDS)] = range(19)
-    return LabelledImages("cityscapes", DRIVING_CLASSES, *splits, table, BDD100K_GROUPS)
+    return LabelledImages("cityscapes", DRIVING_CLASSES, *splits, table)
 
 
 def _bdd100k(folder: Path) -> LabelledImages:
@@ -307,7 +324,7 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
 
 def street_folder(data_dir: str | None = None) -> Path:
     """The street's labelled frames; rendered by the street's own command where they are missing."""
-    folder = Path(data_dir) if data_dir is not None else cache_root() / "street-labelled"
+    folder = (Path(data_dir).expanduser() if data_dir is not None else cache_root() / "street-labelled").resolve()
     for split, (count, seed) in STREET.items():
         command = [sys.executable, "-m", "training.street", "--output_dir", str(folder / split)]
         # A process of its own: evaluation does not import training. It leaves alone what is there already.
@@ -319,7 +336,9 @@ def street_folder(data_dir: str | None = None) -> Path:
         )
         if done.returncode:
             raise ValueError(f"the street's labelled frames could not be rendered: {done.stderr.strip()}")
-    (folder / "classes.json").write_text((folder / "train" / "classes.json").read_text())
+    listed, text = folder / "classes.json", (folder / "train" / "classes.json").read_text()
+    if not listed.is_file() or listed.read_text() != text:  # others may be reading it
+        write_aside(listed, text)
     return folder
 
 
@@ -328,15 +347,17 @@ def _street(data_dir: str | None) -> LabelledImages:
 
 
 def _hub(name: str) -> LabelledImages:
-    """A data set of the Hub with an image column, a label column of masks, and class names in its features or `id2label.json`."""
+    """A data set of the Hub with an image column, a label column of masks, and `id2label.json` with the names of its classes."""
     import datasets
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         splits = datasets.load_dataset(name)
-    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError, FileNotFoundError) as error:
-        raise ValueError(f"--dataset {name}: no such data set on the Hub, or it is private ({error})") from None
+    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"--dataset {name}: no such data set on the Hub, it is private, or the Hub is not reached ({error})"
+        ) from None
     test_name = next((s for s in ("validation", "val", "test") if s in splits), None)
     if "train" not in splits or test_name is None:
         raise ValueError(f"--dataset {name} needs a train and a validation or test split, it has {', '.join(splits)}")

@@ -25,8 +25,17 @@ from evaluation.detection_metrics import coco_scores
 from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import build
-from evaluation.engine import fit, over_test_images
-from evaluation.outputs import make_accelerator, prepare_output_dir, provenance, run_script, slug, write_aside
+from evaluation.engine import fingerprint, fit, over_test_images
+from evaluation.outputs import (
+    begin_output_dir,
+    end_output_dir,
+    make_accelerator,
+    prepare_output_dir,
+    provenance,
+    run_script,
+    slug,
+    write_aside,
+)
 from evaluation.segment import calibrate_batch_norm, save_readout
 
 
@@ -46,8 +55,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     ) in recipe.model:  # a model that is wrong, or does not fit the detector, is found before the first is measured
         DetectionReadout(build(name, len(data.classes), seed=recipe.seed), data, recipe)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(recipe.to_yaml())
+        begin_output_dir(recipe, output_dir)
     accelerator.wait_for_everyone()
     results, curves, pairs = [], {}, {}
     for name in recipe.model:
@@ -60,6 +68,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
         title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
         print(f"\n{title}\n{detection_table(results)}\n")
+        end_output_dir(recipe, output_dir)
         print(f"{output_dir}: evaluation.json, report.html, detector/")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -77,12 +86,14 @@ def measure(
     if name.startswith("random:"):
         calibrate_batch_norm(encoder, data)
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
+    identity = fingerprint(encoder.model.poodle)
     del encoder  # the readout has a copy of its own
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    curve = fit(accelerator, readout, recipe, mine, folder, resume=recipe.resume_from_checkpoint is not None)
+    curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
     found = detect_all(accelerator, readout.predict, data)
+    accelerator.free_memory()  # or it would hold every model to the end
     if not accelerator.is_main_process:
         return None, curve, []
     steps = curve[-1]["step"]
@@ -91,6 +102,7 @@ def measure(
         "model": name,
         **coco_scores(data.test, found, data.classes),
         "dataset": data.name,
+        "encoder_sha256": identity,
         "detector": recipe.detector,
         "inference": "their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}",
         "num_train_images": len(data.train),
@@ -106,7 +118,6 @@ def measure(
     shown = np.unique(np.linspace(0, len(data.test) - 1, 4).round().astype(int))
     pairs = [(data.test[i].name, pair(data.image(data.test[i]), data.test[i], found[i], data.classes)) for i in shown]
     write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
-    (folder / "fit.safetensors").unlink(missing_ok=True)
     return result, curve, pairs
 
 

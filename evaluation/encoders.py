@@ -35,11 +35,16 @@ class Encoder(nn.Module):
         isotropic = encoder_config.model_type in WINDOWED or "dinov2" in encoder_config.model_type
         self.patch = patch if isinstance(patch, int) and (isotropic or "vit" in encoder_config.model_type) else 1
         self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED else None
+        embed = getattr(getattr(getattr(model.poodle.encoder, "_backbone", None), "model", None), "patch_embed", None)
+        if getattr(embed, "strict_img_size", False):  # timm's ViTs of one image size
+            self.patch, self.window = embed.patch_size[0], embed.img_size[0]
 
     @property
     def features_name(self) -> str:
         """Which map is read: decoder, stage4, …"""
         config = self.model.config
+        if config.backbone_config.model_type == "timm_backbone" and len(config.backbone_config.out_indices) == 1:
+            return "last stage"
         return config.readout_stage or ("decoder" if config.num_decoder_blocks else config.decoder_inputs[-1])
 
     @property
@@ -51,7 +56,7 @@ class Encoder(nn.Module):
         """How images are read, for the report."""
         if self.window is None:
             return "whole image"
-        return f"sliding window of {self.window}, stride {self.window // 2}"
+        return f"sliding window of {self.window}, stride {self.window // 2} (a saved readout reads the whole image)"
 
     def normalise(self, image) -> Tensor:
         """(H, W, 3) uint8 array -> (1, 3, H, W) on the encoder's device."""
@@ -63,7 +68,10 @@ class Encoder(nn.Module):
         """pixel_values (B, 3, H, W), any size -> features (B, C, h, w) of the whole image."""
         height, width = pixel_values.shape[-2:]
         if self.patch > 1:
-            pixel_values = F.pad(pixel_values, (0, -width % self.patch, 0, -height % self.patch), mode="replicate")
+            # Resized rather than padded: whoever reads the map takes it to cover the image.
+            size = (height + -height % self.patch, width + -width % self.patch)
+            if size != (height, width):
+                pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
         if self.window is None:
             return self.model.features(pixel_values)
         return self._sliding(pixel_values)
@@ -117,7 +125,12 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     if model_type == "poodle":
         config, weights = PoodleConfig.from_pretrained(source), None
         if not untrained:
-            weights = from_pretrained_whole(PoodleModel, source).state_dict()
+            try:
+                weights = from_pretrained_whole(PoodleModel, source).state_dict()
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"--model {name}: {source} cannot be loaded, or is a checkpoint of another architecture ({error})"
+                ) from error
     else:
         encoder_config, state = load_encoder(source, weights=not untrained)
         weights = None if untrained else {f"encoder.{key}": value for key, value in state.items()}
@@ -130,7 +143,12 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     except ValueError as error:
         raise ValueError(f"--features {features}: {error}") from error
     if weights is not None:
-        model.poodle.load_state_dict({k: v for k, v in weights.items() if k in model.poodle.state_dict()})
+        own = model.poodle.state_dict()
+        missing, _ = model.poodle.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+        # Norms of stages that were not read before (ConvNeXt, Swin) begin as the identity; nothing else may.
+        wrong = [key for key in missing if "hidden_states_norms." not in key]
+        if wrong:
+            raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     return Encoder(name, model.eval(), *_preprocessing(source))
 
 

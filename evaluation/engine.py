@@ -30,13 +30,14 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def fit(
-    accelerator: Accelerator, readout: nn.Module, recipe, examples: list, folder: Path, resume: bool
+    accelerator: Accelerator, readout: nn.Module, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:
     """
     Fit a readout with AdamW, warm-up and cosine. `readout.batch(examples, generator)` gives the arguments of its `forward`, the loss.
 
     Args:
-        examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit.
+        examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit. identity: fingerprint of the
+            encoder as it was given; the fit of another is not gone on with.
 
     Returns:
         The loss curve, [{"step", "loss", "lr"}].
@@ -50,7 +51,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     begin, curve = (0, [])
     if resume:
-        begin, curve = load_fit(folder, parameters, moving(readout), optimizer)
+        begin, curve = load_fit(folder, identity, parameters, moving(readout), optimizer)
     wrapped = accelerator.prepare_model(readout)
     warmup = max(1, round(0.05 * steps))
     readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
@@ -71,7 +72,9 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         last = step + 1 == steps
-        saving = (step + 1) % recipe.save_steps == 0 and not last
+        saving = (
+            step + 1
+        ) % recipe.save_steps == 0 or last  # the last too: an interrupted evaluation fits nothing anew
         if (step + 1) % recipe.logging_steps == 0 or last or saving:
             value = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             losses.clear()
@@ -79,7 +82,7 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {step + 1}; lower learning_rate")
             curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
         if saving and accelerator.is_main_process:
-            save_fit(folder, step + 1, curve, parameters, moving(readout), optimizer)
+            save_fit(folder, identity, step + 1, curve, parameters, moving(readout), optimizer)
     readout.eval()
     return curve
 
@@ -110,7 +113,7 @@ def moving(readout: nn.Module) -> dict[str, torch.Tensor]:
     return dict(readout.named_buffers()) if readout.trains_encoder else {}
 
 
-def save_fit(folder: Path, step: int, curve: list[dict], parameters, buffers: dict, optimizer) -> None:
+def save_fit(folder: Path, identity: str, step: int, curve: list[dict], parameters, buffers: dict, optimizer) -> None:
     """Written aside, then renamed: a half one is never read."""
     tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in buffers.items()}
     for index, parameter in enumerate(parameters):
@@ -118,16 +121,20 @@ def save_fit(folder: Path, step: int, curve: list[dict], parameters, buffers: di
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{index}"] = value.detach().cpu().contiguous()
     partial = folder / "fit.partial"
-    save_file(tensors, partial, metadata={"step": str(step), "curve": json.dumps(curve)})
+    save_file(tensors, partial, metadata={"step": str(step), "curve": json.dumps(curve), "encoder": identity})
     os.replace(partial, folder / "fit.safetensors")
 
 
-def load_fit(folder: Path, parameters, buffers: dict, optimizer) -> tuple[int, list[dict]]:
+def load_fit(folder: Path, identity: str, parameters, buffers: dict, optimizer) -> tuple[int, list[dict]]:
     path = folder / "fit.safetensors"
     if not path.is_file():
         return 0, []
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    if metadata["encoder"] != identity:
+        raise ValueError(
+            f"{path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
+        )
     tensors = load_file(path)
     with torch.no_grad():
         for name, value in buffers.items():

@@ -97,17 +97,20 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
 
 
 def _read_video(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
-    with av.open(path, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}) as container:
+    allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    with av.open(path, options=allowed, metadata_errors="replace") as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         origin = (stream.start_time or 0) * stream.time_base
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time
+        if start <= round(float(length), 1):  # the slider ends with the video, the last frame begins before
+            start = max(min(start, float(length) - 2 * half), 0.0)
         wanted = [start + gap * number for number in range(count)]
         if start > 0:
             container.seek(round((start + origin) / stream.time_base), stream=stream)
-        half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time
         frames, times = [], []
         for decoded, frame in enumerate(container.decode(stream)):
             if decoded >= MAX_DECODED:

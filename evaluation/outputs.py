@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,11 +43,25 @@ def prepare_output_dir(recipe) -> Path:
             raise ValueError(
                 f"{saved} is of another evaluation; resume with its own values, or choose another output_dir"
             )
-    elif saved.exists():  # a finished evaluation is replaced
-        for name in ("evaluation.json", "fit.safetensors"):
-            for path in folder.rglob(name):
-                path.unlink()
     return folder
+
+
+def begin_output_dir(recipe, folder: Path) -> None:
+    """On the first process, once all input is checked: a finished evaluation of the same folder is replaced, and the recipe is kept."""
+    if recipe.resume_from_checkpoint is None:
+        for place in (folder, *(folder / slug(name) for name in recipe.model)):
+            for name in ("evaluation.json", "report.html", "fit.safetensors"):
+                (place / name).unlink(missing_ok=True)
+            for name in ("readout", "detector"):
+                shutil.rmtree(place / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+
+
+def end_output_dir(recipe, folder: Path) -> None:
+    """On the first process, once everything is written: the states of the fits are needed no more."""
+    for place in (folder, *(folder / slug(name) for name in recipe.model)):
+        (place / "fit.safetensors").unlink(missing_ok=True)
 
 
 def slug(name: str) -> str:
@@ -55,7 +70,7 @@ def slug(name: str) -> str:
 
 def write_aside(path: Path, text: str) -> None:
     """Written aside, then renamed: an interruption leaves no half file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

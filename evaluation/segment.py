@@ -23,7 +23,16 @@ from accelerate.utils import set_seed
 from evaluation.data import LabelledImages, load_dataset
 from evaluation.encoders import Encoder, build
 from evaluation.engine import evaluate, fingerprint, fit
-from evaluation.outputs import make_accelerator, prepare_output_dir, provenance, run_script, slug, write_aside
+from evaluation.outputs import (
+    begin_output_dir,
+    end_output_dir,
+    make_accelerator,
+    prepare_output_dir,
+    provenance,
+    run_script,
+    slug,
+    write_aside,
+)
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
@@ -35,14 +44,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)
-    data = data.limit(recipe.max_train_images, recipe.max_test_images)
+    # Groups are of the whole data set: they do not change with the number of images that are used.
+    data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
-    data = data.with_groups()
-    for name in recipe.model:  # a name that is wrong is found before the first model is measured
-        build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+    for (
+        name
+    ) in recipe.model:  # a model that is wrong, or does not fit the readout, is found before the first is measured
+        READOUTS[recipe.readout](
+            build(name, len(data.classes), data.classes, recipe.features, recipe.seed), data, recipe
+        )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(recipe.to_yaml())
+        begin_output_dir(recipe, output_dir)
     accelerator.wait_for_everyone()
     results, curves, strips = [], {}, {}
     for name in recipe.model:
@@ -55,6 +67,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         if len(results) > 1:
             write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
         print(f"\n{recipe.readout} readout on {recipe.dataset}, {len(data.test)} test images\n{table(results)}\n")
+        end_output_dir(recipe, output_dir)
         print(f"{output_dir}: evaluation.json, report.html" + ("" if recipe.readout == "knn" else ", readout/"))
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -75,21 +88,22 @@ def measure(
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     if not mine:
         raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
-    before = None if readout.trains_encoder else fingerprint(encoder.model.poodle)
+    before = fingerprint(encoder.model.poodle)
     readout.prepare(mine)
     curve = []
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     if recipe.readout != "knn":
-        curve = fit(accelerator, readout, recipe, mine, folder, resume=recipe.resume_from_checkpoint is not None)
+        curve = fit(accelerator, readout, recipe, mine, folder, before, recipe.resume_from_checkpoint is not None)
     metric, images = evaluate(accelerator, readout.predict, data)
-    if before is not None and fingerprint(encoder.model.poodle) != before:
+    if not readout.trains_encoder and fingerprint(encoder.model.poodle) != before:
         raise RuntimeError("a frozen encoder has changed: the figures are not those of the model that was given")
     result = {
         "model": name,
         **metric.compute(),
         "dataset": data.name,
         "readout": recipe.readout,
+        "encoder_sha256": before,
         "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
         "inference": encoder.inference,
         "num_train_images": len(data.train),
@@ -110,7 +124,7 @@ def measure(
             shown = strip(image, data.label(example), readout.predict(image), len(data.classes))
             strips.append((f"{title}: {entry['name']}, mIoU {100 * entry['miou']:.1f}", shown))
         write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
-        (folder / "fit.safetensors").unlink(missing_ok=True)
+    accelerator.free_memory()  # or it would hold every model, and its features, to the end
     return result, curve, strips
 
 

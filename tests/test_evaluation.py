@@ -223,7 +223,7 @@ def test_vits_are_read_by_sliding_windows(tmp_path):
     vit = ViTModel(config, add_pooling_layer=False).eval()
     vit.save_pretrained(tmp_path)
     encoder = build(str(tmp_path), 3)
-    assert encoder.inference == "sliding window of 64, stride 32"
+    assert encoder.inference == "sliding window of 64, stride 32 (a saved readout reads the whole image)"
     image = torch.rand(1, 3, 64, 112)
     with torch.no_grad():
         ours = encoder(image)
@@ -242,6 +242,51 @@ def test_timm(tmp_path):
     model = PoodleForSemanticSegmentation(PoodleConfig(backbone_config=config, num_decoder_blocks=0, num_labels=4))
     encoder = Encoder("timm/resnet18", model.eval())
     assert encoder(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
+
+
+def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch):
+    timm = pytest.importorskip("timm")
+    original, made = timm.create_model, []
+
+    def create(name, pretrained=False, **kwargs):  # what a download would bring
+        model = original(name, pretrained=False, **kwargs)
+        if pretrained:
+            made.append(model)
+            for key, value in model.state_dict().items():
+                if key.endswith("running_mean"):
+                    value.fill_(0.25)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    encoder = build("timm/resnet18", 4)
+    ours = encoder.model.poodle.encoder._backbone.state_dict()
+    assert len(made) == 1 and all(torch.equal(value, ours[key]) for key, value in made[0].state_dict().items())
+    assert encoder.features_name == "last stage"
+    build("random:timm/resnet18", 4)
+    assert len(made) == 1  # the untrained twin asks for no weights
+    vit = build("random:timm/vit_tiny_patch16_224", 4)
+    assert vit.inference.startswith("sliding window of 224")
+    assert vit(torch.rand(1, 3, 230, 240)).shape[2:] == (15, 15)
+
+
+def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
+    """ConvNeXt's checkpoint has a norm for the maps that were read; those of others begin as the identity."""
+    config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+    ConvNextForImageClassification(config).save_pretrained(tmp_path)
+    assert build(str(tmp_path), 3, features="stage2")(torch.rand(1, 3, 64, 96)).shape == (1, 16, 8, 12)
+
+
+def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
+    """An image whose left half is dark: the map's step is where the image's is, whatever the patch."""
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56)
+    ).save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    with torch.no_grad():
+        features = encoder(torch.rand(1, 3, 60, 100))
+        resized = encoder(F.interpolate(torch.rand(1, 3, 60, 100), size=(70, 112), mode="bilinear"))
+    assert features.shape == resized.shape == (1, 24, 5, 8)
 
 
 def test_wrong_models_are_named(tmp_path, poodle):
@@ -391,6 +436,43 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()
     capsys.readouterr()
+
+
+def test_a_finished_evaluation_is_replaced_only_once_the_input_is_right(shapes, poodle, tmp_path):
+    main(flags(shapes, tmp_path / "run", poodle, max_steps=2))
+    other = tmp_path / "run" / "other"  # somebody else's, below
+    main(flags(shapes, other, poodle, readout="knn"))
+    with pytest.raises(ValueError, match="no such model|holds no model"):
+        main(flags(shapes, tmp_path / "run", tmp_path / "nothing", max_steps=2))
+    assert (tmp_path / "run" / "evaluation.json").is_file() and (tmp_path / "run" / "readout").is_dir()
+    main(flags(shapes, tmp_path / "run", poodle, readout="knn"))
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["readout"] == "knn"
+    assert not (tmp_path / "run" / "readout").exists()  # it was the linear one's
+    assert (other / "evaluation.json").is_file()
+
+
+def test_the_fit_of_other_weights_is_not_gone_on_with(shapes, poodle, tmp_path, monkeypatch):
+    from evaluation import segment
+
+    folder = tmp_path / "model"
+    config = PoodleConfig.from_pretrained(poodle / "model")
+    PoodleModel(config).save_pretrained(folder)
+    monkeypatch.setattr(segment, "evaluate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(shapes, tmp_path / "run", folder, max_steps=2))
+    assert (tmp_path / "run" / "fit.safetensors").is_file()  # the last step is saved too
+    PoodleModel(config).save_pretrained(folder)  # trained on in between
+    with pytest.raises(ValueError, match="is the fit of other weights"):
+        main(flags(shapes, tmp_path / "run", folder, max_steps=2, resume_from_checkpoint="latest"))
+
+
+def test_a_label_of_another_size_is_found_before_anything_is_fitted(tmp_path):
+    squares(tmp_path, 9, 0)
+    (tmp_path / "classes.json").write_text(json.dumps(["grass", "red", "blue"]))
+    label = tmp_path / "labels" / "4.png"
+    Image.open(label).resize((48, 32), Image.NEAREST).save(label)
+    with pytest.raises(ValueError, match="4.png is 48x32, its image 4.png 96x64"):
+        load_dataset("folder", str(tmp_path)).check()
 
 
 def test_readout_runs_in_a_pipeline(shapes, poodle, tmp_path):
