@@ -1,0 +1,82 @@
+"""A labelled data set of the Hub, on a Hub on 127.0.0.1, read by `--dataset org/name`."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from loopback import serve
+from loopback_hub import HubServer, Interpreter
+from PIL import Image
+from test_hub import REPOSITORY
+
+CLASSES = ("grass", "brick")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def process(hub, tmp_path_factory):
+    interpreter = Interpreter(hub, tmp_path_factory.mktemp("process"))
+    yield interpreter
+    interpreter.close()
+
+
+def masks(count: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [np.where(rng.random((8, 12)) < 0.5, 0, np.where(rng.random((8, 12)) < 0.9, 1, 255)) for _ in range(count)]
+
+
+def parquet(labels: list[np.ndarray], tmp_path) -> bytes:
+    def png(array: np.ndarray) -> dict:
+        buffer = io.BytesIO()
+        Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    rows = {
+        "image": [png(np.stack([label % 7, label % 5, label % 3], axis=-1) * 30) for label in labels],
+        "annotation": [png(label) for label in labels],
+    }
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "split.parquet")
+    return (tmp_path / "split.parquet").read_bytes()
+
+
+def test_masks_and_classes_of_a_hub_data_set(hub, process, tmp_path):
+    train, test = masks(3, 0), masks(2, 1)
+    names = json.dumps({str(k): name for k, name in enumerate(CLASSES)}).encode()
+    files = {
+        "data/train-00000-of-00001.parquet": parquet(train, tmp_path),
+        "data/validation-00000-of-00001.parquet": parquet(test, tmp_path),
+    }
+    hub.add_dataset("org/masks", {**files, "id2label.json": names})
+    hub.add_dataset("org/nameless", files)
+    hub.add_dataset("org/untested", {name: data for name, data in files.items() if "train" in name})
+    script = f"""
+import sys, json
+sys.path.insert(0, {str(REPOSITORY)!r})
+from evaluation.data import load_dataset
+data = load_dataset("org/masks")
+data.check()
+print(json.dumps(data.classes))
+for split in (data.train, data.test):
+    print(json.dumps([[data.label(e).tolist(), data.image(e).shape] for e in split]))
+for name in ("org/none", "org/nameless", "org/untested"):
+    try:
+        load_dataset(name)
+    except ValueError as error:
+        print(str(error).splitlines()[0])
+"""
+    classes, *splits, missing, nameless, untested = process(tmp_path, script).splitlines()
+    assert json.loads(classes) == list(CLASSES)
+    for found, truth in zip(splits, (train, test), strict=True):
+        assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]
+        assert all(shape == [8, 12, 3] for _, shape in json.loads(found))
+    assert "--dataset org/none: no such data set on the Hub" in missing
+    assert "--dataset org/nameless has no id2label.json" in nameless
+    assert "--dataset org/untested needs a train and a validation or test split, it has train" in untested
