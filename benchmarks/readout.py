@@ -28,10 +28,11 @@ from transformers import ResNetConfig, ResNetModel
 from evaluation.data import IGNORE, LabelledImages, load_dataset
 from evaluation.encoders import Encoder, build
 from evaluation.engine import evaluate, fit
-from evaluation.outputs import make_accelerator, run_script
+from evaluation.outputs import make_accelerator
 from evaluation.readouts import LinearReadout, upsample
 from evaluation.recipe import EvaluationRecipe
 from evaluation.segment import calibrate_batch_norm
+from modeling_poodle.recipe_files import run_script
 
 ANEW_STEPS = 3  # steps whose features are computed anew; each is slow and like any other
 

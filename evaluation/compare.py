@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from evaluation.metrics import GROUPS
-from evaluation.outputs import run_script
 from evaluation.report import percent
+from modeling_poodle.recipe_files import run_script
 
 COLUMNS = {"miou": "mIoU", "accuracy": "accuracy", "mean_accuracy": "mean acc"}
 

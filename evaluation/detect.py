@@ -32,11 +32,11 @@ from evaluation.outputs import (
     make_accelerator,
     prepare_output_dir,
     provenance,
-    run_script,
     slug,
     write_aside,
 )
 from evaluation.segment import calibrate_batch_norm, save_readout
+from modeling_poodle.recipe_files import run_script
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

@@ -20,9 +20,8 @@ import evaluation
 import modeling_poodle
 from evaluation.explore_features import list_media
 from evaluation.explore_views import Explorer
-from evaluation.outputs import run_script
 from evaluation.recipe import RECIPES
-from modeling_poodle.recipe_files import described, is_int, parse_flags, read_recipe_file
+from modeling_poodle.recipe_files import described, is_int, parse_flags, read_recipe_file, run_script
 
 SETTINGS = "explore.yaml"
 

@@ -85,13 +85,3 @@ def provenance() -> dict:
             "transformers": transformers.__version__,
         },
     }
-
-
-def run_script(main) -> None:
-    """Run `main()`; wrong input ends with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
-    try:
-        main()
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("POODLE_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None

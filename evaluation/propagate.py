@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from evaluation.data import read_image
 from evaluation.encoders import Encoder, build
-from evaluation.outputs import make_accelerator, provenance, run_script, write_aside
+from evaluation.outputs import make_accelerator, provenance, write_aside
 from evaluation.recipe import RECIPES
 from evaluation.report import palette, percent, picture
 from evaluation.video_masks import (
@@ -35,7 +35,15 @@ from evaluation.video_masks import (
     region_similarity,
     statistics,
 )
-from modeling_poodle.recipe_files import described, is_finite, is_int, nearest, parse_flags, read_recipe_file
+from modeling_poodle.recipe_files import (
+    described,
+    is_finite,
+    is_int,
+    nearest,
+    parse_flags,
+    read_recipe_file,
+    run_script,
+)
 
 TILE = 8  # cells a side that are compared at once: their common window is little larger than that of one
 SHOWN = 4  # frames of a strip in the report

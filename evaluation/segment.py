@@ -29,13 +29,13 @@ from evaluation.outputs import (
     make_accelerator,
     prepare_output_dir,
     provenance,
-    run_script,
     slug,
     write_aside,
 )
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
+from modeling_poodle.recipe_files import run_script
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

@@ -118,3 +118,13 @@ def parse_flags(
             _refuse_unknown(kind, [argument[2:].split("=")[0].removeprefix("no_")], "command line")
         raise ValueError(f"command line: unexpected argument {argument!r}")
     return {name: value for name, value in vars(flags).items() if value is not None}
+
+
+def run_script(main) -> None:
+    """Run `main()`; wrong input, and a loss that is not finite, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("POODLE_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}") from None

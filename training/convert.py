@@ -7,7 +7,6 @@ Writes out/encoder/ and out/model/. Every key of the checkpoint is converted, dr
 """
 
 import argparse
-import os
 import pickle
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import ResNetConfig
 
 from modeling_poodle import PoodleConfig, PoodleModel
+from modeling_poodle.recipe_files import run_script
 from training.cards import converted_card
 from training.checkpoints import write_folders
 from training.resnet_names import to_transformers
@@ -219,9 +219,4 @@ def _same_shapes(weights: dict[str, Tensor], model: PoodleModel) -> dict[str, Te
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        if os.environ.get("POODLE_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

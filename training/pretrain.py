@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from modeling_poodle.objectives_poodle import feature_std
+from modeling_poodle.recipe_files import run_script
 from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
 from training.flow import build_flow
@@ -363,9 +364,4 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("POODLE_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)
