@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetModel
 
 from evaluation.data import IGNORE, LabelledImages, load_dataset
-from evaluation.encoders import Encoder, build
+from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fit
 from evaluation.outputs import make_accelerator
 from evaluation.readouts import LinearReadout, upsample
 from evaluation.recipe import EvaluationRecipe
-from evaluation.segment import calibrate_batch_norm
 from modeling_poodle.recipe_files import run_script
 
 ANEW_STEPS = 3  # steps whose features are computed anew; each is slow and like any other
@@ -83,7 +82,7 @@ def untrained(data: LabelledImages) -> Encoder:
         torch.manual_seed(0)
         ResNetModel(ResNetConfig()).save_pretrained(folder)
         encoder = build(f"random:{folder}", len(data.classes), data.classes)
-    calibrate_batch_norm(encoder, data)
+    calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     return encoder
 
 

@@ -6,7 +6,6 @@ Measure encoders by object detection: Faster R-CNN, fine-tuned.
 Leaves evaluation.json, report.html and detector/ in --output_dir.
 """
 
-import json
 import sys
 import time
 from importlib.metadata import version
@@ -20,29 +19,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from evaluation.boxes import BoxImages, load_boxes
-from evaluation.detection import DetectionReadout, load_detector
+from evaluation.detection import DetectionReadout
 from evaluation.detection_metrics import coco_scores
 from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
-from evaluation.encoders import build
+from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import fingerprint, fit, over_test_images
-from evaluation.outputs import (
-    begin_output_dir,
-    end_output_dir,
-    make_accelerator,
-    prepare_output_dir,
-    provenance,
-    slug,
-    write_aside,
-)
-from evaluation.segment import calibrate_batch_norm, save_readout
+from evaluation.outputs import make_accelerator, measure_all, prepare_output_dir, provenance, save_aside
 from modeling_poodle.recipe_files import run_script
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Results by model; of the first process only, others have none."""
     recipe = parse_detection_recipe(arguments)
-    output_dir = prepare_output_dir(recipe)
+    prepare_output_dir(recipe)
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_boxes(recipe.dataset, recipe.data_dir)
@@ -50,29 +40,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     data.check()
     if len(data.train) < accelerator.num_processes:
         raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
-    for (
-        name
-    ) in recipe.model:  # a model that is wrong, or does not fit the detector, is found before the first is measured
+    for name in recipe.model:  # one that is wrong, or does not fit the detector, is found before the first is measured
         DetectionReadout(build(name, len(data.classes), seed=recipe.seed), data, recipe)
-    if accelerator.is_main_process:
-        begin_output_dir(recipe, output_dir)
-    accelerator.wait_for_everyone()
-    results, curves, pairs = [], {}, {}
-    for name in recipe.model:
-        folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
-        result, curves[name], pairs[name] = measure(accelerator, recipe, data, name, folder)
-        results += [] if result is None else [result]
-    if accelerator.is_main_process:
-        write_aside(output_dir / "report.html", write_detection_html(results, curves, pairs))
-        if len(results) > 1:
-            write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
-        title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
-        print(f"\n{title}\n{detection_table(results)}\n")
-        end_output_dir(recipe, output_dir)
-        print(f"{output_dir}: evaluation.json, report.html, detector/")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return results
+    title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
+    return measure_all(
+        accelerator,
+        recipe,
+        lambda name, folder: measure(accelerator, recipe, data, name, folder),
+        write_detection_html,
+        lambda results: f"{title}\n{detection_table(results)}",
+    )
 
 
 def measure(
@@ -84,16 +61,13 @@ def measure(
     encoder = build(name, len(data.classes), seed=recipe.seed)
     encoder.to(accelerator.device)
     if name.startswith("random:"):
-        calibrate_batch_norm(encoder, data)
+        calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
     identity = fingerprint(encoder.model.poodle)
     del encoder  # the readout has a copy of its own
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
     curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
     found = detect_all(accelerator, readout.predict, data)
-    accelerator.free_memory()  # or it would hold every model to the end
     if not accelerator.is_main_process:
         return None, curve, []
     steps = curve[-1]["step"]
@@ -114,10 +88,9 @@ def measure(
         **provenance(),
     }
     result["versions"] |= {package: version(package) for package in ("torchvision", "pycocotools")}
-    save_readout(readout, folder / "detector")
+    save_aside(readout, folder / "detector")
     shown = np.unique(np.linspace(0, len(data.test) - 1, 4).round().astype(int))
     pairs = [(data.test[i].name, pair(data.image(data.test[i]), data.test[i], found[i], data.classes)) for i in shown]
-    write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
     return result, curve, pairs
 
 
@@ -125,8 +98,6 @@ def detect_all(accelerator: Accelerator, predict, data: BoxImages) -> list[dict[
     """What `predict` finds in every test image, in their order."""
     return over_test_images(accelerator, data, lambda example: predict(data.image(example)), "detecting")
 
-
-__all__ = ["load_detector", "main"]
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,7 +1,9 @@
 """Any encoder, read in one way: image in, dense features out."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,7 @@ from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleM
 from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
 
+CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Encoders whose table of positions has one size; larger images are read in windows of that size. (DINOv2 was trained at several
 # sizes and interpolates; DINOv3 and the convolutional ones have no table.)
@@ -150,6 +153,22 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     return Encoder(name, model.eval(), *_preprocessing(source))
+
+
+@torch.no_grad()
+def calibrate_batch_norm(encoder: Encoder, images: Iterable[np.ndarray]) -> None:
+    """An untrained network gets the BatchNorm statistics of these images, their plain average, or it would be handicapped for nothing."""
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    encoder.train()
+    for image in images:
+        encoder(encoder.normalise(image))
+    encoder.eval()
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:

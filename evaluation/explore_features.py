@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.data import IMAGES
@@ -170,19 +170,6 @@ def cell_at(features: FrameFeatures, point: tuple[float, float]) -> tuple[int, i
 def similarity(features: FrameFeatures, query: Tensor) -> Tensor:
     """(h, w) cosines of all cells with a unit vector (C,)."""
     return torch.einsum("chw,c->hw", features.unit, query)
-
-
-@torch.no_grad()
-def calibrate_batch_norm(encoder: Encoder, images: list[np.ndarray]) -> None:
-    """An untrained network gets the BatchNorm statistics of the images, or it would be handicapped for nothing."""
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average of all passes
-    encoder.train()
-    for image in images:
-        encoder(encoder.normalise(image))
-    encoder.eval()
 
 
 class Basis(NamedTuple):

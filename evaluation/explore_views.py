@@ -9,14 +9,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from evaluation.encoders import Encoder, build
+from evaluation.encoders import Encoder, build, calibrate_batch_norm
 from evaluation.explore_features import (
     Basis,
     Cache,
     Clip,
     FrameFeatures,
     best_match,
-    calibrate_batch_norm,
     cell_at,
     data_uri,
     enlarged,

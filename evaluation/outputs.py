@@ -1,5 +1,6 @@
-"""What the evaluation scripts share around their work: processes, the output folder, and how a script ends."""
+"""What the evaluation scripts share around their work: processes, the output folder, and one model after the other."""
 
+import json
 import logging
 import os
 import platform
@@ -14,6 +15,8 @@ import transformers
 from accelerate import Accelerator
 
 from modeling_poodle.recipe_files import usable_cores
+
+FITTED = ("readout", "detector")  # folders of what was fitted
 
 
 def make_accelerator() -> Accelerator:
@@ -46,13 +49,25 @@ def prepare_output_dir(recipe) -> Path:
     return folder
 
 
+def places(recipe, folder: Path) -> list[Path]:
+    """Where an evaluation writes: its folder, and of several models one for each in it."""
+    return [folder, *(folder / slug(name) for name in recipe.model)]
+
+
+def left_in(recipe, folder: Path) -> list[str]:
+    """What people look for in an output folder."""
+    names = ("evaluation.json", "report.html", *FITTED)
+    found = [name for name in names if any((place / name).exists() for place in places(recipe, folder))]
+    return [f"{name}/" if name in FITTED else name for name in found]
+
+
 def begin_output_dir(recipe, folder: Path) -> None:
     """On the first process, once all input is checked: a finished evaluation of the same folder is replaced, and the recipe is kept."""
     if recipe.resume_from_checkpoint is None:
-        for place in (folder, *(folder / slug(name) for name in recipe.model)):
+        for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
                 (place / name).unlink(missing_ok=True)
-            for name in ("readout", "detector"):
+            for name in FITTED:
                 shutil.rmtree(place / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(recipe.to_yaml())
@@ -60,7 +75,7 @@ def begin_output_dir(recipe, folder: Path) -> None:
 
 def end_output_dir(recipe, folder: Path) -> None:
     """On the first process, once everything is written: the states of the fits are needed no more."""
-    for place in (folder, *(folder / slug(name) for name in recipe.model)):
+    for place in places(recipe, folder):
         (place / "fit.safetensors").unlink(missing_ok=True)
 
 
@@ -85,3 +100,48 @@ def provenance() -> dict:
             "transformers": transformers.__version__,
         },
     }
+
+
+def save_aside(readout, folder: Path) -> None:
+    """`readout.save(folder)`, written aside and then renamed over an earlier one."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    readout.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> list[dict]:
+    """
+    Measure the recipe's models one after the other, and write what is of all of them.
+
+    Args:
+        measure: (name, folder) -> its result (on the first process at least), its loss curve, and (caption, picture) pairs.
+        report: (results, curves by model, pictures by model) -> report.html. summary: results -> what is printed.
+
+    Returns:
+        The results of this process.
+    """
+    output_dir = Path(recipe.output_dir)
+    if accelerator.is_main_process:
+        begin_output_dir(recipe, output_dir)
+    accelerator.wait_for_everyone()
+    results, curves, pictures = [], {}, {}
+    for name in recipe.model:
+        folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        result, curves[name], pictures[name] = measure(name, folder)
+        accelerator.free_memory()  # or it would hold every model, and its features, to the end
+        if result is not None:
+            results.append(result)
+            if accelerator.is_main_process:
+                write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
+    if accelerator.is_main_process:
+        write_aside(output_dir / "report.html", report(results, curves, pictures))
+        if len(results) > 1:
+            write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
+        end_output_dir(recipe, output_dir)
+        print(f"\n{summary(results)}\n\n{output_dir}: {', '.join(left_in(recipe, output_dir))}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.data import read_image
-from evaluation.encoders import Encoder, build
+from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.outputs import make_accelerator, provenance, write_aside
 from evaluation.recipe import RECIPES
 from evaluation.report import palette, percent, picture
@@ -126,7 +126,9 @@ def measure(
     began = time.perf_counter()
     encoder = build(name, 1, features=recipe.features, seed=recipe.seed).to(device)
     if name.startswith("random:"):
-        calibrate_batch_norm(encoder, sequences)
+        frames = [path for sequence in sequences for path in sequence.frames]
+        spread = np.linspace(0, len(frames) - 1, CALIBRATION_IMAGES).round().astype(int)
+        calibrate_batch_norm(encoder, (read_image(frames[index]) for index in spread))
 
     def cells(image: np.ndarray) -> Tensor:
         return grid_features(encoder, image, recipe.stride)
@@ -260,16 +262,6 @@ def grid_features(encoder: Encoder, image: np.ndarray, stride: int) -> Tensor:
     size = [max(round(side / stride), 1) for side in image.shape[:2]]
     features = encoder(encoder.normalise(image)).float()
     return F.normalize(F.interpolate(features, size=size, mode="bilinear", align_corners=False)[0], dim=0)
-
-
-@torch.no_grad()
-def calibrate_batch_norm(encoder: Encoder, sequences: list[Sequence]) -> None:
-    """An untrained network gets the BatchNorm statistics of frames, or it would be handicapped for nothing."""
-    frames = [path for sequence in sequences for path in sequence.frames]
-    encoder.train()
-    for index in np.linspace(0, len(frames) - 1, 32).round().astype(int):
-        encoder(encoder.normalise(read_image(frames[index])))
-    encoder.eval()
 
 
 def table(results: list[dict]) -> str:

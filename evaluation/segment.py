@@ -6,9 +6,6 @@ Measure encoders by semantic segmentation.
 Leaves evaluation.json, report.html and, where something is fitted, readout/ in --output_dir.
 """
 
-import json
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,22 +13,13 @@ from pathlib import Path
 # `accelerate launch evaluation/segment.py` puts evaluation/ on the path; its siblings live one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from evaluation.data import LabelledImages, load_dataset
-from evaluation.encoders import Encoder, build
+from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fingerprint, fit
-from evaluation.outputs import (
-    begin_output_dir,
-    end_output_dir,
-    make_accelerator,
-    prepare_output_dir,
-    provenance,
-    slug,
-    write_aside,
-)
+from evaluation.outputs import make_accelerator, measure_all, prepare_output_dir, provenance, save_aside
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
@@ -40,38 +28,25 @@ from modeling_poodle.recipe_files import run_script
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
-    output_dir = prepare_output_dir(recipe)
+    prepare_output_dir(recipe)
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)
     # Groups are of the whole data set: they do not change with the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
-    for (
-        name
-    ) in recipe.model:  # a model that is wrong, or does not fit the readout, is found before the first is measured
-        READOUTS[recipe.readout](
-            build(name, len(data.classes), data.classes, recipe.features, recipe.seed), data, recipe
-        )
-    if accelerator.is_main_process:
-        begin_output_dir(recipe, output_dir)
-    accelerator.wait_for_everyone()
-    results, curves, strips = [], {}, {}
-    for name in recipe.model:
-        folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
-        result, curves[name], strips[name] = measure(accelerator, recipe, data, name, folder)
-        results.append(result)
-    if accelerator.is_main_process:
-        text = write_html(results, curves, strips)
-        write_aside(output_dir / "report.html", text)
-        if len(results) > 1:
-            write_aside(output_dir / "evaluation.json", json.dumps({"results": results}, indent=1))
-        print(f"\n{recipe.readout} readout on {recipe.dataset}, {len(data.test)} test images\n{table(results)}\n")
-        end_output_dir(recipe, output_dir)
-        print(f"{output_dir}: evaluation.json, report.html" + ("" if recipe.readout == "knn" else ", readout/"))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return results
+    for name in recipe.model:  # one that is wrong, or does not fit the readout, is found before the first is measured
+        encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+        READOUTS[recipe.readout](encoder, data, recipe)
+    return measure_all(
+        accelerator,
+        recipe,
+        lambda name, folder: measure(accelerator, recipe, data, name, folder),
+        write_html,
+        lambda results: (
+            f"{recipe.readout} readout on {recipe.dataset}, {len(data.test)} test images\n{table(results)}"
+        ),
+    )
 
 
 def measure(
@@ -83,7 +58,7 @@ def measure(
     encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
     encoder.to(accelerator.device)
     if name.startswith("random:"):
-        calibrate_batch_norm(encoder, data)
+        calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = READOUTS[recipe.readout](encoder, data, recipe).to(accelerator.device)
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     if not mine:
@@ -91,8 +66,6 @@ def measure(
     before = fingerprint(encoder.model.poodle)
     readout.prepare(mine)
     curve = []
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
     if recipe.readout != "knn":
         curve = fit(accelerator, readout, recipe, mine, folder, before, recipe.resume_from_checkpoint is not None)
     metric, images = evaluate(accelerator, readout.predict, data)
@@ -117,24 +90,13 @@ def measure(
     strips = []
     if accelerator.is_main_process:
         if recipe.readout != "knn":
-            save_readout(readout, folder / "readout")
+            save_aside(readout, folder / "readout")
         for title, entry in best_median_worst(images):
             example = data.test[entry["index"]]
             image = data.image(example)
             shown = strip(image, data.label(example), readout.predict(image), len(data.classes))
             strips.append((f"{title}: {entry['name']}, mIoU {100 * entry['miou']:.1f}", shown))
-        write_aside(folder / "evaluation.json", json.dumps(result, indent=1))
-    accelerator.free_memory()  # or it would hold every model, and its features, to the end
     return result, curve, strips
-
-
-@torch.no_grad()
-def calibrate_batch_norm(encoder: Encoder, data: LabelledImages) -> None:
-    """An untrained network gets the BatchNorm statistics of training images, or it would be handicapped for nothing."""
-    encoder.train()
-    for example in data.train[:32]:
-        encoder(encoder.normalise(data.image(example)))
-    encoder.eval()
 
 
 def best_median_worst(images: list[dict]) -> list[tuple[str, dict]]:
@@ -142,14 +104,6 @@ def best_median_worst(images: list[dict]) -> list[tuple[str, dict]]:
     if not ranked:
         return []
     return [("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])]
-
-
-def save_readout(readout, folder: Path) -> None:
-    partial = folder.with_name(".readout.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    readout.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 if __name__ == "__main__":

@@ -247,11 +247,15 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME", trust_remote_code=T
     "readout": """from transformers import pipeline
 
 segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
-    "detector": """from huggingface_hub import snapshot_download
-
-from evaluation.detect import load_detector  # of the package modeling-poodle
-
-detector = load_detector(snapshot_download("ORG/NAME"))""",
+    "detector": "\n".join(
+        (
+            "from huggingface_hub import snapshot_download",
+            "",
+            "from evaluation.detection import load_detector  # of the package modeling-poodle",
+            "",
+            'detector = load_detector(snapshot_download("ORG/NAME"))',
+        )
+    ),
 }
 
 
