@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evaluation.boxes import BoxExample
-from evaluation.report import bars, curve, palette, percent, picture
+from evaluation.report import bars, curve, page, palette, percent, picture
 
 COLUMNS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium", "ap_large": "large"}
 SHOWN_SCORE = 0.5  # of boxes in the report's pictures
@@ -53,10 +53,6 @@ def write_detection_html(
     """
     first = results[0]
     parts = [
-        "<!doctype html><meta charset=utf-8><title>Detection</title><style>body{font:15px sans-serif;max-width:1000px;margin:2em auto}"
-        "td,th{padding:2px 10px;text-align:left}.bar{width:300px;background:#eee}.bar div{height:12px;background:#27c}img{width:100%}"
-        "pre{background:#f4f4f4;padding:1em;overflow:auto}</style>",
-        f"<h1>Faster R-CNN, {html.escape(first['detector'])}, on {html.escape(first['dataset'])}</h1>",
         f"<pre>{html.escape(detection_table(results))}</pre>",
         f"<p>{first['num_test_images']} test images, {first['num_train_images']} training images, {first['steps']} steps, "
         f"{first['train_images_seen']} images seen in training, seed {first['seed']}; images at {html.escape(first['inference'])}.</p>",
@@ -73,5 +69,4 @@ def write_detection_html(
             f"<h3>Images: true boxes above, detected ones (score at least {SHOWN_SCORE}) below</h3>",
         ]
         parts += [f"<p>{html.escape(caption)}</p>{picture(array)}" for caption, array in pairs.get(name, [])]
-    parts.append(f"<h2>Command</h2><pre>{html.escape(first['command'])}</pre>")
-    return "\n".join(parts)
+    return page(f"Faster R-CNN, {first['detector']}, on {first['dataset']}", parts, first["command"])

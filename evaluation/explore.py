@@ -21,13 +21,13 @@ import modeling_poodle
 from evaluation.explore_features import list_media
 from evaluation.explore_views import Explorer
 from evaluation.recipe import RECIPES
-from modeling_poodle.recipe_files import described, is_int, parse_flags, read_recipe_file, run_script
+from modeling_poodle.recipe_files import CheckedRecipe, described, is_int, parse_flags, read_recipe_file, run_script
 
 SETTINGS = "explore.yaml"
 
 
 @dataclass
-class ExploreRecipe:
+class ExploreRecipe(CheckedRecipe):
     """What the page shows."""
 
     model: list[str] = described(
@@ -45,14 +45,9 @@ class ExploreRecipe:
     space: str | None = described(None, "Write a Space of the Hub into this folder instead of opening the page.")
 
     def __post_init__(self):
-        def need(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        need(bool(self.model) and all(isinstance(m, str) and m for m in self.model), "model", "at least one model")
-        need(len(set(self.model)) == len(self.model), "model", "models that differ")
-        need(is_int(self.max_side) and 32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
-        need(self.port is None or (is_int(self.port) and 0 < self.port < 65536), "port", "from 1 to 65535")
+        self.need_models()
+        self.need(is_int(self.max_side) and 32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
+        self.need(self.port is None or (is_int(self.port) and 0 < self.port < 65536), "port", "from 1 to 65535")
 
 
 def parse_explore(arguments: list[str] | None = None) -> ExploreRecipe:

@@ -25,7 +25,7 @@ from evaluation.data import read_image
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.outputs import make_accelerator, provenance, write_aside
 from evaluation.recipe import RECIPES
-from evaluation.report import palette, percent, picture
+from evaluation.report import page, palette, percent, picture
 from evaluation.video_masks import (
     VIDEO_DATASETS,
     Sequence,
@@ -36,6 +36,7 @@ from evaluation.video_masks import (
     statistics,
 )
 from modeling_poodle.recipe_files import (
+    CheckedRecipe,
     described,
     is_finite,
     is_int,
@@ -50,7 +51,7 @@ SHOWN = 4  # frames of a strip in the report
 
 
 @dataclass
-class PropagationRecipe:
+class PropagationRecipe(CheckedRecipe):
     """A label propagation. The defaults are those of DINO (Caron et al. 2021), at the stride of the SDM's features."""
 
     model: list[str] = described(
@@ -71,20 +72,14 @@ class PropagationRecipe:
     seed: int = described(0, "Of an untrained model's weights.")
 
     def __post_init__(self):
-        def need(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        need(bool(self.model) and all(isinstance(m, str) and m for m in self.model), "model", "at least one model")
-        need(len(set(self.model)) == len(self.model), "model", "models that differ")
+        self.need_models()
         known = f"one of {', '.join(VIDEO_DATASETS)}{nearest(self.dataset, VIDEO_DATASETS)}"
-        need(self.dataset in VIDEO_DATASETS, "dataset", known)
-        for name in ("stride", "top_k", "context_frames", "radius"):
-            need(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "an integer of at least 1")
+        self.need(self.dataset in VIDEO_DATASETS, "dataset", known)
+        self.need_integers("stride", "top_k", "context_frames", "radius")
         count = self.max_sequences
-        need(count is None or (is_int(count) and count >= 1), "max_sequences", "an integer of at least 1")
-        need(is_finite(self.temperature) and self.temperature > 0, "temperature", "above 0")
-        need(is_int(self.seed) and self.seed >= 0, "seed", "an integer of at least 0")
+        self.need(count is None or (is_int(count) and count >= 1), "max_sequences", "an integer of at least 1")
+        self.need(is_finite(self.temperature) and self.temperature > 0, "temperature", "above 0")
+        self.need_integers("seed", low=0)
 
 
 def parse_propagation(arguments: list[str] | None = None) -> PropagationRecipe:
@@ -288,9 +283,7 @@ def write_html(results: list[dict], strips: dict[str, list[tuple[str, np.ndarray
     """The report as one HTML text, names from outside escaped. strips: (caption, picture) by model."""
     first = results[0]
     parts = [
-        "<!doctype html><meta charset=utf-8><title>Label propagation</title><style>body{font:15px sans-serif;max-width:1000px;"
-        "margin:2em auto}td,th{padding:2px 10px;text-align:left}img{width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>",
-        f"<h1>Label propagation on {html.escape(first['dataset'])}</h1><pre>{html.escape(table(results))}</pre>",
+        f"<pre>{html.escape(table(results))}</pre>",
         f"<p>{first['num_sequences']} sequences, {first['num_objects']} objects, percent. Seed {first['seed']}; "
         + html.escape(", ".join(f"{key} {value}" for key, value in first["protocol"].items()))
         + ".</p>",
@@ -309,8 +302,7 @@ def write_html(results: list[dict], strips: dict[str, list[tuple[str, np.ndarray
             *(f"<p>{html.escape(caption)}</p>{picture(array)}" for caption, array in strips[result["model"]]),
             "<table><tr><th>sequence<th>object<th>J&amp;F<th>J<th>F</tr>" + "".join(rows) + "</table>",
         ]
-    parts.append(f"<h2>Command</h2><pre>{html.escape(first['command'])}</pre>")
-    return "\n".join(parts)
+    return page(f"Label propagation on {first['dataset']}", parts, first["command"])
 
 
 if __name__ == "__main__":

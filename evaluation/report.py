@@ -82,6 +82,18 @@ def bars(values: dict[str, float | None]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
+def page(title: str, parts: Sequence[str], command: str) -> str:
+    """One HTML file; `parts` and `command` as they follow, escaped already and not yet."""
+    head = (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;max-width:1000px;"
+        "margin:2em auto}td,th{padding:2px 10px;text-align:left}.bar{width:300px;background:#eee}.bar div{height:12px;background:#27c}"
+        "img{width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>"
+    )
+    return "\n".join(
+        [head, f"<h1>{html.escape(title)}</h1>", *parts, f"<h2>Command</h2><pre>{html.escape(command)}</pre>"]
+    )
+
+
 def write_html(
     results: Sequence[dict], curves: dict[str, list], strips: dict[str, list[tuple[str, np.ndarray]]]
 ) -> str:
@@ -93,10 +105,6 @@ def write_html(
     """
     first = results[0]
     parts = [
-        "<!doctype html><meta charset=utf-8><title>Evaluation</title><style>body{font:15px sans-serif;max-width:1000px;margin:2em auto}"
-        "td,th{padding:2px 10px;text-align:left}.bar{width:300px;background:#eee}.bar div{height:12px;background:#27c}img{width:100%}"
-        "pre{background:#f4f4f4;padding:1em;overflow:auto}</style>",
-        f"<h1>{html.escape(first['readout'])} readout on {html.escape(first['dataset'])}</h1>",
         f"<pre>{html.escape(table(results))}</pre>",
         f"<p>{first['num_test_images']} test images, {first['num_train_images']} training images, seed {first['seed']}.</p>",
     ]
@@ -115,5 +123,4 @@ def write_html(
             "<h3>Images: image, truth, prediction, errors</h3>",
         ]
         parts += [f"<p>{html.escape(caption)}</p>{picture(array)}" for caption, array in strips.get(name, [])]
-    parts.append(f"<h2>Command</h2><pre>{html.escape(first['command'])}</pre>")
-    return "\n".join(parts)
+    return page(f"{first['readout']} readout on {first['dataset']}", parts, first["command"])

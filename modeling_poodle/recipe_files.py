@@ -46,6 +46,30 @@ def nearest(name: str, names) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+class CheckedRecipe:
+    """What recipes, which are dataclasses, have in common: errors that name the field, and YAML."""
+
+    def need(self, condition: bool, name: str, expected: str) -> None:
+        """Raises ValueError unless `condition` holds of the field `name`."""
+        if not condition:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def need_integers(self, *names: str, low: int = 1) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self.need(is_int(value) and value >= low, name, f"an integer of at least {low}")
+
+    def need_models(self) -> None:
+        """`model` names at least one, and none twice: each has one result and one folder."""
+        self.need(
+            bool(self.model) and all(isinstance(m, str) and m for m in self.model), "model", "at least one model"
+        )
+        self.need(len(set(self.model)) == len(self.model), "model", "models that differ")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
 def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, Any]:
     """
     A recipe file as a mapping of fields of the dataclass `kind`; a bare name is looked up among the recipes in `folder`.

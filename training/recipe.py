@@ -1,15 +1,20 @@
 """A pretraining recipe: one dataclass, read from YAML, overridden by flags."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modeling_poodle import PoodleConfig
-from modeling_poodle.recipe_files import described, is_finite, is_int, nearest, parse_flags, read_recipe_file
+from modeling_poodle.recipe_files import (
+    CheckedRecipe,
+    described,
+    is_finite,
+    is_int,
+    nearest,
+    parse_flags,
+    read_recipe_file,
+)
 from training.hub import check_repo_id
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,7 +39,7 @@ FREE_ON_RESUME = frozenset(
 
 
 @dataclass
-class Recipe:
+class Recipe(CheckedRecipe):
     """Everything that a run depends on. Fields that transformers' `TrainingArguments` has are called as there."""
 
     videos: list[str] = described(
@@ -119,53 +124,57 @@ class Recipe:
         self._check()
 
     def _check(self) -> None:
-        def need(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        for name in _AT_LEAST_ONE:
-            need(is_int(getattr(self, name)) and getattr(self, name) >= 1, name, "an integer of at least 1")
+        self.need_integers(*_AT_LEAST_ONE)
         for name in ("crop_size", "frame_size"):
             value = getattr(self, name)
             good = isinstance(value, list) and len(value) == 2 and all(is_int(v) and v >= 1 for v in value)
-            need(good or (name == "frame_size" and value is None), name, "two positive integers, height and width")
+            self.need(
+                good or (name == "frame_size" and value is None), name, "two positive integers, height and width"
+            )
         for name, low in (("frame_gap_seconds", 0.0), ("frame_scale", 1e-6), ("subcrop_area", 1e-6)):
             value = getattr(self, name)
             good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
-            need(good and low <= value[0] <= value[1], name, "two numbers, the smaller first, not negative")
-        need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
-        need(
+            self.need(good and low <= value[0] <= value[1], name, "two numbers, the smaller first, not negative")
+        self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
+        self.need(
             self.frame_size is not None or self.frame_scale[0] >= 1,
             "frame_scale",
             "at least 1 where frame_size is unset (below 1 the crop would be larger than the frame)",
         )
-        need(bool(self.videos) and all(isinstance(v, str) and v for v in self.videos), "videos", "at least one source")
-        need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
-        need(
+        self.need(
+            bool(self.videos) and all(isinstance(v, str) and v for v in self.videos), "videos", "at least one source"
+        )
+        self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
+        self.need(
             self.report_to in TRACKERS,
             "report_to",
             f"one of {', '.join(TRACKERS)}{nearest(self.report_to, TRACKERS)}",
         )
         named = not self.push_to_hub or self.hub_model_id is not None
-        need(named, "hub_model_id", "org/name where push_to_hub is true")
+        self.need(named, "hub_model_id", "org/name where push_to_hub is true")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
-        need(self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs")
-        need(is_finite(self.num_train_epochs) and self.num_train_epochs > 0, "num_train_epochs", "above 0")
-        need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
-        need(is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1")
-        need(is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "above 0")
-        need(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", "between 0 and learning_rate")
+        self.need(
+            self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs"
+        )
+        self.need(is_finite(self.num_train_epochs) and self.num_train_epochs > 0, "num_train_epochs", "above 0")
+        self.need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
+        self.need(
+            is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
+        )
+        self.need(is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "above 0")
+        self.need(
+            0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", "between 0 and learning_rate"
+        )
         for name in ("warmup_steps", "weight_decay"):
-            need(is_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "not negative")
+            self.need(is_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "not negative")
         for name in ("adam_beta1", "adam_beta2"):
-            need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
-        for name in ("dataloader_num_workers", "seed"):
-            need(is_int(getattr(self, name)) and getattr(self, name) >= 0, name, "an integer of at least 0")
+            self.need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self.need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
+        self.need_integers("dataloader_num_workers", "seed", low=0)
         config = self.poodle_config()  # raises for each field that does not fit
         stride = 2 ** len(config.backbone_config.depths) * 2 if config.backbone_config.model_type == "resnet" else 1
-        need(
+        self.need(
             all(side % stride == 0 for side in self.crop_size),
             "crop_size",
             f"multiples of the encoder's stride {stride}",
@@ -177,9 +186,6 @@ class Recipe:
 
     def poodle_config(self) -> PoodleConfig:
         return PoodleConfig(**self.model)
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
 _AT_LEAST_ONE = (
