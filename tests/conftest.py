@@ -1,5 +1,6 @@
 """What all tests share: no internet, a core for each worker, and the optional folder of real clips."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,10 @@ else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
+import torch
+from labelled_shapes import RESNET, squares
+
+from modeling_poodle import PoodleConfig, PoodleModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,4 +31,22 @@ def poodle_data() -> Path:
     folder = Path(os.environ.get("POODLE_DATA", REPOSITORY.parent / "shared" / "data"))
     if not (folder / "videos").is_dir():
         pytest.skip(f"real clips not found in {folder}; set POODLE_DATA to their folder to run this test")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    squares(folder / "train", 12, 0)
+    squares(folder / "val", 5, 1)
+    (folder / "classes.json").write_text(json.dumps({"classes": ["grass", "red <b>", "blue"], "ignore_index": 255}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def poodle(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, decoder_reduction=2)
+    PoodleModel(config).save_pretrained(folder / "model")
     return folder

@@ -56,7 +56,8 @@ def video(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "start, gap, count, times", [(0, 0.5, 3, (0, 0.5, 1)), (1.7, 0.3, 2, (1.7, 2)), (2.5, 0.4, 6, (2.5, 2.9))]
+    "start, gap, count, times",
+    [(0, 0.5, 3, (0, 0.5, 1)), (1.7, 0.3, 2, (1.7, 2)), (2.5, 0.4, 6, (2.5, 2.9)), (3, 0.4, 6, (2.9,))],
 )
 def test_frames_of_a_video_at_their_times(video, start, gap, count, times):
     clip = read_clip(str(video), start, gap, count, 512)

@@ -1,0 +1,158 @@
+"""Any encoder read in one way."""
+
+import numpy as np
+import pytest
+import torch
+from labelled_shapes import RESNET
+from torch.nn import functional as F
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from evaluation.encoders import Encoder, build
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
+
+# --- encoders ---
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "name"),
+    [
+        (lambda: ResNetForImageClassification(ResNetConfig(**RESNET)), 32, "stage4"),
+        (
+            lambda: ConvNextForImageClassification(ConvNextConfig(depths=[1] * 4, hidden_sizes=[8, 8, 16, 24])),
+            24,
+            "stage4",
+        ),
+        (lambda: SwinModel(SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, image_size=64)), 64, "stage4"),
+        (lambda: Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=3, num_attention_heads=2)), 24, "stage3"),
+        (
+            lambda: ViTModel(
+                ViTConfig(
+                    hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=64
+                )
+            ),
+            24,
+            "stage3",
+        ),
+    ],
+    ids=["resnet", "convnext", "swin", "dinov2", "vit"],
+)
+def test_any_encoder_gives_dense_features(tmp_path, model, channels, name):
+    torch.manual_seed(5)  # not the seed of the untrained twin
+    model = model().eval()
+    model.save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 5)
+    assert (encoder.channels, encoder.features_name) == (channels, name)
+    image = np.random.default_rng(0).integers(0, 256, (96, 150, 3), dtype=np.uint8)
+    with torch.no_grad():
+        features = encoder(encoder.normalise(image))
+        again = build(str(tmp_path), 5, seed=9)(encoder.normalise(image))
+        untrained = build(f"random:{tmp_path}", 5)(encoder.normalise(image))
+    assert features.shape[:2] == (1, channels) and features.shape[2] >= 3
+    assert torch.equal(features, again) and not torch.allclose(features, untrained)
+    if name == "stage4" and channels == 32:
+        with torch.no_grad():
+            whole = model.resnet(encoder.normalise(image)).last_hidden_state
+        assert torch.equal(features, whole)
+
+
+def test_vits_are_read_by_sliding_windows(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
+    vit = ViTModel(config, add_pooling_layer=False).eval()
+    vit.save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    assert encoder.inference == "sliding window of 64, stride 32 (a saved readout reads the whole image)"
+    image = torch.rand(1, 3, 64, 112)
+    with torch.no_grad():
+        ours = encoder(image)
+        total, count = torch.zeros(1, 24, 4, 7), torch.zeros(7)
+        for left in (0, 32, 48):
+            tokens = vit(image[..., left : left + 64]).last_hidden_state[:, 1:]
+            total[..., left // 16 : left // 16 + 4] += tokens.transpose(1, 2).unflatten(2, (4, 4))
+            count[left // 16 : left // 16 + 4] += 1
+    torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
+    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (3, 4)  # smaller than a window: padded
+
+
+def test_timm(tmp_path):
+    pytest.importorskip("timm")
+    config = {"backbone": "resnet18", "out_indices": [4], "model_type": "timm_backbone"}
+    model = PoodleForSemanticSegmentation(PoodleConfig(backbone_config=config, num_decoder_blocks=0, num_labels=4))
+    encoder = Encoder("timm/resnet18", model.eval())
+    assert encoder(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
+
+
+def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch):
+    timm = pytest.importorskip("timm")
+    original, made = timm.create_model, []
+
+    def create(name, pretrained=False, **kwargs):  # what a download would bring
+        model = original(name, pretrained=False, **kwargs)
+        if pretrained:
+            made.append(model)
+            for key, value in model.state_dict().items():
+                if key.endswith("running_mean"):
+                    value.fill_(0.25)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    encoder = build("timm/resnet18", 4)
+    ours = encoder.model.poodle.encoder._backbone.state_dict()
+    assert len(made) == 1 and all(torch.equal(value, ours[key]) for key, value in made[0].state_dict().items())
+    assert encoder.features_name == "last stage"
+    build("random:timm/resnet18", 4)
+    assert len(made) == 1  # the untrained twin asks for no weights
+    vit = build("random:timm/vit_tiny_patch16_224", 4)
+    assert vit.inference.startswith("sliding window of 224")
+    assert vit(torch.rand(1, 3, 230, 240)).shape[2:] == (15, 15)
+
+
+def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
+    """ConvNeXt's checkpoint has a norm for the maps that were read; those of others begin as the identity."""
+    config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+    ConvNextForImageClassification(config).save_pretrained(tmp_path)
+    assert build(str(tmp_path), 3, features="stage2")(torch.rand(1, 3, 64, 96)).shape == (1, 16, 8, 12)
+
+
+def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
+    """An image whose left half is dark: the map's step is where the image's is, whatever the patch."""
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56)
+    ).save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    with torch.no_grad():
+        features = encoder(torch.rand(1, 3, 60, 100))
+        resized = encoder(F.interpolate(torch.rand(1, 3, 60, 100), size=(70, 112), mode="bilinear"))
+    assert features.shape == resized.shape == (1, 24, 5, 8)
+
+
+def test_wrong_models_are_named(tmp_path, poodle):
+    with pytest.raises(ValueError, match="no such map|must be one of stem, stage1"):
+        build(str(poodle), 3, features="stage9")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no model"):
+        build(str(tmp_path / "empty"), 3)
+    ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
+    other = ResNetConfig(**{**RESNET, "depths": [2, 1, 1, 1]})
+    other.save_pretrained(tmp_path / "resnet")  # the config of one, the weights of another
+    with pytest.raises(ValueError, match="another architecture"):
+        build(str(tmp_path / "resnet"), 3)
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is no encoder that can be loaded"):
+        build(str(tmp_path / "bert"), 3)

@@ -1,0 +1,106 @@
+"""Layouts of labelled data sets, and what a layout that is wrong is told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from labelled_shapes import squares
+from PIL import Image
+
+from evaluation.data import load_dataset
+from evaluation.readouts import majority
+from training.street_files import write_folder
+
+# --- data ---
+
+
+def test_folder_layouts(tmp_path, shapes):
+    data = load_dataset("folder", str(shapes)).with_groups()
+    assert data.classes == ("grass", "red <b>", "blue") and (len(data.train), len(data.test)) == (12, 5)
+    assert data.groups["large"] == ["grass", "red <b>", "blue"] and data.groups["rare"] == []
+    squares(tmp_path, 7, 0)
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    flat = load_dataset("folder", str(tmp_path))
+    assert [e.name for e in flat.test] == ["2", "5"] and len(flat.train) == 5
+    assert len(flat.limit(3, 1).train) == 3 and len(flat.limit(3, 1).test) == 1
+    label = np.asarray(Image.open(tmp_path / "labels" / "3.png")).copy()
+    label[9, 9] = 7
+    Image.fromarray(label).save(tmp_path / "labels" / "3.png")
+    with pytest.raises(ValueError, match=r"labels/3.png has the label 7, but there are classes 0 to 2"):
+        flat.label(flat.train[2])
+    (tmp_path / "labels" / "4.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 7 images .* have no label .*4.png"):
+        load_dataset("folder", str(tmp_path))
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "a"]}')
+    with pytest.raises(ValueError, match="different names"):
+        load_dataset("folder", str(tmp_path))
+
+
+def write(path: Path, array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+def test_shipped_layouts_and_their_label_conventions(tmp_path):
+    picture = np.zeros((4, 6, 3))
+    for split in ("train", "val"):
+        write(tmp_path / "cs/leftImg8bit" / split / "ulm/ulm_0_leftImg8bit.png", picture)
+        write(tmp_path / "cs/gtFine" / split / "ulm/ulm_0_gtFine_labelIds.png", [[0, 7, 8, 11, 33, 26]] * 4)
+        write(tmp_path / "bdd/images/10k" / split / "a.jpg", picture)
+        write(tmp_path / "bdd/labels/sem_seg/masks" / split / "a.png", [[0, 1, 18, 255, 13, 2]] * 4)
+        write(tmp_path / "wt/images" / split / "venice/1.jpg", picture)
+        write(tmp_path / "wt/annotations" / split / "venice/1.png", [[0, 1, 2, 2, 0, 1]] * 4)
+    for split in ("training", "validation"):
+        write(tmp_path / "ade/images" / split / "x.jpg", picture)
+        write(tmp_path / "ade/annotations" / split / "x.png", [[0, 1, 2, 150, 149, 3]] * 4)
+    rows = "\n".join(f"{k}\t0.1\t1\t1\tname {k}, other" for k in range(1, 151))
+    (tmp_path / "ade/objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + rows)
+    (tmp_path / "wt/classes.json").write_text('["wall", "sky"]')
+    for name, folder, row in (
+        ("cityscapes", "cs", [255, 0, 1, 2, 18, 13]),
+        ("bdd100k", "bdd", [0, 1, 18, 255, 13, 2]),
+        ("ade20k", "ade", [255, 0, 1, 149, 148, 2]),
+        ("wt_sem", "wt", [255, 0, 1, 1, 255, 0]),
+    ):
+        data = load_dataset(name, str(tmp_path / folder))
+        data.check()
+        assert data.label(data.test[0])[0].tolist() == row, name
+    assert load_dataset("ade20k", str(tmp_path / "ade")).classes[:2] == ("name 1", "name 2")
+    with pytest.raises(ValueError, match=r"cityscapes: there is no folder .*leftImg8bit.* Expected: leftImg8bit/"):
+        load_dataset("cityscapes", str(tmp_path / "ade"))
+    with pytest.raises(ValueError, match="needs --data_dir"):
+        load_dataset("camvid")
+    with pytest.raises(ValueError, match="unknown data set 'citiscapes'"):
+        load_dataset("citiscapes")
+
+
+def test_street_frames_have_labels_and_boxes(tmp_path):
+    folder = write_folder(tmp_path / "val", 2, 64, 128, seed=5, num_processes=1)
+    made = (folder / "images" / "00000.png").stat().st_mtime_ns
+    assert write_folder(folder, 2, 64, 128, seed=5).joinpath("images", "00000.png").stat().st_mtime_ns == made
+    coco = json.loads((folder / "annotations.json").read_text())
+    assert {c["name"] for c in coco["categories"]} >= {"car", "person"} and coco["annotations"]
+    for box in coco["annotations"]:
+        x, y, w, h = box["bbox"]
+        assert w >= 4 and h >= 4 and 0 <= x <= x + w <= 128 and 0 <= y <= y + h <= 64 and 0 < box["area"] <= w * h
+
+
+def test_camvid(poodle_data):
+    data = load_dataset("camvid", str(poodle_data / "camvid")).with_groups()
+    data.check()
+    assert (len(data.train), len(data.test)) == (367, 101)
+    assert {"pole", "sign", "pedestrian"} <= set(data.groups["small"]) and "road" in data.groups["large"]
+
+
+def test_majority_equals_a_loop():
+    label = np.random.default_rng(0).choice([0, 1, 2, 255], (22, 33)).astype(np.uint8)
+    label[:8, :8] = 255
+    ours = majority(label, (2, 4), 3)
+    for row in range(2):
+        for column in range(4):
+            rows = [r for r in range(22) if min(r * 2 // 22, 1) == row]
+            columns = [c for c in range(33) if min(c * 4 // 33, 3) == column]
+            cell = label[np.ix_(rows, columns)]
+            counts = [(cell == k).sum() for k in range(3)]
+            assert ours[row, column] == (int(np.argmax(counts)) if sum(counts) else 255)

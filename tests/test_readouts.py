@@ -1,0 +1,82 @@
+"""Linear, k-NN and UperNet readouts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from evaluation.data import load_dataset
+from evaluation.encoders import build
+from evaluation.engine import draw, fingerprint
+from evaluation.readouts import KnnReadout, LinearReadout, majority
+from evaluation.recipe import EvaluationRecipe
+from modeling_poodle import PoodleForSemanticSegmentation
+
+# --- readouts ---
+
+
+def recipe(**values) -> EvaluationRecipe:
+    return EvaluationRecipe(model=["x"], **values)
+
+
+def test_the_points_loss_is_the_cross_entropy_of_the_upsampled_logits(shapes, poodle):
+    data = load_dataset("folder", str(shapes))
+    readout = LinearReadout(build(str(poodle), 3), data, recipe())
+    readout.prepare(list(data.train[:2]))
+    batch = readout.batch(list(data.train[:2]), torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(readout.classifier.weight)
+    estimates = [
+        readout(**readout.batch(list(data.train[:2]), torch.Generator().manual_seed(s))).item() for s in range(8)
+    ]
+    full = []
+    for features, example in zip(batch["features"], data.train[:2]):
+        logits = F.interpolate(readout.classifier(features[None]), size=(64, 96), mode="bilinear", align_corners=False)
+        label = torch.from_numpy(data.label(example).astype(np.int64))[None]
+        full.append(F.cross_entropy(logits, label, ignore_index=255).item())
+    assert np.mean(estimates) == pytest.approx(np.mean(full), rel=0.01)
+
+
+def test_saved_linear_readout_predicts_alike_and_leaves_the_encoder(shapes, poodle, tmp_path):
+    data = load_dataset("folder", str(shapes))
+    encoder = build(str(poodle), 3, data.classes)
+    before = fingerprint(encoder.model.poodle)
+    readout = LinearReadout(encoder, data, recipe())
+    readout.prepare(list(data.train))
+    torch.nn.init.normal_(readout.classifier.weight)
+    image = data.image(data.test[0])
+    predicted = readout.predict(image)
+    readout.save(tmp_path)
+    assert (readout.predict(image) == predicted).all()  # saving changes nothing
+    saved = PoodleForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = saved(encoder.normalise(image)).logits
+    again = F.interpolate(logits, size=(64, 96), mode="bilinear", align_corners=False).argmax(1)[0]
+    assert (again.numpy() == predicted).mean() > 0.999
+    assert fingerprint(saved.poodle) == before == fingerprint(encoder.model.poodle)
+
+
+def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle):
+    data = load_dataset("folder", str(shapes))
+    kept, anew = (LinearReadout(build(str(poodle), 3), data, recipe(feature_cache_gb=g)) for g in (1.0, 1e-6))
+    for readout in (kept, anew):
+        readout.prepare(list(data.train))
+    assert kept.cached and not anew.cached
+    ours, theirs = (r.batch(list(data.train[3:5]), torch.Generator().manual_seed(0)) for r in (kept, anew))
+    for a, b in zip(ours["features"], theirs["features"]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # half precision
+
+
+def test_knn_finds_the_training_images_themselves(shapes, poodle):
+    data = load_dataset("folder", str(shapes))
+    readout = KnnReadout(build(str(poodle), 3), data, recipe(num_neighbours=1))
+    readout.prepare([])
+    example = data.train[0]
+    predicted = majority(readout.predict(data.image(example)), (8, 12), 3)
+    truth = majority(data.label(example), (8, 12), 3)
+    assert (predicted == truth)[truth != 255].float().mean() > 0.97
+
+
+def test_every_image_is_drawn_once_an_epoch():
+    drawn = [index for step in range(6) for index in draw(8, 4, step, seed=1)]
+    assert [sorted(drawn[k : k + 8]) for k in (0, 8, 16)] == [list(range(8))] * 3
+    assert drawn[:8] != drawn[8:16]
