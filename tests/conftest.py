@@ -21,6 +21,7 @@ import torch
 from labelled_shapes import RESNET, squares
 
 from modeling_poodle import PoodleConfig, PoodleModel
+from training.street_files import write_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,3 +51,22 @@ def poodle(tmp_path_factory) -> Path:
     config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, decoder_reduction=2)
     PoodleModel(config).save_pretrained(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def street_boxes(tmp_path_factory) -> Path:
+    """Folder `four` (trained and tested on the same four street images) and `five` (tested on these and a fifth)."""
+    root = tmp_path_factory.mktemp("street")
+    write_folder(root / "five" / "val", 5, 96, 192, seed=3, num_processes=2)
+    annotations = root / "five" / "val" / "annotations.json"
+    coco = json.loads(annotations.read_text())
+    # A car of four pixels proves nothing.
+    coco["annotations"] = [a for a in coco["annotations"] if min(a["bbox"][2:]) >= 8]
+    annotations.write_text(json.dumps(coco))
+    four = {**coco, "images": coco["images"][:4], "annotations": [a for a in coco["annotations"] if a["image_id"] < 4]}
+    for split in ("train", "val"):
+        (root / "four" / split).mkdir(parents=True)
+        (root / "four" / split / "annotations.json").write_text(json.dumps(four))
+        os.symlink(root / "five" / "val" / "images", root / "four" / split / "images")
+    os.symlink(root / "four" / "train", root / "five" / "train")
+    return root
