@@ -19,6 +19,9 @@ else:
 import pytest
 import torch
 from labelled_shapes import RESNET, squares
+from loopback import serve
+from loopback_hub import HubServer, Interpreter
+from published import clean, hub_drives, installed, own_hub, published_run, shared_hub
 
 from modeling_poodle import PoodleConfig, PoodleModel
 from training.street_files import write_folder
@@ -70,3 +73,21 @@ def street_boxes(tmp_path_factory) -> Path:
         os.symlink(root / "five" / "val" / "images", root / "four" / split / "images")
     os.symlink(root / "four" / "train", root / "five" / "train")
     return root
+
+
+@pytest.fixture(scope="module")
+def bare_hub(tmp_path_factory):
+    """A Hub on 127.0.0.1 without a repository."""
+    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hub_process(bare_hub, tmp_path_factory):
+    """A process with an empty cache that talks to `bare_hub`."""
+    interpreter = Interpreter(bare_hub, tmp_path_factory.mktemp("process"))
+    yield interpreter
+    interpreter.close()
+
+
+__all__ = ["clean", "hub_drives", "installed", "own_hub", "published_run", "shared_hub"]  # fixtures

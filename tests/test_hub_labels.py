@@ -5,26 +5,10 @@ import json
 
 import datasets
 import numpy as np
-import pytest
-from loopback import serve
-from loopback_hub import HubServer, Interpreter
 from PIL import Image
-from test_hub import REPOSITORY
+from published import REPOSITORY
 
 CLASSES = ("grass", "brick")
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def process(hub, tmp_path_factory):
-    interpreter = Interpreter(hub, tmp_path_factory.mktemp("process"))
-    yield interpreter
-    interpreter.close()
 
 
 def masks(count: int, seed: int) -> list[np.ndarray]:
@@ -47,16 +31,16 @@ def parquet(labels: list[np.ndarray], tmp_path) -> bytes:
     return (tmp_path / "split.parquet").read_bytes()
 
 
-def test_masks_and_classes_of_a_hub_data_set(hub, process, tmp_path):
+def test_masks_and_classes_of_a_hub_data_set(bare_hub, hub_process, tmp_path):
     train, test = masks(3, 0), masks(2, 1)
     names = json.dumps({str(k): name for k, name in enumerate(CLASSES)}).encode()
     files = {
         "data/train-00000-of-00001.parquet": parquet(train, tmp_path),
         "data/validation-00000-of-00001.parquet": parquet(test, tmp_path),
     }
-    hub.add_dataset("org/masks", {**files, "id2label.json": names})
-    hub.add_dataset("org/nameless", files)
-    hub.add_dataset("org/untested", {name: data for name, data in files.items() if "train" in name})
+    bare_hub.add_dataset("org/masks", {**files, "id2label.json": names})
+    bare_hub.add_dataset("org/nameless", files)
+    bare_hub.add_dataset("org/untested", {name: data for name, data in files.items() if "train" in name})
     script = f"""
 import sys, json
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -72,7 +56,7 @@ for name in ("org/none", "org/nameless", "org/untested"):
     except ValueError as error:
         print(str(error).splitlines()[0])
 """
-    classes, *splits, missing, nameless, untested = process(tmp_path, script).splitlines()
+    classes, *splits, missing, nameless, untested = hub_process(tmp_path, script).splitlines()
     assert json.loads(classes) == list(CLASSES)
     for found, truth in zip(splits, (train, test), strict=True):
         assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]

@@ -10,26 +10,12 @@ import numpy as np
 import pytest
 import torch
 from loopback import serve
-from loopback_hub import HubServer, Interpreter
+from published import REPOSITORY, flags
 from safetensors.torch import load_file
-from test_hub import REPOSITORY, flags
 from test_video_stream import CFR, numbered_video
 
 from training.street_files import write_videos
 from training.video_decoding import ATTEMPTS, RemoteFile, UnreadableVideo, index_video
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def process(hub, tmp_path_factory):
-    interpreter = Interpreter(hub, tmp_path_factory.mktemp("process"))
-    yield interpreter
-    interpreter.close()
 
 
 def noise_video(path: Path, frames: int) -> None:
@@ -54,19 +40,19 @@ from training.video_stream import PairSampling, plan_pairs, video_pairs
 """
 
 
-def test_a_data_set_is_read_by_ranges_over_broken_connections(hub, process, tmp_path):
+def test_a_data_set_is_read_by_ranges_over_broken_connections(bare_hub, hub_process, tmp_path):
     numbered_video(tmp_path / "numbers.mp4", CFR, gop=10)
     noise_video(tmp_path / "noise.mp4", 500)
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         archive.add(tmp_path / "numbers.mp4", arcname="inside.mp4")
     names = {"train/numbers.mp4": "numbers.mp4", "noise.mp4": "noise.mp4", "shard.tar": "shard.tar"}
-    commit = hub.add_dataset("org/drives", {name: (tmp_path / file).read_bytes() for name, file in names.items()})
+    commit = bare_hub.add_dataset("org/drives", {name: (tmp_path / file).read_bytes() for name, file in names.items()})
     size = (tmp_path / "noise.mp4").stat().st_size
     assert size > 8e6
     # In the way of the first reads, one after the other: half a body, an answer that never comes, an error of the server.
-    hub.fail("GET /cdn/", "truncate", 1)
-    hub.fail("GET /cdn/", "drop", 1)
-    hub.fail("GET /cdn/", 500, 1)
+    bare_hub.fail("GET /cdn/", "truncate", 1)
+    bare_hub.fail("GET /cdn/", "drop", 1)
+    bare_hub.fail("GET /cdn/", 500, 1)
     script = (
         READ
         + """
@@ -92,7 +78,7 @@ for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/or
         print(str(error).splitlines()[1])
 """
     )
-    found, *errors = process(tmp_path, script).splitlines()
+    found, *errors = hub_process(tmp_path, script).splitlines()
     root = f"hf://datasets/org/drives@{commit.oid}"
     plain, member = json.loads(found)[:2], json.loads(found)[2:]
     assert (
@@ -100,12 +86,12 @@ for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/or
         and member[-1] == f"{root}/train/numbers.mp4"
         and plain[1].startswith(f"{root}/shard.tar::")
     )
-    assert [fault[2] for fault in hub.faults] == [0, 0, 0]
+    assert [fault[2] for fault in bare_hub.faults] == [0, 0, 0]
     assert "org/none" in errors[0] and "no such repository, revision or file" in errors[0]
     assert "no such repository, revision or file" in errors[1] and "0 files on the Hub, none a video" in errors[2]
     # One pair of the large file costs a few of its blocks.
     large = commit.files["noise.mp4"].sha256
-    blocks = {span for _, path, span in hub.requests if path == f"/cdn/{large}"}
+    blocks = {span for _, path, span in bare_hub.requests if path == f"/cdn/{large}"}
     assert 0 < len(blocks) * 2**20 < size / 2
 
 
@@ -137,10 +123,10 @@ def lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in entry.items() if k not in ("pairs_per_second", "data_wait")} for entry in entries]
 
 
-def test_a_run_on_a_data_set_resumes_exactly_though_the_data_set_goes_on(hub, process, tmp_path):
+def test_a_run_on_a_data_set_resumes_exactly_though_the_data_set_goes_on(bare_hub, hub_process, tmp_path):
     write_videos(tmp_path / "drives", num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
     videos = {path.name: path.read_bytes() for path in sorted((tmp_path / "drives").glob("*.mp4"))}
-    first = hub.add_dataset("org/streets", videos)
+    first = bare_hub.add_dataset("org/streets", videos)
     script = f"""
 import sys
 sys.path[:0] = [{str(REPOSITORY)!r}]
@@ -150,18 +136,18 @@ AcceleratorState._reset_state(True)
 main(%r)
 """
     arguments = flags("org/streets", tmp_path / "whole", "--save_steps", "3", steps=4)
-    process(tmp_path, script % arguments)
+    hub_process(tmp_path, script % arguments)
     assert json.loads((tmp_path / "whole" / "revisions.json").read_text()) == {"datasets/org/streets@main": first.oid}
     # As a run that was killed after step 3; meanwhile somebody has put other videos under the same names.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-4")
     names = list(videos)
-    second = hub.add_dataset("org/streets", dict(zip(names, reversed(list(videos.values())))))
+    second = bare_hub.add_dataset("org/streets", dict(zip(names, reversed(list(videos.values())))))
     assert second.oid != first.oid
-    hub.fail("GET /cdn/", "truncate", 2)
+    bare_hub.fail("GET /cdn/", "truncate", 2)
     arguments[arguments.index("--output_dir") + 1] = str(tmp_path / "killed")
-    printed = process(tmp_path, script % [*arguments, "--resume_from_checkpoint", "latest"])
-    assert "step 4/4" in printed and "step 3/4" not in printed and hub.faults[-1][2] == 0
+    printed = hub_process(tmp_path, script % [*arguments, "--resume_from_checkpoint", "latest"])
+    assert "step 4/4" in printed and "step 3/4" not in printed and bare_hub.faults[-1][2] == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,0 +1,117 @@
+"""A run that is published on a Hub on 127.0.0.1, and processes that load it; its fixtures are every test's, by conftest.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from loopback import serve
+from loopback_hub import TOKEN, HubServer, Interpreter
+
+from training.pretrain import main as pretrain
+from training.street_files import write_videos
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESNET = {
+    "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8,
+}  # fmt: skip
+MODEL = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
+EVALUATION = {
+    "miou": 0.25, "accuracy": 0.75, "mean_accuracy": None, "per_class": {}, "groups": {}, "dataset": "camvid", "readout": "linear",
+    "features": "decoder", "inference": "whole image", "num_train_images": 367, "num_test_images": 233, "seed": 0, "steps": 10,
+}  # fmt: skip
+# Of the editable installation, which puts the package on every path of this interpreter.
+WITHOUT_THE_PACKAGE = """
+import sys
+from pathlib import Path
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+sys.path = [path for path in sys.path if path and not Path(path, "modeling_poodle").is_dir()]
+try:
+    import modeling_poodle
+    raise SystemExit("modeling_poodle is on the path: this test would prove nothing")
+except ModuleNotFoundError:
+    pass
+"""
+SAME = """
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+torch.set_grad_enabled(False)
+def same(ours, theirs):
+    assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_drives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drives")
+    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
+    return folder
+
+
+def flags(videos, output_dir, *more, steps=2):
+    return [
+        "--config", "street", "--videos", str(videos), "--output_dir", str(output_dir), "--model", json.dumps(MODEL),
+        "--crop_size", "64", "128", "--subcrop_size", "32", "--num_subcrops", "2", "--per_device_train_batch_size", "2",
+        "--max_steps", str(steps), "--warmup_steps", "1", "--logging_steps", "1", "--panel_steps", "1000", "--save_steps", "1",
+        "--dataloader_num_workers", "0", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published_run(hub_drives, tmp_path_factory) -> Path:
+    """A finished run, as any user has one. Its teacher has moved away from its student."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    AcceleratorState._reset_state(True)
+    pretrain(flags(hub_drives, folder, "--teacher_momentum", "0.5"))
+    AcceleratorState._reset_state(True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_hub(published_run, tmp_path_factory):
+    """A Hub on which the run is published."""
+    with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
+        done = publish(server, published_run, "--repo_id", "org/poodle-r18")
+        assert done.returncode == 0, done.stderr
+        server.first_revision = server.repository("org/poodle-r18").commits[-1].oid
+        yield server
+
+
+@pytest.fixture
+def own_hub(tmp_path):
+    (tmp_path / "hub").mkdir()
+    with serve(tmp_path / "hub", HubServer) as server:
+        yield server
+
+
+def python(hub, home: Path, *arguments, token=TOKEN, **variables) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=home, capture_output=True, text=True, timeout=600,
+        env={**hub.environment(home / "hf", token), **variables}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def publish(hub, folder, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "training.publish", str(folder), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, env=hub.environment(hub.folder / "home", token)
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clean(shared_hub, tmp_path_factory):
+    """A process with an empty cache and a path without this package."""
+    interpreter = Interpreter(shared_hub, tmp_path_factory.mktemp("clean"), WITHOUT_THE_PACKAGE)
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="module")
+def installed(shared_hub, tmp_path_factory):
+    """A process with an empty cache that imports this package."""
+    interpreter = Interpreter(shared_hub, tmp_path_factory.mktemp("installed"))
+    yield interpreter
+    interpreter.close()

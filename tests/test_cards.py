@@ -1,0 +1,88 @@
+"""Model cards: what was done and measured, and nothing else."""
+
+import json
+import os
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from published import EVALUATION, publish, python
+
+from training import cards
+
+# --- cards ---
+
+
+def test_the_card_holds_what_was_done_and_measured(own_hub, published_run, tmp_path):
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text(
+        json.dumps({**EVALUATION, "model": str(published_run)})
+    )  # a run's name stands for its model/
+    done = publish(own_hub, published_run, "--repo_id", "org/p", "--evaluation", evaluation)
+    assert done.returncode == 0, done.stderr
+    texts = {
+        name: own_hub.repository(name).commits[-1].files["README.md"].path.read_text()
+        for name in ("org/p", "org/p-sdm")
+    }
+    card, sdm = ModelCard(texts["org/p"]), ModelCard(texts["org/p-sdm"])
+    assert card.data.license == "apache-2.0" and "poodle" in card.data.tags and card.data.eval_results is None
+    assert "Nothing was measured yet" in card.text and "Nothing was measured yet" not in sdm.text
+    assert "model-index" not in texts["org/p"]
+    measured = {(r.dataset_type, r.metric_name): r.metric_value for r in sdm.data.eval_results}
+    assert measured == {("camvid", "mIoU"): 0.25, ("camvid", "pixel accuracy"): 0.75}
+    assert "| camvid, 233 test images | linear, seed 0 | decoder | mIoU 25.0 %, pixel accuracy 75.0 % |" in sdm.text
+    for text, repo_id in ((card.text, "org/p"), (sdm.text, "org/p-sdm")):
+        assert f'AutoBackbone.from_pretrained("{repo_id}"' in text and "ORG/NAME" not in text
+        assert "2 steps" in text and "1 local source" in text and "(panel.png)" in text and "arXiv" in text
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", sdm.text, re.DOTALL).group(1))
+    assert recipe["learning_rate"] == 1e-3 and not {"videos", "output_dir"} & recipe.keys()
+    script = "import sys; from huggingface_hub import ModelCard; [ModelCard(open(p).read()).validate() for p in sys.argv[1:]]"
+    for name, text in texts.items():
+        (tmp_path / f"{name.replace('/', '-')}.md").write_text(text)
+    assert python(own_hub, tmp_path, "-c", script, "org-p.md", "org-p-sdm.md").returncode == 0
+    assert sum(path == "/api/validate-yaml" for _, path, _ in own_hub.requests) >= 4
+
+
+def test_sources_and_carbon_in_a_card(tmp_path):
+    recipe = {
+        "videos": ["hf://datasets/org/drives@abc/**.mp4", "https://user:secret@example.com/a.mp4?sig=secret", "/home/me/private"],
+        "init_encoder": "microsoft/resnet-50", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "output_dir": "/home/me",
+    }  # fmt: skip
+    (tmp_path / "emissions.csv").write_text("project_name,emissions\na,0.5\nb,0.25\n")
+    lines = [
+        {"step": 10, "pairs_per_second": 4.0},
+        {"step": 20, "pairs_per_second": 8.0},
+        {"step": 30, "pairs_per_second": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {"backbone_config": {"model_type": "resnet"}, "num_decoder_blocks": 0, "output_stride": 8}
+    card = ModelCard(cards.run_card("encoder", config, recipe, cards.Facts(20, "teacher", "2 x GPU", 2, tmp_path)))
+    assert card.data.datasets == ["org/drives"] and card.data.base_model == "microsoft/resnet-50"
+    assert card.data.co2_eq_emissions["emissions"] == 750  # grams
+    # 10 steps of 16 pairs at 4 pairs a second, then at 8; what came after the step of these weights does not count.
+    assert "| Time | 1.0 minutes |" in card.text
+    assert "https://example.com/a.mp4`, 1 local source |" in card.text and "dilated to stride 8" in card.text
+    assert "secret" not in str(card) and "/home" not in str(card)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "org/other"}, "is of org/other, not of"),
+        ({"seed": None, "model": None}, "is no evaluation.json"),
+        ({}, "was measured before the weights"),
+    ],
+    ids=["another model", "not an evaluation", "older than the weights"],
+)
+def test_what_was_not_measured_is_refused(own_hub, published_run, tmp_path, change, message):
+    file = tmp_path / "evaluation.json"
+    content = {**EVALUATION, "model": str(published_run / "encoder"), **change}
+    file.write_text(
+        json.dumps({name: value for name, value in content.items() if value is not None or name == "mean_accuracy"})
+    )
+    if not change:
+        os.utime(file, (0, 0))
+    done = publish(own_hub, published_run, "--repo_id", "org/p", "--evaluation", file)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not own_hub.requests
