@@ -4,6 +4,10 @@ The loader: CPU milliseconds a pair of what a pair costs, beside plain seeks wit
     python benchmarks/loader.py                                     # 1280x720 H.264, GOP 30 and 250, R = 1, 2, 4, made for it
     python benchmarks/loader.py --videos path/to/videos             # your own videos
     python benchmarks/loader.py --step_pairs_per_second 100         # and the cores that feed such a step
+    python benchmarks/loader.py --config street                     # a recipe's own loader, alone and feeding its training step
+
+With --config (and any flag of training/pretrain.py): pairs a second of the loader with its workers, alone and with the step; the share of the
+time that the step waits for data; the peak of memory; and the parts of a pair. Without it, ours beside plain seeks.
 
 Ours: index, decode (crop before conversion, both frames in one pass, R pairs an opening) and hand over as uint8; augmentation is done on the
 device. Plain: for each frame open the file, seek to the keyframe before it, decode up to it, convert the whole picture, resize it by the
@@ -25,12 +29,15 @@ import numpy as np
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from benchmarks.common import benchmark_parser, medians, print_table, write_json
+from benchmarks.common import OurStep, benchmark_parser, medians, memory_bytes, print_table, reset_peak, write_json
 from benchmarks.reference import photometric
+from training.flow import DisFlow
+from training.recipe import Recipe, parse_recipe
 from training.street import Street
+from training.street_files import street_videos
 from training.video_decoding import decode_cuts, index_video
 from training.video_sources import find_videos
-from training.video_stream import PairSampling, plan_pairs
+from training.video_stream import PairLoader, PairSampling, plan_pairs
 
 
 def write_clip(
@@ -107,8 +114,60 @@ def compare(paths: list[str], repeats: int, openings: int) -> dict[str, float]:
     return {**result, "ratio": result["plain"] / result["ours"]}
 
 
+def feed(recipe: Recipe, steps: int) -> dict[str, float]:
+    """The recipe's loader with its workers: alone, and beside the training step that it feeds."""
+    paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
+    sampling = PairSampling.of(recipe)
+    step = OurStep(recipe)
+    parts = medians([opening_parts(paths[n % len(paths)], sampling, n, step.pair_flow) for n in range(min(16, steps))])
+    loader = PairLoader(
+        paths, sampling, recipe.per_device_train_batch_size, recipe.dataloader_num_workers, pair_flow=step.pair_flow
+    )
+    batches = iter(loader)
+    for _ in range(4 * max(1, recipe.dataloader_num_workers) + 1):  # what the workers hold ready when the clock starts
+        next(batches)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    alone = time.perf_counter() - began
+    step(next(batches))
+    reset_peak(step.device)
+    began, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        step(batch)
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+    together = time.perf_counter() - began
+    loader.close()
+    pairs = steps * recipe.per_device_train_batch_size
+    return {
+        "pairs_per_second_alone": pairs / alone,
+        "pairs_per_second_with_step": pairs / together,
+        "data_wait": waited / together,
+        "peak_gib": memory_bytes(step.device, peak=True) / 2**30,
+        **{f"{name}_ms_a_pair": value for name, value in parts.items()},
+    }
+
+
+def opening_parts(path: str, sampling: PairSampling, number: int, pair_flow) -> dict[str, float]:
+    """CPU milliseconds a pair of one opening of a video: index, decode, and the flow that a worker makes."""
+    pairs, seconds = ours(path, sampling, number)
+    pictures, _ = decode_cuts(path, index_video(path), [cut for pair in pairs for cut in pair])
+    began = time.process_time()
+    if isinstance(pair_flow, DisFlow):
+        for repeat in range(len(pairs)):
+            pair_flow.estimate(np.stack(pictures[2 * repeat : 2 * repeat + 2]))
+    seconds["flow"] = time.process_time() - began
+    return {name: 1000 * value / len(pairs) for name, value in seconds.items()}
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
+    parser.add_argument("--config", help="a recipe: measure its own loader, alone and with its step")
+    parser.add_argument("--steps", type=int, default=40, help="with --config: steps that count")
     parser.add_argument("--videos", nargs="+", help="files, folders, ...; without it clips are made")
     parser.add_argument(
         "--openings", type=int, default=12, help="openings of a video that count, each row of the table"
@@ -117,7 +176,17 @@ def main() -> None:
     parser.add_argument(
         "--step_pairs_per_second", type=float, help="rate of a training step, to count the cores that feed it"
     )
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
+    if options.config:
+        videos = ["--videos", *options.videos] if options.videos else []
+        recipe = parse_recipe(["--config", options.config, *videos, *flags])
+        result = feed(recipe, options.steps)
+        print(f"recipe {options.config}, flow {recipe.flow}, {recipe.dataloader_num_workers} worker(s)")
+        for name, value in result.items():
+            print(f"  {name:28}{value:10.3f}")
+        return write_json(options.json, result)
+    if flags:
+        parser.error(f"unknown arguments {' '.join(flags)}; flags of a recipe go with --config")
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     rows = []

@@ -18,6 +18,7 @@ from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
 from training.recipe import Recipe
+from training.street_files import write_videos
 from training.video_decoding import index_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -188,6 +189,28 @@ def test_step_beside_the_reference(tmp_path):
     )
     for name in ("ours", "reference"):
         assert figures[name]["peak_gib"] > figures[name]["step_gib"] > 0
+    parts = figures["ours"]["parts_ms"]
+    assert set(parts) == {"flow", "augmentation", "forward", "teacher", "backward", "optimizer", "ema"}
+    assert all(value > 0 for value in parts.values())
+
+
+def test_the_loader_that_feeds_a_step(tmp_path):
+    write_videos(tmp_path / "drives", num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=1)
+    flags = [
+        "--config",
+        "street",
+        "--videos",
+        str(tmp_path / "drives"),
+        "--steps",
+        "4",
+        "--json",
+        str(tmp_path / "f.json"),
+    ]
+    text = run("loader.py", *flags, *SMALL)
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert "data_wait" in text and 0 <= figures["data_wait"] < 1
+    assert figures["pairs_per_second_alone"] > 0 and figures["pairs_per_second_with_step"] > 0
+    assert all(figures[f"{name}_ms_a_pair"] > 0 for name in ("index", "decode", "flow")) and figures["peak_gib"] > 0
 
 
 def test_clips_have_the_groups_of_pictures_that_they_are_named_by(tmp_path):
