@@ -142,12 +142,12 @@ def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:
 class FrameFeatures(NamedTuple):
     """
     Args:
-        unit: (C, h, w) features of unit length.
-        extent: height and width in pixels that the cells cover; beyond the picture where it was padded to whole patches.
+        unit: (C, h, w) features of unit length, whose cells cover the picture.
+        size: height and width of the picture, pixels.
     """
 
     unit: Tensor
-    extent: tuple[int, int]
+    size: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
@@ -156,14 +156,13 @@ class FrameFeatures(NamedTuple):
 
 @torch.inference_mode()
 def frame_features(encoder: Encoder, image: np.ndarray) -> FrameFeatures:
-    extent = tuple(-(-side // encoder.patch) * encoder.patch for side in image.shape[:2])
-    return FrameFeatures(F.normalize(encoder(encoder.normalise(image))[0].float(), dim=0).cpu(), extent)
+    return FrameFeatures(F.normalize(encoder(encoder.normalise(image))[0].float(), dim=0).cpu(), image.shape[:2])
 
 
 def cell_at(features: FrameFeatures, point: tuple[float, float]) -> tuple[int, int]:
     """Row and column of the cell in which a point (x, y), pixels, lies."""
     rows, columns = features.unit.shape[1:]
-    height, width = features.extent
+    height, width = features.size
     return min(int(point[1] * rows / height), rows - 1), min(int(point[0] * columns / width), columns - 1)
 
 
@@ -198,19 +197,18 @@ def principal_basis(features: FrameFeatures) -> Basis:
     return Basis(mean, axes, low, high)
 
 
-def pca_colours(features: FrameFeatures, basis: Basis, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 of `size`; grey along an axis on which the basis' own frame does not vary."""
+def pca_colours(features: FrameFeatures, basis: Basis) -> np.ndarray:
+    """(H, W, 3) uint8 of the picture's size; grey along an axis on which the basis' own frame does not vary."""
     values = (features.unit.flatten(1).t() - basis.mean) @ basis.axes
     spread = basis.high - basis.low
     scaled = torch.where(spread > 1e-6, (values - basis.low) / spread.clamp(min=1e-6), 0.5).clamp(0, 1)
-    colours = _upsample(scaled.t().unflatten(1, features.unit.shape[1:]), features.extent, size)
+    colours = _upsample(scaled.t().unflatten(1, features.unit.shape[1:]), features.size)
     return (255 * colours).round().byte().permute(1, 2, 0).numpy()
 
 
-def _upsample(maps: Tensor, extent: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(K, h, w), which covers `extent`, -> its upper left (K, *size)."""
-    full = F.interpolate(maps[None], size=extent, mode="bilinear", align_corners=False)[0]
-    return full[:, : size[0], : size[1]]
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, h, w) -> (K, *size)."""
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 # --- pictures ---
@@ -221,9 +219,9 @@ def floor_of(cosines: Tensor) -> float:
     return min(float(cosines.min()), 1 - MINIMUM_SPAN)
 
 
-def heat_picture(image: np.ndarray, cosines: Tensor, floor: float, extent: tuple[int, int]) -> np.ndarray:
+def heat_picture(image: np.ndarray, cosines: Tensor, floor: float) -> np.ndarray:
     """The picture in grey under the similarity (h, w) in colours from `floor` (dark) to 1 (bright); (H, W, 3) uint8."""
-    share = ((_upsample(cosines[None], extent, image.shape[:2])[0] - floor) / (1 - floor)).clamp(0, 1)
+    share = ((_upsample(cosines[None], image.shape[:2])[0] - floor) / (1 - floor)).clamp(0, 1)
     colours = cv2.applyColorMap((255 * share).round().byte().numpy(), cv2.COLORMAP_INFERNO)[..., ::-1]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     return (0.3 * grey + 0.7 * colours).astype(np.uint8)
@@ -245,11 +243,11 @@ def marked(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
     return image
 
 
-def best_match(cosines: Tensor, extent: tuple[int, int]) -> tuple[float, tuple[float, float]]:
-    """The largest similarity, and the centre (x, y), pixels, of its cell."""
+def best_match(cosines: Tensor, size: tuple[int, int]) -> tuple[float, tuple[float, float]]:
+    """The largest similarity, and the centre (x, y) of its cell in a picture of `size` (H, W), pixels."""
     rows, columns = cosines.shape
     row, column = divmod(int(cosines.argmax()), columns)
-    return float(cosines[row, column]), ((column + 0.5) * extent[1] / columns, (row + 0.5) * extent[0] / rows)
+    return float(cosines[row, column]), ((column + 0.5) * size[1] / columns, (row + 0.5) * size[0] / rows)
 
 
 def data_uri(image: np.ndarray) -> str:

@@ -125,7 +125,7 @@ class Explorer:
         """A frame's features in colour; they do not depend on the point, so that a click finds them made."""
         return self.kept(
             (name, path, clip.times[0], time, "colours"),
-            lambda: pca_colours(features, basis, clip.frames[0].shape[:2]),
+            lambda: pca_colours(features, basis),
             lambda picture: picture.nbytes,
         )
 
@@ -141,12 +141,12 @@ class Explorer:
         basis = self.kept(
             (name, path, clip.times[0], "basis"), lambda: principal_basis(first), lambda basis: basis.axes.nbytes
         )
-        heat = enlarged(heat_picture(image, cosines[0], floor, first.extent))
+        heat = enlarged(heat_picture(image, cosines[0], floor))
         figures = []
         for time, shown, features, cosine in list(zip(clip.times, clip.frames, found, cosines))[1:]:
-            value, where = best_match(cosine, features.extent)
+            value, where = best_match(cosine, features.size)
             pictures = (
-                marked(heat_picture(shown, cosine, floor, features.extent), where),
+                marked(heat_picture(shown, cosine, floor), where),
                 self.colours(name, path, clip, time, features, basis),
             )
             figures.append(figure(pictures, f"+{time - clip.times[0]:.1f} s", f"best {value:.2f}"))

@@ -126,16 +126,17 @@ def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
 
 
 def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
-    """An image whose left half is dark: the map's step is where the image's is, whatever the patch."""
+    """Readers take the map to cover the image: it is resized to whole patches, not padded."""
     torch.manual_seed(0)
     Dinov2Model(
         Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56)
     ).save_pretrained(tmp_path)
     encoder = build(str(tmp_path), 3)
+    image = torch.rand(1, 3, 60, 100)
     with torch.no_grad():
-        features = encoder(torch.rand(1, 3, 60, 100))
-        resized = encoder(F.interpolate(torch.rand(1, 3, 60, 100), size=(70, 112), mode="bilinear"))
-    assert features.shape == resized.shape == (1, 24, 5, 8)
+        features = encoder(image)
+        resized = encoder(F.interpolate(image, size=(70, 112), mode="bilinear", align_corners=False))
+    assert features.shape == (1, 24, 5, 8) and torch.equal(features, resized)
 
 
 def test_wrong_models_are_named(tmp_path, poodle):

@@ -135,11 +135,11 @@ def test_similarity_is_the_cosine():
             assert found[y, x] == pytest.approx(
                 float(F.cosine_similarity(values[:, y, x], values[:, 1, 5], dim=0)), abs=1e-6
             )
-    assert best_match(found, features.extent) == (pytest.approx(1, abs=1e-6), (44.0, 12.0))
+    assert best_match(found, features.size) == (pytest.approx(1, abs=1e-6), (44.0, 12.0))
 
 
-def test_cells_of_padded_pictures_stay_in_place(tmp_path):
-    """A ViT of patch 16 pads 40x70 pixels to 48x80: 3x5 cells of 16 pixels, not of 70/5."""
+def test_cells_of_pictures_off_the_patch_cover_the_picture(tmp_path):
+    """A ViT of patch 16 reads 40x70 pixels as 48x80: 3x5 cells of 40/3 x 14 pixels of the picture."""
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=80, patch_size=16
@@ -148,10 +148,11 @@ def test_cells_of_padded_pictures_stay_in_place(tmp_path):
     features = frame_features(
         build(str(tmp_path), 1), np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)
     )
-    assert features.extent == (48, 80) and features.unit.shape == (16, 3, 5)
+    assert features.size == (40, 70) and features.unit.shape == (16, 3, 5)
     torch.testing.assert_close(features.unit.norm(dim=0), torch.ones(3, 5))
-    assert cell_at(features, (63.9, 39.9)) == (2, 3)  # 63.9 * 5 / 70 would be cell 4
-    heat = heat_picture(grey(0, (40, 70)), torch.eye(5)[:3], 0.0, features.extent)
+    assert cell_at(features, (55.9, 26.6)) == (1, 3) and cell_at(features, (56.1, 26.7)) == (2, 4)
+    assert best_match(torch.eye(5)[:3], features.size)[1] == (7.0, pytest.approx(20 / 3))
+    heat = heat_picture(grey(0, (40, 70)), torch.eye(5)[:3], 0.0)
     assert heat.shape == (40, 70, 3) and heat[8, 8].sum() > heat[8, 40].sum()
 
 
@@ -182,19 +183,19 @@ def test_colours_of_two_halves_and_of_nothing():
     values[0, :, :4], values[1, :, 4:] = 1, 1
     features = features_of(values)
     basis = principal_basis(features)
-    shown = pca_colours(features, basis, (32, 64))
+    shown = pca_colours(features, basis)
     left, right = shown[:, :24], shown[:, 40:]
     assert set(np.unique(left[..., 0])) | set(np.unique(right[..., 0])) == {0, 255} and left[0, 0, 0] != right[0, 0, 0]
     assert (shown[..., 1:] == 128).all()  # nothing varies along the other axes
     # The other frame is seen through this one's basis: where it is like the left half, it has the left half's colour.
     other = features_of(values[:, :, :4].repeat(1, 1, 2))
-    assert (pca_colours(other, basis, (32, 64)) == left[0, 0]).all()
+    assert (pca_colours(other, basis) == left[0, 0]).all()
 
 
 def test_heat_is_dark_at_the_floor_and_bright_at_one():
     cosines = torch.tensor([[0.2, 0.2, 1.0, 1.0]]).repeat(4, 1)
     assert floor_of(cosines) == pytest.approx(0.2) and floor_of(torch.full((2, 2), 0.999)) == pytest.approx(0.9)
-    heat = heat_picture(grey(100, (32, 32)), cosines, 0.2, (32, 32)).astype(int)
+    heat = heat_picture(grey(100, (32, 32)), cosines, 0.2).astype(int)
     dark, bright = heat[16, 2], heat[16, 30]
     assert dark.tolist() == [30, 30, 32] and (bright - dark > 100).all()  # 0.3 of the grey, and inferno's first colour
 

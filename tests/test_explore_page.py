@@ -86,7 +86,7 @@ def test_panels_are_those_of_the_features(models, media, readout):
     assert "stage2, 16 channels, 20x12 cells" in panel.title
     # The square is found again in the last frame, 75 pixels to the right.
     last = explorer.features(models[0], path, clip.times[-1], clip.frames[-1])
-    value, (x, y) = best_match(similarity(last, own.unit[:, row, column]), last.extent)
+    value, (x, y) = best_match(similarity(last, own.unit[:, row, column]), last.size)
     assert 83 <= x <= 115 and 32 <= y <= 64 and f"+2.5 s <b>best {value:.2f}</b>" in panel.strip
     assert explorer.panel(models[0], path, clip, (0.15, 0.5), 1).strip.endswith("computing their features …</p>")
     still = explorer.clip(explorer.media[1][1], 0.0, 0.5)

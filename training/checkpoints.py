@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import SegformerImageProcessor
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
+from modeling_poodle.recipe_files import usable_cores
 from training.cards import Facts, run_card
 from training.recipe import FREE_ON_RESUME, Recipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
@@ -231,7 +232,7 @@ def hardware(num_processes: int) -> str:
     """What a run computes on, in words."""
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
-    return f"CPU, {os.cpu_count()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
+    return f"CPU, {usable_cores()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
 
 
 def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], str]) -> None:
