@@ -148,9 +148,36 @@ def see_through(images: Tensor, view: Tensor) -> Tensor:
     return sample(images, F.affine_grid(view.to(images.dtype), list(images.shape), align_corners=False))
 
 
+def resize_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
+    """
+    Weights with which `size` cells of the interval low..high read a row of `length` pixels: bilinear, and widened where it shrinks.
+
+    For whole pixels these are the weights of `F.interpolate(..., mode="bilinear", antialias=True)` on the cut.
+
+    Args:
+        low, high: (...) edges, pixels.
+
+    Returns:
+        (..., size, length), each row of which sums to 1.
+    """
+    steps = torch.arange(size, device=low.device, dtype=low.dtype) + 0.5
+    pixels = torch.arange(length, device=low.device, dtype=low.dtype) + 0.5
+    scale = ((high - low) / size)[..., None]
+    centres = low[..., None] + scale * steps
+    weights = (1 - (pixels - centres[..., None]).abs() / scale.clamp(min=1)[..., None]).clamp(min=0)
+    # Only pixels that the interval touches: nothing bleeds in from beside the box.
+    touched = (pixels > low[..., None] - 0.5) & (pixels < high[..., None] + 0.5)
+    weights = weights * touched[..., None, :]
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
 def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:
     """
-    Cut boxes out of frame pairs and resize them to squares, in one bilinear sampling for the whole batch.
+    Cut boxes out of frame pairs and resize them to squares, antialiased, in two products for the whole batch.
+
+    A subcrop is up to 2.4 times as wide as its square (area 0.3, aspect 4/3, 512x1024 to 192); four neighbouring pixels alone, as
+    `grid_sample` reads them, would leave out most of what is small. One core takes 3.4 ms a pair of
+    128x256 frames with 4 boxes each, a bilinear sampling 0.3 ms; a step takes 100 ms.
 
     Args:
         frames: (B, 2, C, H, W).
@@ -163,15 +190,12 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     """
     b, _, c, height, width = frames.shape
     m = boxes.shape[1]
-    # The two frames lie one below the other in one image, so that one call reads both without a copy a box.
-    stacked = frames.transpose(1, 2).reshape(b, c, 2 * height, width)
-    steps = (torch.arange(size, device=boxes.device, dtype=torch.float32) + 0.5) / size
-    x0, y0, x1, y1 = boxes.float().unbind(-1)  # each (B, M)
-    x = x0[..., None] + (x1 - x0)[..., None] * steps  # (B, M, size)
-    y = y0[..., None] + (y1 - y0)[..., None] * steps
-    # Reads stay between the outermost pixel centres: border padding, and nothing bleeds in from the other frame.
-    x = x.clamp(0.5, width - 0.5) * (2 / width) - 1
-    y = (y.clamp(0.5, height - 0.5) + frame_index[..., None] * height) / height - 1
-    grid = torch.stack([x[:, :, None, :].expand(b, m, size, size), y[:, :, :, None].expand(b, m, size, size)], dim=-1)
-    crops = sample(stacked, grid.reshape(b, m * size, size, 2))
-    return crops.view(b, c, m, size, size).transpose(1, 2)
+    x0, y0, x1, y1 = boxes.to(frames.dtype).unbind(-1)  # each (B, M)
+    rows = resize_weights(y0, y1, height, size)  # (B, M, size, H)
+    # The two frames lie one below the other, so that one product reads both without a copy a box.
+    own = F.one_hot(frame_index.long(), 2).to(rows.dtype)[:, :, None, :, None]  # (B, M, 1, 2, 1)
+    rows = (own * rows[:, :, :, None]).view(b, m * size, 2 * height)
+    stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, 2 * height, c * width)
+    strips = (rows @ stacked).view(b, m, size, c, width).transpose(2, 3)  # (B, M, C, size, W)
+    columns = resize_weights(x0, x1, width, size)[:, :, None]  # (B, M, 1, size, W)
+    return strips @ columns.transpose(-1, -2)

@@ -118,20 +118,29 @@ def test_occlusion_equals_a_loop():
     assert not flow_valid_mask(torch.full((1, 2, 4, 4), math.nan), torch.zeros(1, 2, 4, 4)).any()
 
 
-def test_crops_equal_a_loop_and_do_not_bleed_between_frames():
+def test_crops_of_whole_pixels_equal_the_antialiased_resize_of_the_cut():
     torch.manual_seed(0)
     frames = torch.rand(2, 2, 3, 20, 33)
-    boxes = torch.tensor([[0.0, 0, 33, 20], [3.5, 2.25, 17, 11], [20, 0, 33, 6], [0, 14, 9, 20]]).expand(2, 4, 4)
+    boxes = torch.tensor([[0, 0, 33, 20], [3, 2, 17, 11], [20, 0, 33, 6], [0, 14, 9, 20]]).expand(2, 4, 4)
     index = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])
-    crops = crop_boxes(frames, boxes, index, 6)
+    crops = crop_boxes(frames, boxes.float(), index, 7)
     for b in range(2):
         for m in range(4):
             x0, y0, x1, y1 = boxes[b, m].tolist()
-            for row in range(6):
-                for column in range(6):
-                    x, y = x0 + (column + 0.5) / 6 * (x1 - x0), y0 + (row + 0.5) / 6 * (y1 - y0)
-                    expected = bilinear(frames[b, index[b, m]], x, y)
-                    torch.testing.assert_close(crops[b, m, :, row, column], expected, atol=1e-4, rtol=0)
+            cut = frames[b, index[b, m], :, y0:y1, x0:x1]
+            expected = F.interpolate(cut[None], size=(7, 7), mode="bilinear", antialias=True)[0]
+            torch.testing.assert_close(crops[b, m], expected, atol=1e-5, rtol=0)
+
+
+def test_crops_between_pixels_read_where_they_lie():
+    """On a ramp every antialiased read gives the value at its own centre, away from the box's edges."""
+    y, x = torch.meshgrid(torch.arange(40.0) + 0.5, torch.arange(60.0) + 0.5, indexing="ij")
+    frames = torch.stack([x, y]).expand(1, 2, 2, 40, 60)
+    box = torch.tensor([[[7.3, 5.6, 47.3, 29.6]]])
+    crop = crop_boxes(frames, box, torch.tensor([[1]]), 8)[0, 0]
+    centres = torch.arange(1, 7) + 0.5
+    torch.testing.assert_close(crop[0, 1:-1, 1:-1], (7.3 + 5 * centres).expand(6, 6), atol=0.06, rtol=0)
+    torch.testing.assert_close(crop[1, 1:-1, 1:-1], (5.6 + 3 * centres)[:, None].expand(6, 6), atol=0.06, rtol=0)
 
 
 def test_full_frame_box_of_its_own_size_is_the_frame():
