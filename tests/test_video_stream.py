@@ -135,6 +135,19 @@ def test_no_pair_is_seen_by_two_ranks_and_every_epoch_is_whole(videos):
         assert {s for s in seen if s[1] == epoch} == {(v, epoch, r) for v in videos for r in range(2)}
 
 
+def test_the_pairs_of_a_batch_come_from_different_videos(videos):
+    stream = iter(PairLoader(videos, SAMPLING, 4, 0))
+    openings = []
+    for _ in range(10):
+        batch = next(stream)
+        opened = list(zip(batch["video"], batch["epoch"].tolist()))
+        assert len(set(opened)) == 4
+        openings += opened
+    assert openings[:4] == openings[4:8] and not set(openings[:8]) & set(
+        openings[8:]
+    )  # both pairs of an opening, then the next
+
+
 def test_another_stream_is_not_resumed(videos):
     state = PairLoader(videos, SAMPLING, 4, 2).state_dict()
     with pytest.raises(ValueError, match="dataloader_num_workers was 2, now 1"):

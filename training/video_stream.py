@@ -1,15 +1,17 @@
 """
 Videos -> batches of frame pairs, streamed, sharded over ranks and workers, and resumable to the bit.
 
-A shard is one opening of one video in one epoch. Several epochs' shuffled shards lie one behind the other in a span (so that
-workers are rarely restarted, and so that more ranks or workers than videos all have work); each shard belongs to one worker of one
-rank, so no two processes ever see the same (video, epoch, repeat).
+An opening is one video in one epoch; it gives `pairs_per_video` pairs. A shard is a group of openings whose pairs take turns, so
+that the pairs of a batch come from different videos: BatchNorm and the pooled objective would see one scene otherwise. Several
+epochs' shuffled openings lie one behind the other in a span (so that workers are rarely restarted, and so that more ranks or workers
+than videos all have work); each shard belongs to one worker of one rank, so no two processes ever see the same (video, epoch, repeat).
 """
 
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import datasets
 import numpy as np
@@ -20,7 +22,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
 
 logger = logging.getLogger("poodle")
-SHARDS_PER_SPAN = 2048
+OPENINGS_PER_SPAN = 2048
+PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
 
 
 @dataclass(frozen=True)
@@ -158,23 +161,33 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
         }
 
 
-def generate_pairs(paths: list[tuple[int, str]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
-    """The generator behind the stream. `paths` are the shards, (epoch, path); a bad file is skipped, logged and counted."""
-    for epoch, path in paths:
-        try:
-            for sample in video_pairs(path, sampling, epoch):
+def generate_pairs(
+    groups: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None
+) -> Iterator[dict]:
+    """The generator behind the stream. `groups` are the shards, each of (epoch, path); the pairs of a group's videos take turns."""
+    for group in groups:
+        for samples in zip_longest(*(readable_pairs(path, sampling, epoch) for epoch, path in group)):
+            for sample in samples:
+                if sample is None:  # of a video that was skipped, or broke off
+                    continue
                 if pair_flow is not None:
                     pair_flow(sample)
                 # `datasets` calls this anew for every shard: what was skipped waits in the process for the next sample.
                 sample["skipped"] = _PENDING[:]
                 _PENDING.clear()
                 yield sample
-        except UnreadableVideo as error:
-            entry = f"{path}: {error}"
-            if entry not in _REPORTED:
-                _REPORTED.add(entry)
-                logger.warning("skipped %s", entry)
-            _PENDING.append(entry)
+
+
+def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
+    """The pairs of one opening; a bad file ends it, is logged and counted."""
+    try:
+        yield from video_pairs(path, sampling, epoch)
+    except UnreadableVideo as error:
+        entry = f"{path}: {error}"
+        if entry not in _REPORTED:
+            _REPORTED.add(entry)
+            logger.warning("skipped %s", entry)
+        _PENDING.append(entry)
 
 
 _PENDING: list[str] = []
@@ -223,29 +236,36 @@ class PairLoader:
         self.paths, self.sampling, self.pair_flow = list(paths), sampling, pair_flow
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
-        lanes = world_size * max(num_workers, 1)
+        lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
+        # So many videos take turns that a batch has no two pairs of one opening, as far as memory goes.
+        self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
         # A multiple of the lanes, or `datasets` would let every rank read everything; enough pairs for a batch in each lane.
-        wanted = max(SHARDS_PER_SPAN, lanes * -(-2 * batch_size // sampling.pairs_per_video), len(self.paths))
-        self._shards_per_span = -(-wanted // lanes) * lanes
+        wanted = max(OPENINGS_PER_SPAN, lanes * -(-2 * batch_size // pairs), len(self.paths))
+        self._openings_per_span = -(-wanted // (lanes * self._group)) * lanes * self._group
 
     @property
     def pairs_per_epoch(self) -> int:
         return len(self.paths) * self.sampling.pairs_per_video
 
-    def shards(self, span: int) -> list[tuple[int, str]]:
+    def openings(self, span: int) -> list[tuple[int, str]]:
         """(epoch, path) of a span, all ranks. Epoch after epoch, each shuffled by its own seed."""
-        begin, end, n = span * self._shards_per_span, (span + 1) * self._shards_per_span, len(self.paths)
-        shards = []
+        begin, end, n = span * self._openings_per_span, (span + 1) * self._openings_per_span, len(self.paths)
+        openings = []
         for epoch in range(begin // n, -(-end // n)):
             order = np.random.default_rng([self.sampling.seed, epoch]).permutation(n)
-            shards += [(epoch, self.paths[i]) for i in order]
+            openings += [(epoch, self.paths[i]) for i in order]
         offset = begin - begin // n * n
-        return shards[offset : offset + self._shards_per_span]
+        return openings[offset : offset + self._openings_per_span]
+
+    def shards(self, span: int) -> list[tuple[tuple[int, str], ...]]:
+        """The openings of a span in groups whose pairs take turns."""
+        openings = self.openings(span)
+        return [tuple(openings[i : i + self._group]) for i in range(0, len(openings), self._group)]
 
     def _make_loader(self) -> StatefulDataLoader:
         stream = datasets.IterableDataset.from_generator(
             generate_pairs,
-            gen_kwargs={"paths": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
+            gen_kwargs={"groups": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
         )
         return StatefulDataLoader(
             split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size),
