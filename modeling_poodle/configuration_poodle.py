@@ -40,6 +40,10 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
             The decoder's bottleneck is `channels // decoder_reduction` wide.
         decoder_laterals (`bool`, defaults to `True`):
             Add the encoder's stage of equal resolution to each block's output through a 1x1 convolution.
+        decoder_lateral_depth (`int`, defaults to 1):
+            1x1 convolutions in a lateral, with normalisation and ReLU between them.
+        decoder_top_down (`bool`, defaults to `True`):
+            The blocks' bottlenecks. `False` leaves the upsampling and the laterals (a row of the paper's ablation).
         projection_hidden_size, projection_size (`int`, default to 4096 and 256):
             Widths of the projectors and predictors.
         dense_weight, pooled_weight (`float`, default to 0.5):
@@ -65,6 +69,8 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
     num_decoder_blocks: int = 2
     decoder_reduction: int = 8
     decoder_laterals: bool = True
+    decoder_lateral_depth: int = 1
+    decoder_top_down: bool = True
     projection_hidden_size: int = 4096
     projection_size: int = 256
     dense_weight: float = 0.5
@@ -106,8 +112,11 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, low in (("num_decoder_blocks", 0), *((n, 1) for n in _POSITIVE)):
             if not is_int(getattr(self, name)) or getattr(self, name) < low:
                 refuse(name, f"an integer of at least {low}")
-        if not isinstance(self.decoder_laterals, bool):
-            refuse("decoder_laterals", "true or false")
+        for name in ("decoder_laterals", "decoder_top_down"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "true or false")
+        if self.num_decoder_blocks and not (self.decoder_laterals or self.decoder_top_down):
+            refuse("decoder_top_down", "true where decoder_laterals is false: nothing would be learned")
         for name in ("dense_weight", "pooled_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
@@ -162,7 +171,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
 
 # Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
 PLAIN_VITS = ("vit", "deit")
-_POSITIVE = ("decoder_reduction", "projection_hidden_size", "projection_size")
+_POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
 
 
 def _as_backbone_config(value) -> PreTrainedConfig:

@@ -17,24 +17,50 @@ from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
 
 class PoodleDecoderBlock(nn.Module):
-    """Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3)."""
+    """
+    Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3).
 
-    def __init__(self, channels: int, reduction: int, lateral_channels: int | None):
+    Args:
+        channels: of the incoming map, kept. reduction: the bottleneck is `channels // reduction` wide.
+        lateral_channels: of the encoder's stage; `None`: no lateral.
+        lateral_depth: 1x1 convolutions in the lateral. top_down: False leaves the bottleneck out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int,
+        lateral_channels: int | None,
+        lateral_depth: int = 1,
+        top_down: bool = True,
+    ):
         super().__init__()
-        reduced = max(channels // reduction, 1)
-        self.conv1 = nn.Conv2d(channels, reduced, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(reduced)
-        self.conv2 = nn.Conv2d(reduced, reduced, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(reduced)
-        self.conv3 = nn.Conv2d(reduced, channels, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.lateral = None if lateral_channels is None else nn.Conv2d(lateral_channels, channels, kernel_size=1)
+        self.top_down = top_down
+        if top_down:
+            reduced = max(channels // reduction, 1)
+            self.conv1 = nn.Conv2d(channels, reduced, kernel_size=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(reduced)
+            self.conv2 = nn.Conv2d(reduced, reduced, kernel_size=3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(reduced)
+            self.conv3 = nn.Conv2d(reduced, channels, kernel_size=1, bias=False)
+            self.bn3 = nn.BatchNorm2d(channels)
+        self.lateral = None
+        if lateral_channels is not None:
+            self.lateral = nn.Conv2d(lateral_channels, channels, kernel_size=1)
+            deeper = [
+                layer
+                for _ in range(lateral_depth - 1)
+                for layer in (nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
+            ]
+            if deeper:
+                self.lateral = nn.Sequential(self.lateral, *deeper)
 
     def forward(self, hidden_state: Tensor, lateral: Tensor | None = None) -> Tensor:
-        residual = hidden_state
-        hidden_state = F.relu(self.bn1(self.conv1(hidden_state)))
-        hidden_state = F.relu(self.bn2(self.conv2(hidden_state)))
-        hidden_state = F.relu(self.bn3(self.conv3(hidden_state)) + residual)
+        if self.top_down:
+            residual = hidden_state
+            hidden_state = F.relu(self.bn1(self.conv1(hidden_state)))
+            hidden_state = F.relu(self.bn2(self.conv2(hidden_state)))
+            hidden_state = F.relu(self.bn3(self.conv3(hidden_state)) + residual)
         if self.lateral is None:
             return F.interpolate(hidden_state, scale_factor=2, mode="bilinear", align_corners=False)
         lateral = self.lateral(lateral)
@@ -147,6 +173,8 @@ class PoodleModel(PoodlePreTrainedModel):
                 channels[last],
                 config.decoder_reduction,
                 channels[laterals[-1 - index]] if config.decoder_laterals else None,
+                config.decoder_lateral_depth,
+                config.decoder_top_down,
             )
             for index in range(config.num_decoder_blocks)
         )

@@ -125,6 +125,8 @@ def test_forward_equals_its_parts_one_pair_at_a_time():
     [
         {},
         {"decoder_laterals": False},
+        {"decoder_lateral_depth": 2},
+        {"decoder_top_down": False},
         {"num_decoder_blocks": 0},
         {"num_decoder_blocks": 0, "output_stride": 8, "pooled_weight": 0, "dense_weight": 1},
         {"num_decoder_blocks": 0, "dense_weight": 0},
@@ -269,6 +271,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ({"num_decoder_blocks": -1}, "num_decoder_blocks must be an integer of at least 0"),
         ({"num_decoder_blocks": 4}, "num_decoder_blocks must be at most 3"),
         ({"decoder_laterals": 1}, "decoder_laterals must be true or false"),
+        ({"decoder_laterals": False, "decoder_top_down": False}, "decoder_top_down must be true where"),
+        ({"decoder_lateral_depth": 0}, "decoder_lateral_depth must be an integer of at least 1"),
         ({"projection_size": 0}, "projection_size must be an integer of at least 1"),
         ({"pooled_weight": -0.1}, "pooled_weight must be a finite number"),
         ({"dense_weight": 0, "pooled_weight": 0}, "one objective must be left"),

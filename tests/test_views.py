@@ -160,6 +160,16 @@ def test_pairs_whose_flow_leaves_the_frame_come_from_the_same_frame():
     assert torch.equal(out["teacher_box_frames"], torch.where(out["matched"], 1 - frames, frames))
 
 
+def test_subcrops_that_do_not_follow_the_flow_lie_anywhere_in_the_other_frame():
+    flow = torch.full((400, 2, 2, 64, 128), 1000.0)
+    out = views.draw_subcrops(flow, 4, generator(), area=(0.01, 0.012), follow_flow=False)
+    assert out["matched"].all()
+    assert torch.equal(out["teacher_box_frames"], 1 - torch.arange(2)[None, :, None].expand(400, 2, 4))
+    x = {who: (out[f"{who}_boxes"][..., 0] + out[f"{who}_boxes"][..., 2]) / 2 for who in ("student", "teacher")}
+    assert x["teacher"].mean().item() == pytest.approx(64, abs=2)
+    assert torch.corrcoef(torch.stack([x["student"].flatten(), x["teacher"].flatten()]))[0, 1].abs() < 0.06
+
+
 def test_the_number_of_tries_gives_the_expected_matched_fraction():
     # The point is moved exactly onto the right edge: each try lands inside with probability 1/2.
     height, width = 40, 80

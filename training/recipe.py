@@ -70,6 +70,9 @@ class Recipe(CheckedRecipe):
     num_subcrops: int = described(6, "Subcrop pairs a frame (K).")
     subcrop_area: list[float] = described([0.05, 0.3], "Range of a subcrop's share of the frame.")
     subcrop_size: int = described(64, "Side to which subcrops are resized, pixels.")
+    subcrops_follow_flow: bool = described(
+        True, "The teacher's subcrop follows the flow; false: it lies anywhere in the other frame (for comparison)."
+    )
     subcrop_jitter: float = described(0.1, "Jitter of the teacher's subcrop, share of the frame, both ways.")
 
     # Model

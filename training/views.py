@@ -202,6 +202,7 @@ def draw_subcrops(
     area: tuple[float, float] = (0.05, 0.3),
     jitter: float = 0.1,
     tries: int = 5,
+    follow_flow: bool = True,
 ) -> dict[str, Tensor]:
     """
     Subcrop pairs that follow the flow.
@@ -212,6 +213,7 @@ def draw_subcrops(
         area: range of a subcrop's share of the frame.
         jitter: of the teacher's centre, share of the frame's width and height, both ways.
         tries: jitters that are tried until the teacher's centre lands inside the frame.
+        follow_flow: False draws the teacher's centre anywhere in the other frame (for comparison).
 
     Returns:
         student_boxes, teacher_boxes (B, 2, K, 4) xyxy pixels; teacher_box_frames (B, 2, K) long; matched (B, 2, K) bool, False
@@ -235,6 +237,8 @@ def draw_subcrops(
     chosen = candidates.gather(0, first[None, :, :, None].expand(1, n, k, 2))[0]
     # Not matched: the same frame, the same point, jittered alike.
     teacher_centres = torch.where(matched[..., None], chosen, centres + shifts[0])
+    if not follow_flow:
+        teacher_centres, matched = grid_centres(n, k, height, width, cell, generator), torch.ones_like(matched)
 
     student_area = uniform((n, k), low, high, generator)
     teacher_area = student_area + (high - student_area) * uniform((n, k), 0, 1, generator)
@@ -276,4 +280,7 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     for who in ("student", "teacher"):
         inputs[f"{who}_views"] = draw_views((b, 2), height, width, generator, recipe.affine_views)
     area = tuple(recipe.subcrop_area)
-    return {**inputs, **draw_subcrops(flow, recipe.num_subcrops, generator, area, recipe.subcrop_jitter)}
+    subcrops = draw_subcrops(
+        flow, recipe.num_subcrops, generator, area, recipe.subcrop_jitter, follow_flow=recipe.subcrops_follow_flow
+    )
+    return {**inputs, **subcrops}
