@@ -49,18 +49,18 @@ def rows(results: list[dict]) -> list[list[str]]:
     return [head, *body]
 
 
-def aligned(table: list[list[str]], markdown: bool = False) -> str:
-    """Columns of equal width, the figures to the right; with `markdown` a table of it."""
+def aligned(table: list[list[str]], markdown: bool = False, words: int = 4) -> str:
+    """Columns of equal width, those after the first `words` to the right, as figures are; with `markdown` a table of it."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:
         cells = [
-            cell.ljust(width) if column < 4 else cell.rjust(width)
+            cell.ljust(width) if column < words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
     if markdown:
-        rule = [("-" * width if column < 4 else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
+        rule = [("-" * width if column < words else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
         lines.insert(1, f"| {' | '.join(rule)} |")
     return "\n".join(lines)
 

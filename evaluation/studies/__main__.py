@@ -1,0 +1,180 @@
+"""
+Run a study, or write what all studies found.
+
+    python -m evaluation.studies main [--budget cpu] [--seeds 0 1] [--variants NAME ...] [--runs runs/studies]
+    python -m evaluation.studies --report
+
+A study pretrains what its recipe lists, measures it, and writes results/NAME.json. What has been measured is not measured again,
+whichever study asked for it; an interrupted run goes on. Two processes may share a study by its seeds. `--report` makes docs/results.md of all of them.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from evaluation.studies.report import write_page
+from evaluation.studies.study import RESULTS, Run, Study, expanded, measured_key, names, read_results, results_of
+from modeling_poodle.recipe_files import nearest, run_script, usable_cores
+
+logger = logging.getLogger("poodle")
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEPT = ("miou", "accuracy", "mean_accuracy")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m evaluation.studies", description=__doc__.strip().split("\n")[0])
+    parser.add_argument("study", nargs="?", help=f"one of {', '.join(names())}")
+    parser.add_argument("--report", action="store_true", help="write docs/results.md and its plots")
+    parser.add_argument("--budget", default="cpu", help="one of the recipe's budgets (cpu, gpu)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--runs", default="runs/studies", help="folder of the pretrained encoders")
+    parser.add_argument("--results", default=str(RESULTS), help="folder of the JSON files")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if not options.report and options.study is None:
+        raise ValueError(f"give a study, one of {', '.join(names())}, or --report")
+    results = Path(options.results)
+    if options.study is not None:
+        study = Study.read(options.study)
+        for name in options.variants or ():
+            if name not in study.variants:
+                raise ValueError(
+                    f"variants must be of {', '.join(study.variants)}, got {name!r}{nearest(name, study.variants)}"
+                )
+        run_study(
+            study,
+            options.budget,
+            options.seeds or study.seeds,
+            options.variants,
+            Path(options.runs).resolve(),
+            results,
+        )
+    if options.report:
+        write_page(ROOT / "docs", read_results(results))
+
+
+def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path) -> None:
+    for name, words in study.commands.items():
+        key = f"{study.name}/{name}"
+        if key not in read_results(results):
+            record(study, results, key, run_command(expanded(words)))
+    if not study.variants:
+        return
+    for run in study.runs(budget, seeds):
+        if variants and run.variant not in variants:
+            continue
+        for measure in study.measures.values():
+            measure = {**measure, **run.measure}
+            key = measured_key(run, measure)
+            if key not in read_results(results):
+                model = pretrained(run, folder)
+                record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
+
+
+def record(study: Study, results: Path, key: str, entry: dict) -> None:
+    with results_of(study.name, results) as entries:
+        entries[key] = entry
+
+
+def pretrained(run: Run, folder: Path) -> Path:
+    """The folder of the run, pretrained to its end; what is there already is not done again."""
+    recipe, output_dir = expanded(run.recipe), folder / run.key
+    if run.untrained:  # one step, for the model's config: `random:` draws its weights anew
+        recipe, output_dir = {**recipe, "max_steps": 1, "warmup_steps": 0}, folder / f"{run.key}-untrained"
+    finished = output_dir / "finished.json"
+    if finished.exists():
+        return output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "study.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    words = ["training/pretrain.py", "--config", str(path), "--seed", str(run.seed), "--output_dir", str(output_dir)]
+    if (output_dir / "config.yaml").exists():
+        words += ["--resume_from_checkpoint", "latest"]
+    logger.info("pretraining %s, seed %d, in %s", run.variant, run.seed, output_dir)
+    began = time.perf_counter()
+    launch(words, output_dir / "log.txt")
+    minutes = round((time.perf_counter() - began) / 60, 1)
+    last = json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    finished.write_text(json.dumps({"minutes": minutes, **last}))
+    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)  # gigabytes over all runs; encoder/ and model/ stay
+    return output_dir
+
+
+def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path) -> dict:
+    """One readout of a run, as an entry of the results."""
+    fields = {**expanded(measure), "model": f"random:{model}" if run.untrained else str(model), "seed": run.seed}
+    shutil.rmtree(output_dir, ignore_errors=True)
+    logger.info("measuring %s, seed %d: %s", run.variant, run.seed, ", ".join(f"{k} {v}" for k, v in measure.items()))
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    began = time.perf_counter()
+    output_dir.mkdir(parents=True)
+    launch(["evaluation/segment.py", *words, "--output_dir", str(output_dir / "evaluation")], output_dir / "log.txt")
+    result = json.loads((output_dir / "evaluation" / "evaluation.json").read_text())
+    entry = {"variant": run.variant, "seed": run.seed, "budget": budget, "measure": measure, "key": run.key}
+    entry |= {name: _rounded(result[name]) for name in KEPT}
+    for name in ("groups", "per_class"):
+        entry[name] = {key: _rounded(value) for key, value in result[name].items()}
+    if not run.untrained:
+        finished = json.loads((model / "finished.json").read_text())
+        names = (
+            "step",
+            "loss",
+            "dense_loss",
+            "pooled_loss",
+            "valid_fraction",
+            "feature_std",
+            "pairs_per_second",
+            "minutes",
+        )
+        entry["pretraining"] = {name: _rounded(finished[name]) for name in names}
+    entry |= {"readout_minutes": round((time.perf_counter() - began) / 60, 1), **where()}
+    return entry
+
+
+def run_command(words: list[str]) -> dict:
+    """What a command of the project wrote into the JSON file that stands for {json} in its words."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "result.json")
+        words = [word.replace("{json}", str(path)) for word in words]
+        logger.info("%s", " ".join(words))
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+        return {"command": words[:-1], "result": json.loads(path.read_text()), **where()}
+
+
+def where() -> dict:
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{usable_cores()} CPU core(s), {platform.machine()}"
+    )
+    return {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def launch(words: list[str], log: Path) -> None:
+    """A script of the project by `accelerate launch`; its output goes to a file, whose end is shown where it fails."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    with open(log, "a") as file:
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ValueError(f"{' '.join(words)} ended with code {done.returncode}; the end of {log}:\n{end}")
+
+
+def _rounded(value):
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    run_script(main)

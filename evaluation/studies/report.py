@@ -1,0 +1,173 @@
+"""The page of all studies: tables and plots made of the results alone, the words of the recipes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+
+from evaluation.compare import aligned
+from evaluation.metrics import GROUPS
+from evaluation.report import percent
+from evaluation.studies.study import Study, measured_key, names
+
+HEAD = """# Results
+
+Made by `python -m evaluation.studies --report` from the JSON files in `evaluation/studies/results/`; nothing here is typed. Each study is repeated by
+`python -m evaluation.studies NAME` (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures in per cent; with several
+seeds mean ± standard deviation. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
+"""
+
+
+def page(results: Mapping[str, dict]) -> str:
+    """docs/results.md. Args: results: entries by key (see [`~evaluation.studies.study.read_results`])."""
+    parts = [HEAD]
+    for number, name in enumerate(ordered(), start=1):
+        study = Study.read(name)
+        parts.append(
+            f"## {number}. {study.title}\n\n`python -m evaluation.studies {name}`. {study.question.strip()}\n"
+        )
+        for budget in study.budgets:
+            parts += budget_section(study, budget, results)
+        for command in study.commands:
+            parts.append(command_section(study, command, results.get(f"{name}/{command}")))
+        if study.finding:
+            parts.append(study.finding.strip() + "\n")
+    return "\n".join(parts)
+
+
+def ordered() -> list[str]:
+    """The studies in the order that their recipes' first lines number them by."""
+    return sorted(names(), key=lambda name: Study.read(name).order)
+
+
+def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> list[str]:
+    tables = {measure: collected(study, budget, measure, results) for measure in study.measures}
+    entries = [entry for table in tables.values() for found in table.values() for entry in found]
+    if not entries:
+        return [f"Budget `{budget}`: {study.budgets[budget]['about']}. *Not measured yet.*\n"]
+    dates = sorted({entry["date"] for entry in entries})
+    devices = ", ".join(sorted({entry["device"] for entry in entries}))
+    parts = [
+        f"Budget `{budget}`: {study.budgets[budget]['about']}. {devices}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n"
+    ]
+    for measure, table in tables.items():
+        if any(table.values()):
+            parts.append(f"{measure}:\n\n{markdown(table, cost=study.cost)}\n")
+            if study.per_class:
+                parts.append(f"{measure}, IoU by class:\n\n{markdown(table, 'per_class')}\n")
+    if study.plot is not None:
+        parts.append(f"![{study.title}](studies/{study.name}-{budget}.png)\n")
+    return parts
+
+
+def collected(study: Study, budget: str, measure: str, results: Mapping[str, dict]) -> dict[str, list[dict]]:
+    """The entries of a measure by variant, one a seed, in the recipe's order."""
+    table: dict[str, list[dict]] = {name: [] for name in study.variants}
+    for run in study.runs(budget, study.seeds):
+        entry = results.get(measured_key(run, {**study.measures[measure], **run.measure}))
+        if entry is not None:
+            table[run.variant].append(entry)
+    return table
+
+
+def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool = False) -> str:
+    """A line a variant: mIoU, accuracy and the groups' means (with `cost` the pretraining's speed), or IoU by class."""
+    found = [entry for entries in table.values() for entry in entries]
+    names = GROUPS if part == "groups" else found[0][part]
+    columns = [name for name in names if any(entry[part].get(name) is not None for entry in found)]
+    head = ["", "seeds", *(["mIoU", "accuracy"] if part == "groups" else []), *columns]
+    head += ["pairs/s", "minutes"] if cost else []
+    body = []
+    for variant, entries in table.items():
+        if not entries:
+            continue
+        figures = [[e[key] for e in entries] for key in ("miou", "accuracy")] if part == "groups" else []
+        figures += [[e[part].get(column) for e in entries] for column in columns]
+        row = [variant, str(len(entries)), *(spread(values) for values in figures)]
+        if cost:
+            trained = [e["pretraining"] for e in entries if "pretraining" in e]
+            row += [f"{mean(t[k] for t in trained):.1f}" if trained else "" for k in ("pairs_per_second", "minutes")]
+        body.append(row)
+    return aligned([head, *body], markdown=True, words=1)
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean ± standard deviation over the seeds, per cent; of one seed the figure alone."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return percent(values[0] if values else None)
+    return f"{percent(mean(values))} ± {percent(stdev(values))}"
+
+
+def command_section(study: Study, name: str, entry: dict | None) -> str:
+    if entry is None:
+        return f"{name}: *not measured yet*.\n"
+    rows = entry["result"]["table"]  # a head and lines of words and numbers, as the command printed them
+    shown = [
+        [f"{cell:.3g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
+        for row in rows
+    ]
+    return f"{name} ({entry['device']}, {entry['date']}):\n\n{aligned(shown, markdown=True, words=1)}\n"
+
+
+# --- plots ---
+
+
+def write_page(docs: Path, results: Mapping[str, dict]) -> None:
+    """docs/results.md and docs/studies/*.png. The plots need matplotlib (`pip install -e '.[studies]'`)."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the plots need matplotlib: pip install -e '.[studies]'") from None
+    matplotlib.use("agg")
+    (docs / "results.md").write_text(page(results), encoding="utf-8")
+    for name in ordered():
+        study = Study.read(name)
+        for budget in study.budgets if study.plot is not None else ():
+            plot(study, budget, results, docs / "studies" / f"{name}-{budget}.png")
+
+
+def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> None:
+    """Bars of mIoU and of the small and large classes by variant, or a line over what the variants change; a panel a measure."""
+    from matplotlib import pyplot
+
+    tables = {measure: collected(study, budget, measure, results) for measure in study.measures}
+    tables = {measure: table for measure, table in tables.items() if any(table.values())}
+    if not tables:
+        return
+    shown = {
+        "mIoU": lambda e: e["miou"],
+        "small": lambda e: e["groups"]["small"],
+        "large": lambda e: e["groups"]["large"],
+    }
+    figure, axes = pyplot.subplots(
+        1, len(tables), figsize=(4.5 * len(tables), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (measure, table) in zip(axes[0], tables.items()):
+        table = {variant: entries for variant, entries in table.items() if entries}
+        for index, (label, figure_of) in enumerate(shown.items()):
+            values = [
+                [100 * figure_of(e) for e in entries if figure_of(e) is not None] or [0.0]
+                for entries in table.values()
+            ]
+            errors = [stdev(v) if len(v) > 1 else 0 for v in values]
+            if study.plot["kind"] == "bars":
+                places = [k + 0.27 * (index - 1) for k in range(len(table))]
+                axis.bar(places, [mean(v) for v in values], 0.25, yerr=errors, label=label)
+            else:
+                axis.errorbar(
+                    [study.plot["x"][variant] for variant in table],
+                    [mean(v) for v in values],
+                    errors,
+                    label=label,
+                    marker="o",
+                )
+        if study.plot["kind"] == "bars":
+            axis.set_xticks(range(len(table)), list(table), rotation=25, ha="right")
+        else:
+            axis.set_xlabel(study.plot["label"])
+        axis.set_title(measure, fontsize=10)
+        axis.set_ylabel("IoU, %")
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)

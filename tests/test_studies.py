@@ -1,0 +1,157 @@
+"""Studies: recipes that fit, results that are found again, and a page that says what the results say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.studies import __main__ as script
+from evaluation.studies import study as studies
+from evaluation.studies.report import markdown, page, plot, spread
+from evaluation.studies.study import Study, changed, expanded, names, read_results, results_of
+from training.recipe import Recipe
+from training.street_files import write_videos
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_run_of_every_study_is_a_recipe_that_training_accepts(name, monkeypatch):
+    monkeypatch.setenv("POODLE_DATA", "data")
+    study = Study.read(name)
+    for budget in study.budgets:
+        for run in study.runs(budget, [0]):
+            Recipe(**{**expanded(run.recipe), "output_dir": "x"})
+
+
+def test_what_studies_have_in_common_is_one_run():
+    keys = {
+        name: {run.variant: run.key for run in Study.read(name).runs("cpu", [0])}
+        for name in ("main", "ablation", "depth")
+    }
+    assert keys["main"]["PooDLe"] == keys["ablation"]["PooDLe"] == keys["depth"]["2 blocks"]
+    assert keys["ablation"]["dense + pooled"] == keys["depth"]["0 blocks"] != keys["main"]["PooDLe"]
+    assert (
+        len({run.key for run in Study.read("main").runs("cpu", [0, 1])}) == 2 * 4
+    )  # the untrained one shares PooDLe's config
+
+
+def test_the_page_is_made_of_the_results():
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page(read_results())
+
+
+def test_a_change_reaches_into_mappings_and_leaves_the_base_alone():
+    base = {"model": {"dense_weight": 0.5}, "flow": "dis"}
+    assert changed(base, {"model.dense_weight": 1.0, "a.b": 2}, "here") == {
+        "model": {"dense_weight": 1.0},
+        "flow": "dis",
+        "a": {"b": 2},
+    }
+    assert base == {"model": {"dense_weight": 0.5}, "flow": "dis"}
+    with pytest.raises(ValueError, match="here: flow.x reaches into flow"):
+        changed(base, {"flow.x": 1}, "here")
+
+
+def test_wrong_recipes_and_names_are_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="did you mean 'main'"):
+        Study.read("mian")
+    with pytest.raises(ValueError, match="budget of main must be one of cpu, gpu, got 'tpu'"):
+        list(Study.read("main").runs("tpu", [0]))
+    with pytest.raises(ValueError, match=r"\$\{POODLE_NOWHERE\}/x needs the environment variable POODLE_NOWHERE"):
+        expanded(["${POODLE_NOWHERE}/x"])
+    monkeypatch.setattr(studies, "RECIPES", tmp_path)
+    (tmp_path / "bad.yaml").write_text("title: a\nquestoin: b\n")
+    with pytest.raises(ValueError, match="unknown field 'questoin' .did you mean 'question'"):
+        Study.read("bad")
+
+
+def test_means_and_spreads_are_those_of_the_seeds():
+    assert spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0" and spread([0.1234]) == "12.3" and spread([None]) == "-"
+    entry = {
+        "miou": 0.5,
+        "accuracy": 0.75,
+        "groups": {"small": 0.25, "large": None},
+        "per_class": {"car": 0.5, "pole": 0.0},
+    }
+    other = {**entry, "miou": 0.7, "pretraining": {"pairs_per_second": 10.0, "minutes": 4.0}}
+    table = {"a": [entry, other], "b": [], "c": [entry]}
+    assert markdown(table).splitlines() == [
+        "|   | seeds |        mIoU |   accuracy |      small |",
+        "| - | ----: | ----------: | ---------: | ---------: |",
+        "| a |     2 | 60.0 ± 14.1 | 75.0 ± 0.0 | 25.0 ± 0.0 |",
+        "| c |     1 |        50.0 |       75.0 |       25.0 |",
+    ]
+    assert markdown(table, "per_class").splitlines()[2] == "| a |     2 | 50.0 ± 0.0 | 0.0 ± 0.0 |"
+    assert markdown(table, cost=True).splitlines()[2].endswith("|    10.0 |     4.0 |")
+
+
+TINY = """
+order: 1
+title: Tiny
+question: Does it run?
+seeds: [0]
+budgets:
+  cpu:
+    about: two steps
+    base: street
+    change:
+      videos: [VIDEOS]
+      crop_size: [64, 64]
+      num_subcrops: 1
+      subcrop_size: 32
+      model: {backbone_config: {model_type: resnet, layer_type: basic, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 8, 8], embedding_size: 8}, projection_hidden_size: 8, projection_size: 8}
+      max_steps: 2
+      warmup_steps: 0
+      per_device_train_batch_size: 2
+      dataloader_num_workers: 0
+variants:
+  untrained: {untrained: trained}
+  trained: {}
+measures:
+  shapes: {dataset: folder, data_dir: SHAPES, readout: knn}
+plot: {kind: bars}
+"""
+
+
+def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, shapes):
+    write_videos(tmp_path / "drives", num_videos=1, duration=1.5, fps=4, height=64, width=128, num_processes=1)
+    monkeypatch.setattr(studies, "RECIPES", tmp_path)
+    (tmp_path / "tiny.yaml").write_text(
+        TINY.replace("VIDEOS", str(tmp_path / "drives")).replace("SHAPES", str(shapes))
+    )
+    arguments = ["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    script.main(arguments)
+    entries = read_results(tmp_path / "results")
+    by_variant = {entry["variant"]: entry for entry in entries.values()}
+    assert set(by_variant) == {"untrained", "trained"} and "pretraining" not in by_variant["untrained"]
+    trained = by_variant["trained"]
+    folder = tmp_path / "runs" / trained["key"]
+    assert (
+        trained["pretraining"]["step"] == 2
+        and (folder / "model/model.safetensors").exists()
+        and not (folder / "checkpoints").exists()
+    )
+    measured = [json.loads(p.read_text()) for p in (tmp_path / "runs/measured").rglob("evaluation.json")]
+    assert {round(result["miou"], 4) for result in measured} == {entry["miou"] for entry in entries.values()}
+    # Nothing is done again: without the launcher the second call changes nothing.
+    monkeypatch.setattr(script, "launch", None)
+    before = (tmp_path / "results/tiny.json").read_bytes()
+    script.main(arguments)
+    assert (tmp_path / "results/tiny.json").read_bytes() == before
+    plot(Study.read("tiny"), "cpu", entries, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_processes_may_write_the_results_of_one_study(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom evaluation.studies.study import results_of\n"
+        "for k in range(20):\n    with results_of('both', Path(sys.argv[1])) as entries:\n        entries[f'{sys.argv[2]}{k}'] = {'k': k}\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), who], cwd=ROOT) for who in "ab"]
+    assert [process.wait() for process in running] == [0, 0]
+    assert len(read_results(tmp_path)) == 40
+    with results_of("both", tmp_path) as entries:
+        entries.clear()
+    assert read_results(tmp_path) == {}
