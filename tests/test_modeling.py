@@ -299,3 +299,18 @@ def test_shapes_that_do_not_fit_are_refused():
         model(**{**batch, "flow": batch["flow"][:1]})
     with pytest.raises(ValueError, match="frame pairs"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:, 0]})
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_decoder_blocks": 0, "output_stride": 8}, {"backbone_config": CONVNEXT}], ids=str
+)
+def test_student_teacher_and_losses_compile_to_one_graph_that_is_kept(changes):
+    """No graph breaks, and no recompilation for other values of the same shapes."""
+    model, graphs = PoodleForPreTraining(config(**changes)).train(), []
+    expected = model(**inputs(seed=1)).loss.item()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    for seed in (0, 1, 1):
+        output = compiled(**inputs(seed=seed))
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(expected, abs=1e-4) and len(graphs) == 1
