@@ -171,7 +171,7 @@ def aligned_error(
         if reverse:
             flow = -flow
         # Facades and ground near the camera: their coordinates run over tens of metres and are smooth.
-        near = ((surface_0 >= 1) & (surface_0 <= 3) & (source[2] - street.camera(1.0).position[2] < 25))[None]
+        near = ((surface_0 >= 1) & (surface_0 <= 3) & (source[2] - street.pose(1.0).position[2] < 25))[None]
         views = random_views(2, height, width, seed)
         maps = []
         for k, (image, surface) in enumerate(((source, surface_0), (target, surface_1))):

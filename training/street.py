@@ -1,22 +1,22 @@
 """
 The street: a procedural drive with exact labels, instances, flow and visibility; the embedded default video.
 
-    python -m training.street --output_dir DIR [--num_videos N ...] [--labelled N]
+    python -m training.street --output_dir DIR [--camera walking] [--num_videos N ...] [--labelled N]
 
 A straight street along +z (x right, y up, metres): road, pavements, grass, facades left and right, traffic, walkers, cyclists, poles,
-signs, lights and trees, seen by a moving pinhole camera. All surfaces are planes or boxes, so that the point which a pixel shows is
+signs, lights and trees, seen by a pinhole camera in a car, on foot, on a pole or in the air (street_cameras.py). All surfaces are planes or boxes, so that the point which a pixel shows is
 known, and with it where any other frame shows it. Pixel (row, column) has its centre at (column + 0.5, row + 0.5).
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import numpy as np
 
-from training.street_objects import Item, moving_items, paint_item, static_items
+from training.street_cameras import CAMERAS, Pose, camera_pose, check_camera
+from training.street_objects import Item, bounds, meet, moving_items, paint_item, static_items
+from training.street_textures import hashed, noise, texture
 
 # BDD100K's 19 classes and train ids. "train" is not drawn.
 STREET_CLASSES = (
@@ -32,20 +32,11 @@ BLOCK = 12.0  # length of a facade's block
 VIEW_DISTANCE = 120.0
 
 
-@dataclass(frozen=True)
-class Camera:
-    """Pose at one time: position (3,), rotation (3, 3) from camera (x right, y down, z forward) to world, focal length in pixels."""
-
-    position: np.ndarray
-    rotation: np.ndarray
-    focal: float
-
-
 @dataclass
 class Scene:
     """What one frame shows: per pixel surface id, the surface's own coordinates, depth, label, instance, and colour."""
 
-    camera: Camera
+    camera: Pose
     items: dict[int, Item]
     surface_id: np.ndarray  # (H, W) int32
     coordinates: np.ndarray  # (H, W, 3) float32
@@ -63,23 +54,29 @@ class Street:
     Args:
         seed: of the world and its look.
         height, width: of the frames, pixels.
-        camera_height: metres; 1.5 in a car, 1.6 walking, 30 from the air.
-        speed: metres a second; 8 driving, 1.4 walking, 0 for a static camera.
-        pitch: degrees, positive looks down.
-        field_of_view: horizontal, degrees.
+        camera: driving, walking, static or aerial.
+        camera_height: metres. speed: metres a second. pitch: degrees, positive looks down.
         sway: of yaw, pitch and position; 1 for a car, 0 for a tripod.
+        field_of_view: horizontal, degrees.
+
+    Where camera_height, speed, pitch or sway is `None` it becomes the camera's own (`CAMERAS`).
     """
 
     seed: int = 0
     height: int = 256
     width: int = 512
-    camera_height: float = 1.5
-    speed: float = 8.0
-    pitch: float = 0.0
+    camera_height: float | None = None
+    speed: float | None = None
+    pitch: float | None = None
     field_of_view: float = 70.0
-    sway: float = 1.0
+    sway: float | None = None
+    camera: str = "driving"
 
     def __post_init__(self):
+        check_camera(self.camera, "Street.camera")
+        for name, value in CAMERAS[self.camera].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen: this is the one place that may
         for name, low in (("height", 16), ("width", 16), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -149,25 +146,9 @@ class Street:
     def from_json(cls, values: dict) -> "Street":
         return cls(**values)
 
-    # --- camera ---
-
-    def camera(self, t: float) -> Camera:
-        rng = np.random.default_rng([self.seed, 1])
-        phase = rng.uniform(0, 2 * math.pi, 5)
-        period = rng.uniform(5, 11, 5)
-        wave = np.sin(2 * math.pi * t / period + phase) * self.sway
-        start = rng.uniform(0, 500)
-        # The speed varies by a quarter; its integral is the way.
-        way = self.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
-        position = np.array([1.8 + 0.25 * wave[1], self.camera_height + 0.02 * wave[2], start + way])
-        yaw, pitch = 0.05 * wave[3], math.radians(self.pitch) + 0.012 * wave[4]
-        right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
-        level = np.array([math.sin(yaw), 0, math.cos(yaw)])
-        up = np.array([0.0, 1, 0])
-        forward = math.cos(pitch) * level - math.sin(pitch) * up
-        down = -math.sin(pitch) * level - math.cos(pitch) * up
-        focal = self.width / 2 / math.tan(math.radians(self.field_of_view) / 2)
-        return Camera(position, np.stack([right, down, forward], axis=1), focal)
+    def pose(self, t: float) -> Pose:
+        """Where the camera is at time t and where it looks."""
+        return camera_pose(self, t)
 
     # --- drawing ---
 
@@ -193,51 +174,12 @@ class Street:
         }
 
 
-@lru_cache(maxsize=8)
-def _noise_tile(seed: int) -> np.ndarray:
-    tile = np.random.default_rng([seed, 3]).random((256, 256)).astype(np.float32)
-    return np.pad(tile, ((0, 1), (0, 1)), mode="wrap")
-
-
-def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Smooth noise in [-1, 1] with a period of 256 units, bilinear between random lattice values."""
-    # remap takes at most 32767 columns: points go in as a picture of 1024 columns, filled up with zeros.
-    count = u.size
-    rows = -(-count // 1024)
-    where = np.zeros((2, rows * 1024), np.float32)
-    where[0, :count], where[1, :count] = np.mod(u, 256).ravel(), np.mod(v, 256).ravel()
-    x, y = where.reshape(2, rows, 1024)
-    value = cv2.remap(_noise_tile(seed), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return (value.ravel()[:count] * 2 - 1).reshape(u.shape)
-
-
-def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-    """Three octaves of noise on metres (u, v); an octave fades where a pixel (footprint metres) is wider than its cells."""
-    total = np.zeros_like(u)
-    for octave, (cell, weight) in enumerate(((0.12, 0.35), (0.5, 0.35), (2.5, 0.3))):
-        fade = np.clip(1.5 - footprint / cell, 0, 1)
-        if fade.any():
-            total += weight * fade * noise(seed + octave, u / cell, v / cell)
-    return total
-
-
-def _hash(seed: int, *keys: np.ndarray) -> np.ndarray:
-    """Uniform [0, 1) from a seed and integer arrays."""
-    with np.errstate(over="ignore"):  # unsigned arithmetic wraps: that is the hash
-        value = np.full(
-            np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64
-        )
-        for key in keys:
-            value ^= np.asarray(key).astype(np.int64).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
-            value ^= value >> np.uint64(31)
-            value *= np.uint64(0x94D049BB133111EB)
-            value ^= value >> np.uint64(29)
-    return (value >> np.uint64(40)).astype(np.float64) / 2**24
-
-
 def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Class and height (metres) of the facade's blocks by index, on side 0 (left) or 1 (right)."""
-    kind, size = _hash(seed + 11, block, np.full_like(block, side)), _hash(seed + 12, block, np.full_like(block, side))
+    kind, size = (
+        hashed(seed + 11, block, np.full_like(block, side)),
+        hashed(seed + 12, block, np.full_like(block, side)),
+    )
     label = np.select(
         [kind < 0.52, kind < 0.84, kind < 0.94],
         [CLASS["building"], CLASS["vegetation"], CLASS["fence"]],
@@ -251,7 +193,7 @@ def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, 
 
 @lru_cache(maxsize=4)
 def _draw(street: Street, t: float) -> Scene:
-    height, width, look, camera = street.height, street.width, street.look(), street.camera(t)
+    height, width, look, camera = street.height, street.width, street.look(), street.pose(t)
     x = (np.arange(width) + 0.5 - width / 2) / camera.focal
     y = (np.arange(height) + 0.5 - height / 2) / camera.focal
     rays = (
@@ -272,10 +214,11 @@ def _draw(street: Street, t: float) -> Scene:
     _draw_ground(street, look, rays, scene)
     for side in (0, 1):
         _draw_facade(street, look, rays, scene, side)
-    items = static_items(street.seed, camera.position[2], VIEW_DISTANCE) + moving_items(
-        street, t, camera, VIEW_DISTANCE
-    )
-    for item in items:
+        if street.camera != "driving":  # from a car the facades hide what lies behind them
+            _draw_blocks(street, look, rays, scene, side)
+    behind = 0.0 if street.camera == "driving" else camera.position[1]  # what a high camera may see below itself
+    z, distance = camera.position[2] - behind, VIEW_DISTANCE + behind
+    for item in static_items(street.seed, z, distance) + moving_items(street, t, z, distance):
         scene.items[item.key] = item
         paint_item(street, item, t, rays, scene, look)
     haze = np.clip(scene.depth / look["visibility"], 0, look["fog"])[..., None] * np.isfinite(scene.depth)[..., None]
@@ -361,8 +304,8 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
     rows, columns = (index[standing] for index in np.nonzero(hit))
     d, points, py, pz, block, label, green = (a[standing] for a in (d, points, py, pz, block, label, green))
     footprint = d / scene.camera.focal * np.maximum(1, np.abs(rays[rows, columns, 2] / rays[rows, columns, 0]))
-    hue = np.stack([_hash(street.seed + 50 + c, block, np.full_like(block, side)) for c in range(3)], axis=-1)
-    brick = 0.35 + 0.35 * _hash(street.seed + 54, block, np.full_like(block, side))[:, None] + 0.22 * (hue - 0.5)
+    hue = np.stack([hashed(street.seed + 50 + c, block, np.full_like(block, side)) for c in range(3)], axis=-1)
+    brick = 0.35 + 0.35 * hashed(street.seed + 54, block, np.full_like(block, side))[:, None] + 0.22 * (hue - 0.5)
     leaf = np.array([0.20, 0.32, 0.12]) * (0.7 + 0.7 * hue)
     colour = np.where(green[:, None], leaf, brick)
     grain = texture(street.seed + 44 + side, pz, py, footprint)
@@ -370,7 +313,7 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
     column, floor = np.floor(pz / 2.4).astype(np.int64), np.floor(py / 2.9).astype(np.int64)
     u, v = pz / 2.4 - column, py / 2.9 - floor
     window = (label == CLASS["building"]) & (u > 0.25) & (u < 0.75) & (v > 0.3) & (v < 0.85)
-    glass = 0.12 + 0.4 * _hash(street.seed + 60, column, floor, np.full_like(column, side))
+    glass = 0.12 + 0.4 * hashed(street.seed + 60, column, floor, np.full_like(column, side))
     clear = np.clip(1.4 - footprint / 1.2, 0, 1) * window
     colour += (glass[:, None] * np.array([0.8, 0.95, 1.1]) - colour) * clear[:, None]
     scene.depth[rows, columns] = d
@@ -378,6 +321,44 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
     scene.coordinates[rows, columns] = points
     scene.labels[rows, columns] = label
     scene.colour[rows, columns] = colour * look["light"] * (0.8 if side else 1.0)
+
+
+def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, side: int) -> None:
+    """Roofs and gables of the buildings and hedges whose fronts are the facade."""
+    camera = scene.camera
+    first, last = (int((camera.position[2] + reach) // BLOCK) for reach in (-camera.position[1], VIEW_DISTANCE))
+    blocks = np.arange(first, last + 1)
+    for block, label, top in zip(blocks, *facade_blocks(street.seed, side, blocks)):
+        if label not in (CLASS["building"], CLASS["vegetation"]):
+            continue
+        green = label == CLASS["vegetation"]
+        # A hedge's front ends at most 0.8 m below its mean height: no ray enters above the front and below the roof.
+        depth, top = (3.0, top - 0.8) if green else (10.0, top)
+        near, far = (FACADE, FACADE + depth) if side else (-FACADE - depth, -FACADE)
+        low, high = np.array([near, 0.0, block * BLOCK]), np.array([far, top, (block + 1) * BLOCK])
+        corners = np.stack(np.meshgrid(*np.stack([low, high], axis=1)), axis=-1).reshape(-1, 3)
+        area = bounds(camera, corners, *scene.depth.shape)
+        if area is None:
+            continue
+        distance, face = meet(camera.position, rays[area].astype(np.float64), low, high)
+        shown = (distance < scene.depth[area]) & (face > 0)  # face 0 is the front
+        d, face = distance[shown].astype(np.float32), face[shown]
+        points = (camera.position + rays[area][shown] * d[:, None]).astype(np.float32)
+        rows, columns = np.nonzero(shown)
+        rows, columns = rows + area[0].start, columns + area[1].start
+        hue = np.array([hashed(street.seed + 70 + c, np.array([block]), np.array([side]))[0] for c in range(3)])
+        base = np.array([0.20, 0.32, 0.12]) * (0.7 + 0.7 * hue) if green else 0.3 + 0.25 * hue[0] + 0.15 * (hue - 0.5)
+        roof = face == 1
+        grain = texture(street.seed + 75, points[:, 0], np.where(roof, points[:, 2], points[:, 1]), d / camera.focal)
+        colour = base * (1 + (0.9 if green else 0.25) * grain)[:, None] * np.where(roof, 1.0, 0.7)[:, None]
+        if not green:  # rows of tiles
+            colour[roof & (np.mod(points[:, 0], 0.8) < 0.12)] *= 0.8
+        scene.depth[rows, columns] = d
+        # Ids 4 to 15, which come again after six blocks, 72 m: no roof hides another one that far.
+        scene.surface_id[rows, columns] = RIGHT + 2 * (block % 6) + face
+        scene.coordinates[rows, columns] = points
+        scene.labels[rows, columns] = label
+        scene.colour[rows, columns] = colour * look["light"]
 
 
 def main(arguments: list[str] | None = None) -> None:

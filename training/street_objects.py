@@ -86,8 +86,11 @@ def static_items(seed: int, z: float, distance: float) -> list[Item]:
     return items
 
 
-def moving_items(street, t: float, camera, distance: float) -> list[Item]:
-    """Traffic, walkers and cyclists within view at time t: lanes of equal speed, so that nothing runs into another."""
+def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
+    """
+    Traffic, walkers and cyclists at time t, from a little behind z to `distance` metres ahead: lanes of equal speed, so that nothing
+    runs into another.
+    """
     items = []
     # lane number, kind, x, velocity, spacing, share of places taken
     lanes = (
@@ -99,7 +102,10 @@ def moving_items(street, t: float, camera, distance: float) -> list[Item]:
         (21, CYCLIST, -4.1, -4.0, 50.0, 0.8),
         (22, PERSON, -8.8, 1.0, 13.0, 0.5),
     )
-    z = camera.position[2]
+    if street.camera == "walking":
+        lanes = tuple(lane for lane in lanes if lane[0] != 17)  # the camera's own way
+    if street.camera != "driving":
+        lanes += ((24, CAR, 1.9, 8.0, 30.0, 0.6),)  # where a driving camera drives
     for lane, kind, x, velocity, spacing, share in lanes:
         first = math.floor((z - 8 - velocity * t) / spacing)
         last = math.floor((z + distance - velocity * t) / spacing) + 1
@@ -112,19 +118,20 @@ def moving_items(street, t: float, camera, distance: float) -> list[Item]:
             place = number * spacing + rng.uniform(-0.2, 0.2) * spacing
             origin = (x + rng.uniform(-0.3, 0.3), 0.0, place)
             items.append(Item(_key(lane, number), own, origin, velocity, _style(rng)))
-    if street.speed > 0 and street.camera_height < 3:
+    if street.speed > 0 and street.camera_height < 3 and street.camera in ("driving", "walking"):
         rng = np.random.default_rng([street.seed, 6])
-        if rng.random() < 0.6:  # the car in front
+        if rng.random() < 0.6:  # the car or the walker in front
             gap, phase = rng.uniform(11, 22), rng.uniform(0, 6.28)
+            kind, x, share = (PERSON, 7.9, 0.3) if street.camera == "walking" else (CAR, 1.9, 1.0)
 
-            def way(time, gap=gap, phase=phase):
-                return street.camera(time).position[2] + gap + 2.0 * math.sin(0.5 * time + phase)
+            def way(time, gap=gap * share, phase=phase, swing=2.0 * share):
+                return street.pose(time).position[2] + gap + swing * math.sin(0.5 * time + phase)
 
-            items.append(Item(_key(23, 0), CAR, (1.9, 0.0, 0.0), 0.0, _style(rng), way))
+            items.append(Item(_key(23, 0), kind, (x, 0.0, 0.0), 0.0, _style(rng), way))
     return items
 
 
-def _bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice, slice] | None:
+def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice, slice] | None:
     """Pixels that may show a convex body; `None` where it is behind the camera or outside the frame."""
     seen = (corners - camera.position) @ camera.rotation
     if (seen[:, 2] <= 0.05).all():
@@ -143,14 +150,14 @@ def paint_item(street, item: Item, t: float, rays: np.ndarray, scene, look: dict
     half_width, height, half_length = SIZES[item.kind]
     place = item.position(t)
     signs = np.array([[a, b, c] for a in (-1, 1) for b in (0, 1) for c in (-1, 1)], dtype=np.float64)
-    area = _bounds(scene.camera, place + signs * (half_width, height, half_length), *scene.depth.shape)
+    area = bounds(scene.camera, place + signs * (half_width, height, half_length), *scene.depth.shape)
     if area is None:
         return
     local_rays = rays[area].astype(np.float64)
     eye = scene.camera.position - place
     boxes = _boxes(item) if half_length else [((-half_width, 0.0, 0.0), (half_width, height, 0.0))]
     for part, (low, high) in enumerate(boxes):
-        depth, face = _meet(eye, local_rays, np.array(low), np.array(high))
+        depth, face = meet(eye, local_rays, np.array(low), np.array(high))
         shown = depth < scene.depth[area]
         if not shown.any():
             continue
@@ -176,7 +183,7 @@ def _boxes(item: Item):
     return [((-half_width, 0.15, -half_length), (half_width, height, half_length))]
 
 
-def _meet(eye: np.ndarray, rays: np.ndarray, low: np.ndarray, high: np.ndarray):
+def meet(eye: np.ndarray, rays: np.ndarray, low: np.ndarray, high: np.ndarray):
     """Depth at which rays enter an axis-aligned box (a flat one: cross a rectangle), inf where they do not, and the axis entered."""
     safe = np.where(np.abs(rays) < 1e-9, 1e-9, rays)
     a, b = (low - eye) / safe, (high - eye) / safe

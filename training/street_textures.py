@@ -1,0 +1,48 @@
+"""Noise of the street's surfaces: functions of a seed and of the point alone, so that a point looks alike in all frames."""
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+
+@lru_cache(maxsize=8)
+def _noise_tile(seed: int) -> np.ndarray:
+    tile = np.random.default_rng([seed, 3]).random((256, 256)).astype(np.float32)
+    return np.pad(tile, ((0, 1), (0, 1)), mode="wrap")
+
+
+def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Smooth noise in [-1, 1] with a period of 256 units, bilinear between random lattice values."""
+    # remap takes at most 32767 columns: points go in as a picture of 1024 columns, filled up with zeros.
+    count = u.size
+    rows = -(-count // 1024)
+    where = np.zeros((2, rows * 1024), np.float32)
+    where[0, :count], where[1, :count] = np.mod(u, 256).ravel(), np.mod(v, 256).ravel()
+    x, y = where.reshape(2, rows, 1024)
+    value = cv2.remap(_noise_tile(seed), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return (value.ravel()[:count] * 2 - 1).reshape(u.shape)
+
+
+def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> np.ndarray:
+    """Three octaves of noise on metres (u, v); an octave fades where a pixel (footprint metres) is wider than its cells."""
+    total = np.zeros_like(u)
+    for octave, (cell, weight) in enumerate(((0.12, 0.35), (0.5, 0.35), (2.5, 0.3))):
+        fade = np.clip(1.5 - footprint / cell, 0, 1)
+        if fade.any():
+            total += weight * fade * noise(seed + octave, u / cell, v / cell)
+    return total
+
+
+def hashed(seed: int, *keys: np.ndarray) -> np.ndarray:
+    """Uniform [0, 1) from a seed and integer arrays."""
+    with np.errstate(over="ignore"):  # unsigned arithmetic wraps: that is the hash
+        value = np.full(
+            np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64
+        )
+        for key in keys:
+            value ^= np.asarray(key).astype(np.int64).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+            value ^= value >> np.uint64(31)
+            value *= np.uint64(0x94D049BB133111EB)
+            value ^= value >> np.uint64(29)
+    return (value >> np.uint64(40)).astype(np.float64) / 2**24
