@@ -16,7 +16,18 @@ from evaluation.metrics import BDD100K_GROUPS, class_groups
 from evaluation.outputs import write_aside
 from modeling_poodle.recipe_files import cache_root
 
-DATASETS = ("street", "camvid", "cityscapes", "bdd100k", "ade20k", "wt_sem", "folder")
+# The street's cameras (training/street_cameras.py): `street` is what a car sees.
+STREET_CAMERAS = ("walking", "static", "aerial")
+DATASETS = (
+    "street",
+    *(f"street:{camera}" for camera in STREET_CAMERAS),
+    "camvid",
+    "cityscapes",
+    "bdd100k",
+    "ade20k",
+    "wt_sem",
+    "folder",
+)
 IGNORE = 255
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DRIVING_CLASSES = (
@@ -164,8 +175,8 @@ def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
     Raises:
         ValueError: an unknown name, or files that are missing; says which and what the layout should be.
     """
-    if name == "street":
-        return _street(data_dir)
+    if name in DATASETS and name.startswith("street"):
+        return _folder(street_folder(data_dir, name.partition(":")[2] or "driving"), name)
     if name in DATASETS:
         if data_dir is None:
             raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it. {_LAYOUTS[name]}")
@@ -322,14 +333,15 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
     return LabelledImages(name, classes, train, test, table)
 
 
-def street_folder(data_dir: str | None = None) -> Path:
+def street_folder(data_dir: str | None = None, camera: str = "driving") -> Path:
     """The street's labelled frames; rendered by the street's own command where they are missing."""
-    folder = (Path(data_dir).expanduser() if data_dir is not None else cache_root() / "street-labelled").resolve()
+    cache = cache_root() / ("street-labelled" if camera == "driving" else f"street-labelled-{camera}")
+    folder = (Path(data_dir).expanduser() if data_dir is not None else cache).resolve()
     for split, (count, seed) in STREET.items():
         command = [sys.executable, "-m", "training.street", "--output_dir", str(folder / split)]
         # A process of its own: evaluation does not import training. It leaves alone what is there already.
         done = subprocess.run(
-            [*command, "--labelled", str(count), "--seed", str(seed)],
+            [*command, "--labelled", str(count), "--seed", str(seed), "--camera", camera],
             cwd=Path(__file__).resolve().parent.parent,
             capture_output=True,
             text=True,
@@ -340,10 +352,6 @@ def street_folder(data_dir: str | None = None) -> Path:
     if not listed.is_file() or listed.read_text() != text:  # others may be reading it
         write_aside(listed, text)
     return folder
-
-
-def _street(data_dir: str | None) -> LabelledImages:
-    return _folder(street_folder(data_dir), "street")
 
 
 def _hub(name: str) -> LabelledImages:

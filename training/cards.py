@@ -10,6 +10,8 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from training.street_cameras import street_camera
+
 HUB_ID = "ORG/NAME"  # in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
 # Of a recipe, what is of this machine rather than of the training.
@@ -184,7 +186,7 @@ def result_line(result: dict) -> str:
 
 def public_source(source: str) -> str | None:
     """A video source without what is of this machine or secret: `None` for local paths, URLs without user and query."""
-    if source == "street":
+    if street_camera(source) is not None:
         return source
     if "://" in source:
         split = urlsplit(source)
@@ -217,8 +219,13 @@ def _hub_id(name: str | None) -> str | None:
     return name if name and is_dataset_id(name) else None
 
 
+def _street_in_words(source: str) -> str | None:
+    camera = street_camera(source)
+    return camera and "the procedural street" + ("" if camera == "driving" else f" ({camera} camera)")
+
+
 def _sources_in_words(sources: list[str | None]) -> str:
-    words = ["the procedural street" if source == "street" else f"`{source}`" for source in sources if source]
+    words = [_street_in_words(source) or f"`{source}`" for source in sources if source]
     local = sources.count(None)
     return ", ".join([*words, *([f"{local} local source{'s' if local > 1 else ''}"] if local else [])])
 

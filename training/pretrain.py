@@ -34,6 +34,7 @@ from training.publish import BackgroundPublisher
 from training.recipe import Recipe, parse_recipe
 from training.schedules import learning_rate, teacher_momentum
 from training.street import street_videos
+from training.street_cameras import CAMERAS, street_camera
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos
 from training.views import model_inputs
@@ -65,10 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
 def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
     paths = []
-    if "street" in recipe.videos:
+    cameras = [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]
+    for camera in cameras:
         with accelerator.main_process_first():  # rank 0 renders, the others find the files there
-            paths += street_videos()
-    others = [source for source in recipe.videos if source != "street"]
+            paths += street_videos(camera=camera)
+    others = [source for source in recipe.videos if street_camera(source) is None]
     if others:
         pins = Path(recipe.output_dir, "revisions.json")
         with accelerator.main_process_first():  # the others find the commits that rank 0 wrote down

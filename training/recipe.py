@@ -16,6 +16,7 @@ from modeling_poodle.recipe_files import (
     read_recipe_file,
 )
 from training.hub import check_repo_id
+from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "exact")
@@ -43,7 +44,8 @@ class Recipe(CheckedRecipe):
     """Everything that a run depends on. Fields that transformers' `TrainingArguments` has are called as there."""
 
     videos: list[str] = described(
-        ["street"], "Files, folders, globs, URLs, hf:// paths, tars; or 'street', the embedded drive."
+        ["street"],
+        "Files, folders, globs, URLs, hf:// paths, tars; or 'street', the embedded drive, also 'street:walking' and others.",
     )
     output_dir: str = described(
         "runs/poodle", "Folder of the run: config, metrics, panels, checkpoints, encoder/ and model/."
@@ -147,6 +149,8 @@ class Recipe(CheckedRecipe):
         self.need(
             bool(self.videos) and all(isinstance(v, str) and v for v in self.videos), "videos", "at least one source"
         )
+        for source in self.videos:
+            street_camera(source)  # raises for a camera that the street does not have
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
         self.need(
             self.report_to in TRACKERS,
@@ -223,5 +227,6 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     given = parse_flags(Recipe, arguments, "Pretrain PooDLe on video.", json_fields=("model",))
     config = given.pop("config", None)
     if config is None:
-        config = "street" if given.get("videos", ["street"]) == ["street"] else "own_videos"
+        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
+        config = "street" if only_street else "own_videos"
     return Recipe(**{**read_yaml(config), **given})

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modeling_poodle.recipe_files import nearest
-
 # What `Street` takes where nothing else is given: metres, metres a second, degrees, and the share of all sway.
 CAMERAS = {
     "driving": {"camera_height": 1.5, "speed": 8.0, "pitch": 0.0, "sway": 1.0},
@@ -28,7 +26,7 @@ class Pose:
 def check_camera(name: str, field: str) -> None:
     """Raises ValueError, which names `field` and the known cameras, unless there is such a camera."""
     if name not in CAMERAS:
-        raise ValueError(f"{field} must be one of {', '.join(CAMERAS)}, got {name!r}{nearest(name, CAMERAS)}")
+        raise ValueError(f"{field} must be one of {', '.join(CAMERAS)}, got {name!r}")
 
 
 def street_camera(source: str) -> str | None:

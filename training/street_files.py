@@ -5,7 +5,8 @@ import json
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from modeling_poodle.recipe_files import cache_root
 from training.street import STREET_CLASSES, Street
+from training.street_cameras import CAMERAS, check_camera
 
 FORMAT = "poodle-street-2"  # changes whenever the pictures do
 # Rendered in about 80 s on two cores.
-DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0}
+DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0, "camera": "driving"}
 HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on: never those of the videos
 
 
@@ -34,7 +36,8 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
     parameters = {**DEFAULTS, **parameters}
     if cache_dir is None:
         name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
-        cache_dir = cache_root() / f"{FORMAT}-{name}"
+        camera = "" if parameters["camera"] == "driving" else f"-{parameters['camera']}"
+        cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
     return write_videos(cache_dir, **parameters)
 
 
@@ -55,44 +58,60 @@ def write_videos(
     width: int,
     seed: int = 0,
     num_processes: int | None = None,
+    camera: str = "driving",
 ) -> list[str]:
     """
     Render drives to `drive-0000.mp4` … (H.264, one keyframe a second) with a sidecar `drive-0000.json` each, through which the exact
     flow between any two times of the file can be had. Complete ones are left as they are.
 
     Raises:
-        ValueError: odd sizes or values that are not positive.
+        ValueError: odd sizes, values that are not positive, or no such camera.
     """
     _check(num_videos, duration, fps, height, width)
+    check_camera(camera, "camera")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     jobs = []
     for number in range(num_videos):
-        street = Street(seed + number, height, width)
+        street = Street(seed + number, height, width, camera=camera)
         sidecar = {"format": FORMAT, "street": street.to_json(), "fps": fps, "num_frames": round(duration * fps)}
         path = output_dir / f"drive-{number:04d}.mp4"
         if not _is_complete(path, sidecar):
             jobs.append((str(path), sidecar))
     if jobs:
-        # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
-        workers = min(num_processes or os.cpu_count() or 1, len(jobs))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            done = as_completed([pool.submit(write_video, *job) for job in jobs])
-            bar = tqdm(
-                done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty()
-            )
-            for count, future in enumerate(bar, 1):
-                future.result()
-                if bar.disable:
-                    print(f"rendered drive {count}/{len(jobs)}", flush=True)
+        done = _over_processes(write_video, jobs, num_processes)
+        bar = tqdm(done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty())
+        for count, _ in enumerate(bar, 1):
+            if bar.disable:
+                print(f"rendered drive {count}/{len(jobs)}", flush=True)
     return [str(output_dir / f"drive-{number:04d}.mp4") for number in range(num_videos)]
+
+
+def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
+    """The results of function(*job) in the order of the jobs."""
+    workers = min(num_processes or os.cpu_count() or 1, len(jobs))
+    if workers == 1:  # to start a process takes longer than to render a short drive
+        yield from (function(*job) for job in jobs)
+        return
+    # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, *zip(*jobs))
 
 
 def _is_complete(path: Path, sidecar: dict) -> bool:
     try:
-        return path.is_file() and json.loads(path.with_suffix(".json").read_text()) == sidecar
-    except (OSError, json.JSONDecodeError):
+        stored = json.loads(path.with_suffix(".json").read_text())
+        return path.is_file() and {**stored, "street": Street.from_json(stored["street"]).to_json()} == sidecar
+    except (OSError, ValueError, TypeError, KeyError):  # no file, no JSON, or another format's fields
         return False
+
+
+def _is_made_of(marker: Path, made_of: dict) -> bool:
+    """Whether a folder's marker says that it is whole and made of this; one without a camera was made by a driving one."""
+    if not marker.is_file():
+        return False
+    stored = json.loads(marker.read_text())
+    return {"camera": "driving", **stored.get("street", stored)} == made_of
 
 
 def write_video(path: str, sidecar: dict) -> None:
@@ -126,6 +145,7 @@ def write_folder(
     width: int = 384,
     seed: int = 0,
     num_processes: int | None = None,
+    camera: str = "driving",
 ) -> Path:
     """
     Labelled data set of held-out drives, each image from a drive of its own: `images/NAME.png`, `labels/NAME.png` (indices into the
@@ -134,18 +154,19 @@ def write_folder(
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
+    check_camera(camera, "camera")
     output_dir = Path(output_dir)
     made_of = {"format": FORMAT, "num_images": num_images, "height": height, "width": width, "seed": seed}
+    made_of["camera"] = camera
     classes = {"classes": list(STREET_CLASSES), "ignore_index": 255, "street": made_of}
     listed = output_dir / "classes.json"
-    if listed.is_file() and json.loads(listed.read_text()) == classes:
+    if _is_made_of(listed, made_of):
         return output_dir
     for name in ("images", "labels"):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
-    workers = min(num_processes or os.cpu_count() or 1, num_images)
-    jobs = [(str(output_dir), number, height, width, HELD_OUT_SEED + seed + number) for number in range(num_images)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        boxes = list(pool.map(_write_labelled, *zip(*jobs)))
+    streets = [Street(HELD_OUT_SEED + seed + number, height, width, camera=camera) for number in range(num_images)]
+    jobs = [(str(output_dir), number, street) for number, street in enumerate(streets)]
+    boxes = list(_over_processes(_write_labelled, jobs, num_processes))
     annotations = [
         {"id": index, "image_id": number, "iscrowd": 0, **box}
         for index, (number, box) in enumerate(((n, box) for n, found in enumerate(boxes) for box in found), 1)
@@ -163,9 +184,9 @@ def write_folder(
     return output_dir
 
 
-def _write_labelled(output_dir: str, number: int, height: int, width: int, seed: int) -> list[dict]:
+def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
     """Write one labelled frame; its boxes, COCO's xywh."""
-    street, time = Street(seed, height, width), 1.0 + 0.37 * (number % 20)
+    time = 1.0 + 0.37 * (number % 20)
     labels, instances = street.labels(time), street.instances(time)
     Image.fromarray(street.frame(time)).save(Path(output_dir, "images", f"{number:05d}.png"))
     Image.fromarray(labels).save(Path(output_dir, "labels", f"{number:05d}.png"))
@@ -193,6 +214,7 @@ def write_sequences(
     width: int = 384,
     seed: int = 0,
     num_processes: int | None = None,
+    camera: str = "driving",
 ) -> Path:
     """
     Frames and object masks of held-out drives in the layout of DAVIS 2017. Objects are the largest instances of the first frame (at
@@ -200,15 +222,16 @@ def write_sequences(
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+    check_camera(camera, "camera")
     output_dir = Path(output_dir)
     made_of = {"format": FORMAT, "num_sequences": num_sequences, "height": height, "width": width, "seed": seed}
+    made_of["camera"] = camera
     marker = output_dir / "street.json"
-    if marker.is_file() and json.loads(marker.read_text()) == made_of:
+    if _is_made_of(marker, made_of):
         return output_dir
-    workers = min(num_processes or os.cpu_count() or 1, num_sequences)
-    jobs = [(str(output_dir), height, width, SEQUENCE_SEED + seed + number) for number in range(num_sequences)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        names = list(pool.map(_write_sequence, *zip(*jobs)))
+    streets = [Street(SEQUENCE_SEED + seed + number, height, width, camera=camera) for number in range(num_sequences)]
+    jobs = [(str(output_dir), street) for street in streets]
+    names = list(_over_processes(_write_sequence, jobs, num_processes))
     listed = output_dir / "ImageSets" / "2017" / "val.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text("\n".join(names) + "\n")
@@ -216,18 +239,18 @@ def write_sequences(
     return output_dir
 
 
-def _write_sequence(output_dir: str, height: int, width: int, seed: int) -> str:
+def _write_sequence(output_dir: str, street: Street) -> str:
     """Write one drive; its name."""
-    street, name = Street(seed, height, width), f"drive-{seed - SEQUENCE_SEED:04d}"
+    name = f"drive-{street.seed - SEQUENCE_SEED:04d}"
     folders = [Path(output_dir, kind, "480p", name) for kind in ("JPEGImages", "Annotations")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     times = [1.0 + number / SEQUENCE_FPS for number in range(SEQUENCE_FRAMES)]
     frames, instances = zip(*[(street.frame(time), street.instances(time)) for time in times])
     keys, sizes = np.unique(instances[0][instances[0] > 0], return_counts=True)
-    kept = (sizes >= OBJECT_SHARE * height * width) & np.isin(keys, instances[-1])
+    kept = (sizes >= OBJECT_SHARE * street.height * street.width) & np.isin(keys, instances[-1])
     if not kept.any():
-        raise ValueError(f"the drive of seed {seed} keeps no object in view; choose another --seed")
+        raise ValueError(f"the drive of seed {street.seed} keeps no object in view; choose another --seed")
     objects = keys[kept][np.argsort(-sizes[kept], kind="stable")][:MAX_OBJECTS]
     palette = [0, 0, 0, *np.random.default_rng(0).integers(64, 256, 3 * MAX_OBJECTS).tolist()]
     for number, (frame, seen) in enumerate(zip(frames, instances)):
@@ -258,10 +281,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="write N held-out drives with object masks, as DAVIS is laid out, instead",
     )
     for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=" ")
+        about = f"one of {', '.join(CAMERAS)}" if name == "camera" else " "
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=about)
     options = vars(parser.parse_args(arguments))
     output_dir, labelled, sequences = (options.pop(name) for name in ("output_dir", "labelled", "sequences"))
-    size = {name: options[name] for name in ("height", "width", "seed")}
+    size = {name: options[name] for name in ("height", "width", "seed", "camera")}
     try:
         if (labelled or sequences) and output_dir is None:
             raise ValueError("--labelled and --sequences need --output_dir")
