@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.studies.study import read_results
 from training import subcrop_study
 from training.subcrop_study import Tally, find_objects, hits, main, same_instance
 
@@ -104,6 +105,9 @@ def test_on_the_street(tmp_path, capsys):
     same = result["same_instance"]
     assert set(same) == {"exact", "dis", "none"} and set(same["exact"]) == {"0.25", "1.0"}
     assert same["exact"]["1.0"] > same["none"]["1.0"] + 0.02 and same["exact"]["0.25"] > same["exact"]["1.0"]
+    car = next(line for line in result["table"] if line[0] == "car")
+    assert result["table"][0][4:6] == ["single", "exact 0.25 s"] and len(car) == 11
+    assert car[5] == round(100 * result["classes"]["car"]["same_instance"]["exact"]["0.25"], 2)
     assert "traffic light" in capsys.readouterr().out
     assert main([*flags, "--json", str(tmp_path / "b.json")])["classes"] == result["classes"]
 
@@ -143,11 +147,10 @@ def test_wrong_flags(tmp_path, flags, message):
 
 
 def test_the_kept_results_are_of_this_study():
-    folder = subcrop_study.Path(__file__).resolve().parent.parent / "evaluation" / "studies" / "results"
-    for name in ("street", "camvid"):
-        text = (folder / f"subcrops_{name}.json").read_text()
-        result = json.loads(text)
-        assert len(text) < 30_000 and result["dataset"] == name and result["measures"] == subcrop_study.MEASURES
+    results = read_results()
+    for name in ("street", "CamVid"):
+        result = results[f"subcrops/{name}"]["result"]
+        assert result["measures"] == subcrop_study.MEASURES and result["table"] == subcrop_study.table(result)
         small = [
             v for v in result["classes"].values() if 0 < v["pixel_share"] < 0.01 and v["single_object"] is not None
         ]

@@ -11,8 +11,6 @@ recipe's crop size.
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,21 +286,19 @@ def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tu
     return tally, {"height": height, "width": width, "same_instance_note": note}
 
 
-def print_table(result: dict) -> None:
-    gaps = list(next(iter((result["same_instance"] or {"": {}}).values())))
-    columns = [f"{flow} {gap} s" for flow in (result["same_instance"] or {}) for gap in gaps]
-    print(
-        f"\n{'per cent':15}" + "".join(f"{name:>13}" for name in ("pixels", "hit", "random pixel", "single", *columns))
-    )
+def table(result: dict) -> list[list[str | float | None]]:
+    """A head, and a line a class; per cent. Of flows and seconds: the share of instances that the teacher's subcrop hits too."""
+    same = result["same_instance"] or {}
+    columns = [(flow, gap) for flow, by_gap in same.items() for gap in by_gap]
+    lines = [["", "pixels", "hit", "random pixel", "single", *(f"{flow} {gap} s" for flow, gap in columns)]]
     for name, values in result["classes"].items():
-        same = values["same_instance"] or {}
-        cells = [values[key] for key in ("pixel_share", "hit", "random_pixel", "single_object")]
-        cells += [share for by_gap in same.values() for share in by_gap.values()] or [None] * len(columns)
-        print(f"{name:15}" + "".join(f"{'-' if cell is None else format(100 * cell, '.2f'):>13}" for cell in cells))
+        shares = [values[key] for key in ("pixel_share", "hit", "random_pixel", "single_object")]
+        shares += [values["same_instance"] and values["same_instance"][flow][gap] for flow, gap in columns]
+        lines.append([name, *(None if share is None else round(100 * share, 2) for share in shares)])
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("python -m training.subcrop_study", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default="street", help="recipe of the subcrops")
     parser.add_argument("--dataset", required=True, help="street, street:CAMERA or camvid")
@@ -334,7 +330,6 @@ def main(arguments: list[str] | None = None) -> dict:
     result = {
         "study": "subcrops",
         "dataset": options.dataset,
-        "command": shlex.join(["python", "-m", "training.subcrop_study", *arguments]),
         "config": options.config,
         "frames": options.frames,
         "subcrops_a_frame": recipe.num_subcrops,
@@ -346,10 +341,13 @@ def main(arguments: list[str] | None = None) -> dict:
         **facts,
         **tally.result(),
     }
+    result["table"] = table(result)
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(result)
+    for name, *cells in result["table"]:
+        shown = ["-" if cell is None else cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
+        print(f"{name:15}" + "".join(f"{cell:>13}" for cell in shown))
     print(f"\n{result['num_subcrops']} subcrops; things in one: {result['subcrops_with_things']}; written to {path}")
     return result
 
