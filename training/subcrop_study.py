@@ -241,7 +241,8 @@ def study_street(
 def _draw(recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator) -> dict[str, np.ndarray]:
     """Subcrops of `draws` sets of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), those of the first frame first."""
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
-    drawn = draw_subcrops(many, recipe.num_subcrops, generator, tuple(recipe.subcrop_area), recipe.subcrop_jitter)
+    area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
+    drawn = draw_subcrops(many, recipe.num_subcrops, generator, area, recipe.subcrop_jitter, follow_flow=follow)
     return {name: value.transpose(0, 1).flatten(0, 2).numpy() for name, value in drawn.items()}
 
 

@@ -69,7 +69,7 @@ def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Pat
     for name, words in study.commands.items():
         key = f"{study.name}/{name}"
         if key not in read_results(results):
-            record(study, results, key, run_command(expanded(words)))
+            record(study, results, key, {"command": words[:-1], **run_command(expanded(words))})
     if not study.variants:
         return
     for run in study.runs(budget, seeds):
@@ -150,7 +150,7 @@ def run_command(words: list[str]) -> dict:
         words = [word.replace("{json}", str(path)) for word in words]
         logger.info("%s", " ".join(words))
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-        return {"command": words[:-1], "result": json.loads(path.read_text()), **where()}
+        return {"result": json.loads(path.read_text()), **where()}
 
 
 def where() -> dict:
