@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_video_stream import CFR, numbered_video
 
 from training.street_files import write_videos
-from training.video_decoding import ATTEMPTS, RemoteFile, UnreadableVideo, index_video
+from training.video_decoding import UnreadableVideo, index_video
+from training.video_files import ATTEMPTS, RemoteFile
 
 
 def noise_video(path: Path, frames: int) -> None:
@@ -97,7 +98,7 @@ for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/or
 
 def test_a_connection_that_stays_broken_is_a_reason_and_a_refusal_is_not_tried_again(tmp_path, monkeypatch):
     """At a plain URL, whose fsspec backend does not reconnect by itself."""
-    monkeypatch.setattr("training.video_decoding.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training.video_files.time.sleep", lambda seconds: None)
     numbered_video(tmp_path / "a.mp4", CFR[:30])
     whole = (tmp_path / "a.mp4").read_bytes()
     with serve(tmp_path) as server:

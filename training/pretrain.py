@@ -124,7 +124,7 @@ class Run:
         self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
         self.generator = torch.Generator(device=accelerator.device)
         self.videos_since_log: list[tuple[int, list[str]]] = []
-        self.skipped: set[str] = set()
+        self.skipped: dict[str, str] = {}  # path and first reason
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
@@ -132,7 +132,7 @@ class Run:
             self.loader.load_state_dict(state["loader"])
             self.sums.copy_(state["sums"])
             torch.set_rng_state(state["rng"])
-            self.skipped = set(state["skipped"])
+            self.skipped = dict(state["skipped"])
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -233,8 +233,8 @@ class Run:
         bad = ~torch.isfinite(output.loss) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, float(self.step + 1), self.first_bad_step)
         self.videos_since_log.append((self.step + 1, batch["video"]))
-        for entry in batch["skipped"]:
-            self.skipped.add(entry)
+        for path, reason in batch["skipped"]:
+            self.skipped.setdefault(path, reason)
 
     def gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -256,7 +256,7 @@ class Run:
     def log(self, output, progress) -> None:
         self.stop_if_not_finite()
         if self.accelerator.num_processes > 1:  # each rank's workers skip files of their own
-            self.skipped = {entry for found in gather_object([sorted(self.skipped)]) for entry in found}
+            self.skipped = {path: reason for found in gather_object([self.skipped]) for path, reason in found.items()}
         window = (self.step - 1) % self.recipe.logging_steps + 1
         features = output.dense_features if output.dense_features is not None else output.pooled_features
         flat = features.transpose(0, 1).flatten(1).t()  # (samples, C)
@@ -320,7 +320,7 @@ class Run:
     def save(self) -> None:
         self.stop_if_not_finite()
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
-        state["skipped"] = sorted(self.skipped)
+        state["skipped"] = self.skipped
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state)
         self.hand_out()
 
@@ -343,8 +343,8 @@ class Run:
             self.publisher.close()
         if self.accelerator.is_main_process:
             logger.info("%s: encoder/, model/, panels/, metrics.jsonl and checkpoints/ are there", self.output_dir)
-            for entry in sorted(self.skipped):
-                logger.warning("skipped %s", entry)
+            for path, reason in sorted(self.skipped.items()):
+                logger.warning("skipped %s: %s", path, reason)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

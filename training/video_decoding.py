@@ -1,22 +1,19 @@
 """Frames of a video at asked-for times, cropped first and resized after. PyAV; nothing here knows pairs or models."""
 
 import bisect
+import contextlib
 import functools
-import io
-import time
+import itertools
 from dataclasses import dataclass
 
 import av
 import av.error
 import av.filter
-import fsspec
 import numpy as np
 
-av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
+from training.video_files import MAX_PIXELS, Deadline, UnreadableVideo, is_remote, open_video, words
 
-
-class UnreadableVideo(ValueError):
-    """A video that cannot be used; the message is the reason in plain words, without the path."""
+MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second; an index takes some 100 bytes of memory a frame
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,22 @@ class VideoIndex:
         pts: presentation time stamps of all frames, ascending, in `time_base`.
         times: the same in seconds from the stream's start.
         keyframes: pts at which decoding can begin, ascending.
+        seek_points: for each of them, the time stamp to seek to.
         exact: the pts are the file's own; False where they were estimated from the header (remote files).
         height, width: as displayed, after rotation.
         quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame.
+        version: what tells the file from a later one in its place (size and time, or what the server says of it).
     """
 
     pts: tuple[int, ...]
     times: np.ndarray
     keyframes: tuple[int, ...]
+    seek_points: tuple[int, ...]
     exact: bool
     height: int
     width: int
     quarter_turns: int
+    version: tuple
 
     @property
     def duration(self) -> float:
@@ -47,93 +48,15 @@ class VideoIndex:
         return float(self.times[-1] - self.times[0])
 
 
-def is_remote(source: str) -> bool:
-    return "://" in source
-
-
-REMOTE_BLOCK = (
-    1 << 20
-)  # bytes a request, each block asked for once an opening: a pair lies in few, a seek wastes at most one
-ATTEMPTS = 5
-
-
-class RemoteFile(io.RawIOBase):
-    """
-    A remote file for PyAV, read by ranges. A read that fails is tried again on a new connection; what is not there, or not allowed,
-    fails at once.
-
-    Args:
-        block: bytes a request.
-    """
-
-    def __init__(self, source: str, block: int = REMOTE_BLOCK):
-        self.source, self.block, self.position, self.file = source, block, 0, None
-        self.size = self._attempt(lambda file: file.size)
-        if self.size is None:
-            raise OSError("its server tells no size, so that it cannot be read by ranges")
-
-    def _attempt(self, act):
-        for attempt in range(ATTEMPTS):
-            try:
-                if self.file is None:
-                    files, path = fsspec.core.url_to_fs(self.source)
-                    self.file = files.open(path, "rb", block_size=self.block, cache_type="blockcache")
-                return act(self.file)
-            except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
-                self.file, root = None, error
-                while root.__cause__ is not None:  # fsspec says "not found" of whatever failed; the cause is behind it
-                    root = root.__cause__
-                status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
-                refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-                if refused or isinstance(root, FileNotFoundError) or attempt + 1 == ATTEMPTS:
-                    raise OSError(" ".join((str(root) or type(root).__name__).split())) from error
-            time.sleep(0.5 * 2**attempt)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        def from_here(file) -> bytes:
-            file.seek(self.position)
-            return file.read(size)
-
-        data = self._attempt(from_here)
-        self.position += len(data)
-        return data
-
-
-def open_video(source: str):
-    """
-    An open PyAV container, to be used in a `with` block (PyAV leaks without close).
-
-    Args:
-        source: a local path, a URL that fsspec opens (range requests), or a member of a tar, `TAR::OFFSET:SIZE:NAME`.
-    """
+@contextlib.contextmanager
+def _explained():
+    """Whatever FFmpeg, PyAV or the arithmetic on a file's own numbers raises on a damaged file, as the reason to skip it."""
     try:
-        if "::" in source:
-            tar, member = source.rsplit("::", 1)
-            offset, size, _ = member.split(":", 2)
-            with RemoteFile(tar) if is_remote(tar) else open(tar, "rb") as file:
-                file.seek(int(offset))
-                return av.open(io.BytesIO(file.read(int(size))), metadata_errors="replace")
-        # Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out.
-        return av.open(RemoteFile(source) if is_remote(source) else source, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise UnreadableVideo(f"cannot be opened as a video ({_words(error)})") from error
-
-
-def _words(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        yield
+    except UnreadableVideo:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UnreadableVideo(f"cannot be decoded ({words(error)})") from error
 
 
 def _video_stream(container):
@@ -142,9 +65,20 @@ def _video_stream(container):
     stream = container.streams.video[0]
     if stream.codec_context is None:
         raise UnreadableVideo("its codec is not known to this build of PyAV")
+    _check_size(stream.codec_context)
+    if stream.frames > MAX_FRAMES:
+        raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
+    stream.codec_context.options = {
+        "max_pixels": str(MAX_PIXELS)
+    }  # the frames may turn out other than the header says
     # One thread: the loader's workers are the parallelism, and skip_frame acts on the very packet it was set for.
     stream.codec_context.thread_count = 1
     return stream
+
+
+def _check_size(picture) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,28 +90,57 @@ def index_video(source: str) -> VideoIndex:
     Raises:
         UnreadableVideo: with the reason.
     """
-    with open_video(source) as container:
+    with open_video(source) as (container, deadline, version), _explained():
         stream = _video_stream(container)
-        try:
-            if is_remote(source):
-                pts, keyframes = _estimate_pts(stream), ()
-            else:
-                packets = [p for p in container.demux(stream) if p.pts is not None and p.size]
-                pts = sorted({p.pts for p in packets})
-                keyframes = sorted(p.pts for p in packets if p.is_keyframe)
-                container.seek(0)
-            if not pts:
-                raise UnreadableVideo("has no frames with time stamps")
-            first = next((frame for frame in container.decode(stream)), None)
-        except (av.error.FFmpegError, OSError) as error:
-            raise UnreadableVideo(f"cannot be decoded ({_words(error)})") from error
-        if first is None or first.width < 2 or first.height < 2:
+        if is_remote(source):
+            pts, keyframes = _estimate_pts(stream), {}
+        else:
+            pts, keyframes = _read_pts(container, stream, deadline)
+        # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
+        shown = list(itertools.islice(container.decode(stream), 8 if container.format.name == "avi" else 1))
+        if not shown:
             raise UnreadableVideo("has no frame that can be decoded")
+        if any(a.pts is None or b.pts is None or a.pts >= b.pts for a, b in itertools.pairwise(shown)):
+            raise UnreadableVideo("has time stamps out of order (B frames in AVI?): encode it anew, to MP4 or MKV")
+        first = shown[0]
+        _check_size(first)
+        if first.width < 2 or first.height < 2:
+            raise UnreadableVideo(f"has frames of {first.width}x{first.height}, 2x2 is the least")
         start = pts[0] if stream.start_time is None else min(stream.start_time, pts[0])
         times = (np.array(pts, dtype=np.float64) - start) * float(stream.time_base)
         turns = round(first.rotation / 90) % 4
         height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
-        return VideoIndex(tuple(pts), times, tuple(keyframes), not is_remote(source), height, width, turns)
+        return VideoIndex(
+            tuple(pts),
+            times,
+            tuple(keyframes),
+            tuple(keyframes.values()),
+            not is_remote(source),
+            height,
+            width,
+            turns,
+            version,
+        )
+
+
+def _read_pts(container, stream, deadline: Deadline) -> tuple[list[int], dict[int, int]]:
+    """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
+    # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
+    by_pts = container.format.name.startswith(("mov", "matroska"))
+    pts, keyframes = set(), {}
+    for packet in container.demux(stream):
+        deadline.check()
+        if packet.pts is None or not packet.size:
+            continue
+        pts.add(packet.pts)
+        if packet.is_keyframe:
+            keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts
+        if len(pts) > MAX_FRAMES:
+            raise UnreadableVideo(f"has more than {MAX_FRAMES} frames: cut it into parts")
+    if not pts:
+        raise UnreadableVideo("has no frames with time stamps")
+    container.seek(0)
+    return sorted(pts), dict(sorted(keyframes.items()))
 
 
 def _estimate_pts(stream) -> list[int]:
@@ -188,7 +151,10 @@ def _estimate_pts(stream) -> list[int]:
     if not rate or not duration:
         raise UnreadableVideo("its header tells no duration")
     start = stream.start_time or 0
-    return [start + round(i / rate / stream.time_base) for i in range(max(1, int(duration * rate)))]
+    frames = max(1, int(duration * rate))
+    if frames > MAX_FRAMES:
+        raise UnreadableVideo(f"has by its header {frames} frames, the most is {MAX_FRAMES}")
+    return [start + round(i / rate / stream.time_base) for i in range(frames)]
 
 
 @dataclass(frozen=True)
@@ -215,25 +181,26 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
         wanted.setdefault(index.pts[cut.number], []).append(position)
     pictures: list = [None] * len(cuts)
     times = [0.0] * len(cuts)
-    with open_video(source) as container:
+    with open_video(source) as (container, deadline, version), _explained():
+        if version != index.version:
+            raise UnreadableVideo("has changed since it was first read")
         stream = _video_stream(container)
-        try:
-            for pts, frame in _decode_frames(container, stream, index, sorted(wanted)):
-                if frame.is_corrupt:
-                    raise UnreadableVideo(f"is damaged at {index.times[index.pts.index(pts)]:.2f} s")
-                for position in wanted[pts]:
-                    pictures[position] = cut_frame(frame, cuts[position].box, cuts[position].size, index.quarter_turns)
-                    seconds = (frame.pts - index.pts[0]) * float(stream.time_base) + float(index.times[0])
-                    times[position] = seconds
-        except (av.error.FFmpegError, OSError) as error:
-            raise UnreadableVideo(f"cannot be decoded ({_words(error)})") from error
+        for pts, frame in _decode_frames(container, stream, index, sorted(wanted), deadline):
+            shown = (frame.width, frame.height) if index.quarter_turns % 2 else (frame.height, frame.width)
+            if shown != (index.height, index.width):
+                sizes = f"from {index.width}x{index.height} to {shown[1]}x{shown[0]}"
+                raise UnreadableVideo(f"changes its size {sizes} at {_seconds(index, pts):.2f} s")
+            for position in wanted[pts]:
+                pictures[position] = cut_frame(frame, cuts[position].box, cuts[position].size, index.quarter_turns)
+                seconds = (frame.pts - index.pts[0]) * float(stream.time_base) + float(index.times[0])
+                times[position] = seconds
     missing = [index.times[cut.number] for cut, picture in zip(cuts, pictures) if picture is None]
     if missing:
         raise UnreadableVideo(f"has no decodable frame at {missing[0]:.2f} s (truncated?)")
     return pictures, times
 
 
-def _decode_frames(container, stream, index: VideoIndex, wanted: list[int]):
+def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], deadline: Deadline):
     """
     Yield (asked-for pts, frame). Seeks to the last keyframe before a wanted frame where that lies ahead of the position.
 
@@ -241,17 +208,19 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int]):
     long groups of pictures); a wanted frame's own packet always is.
     """
     context = stream.codec_context
-    asked, pending, position, packets = set(wanted), list(wanted), None, None
+    asked, pending, position, packets, damaged = set(wanted), list(wanted), None, None, False
     while pending:
         target = pending[0]
-        keyframe = target
+        keyframe = seek_point = target
         if index.keyframes:
-            keyframe = index.keyframes[max(bisect.bisect_right(index.keyframes, target) - 1, 0)]
+            number = max(bisect.bisect_right(index.keyframes, target) - 1, 0)
+            keyframe, seek_point = index.keyframes[number], index.seek_points[number]
         if position is None or keyframe > position:
-            container.seek(min(keyframe, target), stream=stream, backward=True)
-            packets = container.demux(stream)
+            container.seek(min(seek_point, target), stream=stream, backward=True)
+            packets, damaged = container.demux(stream), False
         found = False
         for packet in packets:
+            deadline.check()
             context.skip_frame = (
                 "DEFAULT" if not index.exact or packet.pts in asked or packet.pts is None else "NONREF"
             )
@@ -259,16 +228,24 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int]):
                 if frame.pts is None:
                     continue
                 position = frame.pts
+                # What is damaged stays so in the frames that follow, up to one that refers to none; these are not marked.
+                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                if damaged and pending and frame.pts >= pending[0]:
+                    raise UnreadableVideo(f"is damaged at {_seconds(index, frame.pts):.2f} s")
                 # Several wanted frames can come out of one packet at the end of the stream.
                 while pending and (frame.pts == pending[0] or (not index.exact and frame.pts >= pending[0])):
                     yield pending.pop(0), frame
                     found = True
                 if pending and index.exact and frame.pts > pending[0]:
-                    raise UnreadableVideo(f"skips the frame at {index.times[index.pts.index(pending[0])]:.2f} s")
+                    raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
             if found:
                 break
         else:
             return
+
+
+def _seconds(index: VideoIndex, pts: int) -> float:
+    return float(index.times[min(bisect.bisect_left(index.pts, pts), len(index.pts) - 1)])
 
 
 def cut_frame(

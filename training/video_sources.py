@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from training.cards import is_dataset_id
 from training.hub import FAILURES, explain
-from training.video_decoding import RemoteFile, is_remote
+from training.video_files import RemoteFile, is_remote
 
 logger = logging.getLogger("poodle")
 EXTENSIONS = (

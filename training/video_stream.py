@@ -20,6 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
+from training.video_files import ended_if_stuck, time_limit
 
 logger = logging.getLogger("poodle")
 OPENINGS_PER_SPAN = 2048
@@ -112,7 +113,7 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
         raise UnreadableVideo(f"is too short: {index.duration:.2f} s, the smallest frame gap is {low:g} s")
     pairs = []
     for repeat in range(sampling.pairs_per_video):
-        rng = np.random.default_rng([sampling.seed, epoch, zlib.crc32(path.encode()), repeat])
+        rng = np.random.default_rng([sampling.seed, epoch, _checksum(path), repeat])
         gap = rng.uniform(low, max(low, min(high, index.duration)))
         start = index.times[0] + rng.uniform(0, max(index.duration - gap, 0))
         first = _nearest(index.times, start)
@@ -122,6 +123,10 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
         box = _draw_box(index, sampling, rng)
         pairs.append((Cut(first, box, sampling.crop_size), Cut(second, box, sampling.crop_size)))
     return pairs
+
+
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode(errors="surrogateescape"))  # names of files need not be UTF-8
 
 
 def _nearest(times: np.ndarray, time: float) -> int:
@@ -147,9 +152,10 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
-    index = index_video(path)
-    pairs = plan_pairs(index, sampling, epoch, path)
-    pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+    with ended_if_stuck(path, 3 * time_limit(path)):  # two openings, and as much again
+        index = index_video(path)
+        pairs = plan_pairs(index, sampling, epoch, path)
+        pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
     for repeat, (earlier, _) in enumerate(pairs):
         yield {
             "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
@@ -183,15 +189,16 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[di
     try:
         yield from video_pairs(path, sampling, epoch)
     except UnreadableVideo as error:
-        entry = f"{path}: {error}"
-        if entry not in _REPORTED:
-            _REPORTED.add(entry)
-            logger.warning("skipped %s", entry)
-        _PENDING.append(entry)
+        shown = path if path.isprintable() else ascii(path)[1:-1]
+        if shown not in _REPORTED:
+            _REPORTED[shown] = str(error)
+            logger.warning("skipped %s: %s", shown, error)
+        _PENDING.append((shown, _REPORTED[shown]))
 
 
-_PENDING: list[str] = []
-_REPORTED: set[str] = set()  # of this process: a file is named once, not once an epoch
+_PENDING: list[tuple[str, str]] = []
+# Of this process: a file is named once, not once an epoch, by its first reason (other frames of it can be damaged otherwise).
+_REPORTED: dict[str, str] = {}
 
 
 def collate(samples: list[dict]) -> dict:
@@ -220,7 +227,7 @@ class PairLoader:
     Batches of pairs, forever.
 
     A batch: `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) seconds; `crop` (B, 4) xyxy in the video's own
-    pixels; `epoch`, `repeat` (B,); `video` list of names; `skipped` list of "path: reason"; and what `pair_flow` adds: `flow`
+    pixels; `epoch`, `repeat` (B,); `video` list of names; `skipped` list of (path, reason); and what `pair_flow` adds: `flow`
     (B, 2, 2, H, W) float16 and, for exact flow, `valid_mask` (B, 2, H, W) bool.
 
     `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
@@ -302,7 +309,7 @@ class PairLoader:
             "span": self.span,
             "num_workers": self.num_workers,
             "world_size": self.world_size,
-            "paths": zlib.crc32("\n".join(self.paths).encode()),
+            "paths": _checksum("\n".join(self.paths)),
             "first_path": self.paths[0],
             "loader": None if self._loader is None else self._loader.state_dict(),
         }

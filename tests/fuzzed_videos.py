@@ -1,0 +1,261 @@
+"""Small clips of every kind that PyAV can write, whose frames show their number in colours, and seeded damage to them."""
+
+import io
+import zlib
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+FRAMES, RATE = 24, 12
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a clip is written: `name` of its file, codec, pixel format, (height, width), and options of encoder and container."""
+
+    name: str
+    codec: str
+    pix_fmt: str = "yuv420p"
+    size: tuple[int, int] = (48, 64)
+    options: dict = field(default_factory=dict)
+    container: dict = field(default_factory=dict)
+    frames: int = FRAMES
+    times: tuple[float, ...] | None = None  # seconds; None: RATE frames a second
+    flags: int = 0
+    turns: int | None = None  # counter-clockwise turns by 90 degrees that a player shall apply
+
+
+FAST = {"preset": "ultrafast"}
+X265 = {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"}
+VPX = {"cpu-used": "8", "deadline": "realtime"}
+SVT = {"preset": "12", "svtav1-params": "lp=1:enable-tf=0"}
+UNEVEN = tuple(np.cumsum(np.random.default_rng(0).integers(20, 200, FRAMES) / 1000).round(3).tolist())
+INTERLACED = 0x20040000  # AV_CODEC_FLAG_INTERLACED_DCT and _ME
+
+KINDS = (
+    Kind("h264.mp4", "libx264", options=FAST),
+    Kind("h264_b_frames.mkv", "libx264", options={"preset": "veryfast", "bf": "3", "b_strategy": "0"}),
+    Kind("h264_10_bit.mp4", "libx264", "yuv420p10le", options=FAST),
+    Kind("h264_422_10_bit.mov", "libx264", "yuv422p10le", options=FAST),
+    Kind("h264_444.mp4", "libx264", "yuv444p", options=FAST),
+    Kind("h264_odd.mp4", "libx264", "yuv444p", (47, 61), options=FAST),
+    Kind("h264_interlaced.ts", "libx264", options={"preset": "ultrafast", "x264-params": "tff=1"}, flags=INTERLACED),
+    Kind("h264_fragments.mp4", "libx264", options=FAST, container={"movflags": "frag_keyframe+empty_moov"}),
+    Kind("h264_uneven.mp4", "libx264", options=FAST, times=UNEVEN),
+    Kind("h264_no_times.h264", "libx264", options=FAST),
+    Kind("h264_no_times.avi", "libx264", options={"preset": "veryfast", "bf": "2", "b_strategy": "0"}),
+    Kind("h264_turned_1.mp4", "libx264", options=FAST, turns=1),
+    Kind("h264_turned_2.mov", "libx264", options=FAST, turns=2),
+    Kind("h264_turned_3.mp4", "libx264", options=FAST, turns=3),
+    Kind("hevc.mp4", "libx265", options=X265),
+    Kind("hevc_10_bit.mkv", "libx265", "yuv420p10le", options=X265),
+    Kind("hevc_444.mp4", "libx265", "yuv444p", options=X265),
+    Kind("mpeg4.avi", "mpeg4"),
+    Kind("mpeg4_odd.mp4", "mpeg4", size=(47, 61)),
+    Kind("mpeg4_b_frames.avi", "mpeg4", options={"bf": "2"}),
+    Kind("mpeg2.mpg", "mpeg2video"),
+    Kind("mpeg2_interlaced.ts", "mpeg2video", flags=INTERLACED),
+    Kind("vp8.webm", "libvpx", options=VPX),
+    Kind("vp9.webm", "libvpx-vp9", options=VPX),
+    Kind("vp9_odd.webm", "libvpx-vp9", size=(47, 61), options=VPX),
+    Kind("vp9_uneven.mkv", "libvpx-vp9", options=VPX, times=UNEVEN),
+    Kind("av1.mp4", "libsvtav1", size=(64, 96), options=SVT),
+    Kind("av1_10_bit.mkv", "libsvtav1", "yuv420p10le", (64, 96), options=SVT),
+    Kind("mjpeg.avi", "mjpeg", "yuvj422p"),
+    Kind("prores.mov", "prores_ks", "yuv422p10le"),
+    Kind("ffv1_16_bit.mkv", "ffv1", "yuv444p16le", (47, 61)),
+    Kind("png.mov", "png", "rgb24", (47, 61)),
+    Kind("raw.avi", "rawvideo", "bgr24"),
+    Kind("huffyuv.avi", "huffyuv", "yuv422p"),
+    Kind("flv1.flv", "flv"),
+    Kind("h263.3gp", "h263", size=(96, 128)),
+    Kind("wmv2.wmv", "wmv2"),
+)
+BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+def picture(number: int, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8: bits 0-2 of the number as R, G, B of the upper left quarter, bits 3 and 4 as R and G of the lower right one."""
+    canvas = np.full((height, width, 3), 40, np.uint8)
+    bits = [40 + 170 * (number >> bit & 1) for bit in range(5)]
+    canvas[: height // 2, : width // 2] = bits[:3]
+    canvas[height // 2 :, width // 2 :] = (*bits[3:], 40)
+    return canvas
+
+
+def number_of(frame: np.ndarray, tolerance: int = 24) -> int:
+    """
+    The number that a frame (3, H, W) shows.
+
+    Raises:
+        AssertionError: its colours, away from the edges, are not those of any number.
+    """
+    quarters = []
+    for rows in np.array_split(frame, 2, axis=1):
+        for part in np.array_split(rows, 2, axis=2):
+            h, w = part.shape[1] // 4, part.shape[2] // 4
+            quarters.append(part[:, h : part.shape[1] - h, w : part.shape[2] - w].mean(axis=(1, 2)))
+    bits = [*(quarters[0] > 125), *(quarters[3] > 125)[:2]]
+    number = sum(int(bit) << k for k, bit in enumerate(bits))
+    shown = picture(number, 8, 8)
+    expected = np.array([shown[0, 0], shown[0, 7], shown[7, 0], shown[7, 7]], dtype=float)
+    assert np.abs(np.array(quarters) - expected).max() < tolerance, (number, quarters, expected)
+    return number
+
+
+def write_clip(path: Path, kind: Kind) -> Path:
+    with av.open(str(path), "w", container_options=kind.container) as container:
+        stream = container.add_stream(kind.codec, rate=RATE, options=kind.options)
+        (stream.height, stream.width), stream.pix_fmt = kind.size, kind.pix_fmt
+        context = stream.codec_context
+        context.thread_count, context.gop_size = 1, 8
+        context.flags |= kind.flags
+        if kind.times is not None:
+            context.time_base = Fraction(1, 1000)
+        for number in range(kind.frames):
+            shown = picture(number, *kind.size)
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24").reformat(format=kind.pix_fmt)
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            if kind.times is not None:
+                frame.pts, frame.time_base = round(kind.times[number] * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if kind.turns:
+        path.write_bytes(turned(path.read_bytes(), kind.turns))
+    return path
+
+
+def turned(data: bytes, counter_clockwise: int) -> bytes:
+    """An MP4 with the display matrix of its track (ISO 14496-12: x' = a x + c y, y' = b x + d y, y down) set."""
+    data = bytearray(data)
+    matrix = data.index(b"tkhd") + 44
+    a, b = ((1, 0), (0, -1), (-1, 0), (0, 1))[counter_clockwise]
+    for slot, value in ((0, a), (1, b), (3, -b), (4, a)):
+        data[matrix + 4 * slot : matrix + 4 * slot + 4] = (value * 65536).to_bytes(4, "big", signed=True)
+    return bytes(data)
+
+
+# --- damage ---
+
+
+def damaged(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """(What was done, the bytes after it): one kind of damage drawn by `rng`, from `other` too where two files are mixed."""
+    kind = rng.choice(list(DAMAGE))
+    return kind, DAMAGE[kind](data, other, rng)
+
+
+def _flip(data: bytes, rng, count: int, begin: int = 0, end: int | None = None) -> bytes:
+    changed = np.frombuffer(data, np.uint8).copy()
+    where = rng.integers(begin, max(end or len(data), begin + 1), count)
+    changed[where % len(data)] ^= rng.integers(1, 256, count, dtype=np.uint8)
+    return changed.tobytes()
+
+
+def _extreme(data: bytes, other: bytes, rng) -> bytes:
+    """Four bytes of the header, or of the index at the end, become a number that no file means."""
+    changed, edge = bytearray(data), min(len(data), 2048)
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(0, edge - 4)) + (0 if rng.random() < 0.5 else len(data) - edge)
+        changed[place : place + 4] = int(rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**24])).to_bytes(4, "big")
+    return bytes(changed)
+
+
+def _zeros(data: bytes, other: bytes, rng) -> bytes:
+    begin, length = int(rng.integers(0, len(data))), int(rng.integers(1, len(data) // 3))
+    return data[:begin] + bytes(len(data[begin : begin + length])) + data[begin + length :]
+
+
+def _moved(data: bytes, other: bytes, rng) -> bytes:
+    a, b, c = sorted(rng.integers(0, len(data), 3).tolist())
+    return data[:a] + data[b:c] + data[a:b] + data[c:]
+
+
+def _header_of_another(data: bytes, other: bytes, rng) -> bytes:
+    cut = int(rng.choice([32, 256, 1024, len(other) // 2]))
+    return other[:cut] + data[cut:]
+
+
+DAMAGE = {
+    "truncated": lambda data, other, rng: data[: int(rng.integers(1, len(data)))],
+    "one byte flipped": lambda data, other, rng: _flip(data, rng, 1),
+    "1 % of bytes flipped": lambda data, other, rng: _flip(data, rng, max(len(data) // 100, 2)),
+    "header flipped": lambda data, other, rng: _flip(data, rng, 8, 0, 512),
+    "end flipped": lambda data, other, rng: _flip(data, rng, 8, max(len(data) - 2048, 0)),
+    "extreme numbers": _extreme,
+    "zeros": _zeros,
+    "parts moved": _moved,
+    "bytes missing": lambda data, other, rng: (lambda a: data[:a] + data[a + int(rng.integers(1, 64)) :])(
+        int(rng.integers(0, len(data)))
+    ),
+    "header of another": _header_of_another,
+}
+
+
+# --- files that declare more than they hold ---
+
+
+def declared_h264(path: Path, height: int, width: int, references: int) -> Path:
+    """
+    A clip of some KB whose sequence parameter set (ITU-T H.264, 7.3.2.1.1) declares other sizes, in multiples of 16, and a number of
+    reference frames; the slices are those of 16x16 pixels.
+    """
+    options = {**FAST, "profile": "baseline"}
+    plain = write_clip(path.with_suffix(".h264"), Kind(path.name, "libx264", size=(16, 16), options=options))
+    data = plain.read_bytes()
+    begin = data.index(b"\0\0\1\x67") + 4
+    end = data.index(b"\0\0\1", begin)
+    bits = "".join(f"{byte:08b}" for byte in data[begin:end].rstrip(b"\0").replace(b"\0\0\3", b"\0\0"))
+    profile, place = bits[:16], 24
+    for _ in range(3):  # id, bits of frame_num, order type (2: without further fields)
+        place = _behind_code(bits, place)
+    kept, place = bits[24:place], _behind_code(bits, place) + 1  # reference frames and gaps_in_frame_num_allowed
+    place = _behind_code(bits, _behind_code(bits, place))  # the size in macroblocks
+    size = _code(references) + "0" + _code(width // 16 - 1) + _code(height // 16 - 1)
+    bits = profile + f"{62:08b}" + kept + size + bits[place:]
+    bits += "0" * (-len(bits) % 8)
+    sequence = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    for value in range(4):
+        sequence = sequence.replace(bytes([0, 0, value]), bytes([0, 0, 3, value]))
+    data = data[:begin] + sequence + data[end:]
+    with av.open(io.BytesIO(data), format="h264") as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(p for p in source.demux() if p.size):
+            packet.stream, packet.time_base = stream, Fraction(1, RATE)
+            packet.pts = packet.dts = number
+            container.mux(packet)
+    plain.unlink()
+    return path
+
+
+def _code(value: int) -> str:
+    bits = f"{value + 1:b}"
+    return "0" * (len(bits) - 1) + bits
+
+
+def _behind_code(bits: str, place: int) -> int:
+    return place + 2 * (bits.index("1", place) - place) + 1
+
+
+def declared_png(path: Path, height: int, width: int) -> Path:
+    """A MOV of PNG pictures of 1x1 whose headers declare another size."""
+    data = write_clip(path, Kind(path.name, "png", "rgb24", (2, 2))).read_bytes()
+    place = data.index(b"IHDR")
+    while place > 0:
+        header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + data[place + 12 : place + 17]
+        data = data[:place] + header + zlib.crc32(header).to_bytes(4, "big") + data[place + 21 :]
+        place = data.find(b"IHDR", place + 4)
+    path.write_bytes(data)
+    return path
+
+
+def declared_samples(path: Path, count: int) -> Path:
+    """A raw video in MOV whose tables declare `count` frames of one size in one chunk."""
+    data = bytearray(write_clip(path, Kind(path.name, "rawvideo", "rgb24", (16, 16))).read_bytes())
+    for box, place in (("stts", 12), ("stsz", 12), ("stsc", 16)):  # sample_count, sample_count, samples_per_chunk
+        begin = data.index(box.encode()) + place
+        data[begin : begin + 4] = count.to_bytes(4, "big")
+    path.write_bytes(bytes(data))
+    return path

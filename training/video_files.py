@@ -1,0 +1,228 @@
+"""Opening videos that other people wrote: local files, members of tars and remote files, within limits of time and size."""
+
+import contextlib
+import io
+import math
+import os
+import re
+import time
+
+import av
+import av.error
+import fsspec
+
+av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
+
+# The largest picture of any level of H.264, HEVC, VP9 and AV1 (8192x4352: 8K and DCI 8K are within). Larger ones are refused before
+# memory is taken for them: a file of a few bytes can declare 65536x65536.
+MAX_PIXELS = 35_651_584
+# Time that one opening of a video may take, for its index or for all its pairs: fixed, and for a local file more by its size, since
+# its index is read from end to end.
+SECONDS = 60.0
+BYTES_PER_SECOND = 10e6
+REMOTE_SECONDS = 120.0
+# Of a remote file. A block is asked for once an opening: a pair lies in few, a seek wastes at most one.
+REMOTE_BLOCK = 1 << 20
+REQUEST_SECONDS = 20.0  # at http(s); other backends have limits of their own (the Hub's client 10 s without a byte)
+ATTEMPTS = 5
+BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
+# Containers of videos alone: FFmpeg also reads playlists and scripts, which name other files and addresses to open.
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# The name of a member is its tar's word: it is only shown, and nothing in it is taken for a path, an offset or an address.
+_MEMBER = re.compile(r"(.*?\.tar)::(\d+):(\d+):", re.DOTALL)
+
+
+class UnreadableVideo(ValueError):
+    """A video that cannot be used; the message is the reason in plain words, without the path."""
+
+
+class Deadline:
+    """
+    A point in time that one opening of a video must not pass.
+
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float = math.inf):
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        """
+        Raises:
+            UnreadableVideo: the time is over.
+        """
+        if time.monotonic() > self.end:
+            raise UnreadableVideo(f"takes longer than {self.seconds:.0f} s")
+
+
+def time_limit(source: str) -> float:
+    """
+    Seconds that one opening of a video may take.
+
+    Raises:
+        OSError: a local file that is not there.
+    """
+    member = _MEMBER.match(source)
+    if is_remote(source):
+        return REMOTE_SECONDS
+    return SECONDS + (int(member[3]) if member else os.stat(source).st_size) / BYTES_PER_SECOND
+
+
+def is_remote(source: str) -> bool:
+    return _REMOTE.match(source) is not None
+
+
+class RemoteFile(io.RawIOBase):
+    """
+    A remote file for PyAV, read by ranges. A read that fails or stalls is tried again on a new connection, up to `ATTEMPTS` times with
+    growing pauses; what is not there, not allowed, or has changed since the first opening fails at once.
+
+    Args:
+        block: bytes a request.
+        deadline: after which nothing is tried again.
+    """
+
+    def __init__(self, source: str, block: int = REMOTE_BLOCK, deadline: Deadline | None = None):
+        self.source, self.block, self.deadline, self.position = source, block, deadline or Deadline(), 0
+        self.file = self.version = None
+        self.size = self._attempt(lambda file: file.size)
+        if self.size is None:
+            raise OSError("its server tells no size, so that it cannot be read by ranges")
+
+    def _open(self):
+        if not self.source.startswith(("http://", "https://")):
+            files, path = fsspec.core.url_to_fs(self.source)
+            file = files.open(path, "rb", block_size=self.block, cache_type="blockcache")
+            return file, getattr(file, "details", {})
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+        files, path = fsspec.core.url_to_fs(self.source, client_kwargs={"timeout": timeout})
+        details = files.info(path)  # asked for here: the file keeps its size alone
+        whole = details.get("size") if details.get("partial", True) else None
+        return files.open(path, "rb", block_size=self.block, cache_type="blockcache", size=whole), details
+
+    def _attempt(self, act):
+        for attempt in range(ATTEMPTS):
+            try:
+                if self.file is None:
+                    self.file, details = self._open()
+                    version = _version(details)
+                    if self.version not in (None, version):
+                        raise _Changed("has changed on its server while it was read")
+                    self.version = version
+                return act(self.file)
+            except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
+                self.file, root = None, error
+                while root.__cause__ is not None:  # fsspec says "not found" of whatever failed; the cause is behind it
+                    root = root.__cause__
+                status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
+                refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+                pause = BACK_OFF * 2**attempt
+                late = attempt + 1 == ATTEMPTS or time.monotonic() + pause > self.deadline.end
+                if late or refused or isinstance(root, (FileNotFoundError, _Changed)):
+                    words = " ".join((str(root) or type(root).__name__).split())
+                    tried = f", tried {attempt + 1} times" if attempt else ""
+                    raise OSError(words + tried) from error
+            time.sleep(pause)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        def from_here(file) -> bytes:
+            file.seek(self.position)
+            return file.read(size)
+
+        data = self._attempt(from_here)
+        self.position += len(data)
+        return data
+
+
+class _Changed(OSError):
+    pass
+
+
+def _version(details: dict) -> tuple:
+    return tuple(details.get(name) for name in ("size", "ETag", "Last-Modified", "LastModified", "mtime"))
+
+
+class _Part(io.RawIOBase):
+    """`size` bytes of an open file from `offset` on, as a file of its own; no more is read than is there."""
+
+    def __init__(self, file, offset: int, size: int):
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self.size - self.position, 0)
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.position += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def open_video(source: str):
+    """
+    A PyAV container, closed at the end of the `with` block (PyAV leaks without), with `deadline` and `version` of what was opened.
+
+    Args:
+        source: a local path, a URL that fsspec opens (range requests), or a member of a tar, `TAR::OFFSET:SIZE:NAME`.
+
+    Raises:
+        UnreadableVideo: with the reason.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            member = _MEMBER.match(source)
+            path = member[1] if member else source
+            deadline = Deadline(time_limit(source))
+            if is_remote(path):
+                file = RemoteFile(path, deadline=deadline)
+                version = file.version
+            else:
+                facts = os.stat(path)
+                version = (facts.st_size, facts.st_mtime_ns)
+                # "file:", or FFmpeg would take what stands before a colon for a protocol.
+                file = stack.enter_context(open(path, "rb")) if member else f"file:{path}"
+            if member:
+                file = _Part(file, int(member[2]), int(member[3]))
+            container = av.open(
+                file,
+                options={"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)},
+                metadata_errors="replace",  # tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out
+                timeout=deadline.seconds,
+            )
+        except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+            raise UnreadableVideo(f"cannot be opened as a video ({words(error)})") from error
+        yield stack.enter_context(container), deadline, version
+
+
+def words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
