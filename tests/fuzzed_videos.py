@@ -29,6 +29,7 @@ class Kind:
 
 
 FAST = {"preset": "ultrafast"}
+B_FRAMES = {"preset": "veryfast", "bf": "2", "b_strategy": "0"}
 X265 = {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"}
 VPX = {"cpu-used": "8", "deadline": "realtime"}
 SVT = {"preset": "12", "svtav1-params": "lp=1:enable-tf=0"}
@@ -37,7 +38,7 @@ INTERLACED = 0x20040000  # AV_CODEC_FLAG_INTERLACED_DCT and _ME
 
 KINDS = (
     Kind("h264.mp4", "libx264", options=FAST),
-    Kind("h264_b_frames.mkv", "libx264", options={"preset": "veryfast", "bf": "3", "b_strategy": "0"}),
+    Kind("h264_b_frames.mkv", "libx264", options=B_FRAMES),
     Kind("h264_10_bit.mp4", "libx264", "yuv420p10le", options=FAST),
     Kind("h264_422_10_bit.mov", "libx264", "yuv422p10le", options=FAST),
     Kind("h264_444.mp4", "libx264", "yuv444p", options=FAST),
@@ -46,7 +47,7 @@ KINDS = (
     Kind("h264_fragments.mp4", "libx264", options=FAST, container={"movflags": "frag_keyframe+empty_moov"}),
     Kind("h264_uneven.mp4", "libx264", options=FAST, times=UNEVEN),
     Kind("h264_no_times.h264", "libx264", options=FAST),
-    Kind("h264_no_times.avi", "libx264", options={"preset": "veryfast", "bf": "2", "b_strategy": "0"}),
+    Kind("h264_no_times.avi", "libx264", options=B_FRAMES),
     Kind("h264_turned_1.mp4", "libx264", options=FAST, turns=1),
     Kind("h264_turned_2.mov", "libx264", options=FAST, turns=2),
     Kind("h264_turned_3.mp4", "libx264", options=FAST, turns=3),
@@ -64,6 +65,10 @@ KINDS = (
     Kind("vp9_uneven.mkv", "libvpx-vp9", options=VPX, times=UNEVEN),
     Kind("av1.mp4", "libsvtav1", size=(64, 96), options=SVT),
     Kind("av1_10_bit.mkv", "libsvtav1", "yuv420p10le", (64, 96), options=SVT),
+    Kind("h264_b_frames.ts", "libx264", options=B_FRAMES),
+    Kind("h264_b_frames.flv", "libx264", options=B_FRAMES),
+    Kind("hevc_b_frames.ts", "libx265", options={**X265, "preset": "fast"}),
+    Kind("mpeg2_b_frames.mpg", "mpeg2video", options={"bf": "2"}),
     Kind("mjpeg.avi", "mjpeg", "yuvj422p"),
     Kind("prores.mov", "prores_ks", "yuv422p10le"),
     Kind("ffv1_16_bit.mkv", "ffv1", "yuv444p16le", (47, 61)),

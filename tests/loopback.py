@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 class FileServer(ThreadingHTTPServer):
     """
     Serves the files below `folder`. `requests` holds (method, path, range header) of each request; `sent` counts body bytes;
-    `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403.
+    `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403, those in `stalled` send half a body and
+    then nothing until the server ends.
     """
 
     daemon_threads = True
@@ -18,6 +19,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, handler=None):
         super().__init__(("127.0.0.1", 0), handler or FileHandler)
         self.folder, self.requests, self.sent, self.drop, self.refused = Path(folder), [], 0, 0, set()
+        self.stalled, self.ended = set(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -47,7 +49,8 @@ class FileHandler(BaseHTTPRequestHandler):
         if not file.is_relative_to(self.server.folder.resolve()) or not file.is_file():
             self.reply(404, b"not found", body)
             return
-        self.send_file(file, body)
+        facts = file.stat()
+        self.send_file(file, body, ETag=f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"')
 
     def send_file(self, file: Path, body: bool, **headers: str) -> None:
         data = file.read_bytes()
@@ -74,6 +77,10 @@ class FileHandler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
             return
+        if unquote(urlsplit(self.path).path) in self.server.stalled:
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = self.server.ended.wait(60)
+            return
         self.wfile.write(data)
         self.server.sent += len(data)
 
@@ -86,5 +93,6 @@ def serve(folder: Path, server_class=FileServer):
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         server.server_close()

@@ -77,6 +77,8 @@ def _video_stream(container):
 
 
 def _check_size(picture) -> None:
+    if not picture.width or not picture.height:
+        raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
     if picture.width * picture.height > MAX_PIXELS:
         raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
 
@@ -208,6 +210,8 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
     long groups of pictures); a wanted frame's own packet always is.
     """
     context = stream.codec_context
+    # libdav1d (AV1) reads skip_frame once, when it is opened: it would go on leaving out frames that are wanted later.
+    everything = not index.exact or context.codec.name.startswith("lib")
     asked, pending, position, packets, damaged = set(wanted), list(wanted), None, None, False
     while pending:
         target = pending[0]
@@ -221,9 +225,8 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
         found = False
         for packet in packets:
             deadline.check()
-            context.skip_frame = (
-                "DEFAULT" if not index.exact or packet.pts in asked or packet.pts is None else "NONREF"
-            )
+            whole = everything or packet.pts in asked or packet.pts is None
+            context.skip_frame = "DEFAULT" if whole else "NONREF"
             for frame in packet.decode():
                 if frame.pts is None:
                     continue

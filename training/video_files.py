@@ -225,4 +225,6 @@ def open_video(source: str):
 
 
 def words(error: Exception) -> str:
+    if isinstance(error, av.error.ExitError):  # of the `timeout` that a container was opened with
+        return "takes too long"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

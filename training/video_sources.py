@@ -124,12 +124,25 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
 
 
 def _tar_members(tar: str) -> list[str]:
-    """Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names."""
+    """
+    Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names. Nothing is extracted, so
+    that a name with `..` or a link leads nowhere; only plain files count.
+    """
+    members = []
     try:
         # Small blocks: of each member only the header is read.
         opened = RemoteFile(tar, block=1 << 16) if is_remote(tar) else open(tar, "rb")
         with opened as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            return [f"{tar}::{m.offset_data}:{m.size}:{m.name}" for m in archive if m.isfile() and _is_video(m.name)]
-    except (tarfile.TarError, OSError) as error:
+            end = file.size if is_remote(tar) else os.stat(tar).st_size
+            for m in archive:
+                # tarfile believes the header: a negative size leads it around for ever.
+                if m.size < 0 or m.offset_data + m.size > end:
+                    raise tarfile.ReadError(f"a member of {m.size} bytes by its header ends outside of the file")
+                if m.isreg() and not m.issparse() and _is_video(m.name):
+                    members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
+    except OSError as error:
         logger.warning("skipped %s: not a readable tar (%s)", tar, error)
-        return []
+        return []  # not a part of them, or a run would see other videos than the next one
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        logger.warning("%s: not a whole tar (%s); the %d videos before that place are used", tar, error, len(members))
+    return members

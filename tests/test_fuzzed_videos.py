@@ -1,0 +1,280 @@
+"""Videos of every kind give the frames asked for; damaged and hostile ones are skipped with a reason, within bounds of time and memory."""
+
+import contextlib
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from fuzzed_videos import (
+    BY_NAME,
+    FAST,
+    FRAMES,
+    KINDS,
+    RATE,
+    Kind,
+    damaged,
+    declared_h264,
+    declared_png,
+    declared_samples,
+    number_of,
+    write_clip,
+)
+
+from training import video_files
+from training.video_decoding import Cut, UnreadableVideo, decode_cuts, index_video
+from training.video_files import MAX_PIXELS
+from training.video_stream import PairLoader, PairSampling, ended_if_stuck, generate_pairs
+
+WITHOUT_TIMES = {
+    "h264_no_times.h264": "has no frames with time stamps",
+    "h264_no_times.avi": r"has time stamps out of order \(B frames in AVI\?\): encode it anew",
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    return {kind.name: write_clip(folder / kind.name, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.name not in WITHOUT_TIMES])
+def test_frames_times_and_colours_of_every_kind(clips, name):
+    kind, path = BY_NAME[name], str(clips[name])
+    index = index_video(path)
+    height, width = kind.size[::-1] if (kind.turns or 0) % 2 else kind.size
+    assert (index.height, index.width, len(index.pts)) == (height, width, FRAMES)
+    times = kind.times or np.arange(FRAMES) / RATE
+    np.testing.assert_allclose(np.diff(index.times), np.diff(times), atol=1.5e-3)
+    whole = [Cut(number, (0, 0, width, height), (height, width)) for number in range(FRAMES)]
+    pictures, shown = decode_cuts(path, index, whole)
+    np.testing.assert_allclose(shown, index.times, atol=1e-6)
+    for cut in whole:  # by a seek of its own
+        pictures += decode_cuts(path, index, [cut])[0]
+    # A player turns the coded picture counter-clockwise by `turns`; here it is turned back.
+    numbers = [number_of(np.rot90(picture, -(kind.turns or 0), axes=(1, 2))) for picture in pictures]
+    assert numbers == [*range(FRAMES), *range(FRAMES)]
+
+
+@pytest.mark.parametrize("name", WITHOUT_TIMES)
+def test_files_without_time_stamps_are_refused_rather_than_guessed(clips, name):
+    with pytest.raises(UnreadableVideo, match=WITHOUT_TIMES[name]):
+        index_video(str(clips[name]))
+
+
+# --- damage, in a process of its own ---
+
+
+class Reader:
+    """A loader's worker to be broken: `read` gives what it tells of a video, or fails naming the file that ended or stopped it."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fuzz_reader.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+        assert self.process.stdout.readline() == "ready\n"
+
+    def read(self, path: Path, limit: float) -> dict:
+        self.process.stdin.write(f"{path}\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], limit)
+        assert ready, f"{path.name}: no end after {limit} s"
+        line = self.process.stdout.readline()
+        assert line, f"{path.name}: ended its reader ({self.process.wait()})"
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def reading():
+    reader = Reader()
+    try:
+        yield reader
+    finally:
+        reader.process.kill()
+        reader.process.wait()
+
+
+def fuzz(folder: Path, clips: dict[str, Path], count: int):
+    """`count` damaged clips, each kind in turn: (name of the damage, path). Same bytes each time."""
+    names = list(clips)
+    for number in range(count):
+        rng = np.random.default_rng([11, number])
+        one, other = names[number % len(names)], names[rng.integers(len(names))]
+        damage, data = damaged(clips[one].read_bytes(), clips[other].read_bytes(), rng)
+        path = folder / f"{number:03d}_{one}"
+        path.write_bytes(data)
+        yield damage, path
+
+
+def named_once(report: dict, path: Path) -> bool:
+    """Whether a video was skipped, after checking that it then was named once, though it was opened in two epochs."""
+    assert len(report["log"]) <= 1, report
+    assert report["log"] or report["pairs"] == 4, report
+    assert all(
+        line.startswith(f"skipped {path}: ") and len(line) > len(f"skipped {path}: ") + 8 for line in report["log"]
+    )
+    return bool(report["log"])
+
+
+def test_damaged_clips_are_skipped_and_named_once_or_read(tmp_path, clips):
+    with reading() as reader:
+        for name, path in clips.items():
+            assert named_once(reader.read(path, 30), path) == (name in WITHOUT_TIMES)
+        skipped = 0
+        for damage, path in fuzz(tmp_path, clips, 60):
+            report = reader.read(path, 30)
+            skipped += named_once(report, path)
+            assert report["mib"] < 64, (damage, report)
+        assert 15 <= skipped <= 55  # the damage is neither none nor total
+
+
+def test_declared_and_edge_sizes(tmp_path, clips):
+    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more than the limit
+    sized = "has frames of no known size, or larger than 8192x4352 in all"
+    hostile = {
+        declared_h264(tmp_path / "beyond.ts", beyond, 8192, 16): "cannot be decoded (Invalid data found",
+        declared_h264(tmp_path / "beyond.mkv", 16384, 16384, 16): sized,
+        declared_png(tmp_path / "beyond.mov", 65000, 65000): "cannot be decoded (Invalid data found",
+        declared_samples(tmp_path / "samples.mov", 6_000_000): "has by its header 6000000 frames, the most is 5000000",
+        write_clip(tmp_path / "1x1.mkv", Kind("", "ffv1", "yuv444p", (1, 1))): "has frames of 1x1, 2x2 is the least",
+        write_clip(
+            tmp_path / "one.mp4", Kind("", "mpeg4", frames=1)
+        ): "is too short: 0.00 s, the smallest frame gap is 0.2 s",
+        write_clip(tmp_path / "none.mp4", Kind("", "libx264", options=FAST, frames=0)): "cannot be opened as a video",
+    }
+    eight_k = Kind("", "mjpeg", "yuvj420p", (4320, 7680), frames=2, times=(0.0, 0.5))
+    usable = [
+        write_clip(tmp_path / "8k.mov", eight_k),
+        write_clip(tmp_path / "2x2.mkv", Kind("", "ffv1", size=(2, 2))),
+    ]
+    with reading() as reader:
+        for path, reason in hostile.items():
+            report = reader.read(path, 60)
+            assert named_once(report, path) and report["log"][0].startswith(f"skipped {path}: {reason}"), report
+            assert report["mib"] < 400, report
+        for path in usable:
+            report = reader.read(path, 60)
+            assert not named_once(report, path) and report["mib"] < 400, report
+
+
+@pytest.mark.long
+def test_five_hundred_damaged_clips_and_the_largest_declared_sizes(tmp_path, clips):
+    """Prints the table of docs/reliability.md (pytest -s)."""
+    groups: dict[str, list[dict]] = {}
+    with reading() as reader:
+        for damage, path in fuzz(tmp_path, clips, 500):
+            report = reader.read(path, 30)
+            named_once(report, path)
+            groups.setdefault(damage, []).append(report)
+        # Within the limits, and so decoded: as slow and as large as a file of a few KB can be.
+        for references in (1, 16):
+            for name in ("within.ts", "within.mkv", "within.flv"):
+                path = declared_h264(tmp_path / f"{references}_{name}", 4352, 8192, references)
+                groups.setdefault("8192x4352 declared", []).append(reader.read(path, 120))
+        path = declared_samples(tmp_path / "samples.mov", 80_000_000)
+        groups["80 million frames declared"] = [reader.read(path, 300)]
+    print("\n| damage | files | skipped | most seconds | most MiB |\n|---|---|---|---|---|")
+    for damage, reports in sorted(groups.items()):
+        skipped, seconds = sum(bool(r["log"]) for r in reports), max(r["seconds"] for r in reports)
+        print(f"| {damage} | {len(reports)} | {skipped} | {seconds:.2f} | {max(r['mib'] for r in reports):.0f} |")
+    assert sum(len(reports) for reports in groups.values()) == 507
+    assert max(r["mib"] for reports in groups.values() for r in reports) < 3072
+
+
+# --- limits, names, other files ---
+
+SAMPLING = PairSampling(crop_size=(32, 48), frame_gap_seconds=(0.2, 0.8))
+
+
+def test_an_opening_has_a_time_limit(clips, monkeypatch):
+    path = str(clips["h264.mp4"])
+    index = index_video(path)
+    assert video_files.time_limit(path) == pytest.approx(60 + clips["h264.mp4"].stat().st_size / 1e7)
+    monkeypatch.setattr(video_files, "SECONDS", -1.0)
+    for act in (
+        lambda: index_video.__wrapped__(path),
+        lambda: decode_cuts(path, index, [Cut(0, (0, 0, 16, 16), (8, 8))]),
+    ):
+        with pytest.raises(UnreadableVideo, match=r"takes (longer than -1 s|too long)"):
+            act()
+
+
+class Stuck(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        with ended_if_stuck("/videos/spins.mp4", 0.3):
+            time.sleep(60)
+
+
+def test_a_decoder_that_never_comes_back_ends_its_worker_and_is_named(capfd):
+    with ended_if_stuck("here.mp4", 0.01):  # not a worker: nothing is ended
+        time.sleep(0.05)
+    errors = logging.StreamHandler(os.fdopen(os.dup(2), "w"))
+    logging.getLogger("poodle").addHandler(errors)
+    start = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            list(torch.utils.data.DataLoader(Stuck(), num_workers=1, multiprocessing_context="fork"))
+    finally:
+        logging.getLogger("poodle").removeHandler(errors)
+    assert time.monotonic() - start < 30
+    assert (
+        "/videos/spins.mp4: the decoder has not come back for 0.3 s; its loader worker ends" in capfd.readouterr().err
+    )
+
+
+def test_a_file_that_was_replaced_after_it_was_indexed_is_left_out(tmp_path, clips):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(clips["h264.mp4"].read_bytes())
+    assert len(list(generate_pairs([(0, str(path))], SAMPLING))) == 1
+    path.write_bytes(clips["h264_444.mp4"].read_bytes())
+    with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
+        decode_cuts(str(path), index_video(str(path)), [Cut(0, (0, 0, 16, 16), (8, 8))])
+
+
+def test_lists_of_other_files_are_no_videos(tmp_path, clips):
+    """FFmpeg by itself opens what a script names."""
+    (tmp_path / "secret.mp4").write_bytes(clips["h264.mp4"].read_bytes())
+    script = tmp_path / "video.mp4"
+    script.write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    with av.open(str(script)) as container:
+        assert container.format.name == "concat" and next(container.decode(video=0)).width == 64
+    with pytest.raises(UnreadableVideo, match="cannot be opened as a video"):
+        index_video(str(script))
+    for text in (
+        f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.mp4\n",
+        "v=0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ):
+        script.write_text(text)
+        with pytest.raises(UnreadableVideo, match="cannot be opened as a video"):
+            index_video(str(script))
+
+
+def test_any_file_name_is_a_file(tmp_path, clips, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    data = clips["h264.mp4"].read_bytes()
+    for name in ("12:30.mp4", "a::b.mp4", "x.tar::b.mp4", "pipe:0", "%03d.mp4", "öü 視.mp4"):
+        Path(name).write_bytes(data)
+        assert len(index_video(name).pts) == FRAMES, name
+    unprintable = os.fsdecode(b"\xff\x1b[31m\n.mp4")  # not UTF-8, and would colour a terminal
+    Path(unprintable).write_bytes(data)
+    loader = PairLoader([unprintable], SAMPLING, 2)
+    assert next(iter(loader))["video"] == [unprintable] * 2 and json.loads(json.dumps(loader.state_dict()))
+    Path(unprintable).write_bytes(data[:200])
+    index_video.cache_clear()
+    samples = list(generate_pairs([(0, unprintable), (1, unprintable), (0, "öü 視.mp4")], SAMPLING))
+    (path, reason), again = samples[0]["skipped"]
+    assert path == r"\udcff\x1b[31m\n.mp4" and "cannot be opened" in reason and again == (path, reason)
+    assert caplog.messages == [f"skipped {path}: {reason}"] and caplog.messages[0].isascii()
