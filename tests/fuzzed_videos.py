@@ -120,6 +120,7 @@ def write_clip(path: Path, kind: Kind) -> Path:
         context.flags |= kind.flags
         if kind.times is not None:
             context.time_base = Fraction(1, 1000)
+        container.start_encoding()  # or a clip without frames would have no header either
         for number in range(kind.frames):
             shown = picture(number, *kind.size)
             frame = av.VideoFrame.from_ndarray(shown, format="rgb24").reformat(format=kind.pix_fmt)

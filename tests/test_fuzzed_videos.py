@@ -140,17 +140,25 @@ def test_damaged_clips_are_skipped_and_named_once_or_read(tmp_path, clips):
 
 def test_declared_and_edge_sizes(tmp_path, clips):
     beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more than the limit
-    sized = "has frames of no known size, or larger than 8192x4352 in all"
+    large = f"has frames of 8192x{beyond}, larger than 8192x4352 in all"
+    sized = "cannot be decoded (Invalid data found"  # FFmpeg's word for a size over the limit inside the stream
+    header = bytearray(write_clip(tmp_path / "header.mov", Kind("", "rawvideo", "rgb24", (16, 16))).read_bytes())
+    place = header.index(b"raw ", header.index(b"stsd")) + 28
+    header[place : place + 4] = b"\xff" * 4
+    (tmp_path / "header.mov").write_bytes(header)
     hostile = {
-        declared_h264(tmp_path / "beyond.ts", beyond, 8192, 16): "cannot be decoded (Invalid data found",
+        write_clip(tmp_path / "large.mkv", Kind("", "libx264", size=(beyond, 8192), options=FAST, frames=1)): large,
+        tmp_path / "header.mov": "has frames of no known size, or larger than 8192x4352 in all",
+        declared_h264(tmp_path / "beyond.ts", beyond, 8192, 16): sized,
         declared_h264(tmp_path / "beyond.mkv", 16384, 16384, 16): sized,
-        declared_png(tmp_path / "beyond.mov", 65000, 65000): "cannot be decoded (Invalid data found",
+        declared_png(tmp_path / "beyond.mov", 65000, 65000): sized,
         declared_samples(tmp_path / "samples.mov", 6_000_000): "has by its header 6000000 frames, the most is 5000000",
         write_clip(tmp_path / "1x1.mkv", Kind("", "ffv1", "yuv444p", (1, 1))): "has frames of 1x1, 2x2 is the least",
         write_clip(
             tmp_path / "one.mp4", Kind("", "mpeg4", frames=1)
         ): "is too short: 0.00 s, the smallest frame gap is 0.2 s",
-        write_clip(tmp_path / "none.mp4", Kind("", "libx264", options=FAST, frames=0)): "cannot be opened as a video",
+        write_clip(tmp_path / "none.mp4", Kind("", "libx264", options=FAST, frames=0)): "has no video stream",
+        tmp_path / "gone.mp4": "cannot be opened as a video (No such file or directory)",
     }
     eight_k = Kind("", "mjpeg", "yuvj420p", (4320, 7680), frames=2, times=(0.0, 0.5))
     usable = [

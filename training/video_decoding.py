@@ -77,7 +77,7 @@ def _video_stream(container):
 
 
 def _check_size(picture) -> None:
-    if not picture.width or not picture.height:
+    if not picture.width or not picture.height:  # also what FFmpeg makes of some sizes over its limit
         raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
     if picture.width * picture.height > MAX_PIXELS:
         raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")

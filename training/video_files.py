@@ -59,16 +59,15 @@ class Deadline:
 
 
 def time_limit(source: str) -> float:
-    """
-    Seconds that one opening of a video may take.
-
-    Raises:
-        OSError: a local file that is not there.
-    """
-    member = _MEMBER.match(source)
+    """Seconds that one opening of a video may take."""
     if is_remote(source):
         return REMOTE_SECONDS
-    return SECONDS + (int(member[3]) if member else os.stat(source).st_size) / BYTES_PER_SECOND
+    member = _MEMBER.match(source)
+    size = int(member[3]) if member else 0
+    if not member:
+        with contextlib.suppress(OSError):  # what is not there is found out on opening
+            size = os.path.getsize(source)
+    return SECONDS + size / BYTES_PER_SECOND
 
 
 def is_remote(source: str) -> bool:
@@ -117,16 +116,19 @@ class RemoteFile(io.RawIOBase):
                 return act(self.file)
             except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
                 self.file, root = None, error
-                while root.__cause__ is not None:  # fsspec says "not found" of whatever failed; the cause is behind it
+                # fsspec says "not found" of whatever failed; the cause is behind it, and behind a timeout only its mechanism.
+                while root.__cause__ is not None and not isinstance(root, TimeoutError):
                     root = root.__cause__
                 status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
                 refused = status is not None and 400 <= status < 500 and status not in (408, 429)
                 pause = BACK_OFF * 2**attempt
                 late = attempt + 1 == ATTEMPTS or time.monotonic() + pause > self.deadline.end
                 if late or refused or isinstance(root, (FileNotFoundError, _Changed)):
-                    words = " ".join((str(root) or type(root).__name__).split())
+                    reason = (
+                        "no answer in time" if isinstance(root, TimeoutError) else str(root) or type(root).__name__
+                    )
                     tried = f", tried {attempt + 1} times" if attempt else ""
-                    raise OSError(words + tried) from error
+                    raise OSError(" ".join(reason.split()) + tried) from error
             time.sleep(pause)
 
     def readable(self) -> bool:

@@ -1,0 +1,209 @@
+"""Videos on a server that stalls, breaks off, refuses or changes them, and tars that lie: skipped and counted, in bounded time."""
+
+import io
+import tarfile
+import time
+
+import pytest
+from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
+from loopback import serve
+
+from training import video_files
+from training.video_decoding import Cut, UnreadableVideo, decode_cuts, index_video
+from training.video_files import ATTEMPTS, RemoteFile
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling, video_pairs
+
+SAMPLING = PairSampling(crop_size=(32, 48), frame_gap_seconds=(0.2, 0.8), pairs_per_video=2)
+WHOLE = ((0, 0, 64, 48), (48, 64))
+
+
+@pytest.fixture
+def web(tmp_path):
+    folder = tmp_path / "web"
+    folder.mkdir()
+    write_clip(folder / "good.mp4", BY_NAME["h264.mp4"])
+    with serve(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Seconds that all attempts at one request may take, pauses included."""
+    monkeypatch.setattr(video_files, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(video_files, "BACK_OFF", 0.02)
+    return ATTEMPTS * 0.3 + 0.02 * (2 ** (ATTEMPTS - 1) - 1)
+
+
+def copy(server, name: str) -> str:
+    (server.folder / name).write_bytes((server.folder / "good.mp4").read_bytes())
+    return f"{server.url}/{name}"
+
+
+def test_a_loader_goes_on_with_the_videos_that_can_be_read(web, hasty):
+    good = f"{web.url}/good.mp4"
+    bad = {name: copy(web, f"{name}.mp4") for name in ("stalls", "refused", "gone")}
+    web.stalled.add("/stalls.mp4")
+    web.refused.add("/refused.mp4")
+    (web.folder / "gone.mp4").unlink()
+    loader, skipped, start = iter(PairLoader([good, *bad.values()], SAMPLING, 2)), [], time.monotonic()
+    for _ in range(3):
+        batch = next(loader)
+        assert batch["video"] == [good, good] and batch["frames"].shape == (2, 2, 3, 32, 48)
+        skipped += batch["skipped"]
+    elapsed = time.monotonic() - start
+    assert set(skipped) == {
+        (bad["stalls"], f"cannot be opened as a video (no answer in time, tried {ATTEMPTS} times)"),
+        (bad["refused"], next(reason for path, reason in skipped if path == bad["refused"] and "403" in reason)),
+        (bad["gone"], next(reason for path, reason in skipped if path == bad["gone"])),
+    }
+    epochs = len(skipped) / 3
+    assert 2 <= epochs <= 4 and elapsed < epochs * hasty + 10
+    # Refused and missing files are asked for once an epoch (a HEAD, and a GET where that fails); a stall is tried ATTEMPTS times.
+    asked = {name: sum(path == f"/{name}.mp4" for _, path, _ in web.requests) for name in bad}
+    assert asked["refused"] <= 2 * 4 and asked["gone"] <= 2 * 4 and asked["stalls"] >= 2 * ATTEMPTS
+
+
+def test_a_stall_or_a_broken_connection_that_passes_is_survived(web, hasty):
+    whole = (web.folder / "good.mp4").read_bytes()
+    web.drop = ATTEMPTS - 1
+    file = RemoteFile(f"{web.url}/good.mp4")
+    assert file.read() == whole and web.drop == 0
+    web.stalled.add("/good.mp4")
+    file = RemoteFile(f"{web.url}/good.mp4")
+    start = time.monotonic()
+    with pytest.raises(OSError, match=f"no answer in time, tried {ATTEMPTS} times"):
+        file.read(100)
+    assert ATTEMPTS * 0.3 <= time.monotonic() - start < hasty + 3
+    web.stalled.clear()
+    assert file.read(100) == whole[:100]
+
+
+def test_an_opening_as_a_whole_has_a_time_limit(web, monkeypatch):
+    """However many attempts would be left."""
+    monkeypatch.setattr(video_files, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(video_files, "REMOTE_SECONDS", 1.0)
+    web.stalled.add("/good.mp4")
+    start = time.monotonic()
+    with pytest.raises(
+        UnreadableVideo, match=r"no answer in time, tried 2 times"
+    ):  # 0.3 + 0.5 + 0.3, and the next pause is 1 s
+        index_video(f"{web.url}/good.mp4")
+    assert time.monotonic() - start < 4
+
+
+def test_a_file_that_changes_on_its_server_is_left_out(web, hasty):
+    url = copy(web, "changes.mp4")
+    index = index_video(url)
+    pictures, times = decode_cuts(url, index, [Cut(7, *WHOLE)])
+    assert number_of(pictures[0]) == 7 and times == [pytest.approx(7 / RATE)]
+    # While it is read, seen where a connection must be made anew: not even the last bytes are mixed with the first.
+    file = RemoteFile(url)
+    assert len(file.read(1000)) == 1000
+    write_clip(web.folder / "changes.mp4", BY_NAME["h264_444.mp4"])
+    file.file = None
+    with pytest.raises(OSError, match="has changed on its server while it was read$"):
+        file.read(1000)
+    # Between two openings.
+    with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
+        decode_cuts(url, index, [Cut(7, *WHOLE)])
+
+
+# --- tars ---
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    """A header that may declare any size, below 0 too."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.linkname = max(size, 0), kind, link
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        block[124:136] = (256**12 + size).to_bytes(12, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+@pytest.fixture
+def clip(tmp_path) -> bytes:
+    return write_clip(tmp_path / "clip.mp4", BY_NAME["h264.mp4"]).read_bytes()
+
+
+def test_names_and_links_in_a_tar_lead_nowhere(tmp_path, clip, monkeypatch):
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(clip)
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    names = [
+        "../secret.mp4",
+        str(secret),
+        "x::0:9:/../secret.mp4",
+        f"https://127.0.0.1:9/a.tar::0:{len(clip)}:b.mp4",
+        "a\n.mp4",
+    ]
+    tar = tmp_path / "in" / "a.tar"
+    blocks = [header(name, len(clip)) + padded(clip) for name in names]
+    for kind in (
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.DIRTYPE,
+    ):
+        blocks.insert(2, header("link.mp4", 0, kind, "../secret.mp4"))
+    tar.write_bytes(b"".join(blocks) + bytes(1024))
+    secret.unlink()  # whoever follows a name finds nothing
+    members = find_videos(["a.tar"])
+    assert sorted(member.split(":", 4)[4] for member in members) == sorted(names)
+    for member in members:
+        index = index_video(member)
+        assert index.exact and len(index.pts) == FRAMES
+        assert number_of(decode_cuts(member, index, [Cut(9, *WHOLE)])[0][0]) == 9
+    assert {path.name for path in tmp_path.rglob("*")} == {"in", "a.tar", "clip.mp4"}  # nothing was extracted
+
+
+@pytest.mark.parametrize("size", [-512, -2048, 10**15, 10**6])
+def test_a_tar_that_lies_of_its_sizes_gives_what_is_whole(tmp_path, clip, size, caplog):
+    """By itself tarfile goes around for ever at -512 (CVE-2025-8194), and raises others than TarError at other sizes."""
+    tar = tmp_path / "lies.tar"
+    tar.write_bytes(header("a.mp4", len(clip)) + padded(clip) + header("b.mp4", size) + padded(clip) + bytes(1024))
+    members = find_videos([str(tar)])
+    assert [member.rsplit(":", 1)[1] for member in members] == ["a.mp4"]
+    assert len(list(video_pairs(members[0], SAMPLING, 0))) == 2
+    assert caplog.messages == [
+        f"{tar}: not a whole tar (a member of {size} bytes by its header ends outside of the file); "
+        "the 1 videos before that place are used"
+    ]
+
+
+def test_a_member_is_read_no_further_than_it_goes(tmp_path, clip):
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(padded(clip) + padded(clip))
+    cut = f"{tar}::0:{len(clip) // 2}:a.mp4"
+    with pytest.raises(UnreadableVideo):
+        video_pairs(cut, SAMPLING, 0).__next__()
+    part = video_files._Part(io.BytesIO(bytes(range(100))), 10, 50)
+    assert (
+        part.read(5) == bytes(range(10, 15))
+        and part.seek(-3, io.SEEK_END) == 47
+        and part.read() == bytes([57, 58, 59])
+    )
+    assert part.read(1) == b"" and part.seek(2, io.SEEK_CUR) == 52 and part.read() == b""
+
+
+def test_a_remote_member_is_read_by_ranges(web, clip):
+    size = 3_000_000
+    noise = bytes(size)
+    tar = header("noise.bin", size) + padded(noise) + header("a.mp4", len(clip)) + padded(clip) + bytes(1024)
+    (web.folder / "a.tar").write_bytes(tar)
+    (member,) = find_videos([f"{web.url}/a.tar"])
+    index = index_video(member)
+    assert number_of(decode_cuts(member, index, [Cut(5, *WHOLE)])[0][0]) == 5
+    before = web.sent
+    index_video.__wrapped__(member)
+    assert web.sent - before <= 2 * video_files.REMOTE_BLOCK
