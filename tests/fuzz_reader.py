@@ -41,7 +41,7 @@ def main():
         with open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")  # VmHWM begins anew
         before, start = memory("VmRSS"), time.monotonic()
-        samples = list(generate_pairs([(0, path), (1, path)], sampling))
+        samples = list(generate_pairs([((0, path),), ((1, path),)], sampling))
         seconds, peak = time.monotonic() - start, memory("VmHWM")
         shapes = {sample["frames"].shape for sample in samples}
         assert shapes <= {(2, 3, 32, 48)}, shapes

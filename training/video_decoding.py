@@ -68,9 +68,8 @@ def _video_stream(container):
     _check_size(stream.codec_context)
     if stream.frames > MAX_FRAMES:
         raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
-    stream.codec_context.options = {
-        "max_pixels": str(MAX_PIXELS)
-    }  # the frames may turn out other than the header says
+    # The frames may turn out other than the header says.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     # One thread: the loader's workers are the parallelism, and skip_frame acts on the very packet it was set for.
     stream.codec_context.thread_count = 1
     return stream

@@ -2,15 +2,19 @@
 
 import contextlib
 import io
+import logging
 import math
 import os
 import re
+import threading
 import time
 
 import av
 import av.error
 import fsspec
+import torch
 
+logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 
 # The largest picture of any level of H.264, HEVC, VP9 and AV1 (8192x4352: 8K and DCI 8K are within). Larger ones are refused before
@@ -230,3 +234,24 @@ def words(error: Exception) -> str:
     if isinstance(error, av.error.ExitError):  # of the `timeout` that a container was opened with
         return "takes too long"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def ended_if_stuck(path: str, seconds: float):
+    """
+    In a loader's worker, end the process where the block takes longer. Deadlines are checked between packets: this is for a decoder that
+    never comes back from one, which nothing else can stop.
+    """
+
+    def end():
+        logger.error("%s: no end after %g s; its loader worker ends. Remove this file, and resume", path, seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if torch.utils.data.get_worker_info() is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
