@@ -223,12 +223,13 @@ def test_a_video_that_cannot_be_used_is_counted_once_and_named_at_the_end(drives
     folder, output_dir = tmp_path / "videos", tmp_path / "run"
     shutil.copytree(drives, folder)
     (folder / "broken.mp4").write_bytes(b"no video")
-    lines = train(folder, output_dir, "--save_steps", "3", steps=6)
+    arguments = ("--save_steps", "3", "--pairs_per_video", "1")
+    lines = train(folder, output_dir, *arguments, steps=6)
     assert lines[-1]["skipped_videos"] == 1 and lines[-1]["epoch"] > 3  # it was met more than once
     named = f"skipped {folder / 'broken.mp4'}: cannot be opened as a video (Invalid data found when processing input)"
     assert caplog.messages.count(named) == 2 and caplog.messages[-1] == named  # when it was met first, and at the end
     shutil.rmtree(output_dir / "checkpoints" / "step-6")
-    resumed = train(folder, output_dir, "--save_steps", "3", "--resume_from_checkpoint", "latest", steps=6)
+    resumed = train(folder, output_dir, *arguments, "--resume_from_checkpoint", "latest", steps=6)
     assert [line["skipped_videos"] for line in resumed] == [line["skipped_videos"] for line in lines]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
 
