@@ -16,7 +16,7 @@ HUB_ID = "ORG/NAME"  # in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
 # Of a recipe, what is of this machine rather than of the training.
 _PRIVATE_FIELDS = (
-    "output_dir", "videos", "flow_weights", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
+    "output_dir", "videos", "flow_weights", "flow_dir", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
     "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers",
 )  # fmt: skip
 _CITATION = """```bibtex

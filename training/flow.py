@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torchvision.models import optical_flow
 from torchvision.utils import flow_to_image
 
+from training.flow_files import FlowFiles
 from training.raft import GatedUnit, correlation_pyramid, look_up
 from training.street import Street
 
-NAMES = ("dis", "raft_large", "raft_small", "exact")
+NAMES = ("dis", "raft_large", "raft_small", "exact", "precomputed")
 
 
 class DisFlow:
@@ -211,7 +212,7 @@ class RaftFlow(nn.Module):
 
 
 def build_flow(
-    name: str, weights: str | None = None, num_updates: int = 24
+    name: str, weights: str | None = None, num_updates: int = 24, folder: str | None = None
 ) -> tuple[Callable[[dict], None] | None, nn.Module | None]:
     """
     The flow estimator of a name: (pair flow for the workers, `None`) or (`None`, module for the device).
@@ -223,6 +224,8 @@ def build_flow(
         return DisFlow(), None
     if name == "exact":
         return ExactFlow(), None
+    if name == "precomputed":
+        return FlowFiles(folder), None
     if name in ("raft_large", "raft_small"):
         return None, RaftFlow(name, weights, num_updates)
     close = difflib.get_close_matches(name, NAMES, n=1)
@@ -236,3 +239,10 @@ def flow_to_rgb(flow: Tensor) -> Tensor:
     longest = torch.quantile(length.flatten()[:: max(length.numel() // 100_000, 1)], 0.99).clamp(min=1e-3)
     # flow_to_image scales by the longest vector, which one outlier would own.
     return flow_to_image(flow.float() * (longest / torch.maximum(length, longest)))
+
+
+if __name__ == "__main__":  # python -m training.flow --out DIR
+    from modeling_poodle.recipe_files import run_script
+    from training.flow_writer import main
+
+    run_script(main)

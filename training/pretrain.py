@@ -29,10 +29,11 @@ from modeling_poodle.recipe_files import run_script
 from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
 from training.flow import build_flow
+from training.flow_files import precomputed_epochs
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
 from training.recipe import Recipe, parse_recipe
-from training.schedules import learning_rate, teacher_momentum
+from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
 from training.video_sources import find_videos
@@ -47,12 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(recipe)
     paths = resolve_videos(accelerator, recipe)
-    pair_flow, flow_module = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    pair_flow, flow_module = build_flow(
+        recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates, folder=recipe.flow_dir
+    )
+    loader = build_loader(accelerator, recipe, paths, pair_flow)
     probe = build_probe(accelerator, recipe)
     model = build_model(accelerator, recipe)
-    loader = build_loader(accelerator, recipe, paths, pair_flow)
     optimizer = build_optimizer(accelerator, recipe, model)
-    max_steps = count_steps(accelerator, recipe, loader)
+    max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = Run(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
     accelerator.wait_for_everyone()
     run.open(checkpoint)
@@ -98,14 +101,8 @@ def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pai
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pair_flow=pair_flow,
+        epochs=precomputed_epochs(recipe, paths, accelerator.num_processes),
     )
-
-
-def count_steps(accelerator: Accelerator, recipe: Recipe, loader: PairLoader) -> int:
-    if recipe.max_steps > 0:
-        return recipe.max_steps
-    pairs = recipe.per_device_train_batch_size * accelerator.num_processes * recipe.gradient_accumulation_steps
-    return max(1, round(recipe.num_train_epochs * loader.pairs_per_epoch / pairs))
 
 
 class Run:

@@ -19,7 +19,7 @@ from training.hub import check_repo_id
 from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
-FLOWS = ("dis", "raft_large", "raft_small", "exact")
+FLOWS = ("dis", "raft_large", "raft_small", "exact", "precomputed")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
 FREE_ON_RESUME = frozenset(
@@ -66,6 +66,10 @@ class Recipe(CheckedRecipe):
     flow: str = described("dis", f"Estimator: {', '.join(FLOWS)}.")
     flow_updates: int = described(24, "Iterations of RAFT.")
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
+    flow_dir: str | None = described(None, "Folder that `python -m training.flow` wrote, for precomputed flow.")
+    flow_epochs: int | None = described(
+        None, "Epochs of pairs that a run with precomputed flow goes through again and again; unset: all are its own."
+    )
 
     # Views and subcrops
     affine_views: bool = described(True, "Rotate, scale and flip each network's view of each frame.")
@@ -152,6 +156,14 @@ class Recipe(CheckedRecipe):
         for source in self.videos:
             street_camera(source)  # raises for a camera that the street does not have
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
+        precomputed = self.flow == "precomputed"
+        self.need(
+            (self.flow_dir is not None) == precomputed,
+            "flow_dir",
+            "the folder that `python -m training.flow` wrote where flow is precomputed, and unset elsewhere",
+        )
+        good = self.flow_epochs is None or (precomputed and is_int(self.flow_epochs) and self.flow_epochs >= 1)
+        self.need(good, "flow_epochs", "an integer of at least 1 where flow is precomputed, and unset elsewhere")
         self.need(
             self.report_to in TRACKERS,
             "report_to",

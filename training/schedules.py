@@ -1,4 +1,4 @@
-"""Schedules over the steps of a run: learning rate and teacher momentum."""
+"""A run's steps, and schedules over them: learning rate and teacher momentum."""
 
 import math
 
@@ -6,6 +6,14 @@ import math
 def cosine(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` at progress 0 to `end` at progress 1; constant beyond."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def count_steps(recipe, num_processes: int, pairs_per_epoch: int) -> int:
+    """Optimizer steps of a recipe: `max_steps`, or what `num_train_epochs` come to."""
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    pairs = recipe.per_device_train_batch_size * num_processes * recipe.gradient_accumulation_steps
+    return max(1, round(recipe.num_train_epochs * pairs_per_epoch / pairs))
 
 
 def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:

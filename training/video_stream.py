@@ -214,7 +214,7 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     # Decoding and flow run one a worker: threads of their own would fight the training process for its cores.
     import cv2
 
@@ -235,12 +235,23 @@ class PairLoader:
     Args:
         paths: the videos, as of [`~training.video_sources.find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
         pair_flow: callable that adds the flow to a sample, in the worker.
+        epochs: epochs whose pairs are drawn: later ones draw those of `epoch % epochs` again, in an order of their own. `None`: no end.
     """
 
-    def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
+    def __init__(
+        self,
+        paths,
+        sampling: PairSampling,
+        batch_size,
+        num_workers=0,
+        rank=0,
+        world_size=1,
+        pair_flow=None,
+        epochs=None,
+    ):
         if not paths:
             raise ValueError("PairLoader needs at least one video, got none")
-        self.paths, self.sampling, self.pair_flow = list(paths), sampling, pair_flow
+        self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, epochs
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
@@ -260,7 +271,8 @@ class PairLoader:
         openings = []
         for epoch in range(begin // n, -(-end // n)):
             order = np.random.default_rng([self.sampling.seed, epoch]).permutation(n)
-            openings += [(epoch, self.paths[i]) for i in order]
+            drawn = epoch if self.epochs is None else epoch % self.epochs
+            openings += [(drawn, self.paths[i]) for i in order]
         offset = begin - begin // n * n
         return openings[offset : offset + self._openings_per_span]
 
@@ -283,7 +295,7 @@ class PairLoader:
             pin_memory=torch.cuda.is_available(),
             # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
             multiprocessing_context="fork" if self.num_workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             prefetch_factor=4 if self.num_workers else None,
         )
 

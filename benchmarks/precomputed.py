@@ -1,0 +1,116 @@
+"""
+When precomputed flow pays: milliseconds to compute, to write and to read the flow of a pair, both directions, and its bytes.
+
+    python benchmarks/precomputed.py                                                  # DIS on the street, 128x256 and 512x1024
+    python benchmarks/precomputed.py --videos path/to/videos --raft raft_large        # and RAFT, on the device
+
+Milliseconds are processor time of this one process, of RAFT on a GPU time; files are read from the page cache. `passes`: how often a run must go
+through the pairs that were written until writing and reading them costs less than computing them each time, (compute + write) / (compute - read).
+`mb_a_second`: what storage must deliver for each core that would compute otherwise (for RAFT: for the device), bytes / (compute - read); below it
+reading takes longer than computing. RAFT without `--flow_weights` has random weights: its time is right, and size, writing and reading are those of DIS.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import torch
+
+from benchmarks.common import Clock, benchmark_parser, medians, print_table, write_json
+from training.flow import DisFlow, RaftFlow
+from training.flow_files import FlowFiles, opening_file
+from training.flow_writer import write_opening
+from training.street_files import street_videos
+from training.video_sources import find_videos
+from training.video_stream import PairSampling, video_pairs
+
+SIZES = ((128, 256), (512, 1024))
+
+
+def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[list[dict]]:
+    """Pairs of two an opening, of the first videos, then of their next epochs."""
+    sampling = PairSampling(size, (1.0, 1.25), None, (0.5, 1.5), pairs_per_video=2)
+    count = max(1, pairs // 2)
+    return [list(video_pairs(paths[n % len(paths)], sampling, n // len(paths))) for n in range(count)]
+
+
+def keep(groups: list[list[dict]], folder: Path, compute) -> dict[str, float]:
+    """Medians over openings of milliseconds a pair to compute, write and read, and KiB."""
+    rows, reader = [], FlowFiles(folder)
+    for samples in groups:
+        marks = [time.process_time()]
+        for sample in samples:
+            compute(sample)
+        marks.append(time.process_time())
+        file = opening_file(folder, samples[0]["epoch"], samples[0]["video"])
+        _, size = write_opening(file, samples[0]["video"], samples, None)
+        marks.append(time.process_time())
+        for sample in samples:
+            reader(sample)
+        marks.append(time.process_time())
+        seconds = dict(zip(("compute_ms", "write_ms", "read_ms"), (b - a for a, b in zip(marks, marks[1:]))))
+        rows.append(
+            {**{name: 1000 * s / len(samples) for name, s in seconds.items()}, "kib": size / len(samples) / 1024}
+        )
+    return medians(rows[1:] or rows)  # the first also opens the libraries
+
+
+def raft_ms(module: RaftFlow, groups: list[list[dict]], device: torch.device, repeats: int) -> float:
+    """The fastest of `repeats` calls on one pair after one."""
+    frames, seconds, now = torch.from_numpy(groups[0][0]["frames"])[None].to(device), [], Clock(device).now
+    for _ in range(repeats + 1):
+        began = now()
+        module(frames)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(now() - began)
+    return 1000 * min(seconds[1:])
+
+
+def paying(row: dict) -> dict:
+    saved = row["compute_ms"] - row["read_ms"]
+    if saved <= 0:
+        return {**row, "passes": None, "mb_a_second": None}  # never
+    return {**row, "passes": (row["compute_ms"] + row["write_ms"]) / saved, "mb_a_second": row["kib"] * 1.024 / saved}
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--videos", nargs="+", help="files, folders, ...; without it the street")
+    parser.add_argument("--crop_size", type=int, nargs=2, help="one size instead of 128x256 and 512x1024")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs that count")
+    parser.add_argument("--raft", choices=("raft_large", "raft_small"), help="also this one")
+    parser.add_argument("--flow_weights", help="its weights")
+    parser.add_argument("--flow_updates", type=int, default=24, help="its iterations")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of it that count")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths, rows = find_videos(options.videos) if options.videos else street_videos(), []
+    for size in [tuple(options.crop_size)] if options.crop_size else SIZES:
+        groups = openings(paths, size, options.pairs + 2)
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"size": f"{size[0]}x{size[1]}", "flow": "dis", **keep(groups, Path(folder, "dis"), DisFlow())}
+            rows.append(paying(row))
+            if options.raft:
+                module = RaftFlow(options.raft, options.flow_weights or "random", options.flow_updates).to(device)
+                if options.flow_weights:
+
+                    def compute(sample, module=module):
+                        sample["flow"] = module(torch.from_numpy(sample["frames"])[None].to(device))[0].cpu().numpy()
+
+                    row = {**row, **keep(groups, Path(folder, "raft"), compute)}
+                time_of = raft_ms(module, groups, device, options.repeats)
+                rows.append(paying({**row, "flow": f"{options.raft}, {options.flow_updates}", "compute_ms": time_of}))
+    formats = {"compute_ms": ".1f", "write_ms": ".1f", "read_ms": ".1f", "kib": ".0f", "passes": ".2f"}
+    print_table(rows, {"size": "", "flow": "", **formats, "mb_a_second": ".1f"})
+    write_json(options.json, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Precomputed flow: what is written is what a run reads, and what is of other pairs is refused before the first step."""
+
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_pretrain import flags as run_flags
+
+from training import flow_writer, pretrain
+from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow
+from training.flow_files import FlowFiles, decode_flow, encode_flow, opening_file, precomputed_epochs
+from training.recipe import Recipe, parse_recipe
+from training.street import Street
+from training.street_files import write_video
+from training.video_decoding import UnreadableVideo
+from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drives")
+    for seed in range(2):
+        sidecar = {"street": Street(seed, 64, 128).to_json(), "fps": 4, "num_frames": 6}
+        write_video(str(folder / f"drive-{seed:04d}.mp4"), sidecar)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def writer_flags(drives, out, *more) -> list[str]:
+    return [
+        "--config", "street", "--videos", str(drives), "--crop_size", "64", "128", "--pairs_per_video", "3", "--dataloader_num_workers", "0",
+        "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def write(drives, out, *more) -> None:
+    AcceleratorState._reset_state(True)
+    flow_writer.main(writer_flags(drives, out, *more))
+
+
+def recipe_of(drives, out, *more) -> Recipe:
+    given = writer_flags(drives, out, "--flow", "precomputed", "--flow_dir", str(out), *more)
+    at = given.index("--out")
+    return parse_recipe(given[:at] + given[at + 2 :])
+
+
+def videos(folder) -> list[str]:
+    return sorted(str(path) for path in folder.glob("*.mp4"))
+
+
+@pytest.fixture(scope="module")
+def written(drives, tmp_path_factory) -> Path:
+    """Two epochs of DIS."""
+    out = tmp_path_factory.mktemp("flow") / "dis"
+    write(drives, out, "--epochs", "2")
+    return out
+
+
+# --- one flow ---
+
+
+def test_a_flow_comes_back_in_steps_of_a_sixteenth():
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (7, 13), (64, 96)):
+        flow = rng.normal(0, 40, (2, 2, height, width)).astype(np.float32)
+        back = decode_flow(encode_flow(flow), height, width)
+        assert back.dtype == np.float16 and back.shape == flow.shape
+        assert np.array_equal(back, (np.rint(flow * 16) / 16).astype(np.float16))
+        near = np.abs(flow) < 127
+        assert np.abs(back - flow)[near].max() <= 1 / 32
+    # Differences of these overflow 16 bits.
+    wild = np.array([-2047, 2047, 0, 1e9, -1e9, 0.03], np.float32).reshape(1, 1, 2, 3).repeat(2, 0).repeat(2, 1)
+    kept = decode_flow(encode_flow(wild), 2, 3)[1, 1].ravel()
+    assert kept.tolist() == [-2047, 2047, 0, 2048, -2048, 0]  # the longest step, 2047.94, as half precision has it
+    with pytest.raises(UnreadableVideo, match="not finite"):
+        encode_flow(np.full((2, 2, 4, 4), np.nan, np.float32))
+
+
+def test_smooth_flow_is_compact():
+    y, x = np.mgrid[0:64, 0:128].astype(np.float32)
+    plane = np.stack([np.stack([x / 9 + y / 5, 3 - x / 40])] * 2)
+    assert len(encode_flow(plane)) < plane.size * 2 / 10
+
+
+# --- written and read ---
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_is_what_would_be_computed(drives, written, workers):
+    paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
+    pair_flow, module = build_flow("precomputed", folder=str(written))
+    assert module is None
+    read, computed = (iter(PairLoader(paths, sampling, 3, workers, pair_flow=f)) for f in (pair_flow, DisFlow()))
+    for _ in range(4):  # both epochs
+        ours, theirs = next(read), next(computed)
+        assert torch.equal(ours["frames"], theirs["frames"]) and ours["video"] == theirs["video"]
+        assert ours["flow"].dtype == torch.float16
+        assert (ours["flow"].float() - theirs["flow"].float()).abs().max() <= 1 / 32
+        assert ours["flow"].float().abs().mean() > 0.5
+        assert not ours["skipped"]
+
+
+def test_masks_of_exact_flow_are_kept(drives, tmp_path):
+    write(drives, tmp_path / "exact", "--epochs", "1", "--flow", "exact")
+    sampling = PairSampling.of(recipe_of(drives, tmp_path / "exact"))
+    shards = [(0, path) for path in videos(drives)]
+    for ours, theirs in zip(
+        generate_pairs(shards, sampling, FlowFiles(tmp_path / "exact")),
+        generate_pairs(shards, sampling, ExactFlow()),
+        strict=True,
+    ):
+        assert np.array_equal(ours["valid_mask"], theirs["valid_mask"]) and 0 < ours["valid_mask"].mean() < 1
+        assert np.array_equal(ours["flow"], np.rint(theirs["flow"].astype(np.float32) * 16) / 16)
+
+
+def test_device_estimators_write_what_they_compute(drives, tmp_path):
+    raft = [
+        "--flow",
+        "raft_small",
+        "--flow_weights",
+        "random",
+        "--flow_updates",
+        "1",
+        "--crop_size",
+        "128",
+        "160",
+        "--seed",
+        "5",
+    ]
+    write(drives, tmp_path / "raft", "--epochs", "1", "--per_device_train_batch_size", "4", *raft)
+    sampling = PairSampling.of(parse_recipe(["--crop_size", "128", "160", "--pairs_per_video", "3", "--seed", "5"]))
+    torch.manual_seed(5)  # what the script's own seed makes of random weights
+    module = RaftFlow("raft_small", "random", num_updates=1)
+    for path in videos(drives):
+        pairs = list(video_pairs(path, sampling, 0))
+        flow = module(torch.from_numpy(np.stack([pair["frames"] for pair in pairs]))).numpy()
+        for pair, expected in zip(pairs, flow, strict=True):
+            FlowFiles(tmp_path / "raft")(pair)
+            assert np.abs(pair["flow"] - expected).max() <= 1 / 32 + 1e-3 and np.abs(expected).max() > 0.1
+
+
+def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, written, monkeypatch):
+    """Two videos of three pairs: 8 steps of two pairs are nearly three epochs, of which two were written."""
+
+    def losses(name, *more):
+        AcceleratorState._reset_state(True)
+        pretrain.main(run_flags(drives, tmp_path / name, "--pairs_per_video", "3", *more, steps=8))
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    ours = losses("run", "--flow", "precomputed", "--flow_dir", str(written), "--flow_epochs", "2")
+    estimate = DisFlow.estimate
+    monkeypatch.setattr(
+        DisFlow, "estimate", lambda self, frames: np.rint(np.float32(np.float16(estimate(self, frames))) * 16) / 16
+    )
+    live = losses("live")
+    assert ours[:6] == live[:6]  # bit for bit: the same pairs, and the flow that was computed, in steps of 1/16 px
+    assert ours[6] != live[6]
+    paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
+    again = PairLoader(paths, sampling, 2, epochs=2)
+    assert {epoch for epoch, _ in again.shards(0)} == {0, 1}
+    first, stream = {}, iter(again)
+    for number in range(12):  # four epochs of three batches
+        batch = next(stream)
+        for k, key in enumerate(zip(batch["video"], batch["epoch"].tolist(), batch["repeat"].tolist())):
+            assert (key in first) == (number >= 6)
+            assert torch.equal(first.setdefault(key, batch["frames"][k]), batch["frames"][k])
+
+
+# --- refused before the first step ---
+
+
+def refused(drives, out, *more) -> str:
+    with pytest.raises(ValueError) as error:
+        recipe = recipe_of(drives, out, *more)
+        precomputed_epochs(recipe, videos(drives), 1)
+    return str(error.value)
+
+
+def test_flow_of_other_pairs_is_refused(drives, written, tmp_path):
+    enough = ("--max_steps", "3", "--per_device_train_batch_size", "4")
+    assert precomputed_epochs(recipe_of(drives, written, *enough), videos(drives), 1) == 2
+    assert precomputed_epochs(Recipe(), videos(drives), 1) is None
+    for flag, values, said in (
+        ("--crop_size", ["64", "64"], r"crop_size \[64, 128\] there, \[64, 64\] in this run"),
+        ("--seed", ["1"], "seed 0 there, 1 in this run"),
+        ("--frame_gap_seconds", ["0.5", "0.5"], r"frame_gap_seconds \[0.5, 1.0\] there"),
+        ("--pairs_per_video", ["4"], "pairs_per_video 3 there, 4"),
+    ):
+        assert re.search(said, refused(drives, written, *enough, flag, *values))
+    assert "holds no flow (no flow.json)" in refused(drives, tmp_path, *enough)
+    assert "--flow dis" in refused(drives, tmp_path, *enough) and "--epochs 2" in refused(drives, tmp_path, *enough)
+    moved = tmp_path / "moved"
+    shutil.copytree(drives, moved)
+    assert f"has flow of other videos, none of {moved}/drive-0000.mp4" in refused(moved, written, *enough)
+    with pytest.raises(ValueError, match="flow_dir must be the folder"):
+        parse_recipe(["--flow", "precomputed"])
+    with pytest.raises(ValueError, match="flow_dir must be the folder"):
+        parse_recipe(["--flow_dir", str(written)])
+    with pytest.raises(ValueError, match="flow_epochs must be an integer of at least 1"):
+        parse_recipe(["--flow", "precomputed", "--flow_dir", str(written), "--flow_epochs", "0"])
+
+
+def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
+    own, out = tmp_path / "drives", tmp_path / "flow"
+    shutil.copytree(drives, own)
+    write(own, out, "--epochs", "1")
+    enough = ("--max_steps", "1", "--per_device_train_batch_size", "4")
+    assert precomputed_epochs(recipe_of(own, out, *enough), videos(own), 1) == 1
+    first = Path(videos(own)[0])
+    whole = first.read_bytes()
+    first.write_bytes(whole + b"\0")
+    assert f"the video had {len(whole)} bytes, it has {len(whole) + 1}" in refused(own, out, *enough)
+    first.write_bytes(whole)
+    file = opening_file(out, 0, str(first))
+    good = file.read_bytes()
+    file.write_bytes(good[:-7])
+    assert "is damaged" in refused(own, out, *enough)
+    # Of a file that was not looked at, when it is read: the video is skipped, named and counted.
+    flipped = bytearray(good)
+    flipped[-7] ^= 1
+    file.write_bytes(flipped)
+    sampling = PairSampling.of(recipe_of(own, out, *enough))
+    found = list(generate_pairs([(0, path) for path in videos(own)], sampling, FlowFiles(out)))
+    assert {sample["video"] for sample in found[2:]} == {videos(own)[1]}
+    assert [entry for sample in found for entry in sample["skipped"]] == [f"{first}: its flow in {file} is damaged"]
+    file.write_bytes(good[:-7])
+    write(own, out, "--epochs", "1")
+    assert file.read_bytes() == good
+
+
+def test_epochs_that_are_missing_are_written_by_the_command_that_is_named(drives, tmp_path):
+    out = tmp_path / "flow"
+    write(drives, out, "--epochs", "1")
+    more = ("--max_steps", "6", "--per_device_train_batch_size", "3")
+    message = refused(drives, out, *more)
+    assert "has 1 whole epoch(s), the run needs 3: 4 openings are missing" in message
+    assert message.endswith("or go through those again and again by --flow_epochs 1")
+    assert precomputed_epochs(recipe_of(drives, out, *more, "--flow_epochs", "1"), videos(drives), 1) == 1
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
+    named = shlex.split(re.search("`(.*?)`", message).group(1))
+    assert named[:3] == ["python", "-m", "training.flow"]
+    AcceleratorState._reset_state(True)
+    flow_writer.main(named[3:])
+    assert precomputed_epochs(recipe_of(drives, out, *more), videos(drives), 1) == 3
+    assert len(before) == 2 and all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert len(list(out.rglob("*.safetensors"))) == 6
+
+
+# --- the writer ---
+
+
+def test_the_writer_refuses_what_would_mix(drives, written, tmp_path):
+    with pytest.raises(ValueError, match="holds another recipe's flow: seed 0 there, 3 now"):
+        write(drives, written, "--seed", "3")
+    with pytest.raises(ValueError, match="another recipe's flow: flow dis there, exact now"):
+        write(drives, written, "--flow", "exact")
+    with pytest.raises(ValueError, match="flow must name the estimator"):
+        write(drives, tmp_path, "--flow", "precomputed", "--flow_dir", str(written))
+    with pytest.raises(ValueError, match="--epochs must be at least 1"):
+        write(drives, tmp_path, "--epochs", "0")
+
+
+def test_a_video_without_pairs_is_written_down_and_tried_again(drives, tmp_path):
+    own, out = tmp_path / "drives", tmp_path / "flow"
+    shutil.copytree(drives, own)
+    late = own / "drive-0001.mp4"
+    whole = late.read_bytes()
+    late.write_bytes(whole[:200])
+    write(own, out, "--epochs", "1")
+    file = opening_file(out, 0, str(late))
+    assert not file.exists() and "cannot be opened" in file.with_suffix(".skipped").read_text()
+    recipe = recipe_of(own, out, "--max_steps", "1", "--per_device_train_batch_size", "4")
+    assert precomputed_epochs(recipe, videos(own), 1) == 1
+    late.write_bytes(whole)  # readable again, but its flow is not there
+    with pytest.raises(UnreadableVideo, match="has no flow: cannot be opened"):
+        FlowFiles(out)(next(video_pairs(str(late), PairSampling.of(recipe), 0)))
+    write(own, out, "--epochs", "1")
+    assert file.exists() and not file.with_suffix(".skipped").exists()
+
+
+def test_a_write_that_fails_leaves_whole_files_and_a_sentence(drives, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        with pytest.raises(ValueError, match="cannot be written .File too large.*give the same command again"):
+            write(drives, tmp_path / "flow", "--epochs", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "flow").rglob("*") if path.is_file()] == ["flow.json"]
+
+
+def test_two_processes_write_the_same_files_as_one(drives, written, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "training.flow",
+    ]
+    done = subprocess.run(
+        [*launch, *writer_flags(drives, tmp_path / "two", "--epochs", "2")], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "this process wrote 6 pairs" in done.stdout + done.stderr
+    one, two = (
+        {str(p.relative_to(r)): p.read_bytes() for p in r.rglob("*.safetensors")} for r in (written, tmp_path / "two")
+    )
+    assert len(one) == 4 and one == two
+    assert not list((tmp_path / "two").rglob(".*"))

@@ -1,0 +1,284 @@
+"""
+Flow that was computed before: `--flow precomputed --flow_dir DIR` reads what `python -m training.flow --out DIR` wrote.
+
+A folder holds `flow.json` (how pairs were drawn, what computed their flow, the command) and a safetensors file for each opening of a video,
+`epoch-0003/NAME.safetensors`: pairs are random only by (seed, epoch, video's name, repeat), so that the writer draws the very pairs that a run
+draws. Where a video cannot be used there is `NAME.skipped` with the reason.
+
+A flow is kept in steps of 1/16 px as int16, so that it is at most 1/32 px off and reaches 2,047 px; what half precision hands over to the
+training process is that value exactly up to 128 px. Two differences, along x and along y, leave small numbers of what is smooth, and zstd
+(Collet & Kucherawy, RFC 8878) packs these: measured in docs/scaling.md.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import torch
+from safetensors import SafetensorError, safe_open
+
+from training.schedules import count_steps
+from training.video_decoding import UnreadableVideo, is_remote
+from training.video_stream import PairSampling, index_video, plan_pairs
+
+FORMAT = "poodle-flow-1"
+STEPS_PER_PIXEL = 16
+_LOOKED_AT = 64  # openings whose files are compared with the pairs before a run begins; the others when they are read
+# Measured on DIS of street and CamVid clips: level 9 is 5 % smaller and takes 4 times as long, zlib's 6 as small and twice as long to read.
+_CODEC = pyarrow.Codec("zstd", 1)
+
+
+# --- one flow ---
+
+
+def encode_flow(flow: np.ndarray) -> bytes:
+    """
+    Flow (2, 2, H, W), pixels -> bytes. What is longer than 2,047 px is cut there: it leaves any frame up to 2,047 px wide all the same.
+
+    Raises:
+        UnreadableVideo: not finite.
+    """
+    if not np.isfinite(flow).all():
+        raise UnreadableVideo("gives a flow that is not finite")
+    limit = np.iinfo(np.int16).max
+    steps = np.rint(flow.astype(np.float32) * STEPS_PER_PIXEL).clip(-limit, limit).astype(np.int16)
+    along_x = steps.copy()
+    along_x[..., 1:] -= steps[..., :-1]  # differences wrap around, and so do their sums
+    residual = along_x.copy()
+    residual[..., 1:, :] -= along_x[..., :-1, :]
+    # Small numbers of either sign to small ones without: their high bytes are zeros, which pack to nothing in a plane of their own.
+    zigzag = ((residual << 1) ^ (residual >> 15)).view(np.uint16).ravel()
+    return _CODEC.compress(np.stack([zigzag & 255, zigzag >> 8]).astype(np.uint8), asbytes=True)
+
+
+def decode_flow(data, height: int, width: int) -> np.ndarray:
+    """Bytes of [`encode_flow`] -> flow (2, 2, H, W) float16, pixels."""
+    count = 4 * height * width
+    low, high = np.frombuffer(_CODEC.decompress(data, decompressed_size=2 * count), np.uint8).reshape(2, count)
+    zigzag = high.astype(np.uint16) << 8 | low
+    residual = ((zigzag >> 1) ^ -(zigzag & 1)).view(np.int16).reshape(4, height, width)
+    for y in range(1, height):  # NumPy's cumsum takes seven times as long along this axis
+        residual[:, y] += residual[:, y - 1]
+    steps = torch.from_numpy(residual).cumsum(dim=-1, dtype=torch.int16)
+    return steps.half().mul_(1 / STEPS_PER_PIXEL).view(2, 2, height, width).numpy()
+
+
+# --- one opening of a video ---
+
+
+def opening_file(folder: str | Path, epoch: int, video: str) -> Path:
+    """Where the flow of an opening is: the name is readable at its begin, and each video's own at its end."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(video).stem)[-40:].strip("-")
+    digest = hashlib.blake2s(video.encode(), digest_size=8).hexdigest()
+    return Path(folder, f"epoch-{epoch:04d}", f"{stem}-{digest}.safetensors")
+
+
+def pack_pair(sample: dict) -> dict[str, np.ndarray]:
+    """Tensors of a pair in its opening's file: `flow`, and `valid` where the estimator knows it."""
+    packed = {"flow": np.frombuffer(encode_flow(sample["flow"]), np.uint8)}
+    if "valid_mask" in sample:
+        packed["valid"] = np.packbits(sample["valid_mask"])
+    return packed
+
+
+def about_opening(samples: list[dict], packed: list[dict[str, np.ndarray]]) -> dict:
+    """What the flow of an opening belongs to, JSON-able; it is compared with the pair that asks for it."""
+    video = samples[0]["video"]
+    return {
+        "video": video,
+        "video_bytes": _video_bytes(video),
+        "size": list(samples[0]["frames"].shape[-2:]),
+        "crops": [sample["crop"].tolist() for sample in samples],
+        "times": [sample["times"].tolist() for sample in samples],
+        "crc32": [zlib.crc32(pair["flow"]) for pair in packed],
+    }
+
+
+def _video_bytes(video: str) -> int | None:
+    """A local file's size; a tar's member has it in its name, and a data set of the Hub its commit."""
+    return None if "::" in video or is_remote(video) else os.path.getsize(video)
+
+
+def _difference(about: dict, repeat: int, video: str, size, crop, times=None) -> str | None:
+    """Why the flow of an opening's file is none of a pair, or `None` where it is."""
+    if about["video_bytes"] != _video_bytes(video):
+        return f"is that of another file: the video had {about['video_bytes']} bytes, it has {_video_bytes(video)}"
+    if about["size"] != list(size):
+        return f"is {about['size'][0]}x{about['size'][1]}, the pairs are {size[0]}x{size[1]}"
+    if repeat >= len(about["crops"]):
+        return f"is that of {len(about['crops'])} pairs an opening"
+    if not np.array_equal(about["crops"][repeat], crop):
+        return f"is that of the crop {about['crops'][repeat]}, the pair's is {list(crop)}"
+    if times is not None and not np.allclose(about["times"][repeat], times, rtol=0, atol=1e-3):
+        return f"is from {about['times'][repeat]} s, the pair from {list(times)} s"
+    return None
+
+
+def read_about(file: Path) -> dict:
+    """
+    What an opening's file says that its flow belongs to.
+
+    Raises:
+        SafetensorError, OSError, ValueError: the file is damaged, or not there.
+    """
+    with safe_open(file, framework="numpy") as opened:
+        return json.loads((opened.metadata() or {})["opening"])
+
+
+class FlowFiles:
+    """
+    The pair flow that reads. A file that is damaged, or of other frames, is a reason to skip its video, as damage to the video is; of what
+    is wrong with the whole folder [`precomputed_epochs`] tells before.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __call__(self, sample: dict) -> None:
+        video, repeat, (height, width) = sample["video"], sample["repeat"], sample["frames"].shape[-2:]
+        file = opening_file(self.folder, sample["epoch"], video)
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                about = json.loads(opened.metadata()["opening"])
+                difference = _difference(about, repeat, video, (height, width), sample["crop"], sample["times"])
+                if difference:
+                    raise UnreadableVideo(f"its flow in {file} {difference}")
+                data = opened.get_tensor(f"flow.{repeat}")
+                if "valid.0" in opened.keys():
+                    bits = np.unpackbits(opened.get_tensor(f"valid.{repeat}"), count=2 * height * width)
+                    sample["valid_mask"] = bits.astype(bool).reshape(2, height, width)
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            skipped = file.with_suffix(".skipped")
+            if skipped.is_file():
+                raise UnreadableVideo(f"has no flow: {skipped.read_text()}") from None
+            raise UnreadableVideo(f"its flow cannot be read ({error})") from error
+        if zlib.crc32(data) != about["crc32"][repeat]:
+            raise UnreadableVideo(f"its flow in {file} is damaged")
+        sample["flow"] = decode_flow(data, height, width)
+
+
+# --- a folder ---
+
+
+def sampling_fields(sampling: PairSampling) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(sampling)))  # tuples as JSON has them
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """
+    `flow.json`, or `None` where there is none.
+
+    Raises:
+        ValueError: it is not one that this version reads.
+    """
+    file = Path(folder, "flow.json")
+    try:
+        about = json.loads(file.read_text())
+        known = about["format"]
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); write the flow anew into another folder") from error
+    if known != FORMAT:
+        raise ValueError(f"{file} is of format {known}, expected {FORMAT}: write the flow anew into another folder")
+    return about
+
+
+def epochs_needed(recipe, num_processes: int, num_videos: int) -> int:
+    """Epochs of pairs that a run sees at least a part of."""
+    pairs_per_epoch = num_videos * recipe.pairs_per_video
+    pairs = recipe.per_device_train_batch_size * num_processes * recipe.gradient_accumulation_steps
+    return -(-count_steps(recipe, num_processes, pairs_per_epoch) * pairs // pairs_per_epoch)
+
+
+def precomputed_epochs(recipe, paths: Sequence[str], num_processes: int) -> int | None:
+    """
+    Epochs whose pairs a run with precomputed flow goes through, again and again where it is longer; `None` with any other flow.
+
+    It is `flow_epochs`, or without it as many as the run needs; prefetching and skipped videos may take it a few batches beyond, to
+    pairs of the first epoch.
+
+    Raises:
+        ValueError: the folder has not the flow of these pairs; says what differs, and the command that writes what is missing.
+    """
+    if recipe.flow != "precomputed":
+        return None
+    needed = epochs_needed(recipe, num_processes, len(paths))
+    epochs = recipe.flow_epochs or needed
+    folder, about = Path(recipe.flow_dir), read_manifest(recipe.flow_dir)
+    if about is None:
+        raise ValueError(
+            f"flow_dir {folder} holds no flow (no flow.json). Write it by `python -m training.flow` with this run's flags, --flow dis (or "
+            f"another estimator) and --out {folder} --epochs {epochs}"
+        )
+    sampling = PairSampling.of(recipe)
+    changed = [
+        f"{name} {about['sampling'].get(name)} there, {value} in this run"
+        for name, value in sampling_fields(sampling).items()
+        if about["sampling"].get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"flow_dir {folder} was written for other pairs: {'; '.join(changed)}. Run as it was written "
+            f"(`{about['command']}`), or write flow for these pairs into another folder"
+        )
+    _refuse_missing(folder, paths, epochs, recipe.flow_epochs, f"needs {needed}", about)
+    _refuse_other_videos(folder, sampling, paths, epochs, about)
+    return epochs
+
+
+def _refuse_missing(
+    folder: Path, paths: Sequence[str], epochs: int, asked: int | None, need: str, about: dict
+) -> None:
+    names = {path: opening_file(folder, 0, path).stem for path in paths}
+    missing, complete = [], 0
+    for epoch in range(epochs):
+        part = opening_file(folder, epoch, "").parent
+        there = {entry.name for entry in os.scandir(part)} if part.is_dir() else set()
+        absent = [p for p, n in names.items() if f"{n}.safetensors" not in there and f"{n}.skipped" not in there]
+        if epoch == 0 and len(absent) == len(paths) and there:
+            raise ValueError(
+                f"flow_dir {folder} has flow of other videos, none of {paths[0]}: pairs are drawn by a video's name, so give videos as they "
+                f"were given to `{about['command']}`"
+            )
+        missing += [(epoch, path) for path in absent]
+        complete += not absent and complete == epoch
+    if missing:
+        why = f"flow_epochs is {asked}" if asked else f"the run {need}"
+        again = "" if asked or not complete else f", or go through those again and again by --flow_epochs {complete}"
+        raise ValueError(
+            f"flow_dir {folder} has {complete} whole epoch(s), {why}: {len(missing)} openings are missing, the first that of {missing[0][1]} "
+            f"in epoch {missing[0][0]}. Write them by `{about['command']} --epochs {epochs}`{again}"
+        )
+
+
+def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[str], epochs: int, about: dict) -> None:
+    count = len(paths) * epochs
+    for number in np.unique(np.linspace(0, count - 1, min(_LOOKED_AT, count)).round().astype(int)):
+        epoch, path = number // len(paths), paths[number % len(paths)]
+        file = opening_file(folder, epoch, path)
+        try:
+            index = index_video(path)
+            pairs = plan_pairs(index, sampling, epoch, path)
+        except UnreadableVideo:
+            continue  # it gives no pairs, and is named when it is skipped
+        if not file.exists():
+            continue  # its NAME.skipped is there
+        try:
+            opening = read_about(file)
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): `{about['command']}` writes it anew") from error
+        for repeat, pair in enumerate(pairs):
+            times = [index.times[cut.number] for cut in pair] if index.exact else None
+            difference = _difference(opening, repeat, path, sampling.crop_size, pair[0].box, times)
+            if difference:
+                raise ValueError(
+                    f"the flow of {path} in {file} {difference}. Delete {folder} and write it anew by `{about['command']}`"
+                )

@@ -1,0 +1,243 @@
+"""
+Write flow for all pairs of a recipe, to be read by `--flow precomputed --flow_dir DIR`.
+
+    python -m training.flow [--config RECIPE] [--videos SOURCE ...] --out DIR [--epochs N] [--FIELD VALUE ...]
+    torchrun --nproc_per_node 8 -m training.flow ...       # or accelerate launch: each process writes its share
+
+The recipe's `flow` names the estimator. What is there is left as it is, so that a command that was stopped goes on where it is given again, and
+`--epochs` adds epochs. Pair estimators run in `dataloader_num_workers` processes, device estimators on batches of `per_device_train_batch_size`.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from training.assembly import make_accelerator
+from training.flow import build_flow
+from training.flow_files import (
+    FORMAT,
+    STEPS_PER_PIXEL,
+    about_opening,
+    epochs_needed,
+    opening_file,
+    pack_pair,
+    read_about,
+    read_manifest,
+    sampling_fields,
+)
+from training.pretrain import resolve_videos
+from training.recipe import Recipe, parse_recipe
+from training.video_decoding import UnreadableVideo
+from training.video_stream import PairSampling, start_worker, video_pairs
+
+logger = logging.getLogger("poodle")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", required=True, help="folder of the flow")
+    parser.add_argument("--epochs", type=int, help="epochs of pairs; unset: those that the recipe's steps need")
+    options, flags = parser.parse_known_args(arguments)
+    if options.epochs is not None and options.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
+    recipe = dataclasses.replace(parse_recipe(flags), output_dir=options.out)
+    if recipe.flow == "precomputed":
+        raise ValueError("flow must name the estimator that computes what is written (--flow dis), got 'precomputed'")
+    accelerator = make_accelerator(recipe)
+    folder, command = Path(options.out), ["python", "-m", "training.flow", *flags, "--out", options.out]
+    with accelerator.main_process_first():
+        write_manifest(folder, recipe, shlex.join(command))
+    paths = resolve_videos(accelerator, recipe)
+    epochs = options.epochs or epochs_needed(recipe, accelerator.num_processes, len(paths))
+    write_flow(accelerator, recipe, folder, paths, epochs)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# --- what a folder holds ---
+
+
+def write_manifest(folder: Path, recipe: Recipe, command: str) -> None:
+    """
+    `flow.json`: what the flow depends on, and the command that writes more of it.
+
+    Raises:
+        ValueError: the folder holds flow of other pairs or of another estimator, or cannot be written.
+    """
+    manifest = {
+        "format": FORMAT,
+        "steps_per_pixel": STEPS_PER_PIXEL,
+        "sampling": sampling_fields(PairSampling.of(recipe)),
+    }
+    manifest["estimator"] = estimator_fields(recipe)
+    known = read_manifest(folder)
+    if known is None:
+        write_file(folder / "flow.json", json.dumps({**manifest, "command": command}, indent=1).encode())
+        return
+    changed = [
+        f"{name} {known[part].get(name)} there, {value} now"
+        for part in ("sampling", "estimator")
+        for name, value in manifest[part].items()
+        if known[part].get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"--out {folder} holds another recipe's flow: {'; '.join(changed)}. Give another --out")
+
+
+def estimator_fields(recipe: Recipe) -> dict:
+    """The recipe's fields on which an estimate depends; files and folders of weights by their contents."""
+    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name.startswith("flow")}
+    fields = {name: value for name, value in fields.items() if name not in ("flow_dir", "flow_epochs")}
+    return {name: _contents(value) if isinstance(value, str) else value for name, value in fields.items()} | {
+        "bf16": recipe.bf16
+    }
+
+
+def _contents(value: str) -> str:
+    path = Path(value)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"sha256:{digest}" if files else value
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """
+    Aside first, then renamed: of several processes that write the same file each leaves a whole one.
+
+    Raises:
+        ValueError: the disk is full, or the folder cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(
+            f"{file} cannot be written ({error.strerror}). What is there is whole: make room and give the same command again"
+        ) from error
+
+
+def is_written(file: Path) -> bool:
+    """True of a whole file; one that a crash of the machine cut off is written anew, and so is what was skipped."""
+    try:
+        return file.exists() and bool(read_about(file))
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        return False
+
+
+# --- openings ---
+
+
+class Openings(torch.utils.data.Dataset):
+    """(epoch, path, samples, tensors of each pair), or the reason for which a video cannot be used in place of the samples."""
+
+    def __init__(self, shards: list[tuple[int, str]], sampling: PairSampling, pair_flow):
+        self.shards, self.sampling, self.pair_flow = shards, sampling, pair_flow
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int):
+        epoch, path = self.shards[number]
+        try:
+            samples = list(video_pairs(path, self.sampling, epoch))
+            if self.pair_flow is None:
+                return epoch, path, samples, None
+            for sample in samples:
+                self.pair_flow(sample)
+            packed = [pack_pair(sample) for sample in samples]
+        except UnreadableVideo as error:
+            return epoch, path, str(error), None
+        return epoch, path, samples, packed
+
+
+@torch.no_grad()
+def device_flow(accelerator, module: torch.nn.Module, group: list, batch_size: int) -> None:
+    """Adds `flow` to the samples of a group of openings, batch by batch."""
+    samples = [sample for _, _, found, _ in group if not isinstance(found, str) for sample in found]
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        frames = torch.from_numpy(np.stack([sample["frames"] for sample in part])).to(accelerator.device)
+        with accelerator.autocast():
+            flow = module(frames).float().cpu().numpy()
+        for sample, its_flow in zip(part, flow, strict=True):
+            sample["flow"] = its_flow
+
+
+def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epochs: int) -> None:
+    """Write what is missing of the openings of `epochs` epochs, this process its share."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = [(epoch, path) for epoch in range(epochs) for path in paths][rank::ranks]
+    shards = [(epoch, path) for epoch, path in mine if not is_written(opening_file(folder, epoch, path))]
+    pair_flow, module = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    if module is not None:
+        module.to(accelerator.device)
+    batch_size = recipe.per_device_train_batch_size
+    openings = torch.utils.data.DataLoader(
+        Openings(shards, PairSampling.of(recipe), pair_flow),
+        batch_size=max(1, batch_size // recipe.pairs_per_video),
+        num_workers=recipe.dataloader_num_workers,
+        collate_fn=list,
+        multiprocessing_context="fork" if recipe.dataloader_num_workers else None,
+        worker_init_fn=start_worker,
+    )
+    logger.info("%d of %d openings are there; writing %d", len(mine) - len(shards), len(mine), len(shards))
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    progress, pairs, written = tqdm(total=len(shards), disable=not shown, unit="opening"), 0, 0
+    for group in openings:
+        if module is not None:
+            device_flow(accelerator, module, group, batch_size)
+        for epoch, path, samples, packed in group:
+            count, size = write_opening(opening_file(folder, epoch, path), path, samples, packed)
+            pairs, written = pairs + count, written + size
+        if progress.n == 0 and pairs:
+            total, free = (
+                written / pairs * recipe.pairs_per_video * len(shards) * ranks,
+                shutil.disk_usage(folder).free,
+            )
+            logger.info("about %.2f GiB in all by the first openings, %.2f GiB are free", total / 2**30, free / 2**30)
+        progress.update(len(group))
+    progress.close()
+    accelerator.wait_for_everyone()
+    logger.info(
+        "%s: flow of %d epoch(s); this process wrote %d pairs, %.1f KiB each",
+        folder,
+        epochs,
+        pairs,
+        written / max(pairs, 1) / 1024,
+    )
+
+
+def write_opening(file: Path, path: str, samples: list[dict] | str, packed: list | None) -> tuple[int, int]:
+    """Write an opening's file, or the reason why there is none. Returns pairs and bytes."""
+    try:
+        if isinstance(samples, str):
+            raise UnreadableVideo(samples)
+        packed = packed or [pack_pair(sample) for sample in samples]
+    except UnreadableVideo as error:
+        logger.warning("skipped %s: %s", path, error)
+        write_file(file.with_suffix(".skipped"), str(error).encode())
+        return 0, 0
+    tensors = {f"{name}.{repeat}": value for repeat, pair in enumerate(packed) for name, value in pair.items()}
+    data = save(tensors, metadata={"opening": json.dumps(about_opening(samples, packed))})
+    write_file(file, data)
+    file.with_suffix(".skipped").unlink(missing_ok=True)
+    return len(samples), len(data)
