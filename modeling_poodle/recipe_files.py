@@ -102,7 +102,10 @@ def _refuse_unknown(kind: type, names, where: str) -> None:
 
 def _as_declared(kind: type, name: str, value, where: str):
     """YAML reads 1e-4 as a string and 'videos: a.mp4' as no list; both are what a person meant."""
-    declared = {f.name: f.type for f in dataclasses.fields(kind)}[name]
+    field = {f.name: f for f in dataclasses.fields(kind)}[name]
+    declared = field.type  # once HfArgumentParser has seen the class, without its `| None`
+    if value is None and field.default is None:
+        return None
     if declared is float and isinstance(value, str):
         try:
             return float(value)

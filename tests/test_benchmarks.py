@@ -229,6 +229,21 @@ def test_raft_beside_torchvision(tmp_path):
     assert full["mean_px"] < reduced["mean_px"] < 0.05
 
 
+def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
+    benchmark = runpy.run_path(str(REPOSITORY / "benchmarks" / "precomputed.py"))
+    row = benchmark["paying"]({"compute_ms": 8.0, "write_ms": 1.0, "read_ms": 2.0, "kib": 60.0})
+    assert row["passes"] == 1.5  # 8 + 1 to write, then 2 a pass against 8: equal after one and a half
+    assert row["mb_a_second"] == pytest.approx(60 * 1024 / 0.006 / 1e6)
+    assert benchmark["paying"]({"compute_ms": 1.0, "write_ms": 1.0, "read_ms": 2.0, "kib": 60.0})["passes"] is None
+    write_videos(tmp_path / "drives", num_videos=1, duration=1.5, fps=4, height=64, width=128, num_processes=1)
+    flags = ["--videos", str(tmp_path / "drives"), "--crop_size", "64", "128", "--pairs", "4"]
+    monkeypatch.setattr(sys, "argv", ["precomputed.py", *flags, "--json", str(tmp_path / "f.json")])
+    benchmark["main"]()
+    (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert (row["size"], row["flow"]) == ("64x128", "dis") and min(row["compute_ms"], row["read_ms"]) > 0
+    assert 1 < row["kib"] < 4 * 64 * 128 * 2 / 1024  # packed: less than the 16-bit numbers
+
+
 def test_cost_names_what_it_changes(tmp_path):
     figures = ["--steps", "1", "--warmup", "1", "--json", str(tmp_path / "f.json")]
     run("cost.py", "--only", "dense_stride", *figures, *SMALL)

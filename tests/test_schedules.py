@@ -2,7 +2,14 @@ import math
 
 import pytest
 
-from training.schedules import learning_rate, teacher_momentum
+from training.recipe import Recipe
+from training.schedules import count_steps, learning_rate, teacher_momentum
+
+
+def test_steps_of_a_recipe():
+    recipe = Recipe(num_train_epochs=2.5, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert count_steps(recipe, 1, 64) == 20 and count_steps(recipe, 2, 64) == 10 and count_steps(recipe, 8, 1) == 1
+    assert count_steps(Recipe(max_steps=7), 2, 64) == 7
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine():

@@ -228,7 +228,7 @@ class PairLoader:
 
     A batch: `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) seconds; `crop` (B, 4) xyxy in the video's own
     pixels; `epoch`, `repeat` (B,); `video` list of names; `skipped` list of (path, reason); and what `pair_flow` adds: `flow`
-    (B, 2, 2, H, W) float16 and, for exact flow, `valid_mask` (B, 2, H, W) bool.
+    (B, 2, 2, H, W) float16 and, where it is known, `valid_mask` (B, 2, H, W) bool.
 
     `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
 
