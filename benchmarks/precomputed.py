@@ -47,7 +47,7 @@ def keep(groups: list[list[dict]], folder: Path, compute) -> dict[str, float]:
             compute(sample)
         marks.append(time.process_time())
         file = opening_file(folder, samples[0]["epoch"], samples[0]["video"])
-        _, size = write_opening(file, samples[0]["video"], samples, None)
+        size = write_opening(file, samples[0]["video"], samples)
         marks.append(time.process_time())
         for sample in samples:
             reader(sample)

@@ -18,7 +18,8 @@ from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
 from training.recipe import Recipe
-from training.street_files import write_videos
+from training.street import Street
+from training.street_files import write_video, write_videos
 from training.video_decoding import index_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -235,8 +236,8 @@ def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
     assert row["passes"] == 1.5  # 8 + 1 to write, then 2 a pass against 8: equal after one and a half
     assert row["mb_a_second"] == pytest.approx(60 * 1024 / 0.006 / 1e6)
     assert benchmark["paying"]({"compute_ms": 1.0, "write_ms": 1.0, "read_ms": 2.0, "kib": 60.0})["passes"] is None
-    write_videos(tmp_path / "drives", num_videos=1, duration=1.5, fps=4, height=64, width=128, num_processes=1)
-    flags = ["--videos", str(tmp_path / "drives"), "--crop_size", "64", "128", "--pairs", "4"]
+    write_video(str(tmp_path / "drive.mp4"), {"street": Street(0, 64, 128).to_json(), "fps": 4, "num_frames": 6})
+    flags = ["--videos", str(tmp_path / "drive.mp4"), "--crop_size", "64", "128", "--pairs", "4"]
     monkeypatch.setattr(sys, "argv", ["precomputed.py", *flags, "--json", str(tmp_path / "f.json")])
     benchmark["main"]()
     (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]

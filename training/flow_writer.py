@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from training.assembly import make_accelerator
@@ -30,10 +29,9 @@ from training.flow import build_flow
 from training.flow_files import (
     FORMAT,
     STEPS_PER_PIXEL,
-    about_opening,
     epochs_needed,
     opening_file,
-    pack_pair,
+    pack_opening,
     read_about,
     read_manifest,
     sampling_fields,
@@ -56,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, flags = parser.parse_known_args(arguments)
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
-    recipe = dataclasses.replace(parse_recipe(flags), output_dir=options.out)
+    # "latest": videos of the Hub keep the commit that is noted in --out, and where none is there, theirs of now is noted.
+    recipe = dataclasses.replace(parse_recipe(flags), output_dir=options.out, resume_from_checkpoint="latest")
     if recipe.flow == "precomputed":
         raise ValueError("flow must name the estimator that computes what is written (--flow dis), got 'precomputed'")
     accelerator = make_accelerator(recipe)
@@ -147,7 +146,10 @@ def is_written(file: Path) -> bool:
 
 
 class Openings(torch.utils.data.Dataset):
-    """(epoch, path, samples, tensors of each pair), or the reason for which a video cannot be used in place of the samples."""
+    """
+    (epoch, path, what an opening gave): its file's bytes; its samples, where their flow is the device's to compute; or the reason for
+    which there is nothing.
+    """
 
     def __init__(self, shards: list[tuple[int, str]], sampling: PairSampling, pair_flow):
         self.shards, self.sampling, self.pair_flow = shards, sampling, pair_flow
@@ -155,24 +157,22 @@ class Openings(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, number: int):
+    def __getitem__(self, number: int) -> tuple[int, str, bytes | list[dict] | str]:
         epoch, path = self.shards[number]
         try:
             samples = list(video_pairs(path, self.sampling, epoch))
             if self.pair_flow is None:
-                return epoch, path, samples, None
+                return epoch, path, samples
             for sample in samples:
                 self.pair_flow(sample)
-            packed = [pack_pair(sample) for sample in samples]
+            return epoch, path, pack_opening(samples)
         except UnreadableVideo as error:
-            return epoch, path, str(error), None
-        return epoch, path, samples, packed
+            return epoch, path, str(error)
 
 
 @torch.no_grad()
-def device_flow(accelerator, module: torch.nn.Module, group: list, batch_size: int) -> None:
-    """Adds `flow` to the samples of a group of openings, batch by batch."""
-    samples = [sample for _, _, found, _ in group if not isinstance(found, str) for sample in found]
+def device_flow(accelerator, module: torch.nn.Module, samples: list[dict], batch_size: int) -> None:
+    """Adds `flow` to the samples, batch by batch."""
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
         frames = torch.from_numpy(np.stack([sample["frames"] for sample in part])).to(accelerator.device)
@@ -200,44 +200,42 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
         worker_init_fn=start_worker,
     )
     logger.info("%d of %d openings are there; writing %d", len(mine) - len(shards), len(mine), len(shards))
-    shown = accelerator.is_main_process and sys.stderr.isatty()
-    progress, pairs, written = tqdm(total=len(shards), disable=not shown, unit="opening"), 0, 0
+    progress = tqdm(
+        total=len(shards), disable=not (accelerator.is_main_process and sys.stderr.isatty()), unit="opening"
+    )
+    done, written, told = 0, 0, 0
     for group in openings:
         if module is not None:
-            device_flow(accelerator, module, group, batch_size)
-        for epoch, path, samples, packed in group:
-            count, size = write_opening(opening_file(folder, epoch, path), path, samples, packed)
-            pairs, written = pairs + count, written + size
-        if progress.n == 0 and pairs:
-            total, free = (
-                written / pairs * recipe.pairs_per_video * len(shards) * ranks,
-                shutil.disk_usage(folder).free,
-            )
-            logger.info("about %.2f GiB in all by the first openings, %.2f GiB are free", total / 2**30, free / 2**30)
+            samples = [sample for _, _, found in group if not isinstance(found, str) for sample in found]
+            device_flow(accelerator, module, samples, batch_size)
+        for epoch, path, found in group:
+            written += write_opening(opening_file(folder, epoch, path), path, found)
+        done += len(group)
         progress.update(len(group))
+        if progress.disable and 10 * done // len(shards) > told:
+            told, whole = 10 * done // len(shards), written / done * len(shards) * ranks / 2**30
+            free = shutil.disk_usage(folder).free / 2**30
+            logger.info("%d of %d openings; about %.2f GiB in all, %.2f GiB are free", done, len(shards), whole, free)
     progress.close()
     accelerator.wait_for_everyone()
+    per_pair = written / max(len(shards) * recipe.pairs_per_video, 1) / 1024
     logger.info(
-        "%s: flow of %d epoch(s); this process wrote %d pairs, %.1f KiB each",
-        folder,
-        epochs,
-        pairs,
-        written / max(pairs, 1) / 1024,
+        "%s: flow of %d epoch(s); this process wrote %d openings, %.1f KiB a pair", folder, epochs, done, per_pair
     )
 
 
-def write_opening(file: Path, path: str, samples: list[dict] | str, packed: list | None) -> tuple[int, int]:
-    """Write an opening's file, or the reason why there is none. Returns pairs and bytes."""
-    try:
-        if isinstance(samples, str):
-            raise UnreadableVideo(samples)
-        packed = packed or [pack_pair(sample) for sample in samples]
-    except UnreadableVideo as error:
-        logger.warning("skipped %s: %s", path, error)
-        write_file(file.with_suffix(".skipped"), str(error).encode())
-        return 0, 0
-    tensors = {f"{name}.{repeat}": value for repeat, pair in enumerate(packed) for name, value in pair.items()}
-    data = save(tensors, metadata={"opening": json.dumps(about_opening(samples, packed))})
-    write_file(file, data)
-    file.with_suffix(".skipped").unlink(missing_ok=True)
-    return len(samples), len(data)
+def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int:
+    """Write an opening's file, or the reason why there is none. Returns bytes."""
+    if isinstance(found, list):
+        try:
+            found = pack_opening(found)
+        except UnreadableVideo as error:
+            found = str(error)
+    skipped = file.with_suffix(".skipped")
+    if isinstance(found, str):
+        logger.warning("skipped %s: %s", path, found)
+        write_file(skipped, found.encode())
+        return 0
+    write_file(file, found)
+    skipped.unlink(missing_ok=True)
+    return len(found)

@@ -75,9 +75,10 @@ def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
             paths += street_videos(camera=camera)
     others = [source for source in recipe.videos if street_camera(source) is None]
     if others:
-        pins = Path(recipe.output_dir, "revisions.json")
+        pins = Path(recipe.flow_dir or recipe.output_dir, "revisions.json")
         with accelerator.main_process_first():  # the others find the commits that rank 0 wrote down
-            if recipe.resume_from_checkpoint is None and accelerator.is_main_process:
+            new = recipe.resume_from_checkpoint is None and recipe.flow_dir is None  # flow is that of its own commits
+            if new and accelerator.is_main_process:
                 pins.unlink(missing_ok=True)
             paths += find_videos(others, pins)
     check_videos(paths, PairSampling.of(recipe))
