@@ -74,7 +74,7 @@ class OurStep:
         self.recipe, self.accelerator = recipe, make_accelerator(recipe)
         self.device = self.accelerator.device
         self.pair_flow, self.flow_module = build_flow(
-            recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates
+            recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates, folder=recipe.flow_dir
         )
         if self.flow_module is not None:
             self.flow_module.to(self.device)

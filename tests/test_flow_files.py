@@ -322,7 +322,7 @@ def test_two_processes_write_the_same_files_as_one(drives, written, tmp_path):
         "training.flow",
     ]
     done = subprocess.run(
-        [*launch, *writer_flags(drives, tmp_path / "two", "--epochs", "2")], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+        [*launch, *writer_flags(drives, tmp_path / "two", "--epochs", "2", "--dataloader_num_workers", "1")], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
