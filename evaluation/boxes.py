@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.data import _spread, read_image, street_folder
+from evaluation.data import _spread, read_image, street_folder, within
 
 BOX_DATASETS = ("street", "bdd100k", "coco_folder")
 BDD100K_CLASSES = (
@@ -187,16 +187,19 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         size = (image.get("height"), image.get("width"))
         if not isinstance(image.get("file_name"), str) or not all(isinstance(v, int) and v > 0 for v in size):
             raise ValueError(f"{path}: an image needs id, file_name, height and width, got {image!r}")
-        if image.get("id") is None or image["id"] in images:
-            raise ValueError(f"{path}: images need different ids, got {image.get('id')!r} again")
+        if not isinstance(image.get("id"), (int, str)) or image["id"] in images:
+            raise ValueError(f"{path}: images need different ids, numbers or text, got {image.get('id')!r}")
         images[image["id"]] = (image["file_name"], size)
-    _need_images(name, folder / "images", [folder / "images" / file for file, _ in images.values()])
+    files = {identity: within(folder / "images", file, path) for identity, (file, _) in images.items()}
+    _need_images(name, folder / "images", list(files.values()))
     found = {identity: [] for identity in images}
     for annotation in values["annotations"]:
         where = f"{path}, annotation {annotation.get('id')!r}"
-        if annotation.get("image_id") not in images:
+        identity = annotation.get("image_id")
+        if not isinstance(identity, (int, str)) or identity not in images:
             raise ValueError(f"{where}: there is no image with the id {annotation.get('image_id')!r}")
-        if annotation.get("category_id") not in categories:
+        category = annotation.get("category_id")
+        if not isinstance(category, int) or category not in categories:
             ids = ", ".join(str(identity) for identity in order[:20])
             raise ValueError(f"{where} has the category_id {annotation.get('category_id')!r}; categories are {ids}")
         box = annotation.get("bbox")
@@ -205,9 +208,7 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         label = order.index(annotation["category_id"])
         entry = (box, label, bool(annotation.get("iscrowd", 0)), annotation.get("area"), where)
         found[annotation["image_id"]].append(entry)
-    examples = [
-        _example(file, folder / "images" / file, size, found[identity]) for identity, (file, size) in images.items()
-    ]
+    examples = [_example(file, files[identity], size, found[identity]) for identity, (file, size) in images.items()]
     return tuple(categories[i] for i in order), tuple(sorted(examples, key=lambda e: e.name))
 
 
@@ -220,7 +221,7 @@ def _bdd100k(folder: Path) -> BoxImages:
             isinstance(f, dict) and isinstance(f.get("name"), str) for f in frames
         ):
             raise ValueError(f"{path} must hold a list of frames, each with its name. {_LAYOUTS['bdd100k']}")
-        _need_images("bdd100k", images, [images / frame["name"] for frame in frames])
+        _need_images("bdd100k", images, [within(images, frame["name"], path) for frame in frames])
         examples = []
         for frame in sorted(frames, key=lambda f: f["name"]):
             where = f"{path}, {frame['name']}"

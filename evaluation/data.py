@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image
 
 from evaluation.metrics import BDD100K_GROUPS, class_groups
 from evaluation.outputs import write_aside
@@ -30,6 +30,11 @@ DATASETS = (
 )
 IGNORE = 255
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# By what is in a file, whatever its name: PIL knows 40 formats more, and hands one of them, PostScript, to Ghostscript, which runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+EpsImagePlugin.gs_binary = False  # for images that `datasets` opens
+# A file that is none, is damaged, or would be more pixels than PIL opens (a decompression bomb).
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 DRIVING_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
     "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -134,25 +139,25 @@ def _spread(examples: Sequence[Example], count: int | None) -> tuple[Example, ..
 def file_size(path: Path) -> tuple[int, int]:
     """Width and height, from the file's head alone."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
 
 
 def read_label(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             label = np.asarray(image)
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"label {path} cannot be read: {error}") from error
     return _as_ids(label, path)
 
@@ -317,6 +322,18 @@ def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
     return tuple(classes), ignore
 
 
+def within(folder: Path, name: str, where) -> Path:
+    """
+    The path that a list of a data set means by `name`, below `folder`.
+
+    Raises:
+        ValueError: it would lead out of the folder, to a file that is no part of the data set.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {name!r} leads out of {folder}; expected a path below it")
+    return folder / name
+
+
 def _folder(folder: Path, name: str = "folder") -> LabelledImages:
     classes, ignore = _read_classes(folder / "classes.json")
     table = None
@@ -379,16 +396,23 @@ def _hub(name: str) -> LabelledImages:
         )
     try:
         with open(hf_hub_download(name, "id2label.json", repo_type="dataset")) as file:
-            names = {int(key): value for key, value in json.load(file).items()}
-        classes = tuple(names.get(index, str(index)) for index in range(max(names) + 1))
+            names = {int(key): str(value) for key, value in json.load(file).items()}
     except (EntryNotFoundError, HfHubHTTPError):
         raise ValueError(f"--dataset {name} has no id2label.json with the names of its classes") from None
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"--dataset {name}: id2label.json must map ids to names ({error})") from None
+    if not names or not 0 <= min(names) <= max(names) < 254:
+        raise ValueError(f"--dataset {name}: id2label.json must have ids from 0 to 253, as labels are bytes")
+    classes = tuple(names.get(index, str(index)) for index in range(max(names) + 1))
 
     def examples(split: str) -> tuple[Example, ...]:
         rows = splits[split]
 
         def read(index: int, column: str) -> np.ndarray:
-            picture = rows[index][column]
+            try:
+                picture = rows[index][column]
+            except UNREADABLE as error:
+                raise ValueError(f"{name}[{split}][{index}]: its {column} cannot be read: {error}") from error
             if column == image:
                 return np.asarray(picture.convert("RGB"))
             return _as_ids(np.asarray(picture), f"{name}[{split}][{index}]")

@@ -20,6 +20,8 @@ from transformers import AutoBackbone, AutoConfig
 from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
+from modeling_poodle.configuration_poodle import check_config
+from modeling_poodle.modeling_poodle import refuse_giant
 
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
 # it for others (Lin et al. 2017, arXiv 1612.03144, section 4).
@@ -160,7 +162,8 @@ def build_backbone(config: DetectorConfig) -> nn.Module:
         backbone_config = four_stages(type(AutoConfig.for_model(kind)).from_dict(dict(config.backbone_config)))
     except ValueError as error:
         raise ValueError(f"detector {config.detector}: {error}; {WORKING}") from None
-    encoder = AutoBackbone.from_config(backbone_config)
+    refuse_giant(backbone_config, lambda: AutoBackbone.from_config(backbone_config, trust_remote_code=False))
+    encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
     try:
         maps = encoder.eval()(torch.zeros(1, 3, 128, 128)).feature_maps
     except (AssertionError, RuntimeError, ValueError) as error:  # timm's ViTs of one image size
@@ -280,7 +283,8 @@ def load_detector(folder: str | Path) -> FasterRCNN:
             raise ValueError(f"{folder} holds no detector: {name} is missing")
     try:
         config = DetectorConfig(**json.loads((folder / "config.json").read_text()))
-    except (TypeError, ValueError) as error:
+        check_config(dataclasses.asdict(config), "it")
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is no detector's: {error}") from None
     model = build_detector(config)
     try:

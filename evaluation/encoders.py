@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.configuration_poodle import PLAIN_VITS
-from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
+from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config
+from modeling_poodle.recipe_files import is_finite
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -207,15 +208,22 @@ def _model_type(source: str) -> str | None:
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ValueError(f"--model {source}: the folder holds no model (no config.json)")
     try:
-        return AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError, KeyError) as error:
+        return read_config(source).model_type
+    except OSError as error:
         raise ValueError(f"--model {source}: no such model, neither a folder nor on the Hub ({error})") from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--model {source}: no such model that can be loaded ({error})") from error
 
 
 def _preprocessing(source: str) -> tuple:
     """Mean and deviation of the model's own image processor; ImageNet's where it has none."""
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
-        return tuple(processor.image_mean), tuple(processor.image_std)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError, ImportError):
         return IMAGENET
+    if not all(len(values) == 3 and all(map(is_finite, values)) for values in (mean, std)) or min(std) <= 0:
+        raise ValueError(
+            f"--model {source}: preprocessor_config.json must give three numbers of image_mean and image_std, got {mean} and {std}"
+        )
+    return mean, std

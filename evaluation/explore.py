@@ -45,6 +45,7 @@ class ExploreRecipe(CheckedRecipe):
     space: str | None = described(None, "Write a Space of the Hub into this folder instead of opening the page.")
 
     def __post_init__(self):
+        self.need_declared()
         self.need_models()
         self.need(is_int(self.max_side) and 32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
         self.need(self.port is None or (is_int(self.port) and 0 < self.port < 65536), "port", "from 1 to 65535")
@@ -95,6 +96,9 @@ def write_space(recipe: ExploreRecipe) -> None:
                 "its Hub id"
             )
     media = list_media(recipe.images)
+    for _, path in media:
+        if Path(path).is_symlink():
+            raise ValueError(f"space: {path} is a link to {Path(path).resolve()}; put the file itself there")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(__file__, folder / "app.py")
     for package in (evaluation, modeling_poodle):

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.data import IMAGES
+from evaluation.data import FORMATS, IMAGES, UNREADABLE
 from evaluation.encoders import Encoder
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
@@ -83,12 +83,12 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
             return _read_video(path, start, gap, count, max_side)
         if suffix not in IMAGES:
             raise ValueError(f"expected {', '.join((*IMAGES, *VIDEOS))}")
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (max_side, max_side))
             upright = ImageOps.exif_transpose(image).convert("RGB")
         upright.thumbnail((max_side, max_side))
         return Clip((np.asarray(upright),), (0.0,), 0.0)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         # The library's own text may name the folder of an upload.
         reason = getattr(error, "strerror", None) or (
             str(error) if str(path) not in str(error) else "unknown contents"

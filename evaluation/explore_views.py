@@ -44,7 +44,7 @@ class Readout:
     def __init__(self, source: str, device: torch.device):
         try:
             self.model = from_pretrained_whole(AutoModelForSemanticSegmentation, source).eval().to(device)
-            processor = AutoImageProcessor.from_pretrained(source)
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
             mean, std = processor.image_mean, processor.image_std
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(

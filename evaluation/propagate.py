@@ -72,6 +72,7 @@ class PropagationRecipe(CheckedRecipe):
     seed: int = described(0, "Of an untrained model's weights.")
 
     def __post_init__(self):
+        self.need_declared()
         self.need_models()
         known = f"one of {', '.join(VIDEO_DATASETS)}{nearest(self.dataset, VIDEO_DATASETS)}"
         self.need(self.dataset in VIDEO_DATASETS, "dataset", known)

@@ -243,7 +243,7 @@ class UperNetReadout(nn.Module):
             config = four_stages(encoder.model.config.backbone_config)
         except ValueError as error:
             raise ValueError(f"readout upernet: {error}") from None
-        channels = AutoBackbone.from_config(config).channels
+        channels = AutoBackbone.from_config(config, trust_remote_code=False).channels
         labels = encoder.model.config
         self.model = UperNetForSemanticSegmentation(
             UperNetConfig(

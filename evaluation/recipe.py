@@ -43,6 +43,7 @@ class FitRecipe(CheckedRecipe):
     resume_from_checkpoint: str | None = described(None, "'latest': go on with an interrupted evaluation.")
 
     def __post_init__(self):
+        self.need_declared()
         self.need_models()
         self.need_integers("per_device_train_batch_size", "logging_steps", "save_steps")
         self.need_integers(*(n for n in ("max_train_images", "max_test_images") if getattr(self, n) is not None))

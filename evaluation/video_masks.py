@@ -8,9 +8,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from evaluation.data import read_label
+from evaluation.data import file_size, read_label, within
 from modeling_poodle.recipe_files import cache_root
 
 VIDEO_DATASETS = ("davis", "street")
@@ -69,7 +68,9 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
 
 
 def _sequence(folder: Path, name: str) -> Sequence:
-    frames, masks = folder / "JPEGImages" / "480p" / name, folder / "Annotations" / "480p" / name
+    frames, masks = (
+        within(folder / part / "480p", name, "ImageSets/2017/val.txt") for part in ("JPEGImages", "Annotations")
+    )
     for place in (frames, masks):
         if not place.is_dir():
             raise ValueError(f"sequence {name}: there is no folder {place}. {LAYOUT}")
@@ -85,7 +86,7 @@ def _sequence(folder: Path, name: str) -> Sequence:
             f"sequence {name}: {len(missing)} of {len(paths)} frames have no mask in {masks}, the first is {missing[0]}. {LAYOUT}"
         )
     sequence = Sequence(name, tuple(paths), tuple(masks / f"{path.stem}.png" for path in paths))
-    sizes = {path: _size(path) for path in (*sequence.frames, *sequence.masks)}
+    sizes = {path: file_size(path) for path in (*sequence.frames, *sequence.masks)}
     first = sizes[sequence.frames[0]]
     for path, size in sizes.items():
         if size != first:
@@ -93,14 +94,6 @@ def _sequence(folder: Path, name: str) -> Sequence:
     if not sequence.objects():
         raise ValueError(f"sequence {name}: the first mask, {sequence.masks[0]}, has no object to propagate")
     return sequence
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def street_sequences(data_dir: str | None, count: int) -> Path:

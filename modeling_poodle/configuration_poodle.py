@@ -4,6 +4,9 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -23,6 +26,47 @@ _TRANSFORMERS_KEYS = {
     "torch_dtype",
     "transformers_version",
 }
+
+# Far above any encoder in use. What lies beyond would fill the memory before anything else is found wrong with it.
+MAX_LAYERS, MAX_SIZE, MAX_DECODER_BLOCKS = 1000, 1 << 20, 8
+
+
+def check_config(values: Mapping[str, Any], where: str) -> None:
+    """
+    Look at a config from elsewhere, as a mapping, before anything is made of it.
+
+    Args:
+        where: what the fields are named after, such as "PoodleConfig".
+
+    Raises:
+        ValueError: a number beyond `MAX_LAYERS` (fields of layers, blocks, stages and depths) or `MAX_SIZE`, or a part of it that
+            names code to be fetched and run; the message names the field.
+    """
+
+    def look(value: Any, path: str, name: str) -> None:
+        if isinstance(value, (dict, list, tuple)):
+            if name in ("id2label", "label2id"):  # names of classes; as many as the file has lines
+                return
+            layers = [item for item in value if isinstance(item, int)] if isinstance(value, (list, tuple)) else []
+            if _LAYERS.search(name) and sum(layers) > MAX_LAYERS:
+                raise ValueError(f"{path} must be at most {MAX_LAYERS} together, got {reprlib.repr(list(value))}")
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                inner = f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]"
+                if key == "auto_map" and path != where:
+                    raise ValueError(f"{inner} names code to be run, which only a config as a whole may do")
+                look(item, inner, str(key) if isinstance(value, dict) else name)
+        elif isinstance(value, int):
+            limit = MAX_LAYERS if _LAYERS.search(name) else MAX_SIZE
+            if abs(value) > limit:
+                raise ValueError(f"{path} must be at most {limit}, got {reprlib.repr(value)}")
+        elif isinstance(value, str) and "_implementation" in path and "/" in value:
+            # transformers would fetch a kernel of this name from the Hub, compiled code, and run it.
+            raise ValueError(f"{path} must be one of transformers' own implementations, got {reprlib.repr(value)}")
+
+    look(dict(values), where, "")
+
+
+_LAYERS = re.compile("depth|layer|block|stage")
 
 
 class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -83,6 +127,8 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         saved_stage_names = kwargs.pop("stage_names", None)
         self._refuse_unknown(kwargs)
+        own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
+        check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
         self.backbone_config = _as_backbone_config(self.backbone_config)
         self._check_values()
         super().__post_init__(**kwargs)
@@ -112,6 +158,8 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, low in (("num_decoder_blocks", 0), *((n, 1) for n in _POSITIVE)):
             if not is_int(getattr(self, name)) or getattr(self, name) < low:
                 refuse(name, f"an integer of at least {low}")
+        if self.num_decoder_blocks > MAX_DECODER_BLOCKS:
+            refuse("num_decoder_blocks", f"at most {MAX_DECODER_BLOCKS}: each doubles the resolution")
         for name in ("decoder_laterals", "decoder_top_down"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false")
@@ -177,6 +225,9 @@ _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_si
 def _as_backbone_config(value) -> PreTrainedConfig:
     if value is None:
         return AutoConfig.for_model("resnet")
+    if isinstance(value, (dict, PreTrainedConfig)):
+        given = value if isinstance(value, dict) else value.to_dict()
+        check_config({"backbone_config": given}, "PoodleConfig")
     if isinstance(value, dict):
         value = copy.deepcopy(value)
         model_type = value.pop("model_type", None)
@@ -184,7 +235,10 @@ def _as_backbone_config(value) -> PreTrainedConfig:
             raise ValueError(
                 "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
             )
-        return AutoConfig.for_model(model_type, **value)
+        try:
+            return AutoConfig.for_model(model_type, **value)
+        except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take
+            raise ValueError(f"PoodleConfig.backbone_config is no config of {model_type!r}: {error}") from error
     if not isinstance(value, PreTrainedConfig):
         raise ValueError(f"PoodleConfig.backbone_config must be a config or a dict, got {type(value).__name__}")
     if value.model_type not in PLAIN_VITS and not hasattr(value, "out_features"):
@@ -194,4 +248,4 @@ def _as_backbone_config(value) -> PreTrainedConfig:
     return copy.deepcopy(value)
 
 
-__all__ = ["PoodleConfig"]
+__all__ = ["PoodleConfig", "check_config"]

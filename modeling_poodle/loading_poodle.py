@@ -2,10 +2,27 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, TimmBackboneConfig
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, TimmBackboneConfig
 
-from .configuration_poodle import PLAIN_VITS
+from .configuration_poodle import PLAIN_VITS, check_config
+from .modeling_poodle import auto_class, refuse_giant
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """
+    The config of a model by Hub id or folder. Code that it names is left alone: the architecture must be one that is installed here.
+
+    Raises:
+        ValueError: numbers that no network has, or an architecture that only code from elsewhere would give.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(name)
+    check_config(values, f"config.json of {name}")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
 
 
 def from_pretrained_whole(model_class, name: str, **kwargs):
@@ -13,9 +30,13 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     `model_class.from_pretrained`, which leaves weights that a checkpoint lacks at random with a warning, as an error.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model; it is one of another architecture.
+        ValueError: the checkpoint lacks weights of the model, it is one of another architecture; or its config is refused.
     """
-    model, report = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    config = kwargs.pop("config", None) or read_config(name)
+    if config.model_type != "poodle":  # which looks itself
+        build = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class has the former
+        refuse_giant(config, lambda: build(config))
+    model, report = model_class.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
     # Backbones of ConvNeXt and Swin add a norm to each map that is read; it begins as the identity and is in no classifier.
     missing = [key for key in report["missing_keys"] if not key.startswith("hidden_states_norms.")]
     if missing or report["mismatched_keys"]:
@@ -40,7 +61,7 @@ def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dic
     try:
         if name.startswith("timm/") and not Path(name).exists():
             config = TimmBackboneConfig(backbone=name.removeprefix("timm/"))
-            encoder = AutoBackbone.from_config(config)
+            encoder = AutoBackbone.from_config(config, trust_remote_code=False)
             if weights:
                 # transformers builds timm's networks at random, whatever its config says of pretraining.
                 import timm
@@ -50,18 +71,18 @@ def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dic
                 )
                 encoder._backbone.load_state_dict(pretrained.state_dict())
             return config, encoder.state_dict()
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
+        with torch.device("meta"):  # what it is, without memory for its weights
+            encoder_class = type(auto_class(config).from_config(config, trust_remote_code=False))
         if not weights:
-            AutoModel.from_config(config) if config.model_type in PLAIN_VITS else AutoBackbone.from_config(config)
             return config, {}
         if config.model_type in PLAIN_VITS:
-            vit = from_pretrained_whole(type(AutoModel.from_config(config)), name, add_pooling_layer=False)
+            vit = from_pretrained_whole(encoder_class, name, config=config, add_pooling_layer=False)
             return config, {f"vit.{key}": value for key, value in vit.state_dict().items()}
         # The class itself: AutoBackbone.from_pretrained takes a local folder for a name on the Hub.
-        backbone_class = type(AutoBackbone.from_config(config))
-        return config, from_pretrained_whole(backbone_class, name, config=config).state_dict()
+        return config, from_pretrained_whole(encoder_class, name, config=config).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
 
 
-__all__ = ["from_pretrained_whole", "load_encoder"]
+__all__ = ["from_pretrained_whole", "load_encoder", "read_config"]

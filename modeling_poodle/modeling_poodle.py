@@ -1,10 +1,13 @@
 """PooDLe: encoder with spatial decoder module (SDM), as a model, as a backbone and with a readout."""
 
+import re
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoBackbone, AutoModel, PreTrainedModel
+from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -98,7 +101,7 @@ class PlainVitEncoder(nn.Module):
         super().__init__()
         self.config, self.out_features = config, stages
         self.channels = [config.hidden_size] * len(stages)
-        self.vit = AutoModel.from_config(config, add_pooling_layer=False)
+        self.vit = AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         patch = self.config.patch_size
@@ -121,14 +124,43 @@ class PlainVitEncoder(nn.Module):
         self.vit.save_pretrained(folder, state_dict={key.removeprefix("vit."): value for key, value in state.items()})
 
 
+MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many
+WIDE = 1024  # a config without a number above it is not worth a look
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class that builds the encoder of `config`."""
+    return AutoModel if config.model_type in PLAIN_VITS else AutoBackbone
+
+
+def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> None:
+    """
+    Count the parameters of the network that `build()` makes of a config from elsewhere, without memory for them.
+
+    Raises:
+        ValueError: more than `MAX_PARAMETERS`.
+    """
+    if not any(int(number) > WIDE for number in re.findall(r"\b\d+\b", config.to_json_string(use_diff=False))):
+        return
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build().parameters())
+    if count > MAX_PARAMETERS:
+        raise ValueError(
+            f"the config asks for a {config.model_type!r} network of {count:.3g} parameters; "
+            f"at most {MAX_PARAMETERS:.0e} are built"
+        )
+
+
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
     backbone_config = type(config.backbone_config).from_dict(config.backbone_config.to_dict())
+    auto = auto_class(backbone_config)
+    refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))
     if backbone_config.model_type in PLAIN_VITS:
         return PlainVitEncoder(backbone_config, stages)
     if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
         backbone_config.out_features = stages
-    encoder = AutoBackbone.from_config(backbone_config)
+    encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
     if config.output_stride is not None:
         _dilate_resnet(encoder, config.output_stride)
     return encoder

@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import os
+import reprlib
 import sys
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -37,7 +38,8 @@ def is_int(value) -> bool:
 
 
 def is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for numbers that a float holds: not for NaN, infinity and integers of 400 digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def nearest(name: str, names) -> str:
@@ -52,12 +54,20 @@ class CheckedRecipe:
     def need(self, condition: bool, name: str, expected: str) -> None:
         """Raises ValueError unless `condition` holds of the field `name`."""
         if not condition:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
+
+    def need_declared(self) -> None:
+        """Each value is of its field's declared type."""
+        for name, kind in get_type_hints(
+            type(self)
+        ).items():  # HfArgumentParser changes the types of dataclasses.fields
+            self.need(_fits(getattr(self, name), kind), name, _in_words(kind))
 
     def need_integers(self, *names: str, low: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
             self.need(is_int(value) and value >= low, name, f"an integer of at least {low}")
+            self.need(value < 1 << 31, name, "an integer below 2^31")
 
     def need_models(self) -> None:
         """`model` names at least one, and none twice: each has one result and one folder."""
@@ -68,6 +78,79 @@ class CheckedRecipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def shown(value) -> str:
+    """A value in an error: whole where it is short, its beginning where not."""
+    text = reprlib.Repr()
+    text.maxstring = text.maxother = 200
+    text.maxlong, text.maxlist = 60, 20
+    return text.repr(value)
+
+
+_WORDS = {
+    str: "text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    dict: "a mapping",
+    NoneType: "unset",
+}
+
+
+def _in_words(kind) -> str:
+    """A declared type as errors have it."""
+    if isinstance(kind, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list, each {_in_words(get_args(kind)[0])}"
+    return _WORDS[get_origin(kind) or kind]
+
+
+def _fits(value, kind) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:  # what a model's config is made of
+        return isinstance(value, dict) and all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if kind is float:
+        return is_int(value) or isinstance(value, float)
+    return is_int(value) if kind is int else isinstance(value, kind)
+
+
+def _is_plain(value) -> bool:
+    """What both JSON and YAML hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: some lines of them stand for more values than there is memory, and no recipe needs them."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError("a recipe has no aliases (*name)", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml_mapping(path: Path) -> dict:
+    """
+    A YAML file that holds a mapping. Tags other than YAML's own, which would make objects, and aliases are refused.
+
+    Raises:
+        ValueError: not YAML, or no mapping.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not; not UTF-8
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of recipe fields, got {type(values).__name__}")
+    return values
 
 
 def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, Any]:
@@ -83,12 +166,7 @@ def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, An
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ValueError(f"--config: no such recipe file {path}; recipes of the package: {known}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of recipe fields, got {type(values).__name__}")
+    values = read_yaml_mapping(path)
     _refuse_unknown(kind, values, str(path))
     return {name: _as_declared(kind, name, value, str(path)) for name, value in values.items()}
 
@@ -110,12 +188,12 @@ def _as_declared(kind: type, name: str, value, where: str):
         try:
             return float(value)
         except ValueError:
-            raise ValueError(f"{where}: {name} must be a number, got {value!r}") from None
+            raise ValueError(f"{where}: {name} must be a number, got {shown(value)}") from None
     if declared == list[str] and isinstance(value, str):
         return [value]
     if declared in (int, bool) and type(value) is not declared:
         expected = "an integer" if declared is int else "true or false"
-        raise ValueError(f"{where}: {name} must be {expected}, got {value!r}")
+        raise ValueError(f"{where}: {name} must be {expected}, got {shown(value)}")
     return value
 
 

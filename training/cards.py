@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -80,7 +81,8 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
     training = (
         _table(rows)
         + "\n\n<details><summary>Recipe</summary>\n\n```yaml\n"
-        + yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)
+        # A value may hold the fence that would end the block.
+        + yaml.safe_dump(shown, sort_keys=False, default_flow_style=None).replace("```", "~~~")
     )
     return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind), training + "```\n</details>")
 
@@ -92,7 +94,7 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
     """Card of a folder converted from a released checkpoint. The licence is not known here, and so not named."""
     kind = config["backbone_config"]["model_type"]
     data = _data(kind, "image-feature-extraction", license=None)
-    what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint `{source}`: weights of its {_NETWORKS[network]}."
+    what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
     return _card(
         data, f"PooDLe {kind}: {part}, converted", what, _load(part, kind), "See the publication of the checkpoint."
     )
@@ -115,11 +117,14 @@ def folder_card(config: dict, results: list[dict]) -> str:
     if kind == "detector":
         data.library_name = None  # torchvision's, and read by this project's own function
     name, dataset = result.get("detector") or result.get("readout") or "", result.get("dataset", "images")
-    what = f"A {name} {'detector' if kind == 'detector' else 'readout'} on {data.base_model or 'an encoder'}, fitted on {dataset}."
+    what = (
+        f"A {plain(name)} {'detector' if kind == 'detector' else 'readout'} on {data.base_model or 'an encoder'}, "
+        f"fitted on {plain(dataset)}."
+    )
     load = _LOAD["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
     known = ("num_train_images", "steps", "seed", "features", "inference")
     rows = {name.replace("_", " "): result[name] for name in known if name in result}
-    return _card(data, f"PooDLe: {name} on {dataset}", what, load, _table(rows))
+    return _card(data, f"PooDLe: {plain(name)} on {plain(dataset)}", what, load, _table(rows))
 
 
 def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) -> str:
@@ -178,7 +183,8 @@ def result_line(result: dict) -> str:
     ]
     readout = result.get("detector") or result.get("readout")
     where = f"{result['dataset']}, {result['num_test_images']} test images"
-    return f"| {where} | {readout}, seed {result['seed']} | {result.get('features', '')} | {', '.join(figures)} |"
+    cells = (where, f"{readout}, seed {result['seed']}", result.get("features", ""), ", ".join(figures))
+    return f"| {' | '.join(map(plain, cells))} |"
 
 
 # --- sources ---
@@ -225,7 +231,7 @@ def _street_in_words(source: str) -> str | None:
 
 
 def _sources_in_words(sources: list[str | None]) -> str:
-    words = [_street_in_words(source) or f"`{source}`" for source in sources if source]
+    words = [_street_in_words(source) or code(source) for source in sources if source]
     local = sources.count(None)
     return ", ".join([*words, *([f"{local} local source{'s' if local > 1 else ''}"] if local else [])])
 
@@ -322,8 +328,19 @@ Input: RGB, mean and deviation as in `preprocessor_config.json`.
 
 def _table(rows: dict) -> str:
     return "\n".join(
-        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)]
+        ["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows.items() if value is not None)]
     )
+
+
+def plain(value) -> str:
+    """A value from outside (a file's name, a machine's, a source) as text of one line that Markdown and HTML leave alone."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return text.replace("|", "&#124;").replace("[", "&#91;").replace("]", "&#93;")
+
+
+def code(value) -> str:
+    """The same as code of one line: what is in it stays in it."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', '&#124;').replace('<', '&lt;')}`"
 
 
 def _time(facts: Facts, recipe: dict) -> str | None:

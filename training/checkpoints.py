@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SegformerImageProcessor
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
-from modeling_poodle.recipe_files import usable_cores
+from modeling_poodle.recipe_files import read_yaml_mapping, usable_cores
 from training.cards import Facts, run_card
 from training.recipe import FREE_ON_RESUME, Recipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
@@ -70,7 +69,7 @@ def prepare_output_dir(recipe: Recipe) -> Path | None:
 
 
 def _refuse_other_configuration(recipe: Recipe, saved_config: Path) -> None:
-    saved = yaml.safe_load(saved_config.read_text())
+    saved = read_yaml_mapping(saved_config)
     changed = [
         f"{name}: {saved.get(name)!r} in the run, {value!r} now"
         for name, value in dataclasses.asdict(recipe).items()
@@ -223,7 +222,7 @@ def export_network(run: str | Path, output_dir: Path, network: str) -> None:
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({error})") from error
-    fields = {**dataclasses.asdict(Recipe()), **yaml.safe_load(Path(run, "config.yaml").read_text())}
+    fields = {**dataclasses.asdict(Recipe()), **read_yaml_mapping(Path(run, "config.yaml"))}
     facts = Facts(state["step"], network, state.get("hardware", "not recorded"), state["num_processes"], Path(run))
     write_folders(model, output_dir, lambda part: run_card(part, model.config.to_dict(), fields, facts))
 

@@ -85,13 +85,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors{what}, and opening it could run code: where you trust its source, open it yourself and "
             "save its state dict alone, torch.save({'model': checkpoint['model']}, PATH)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch reads: {error}") from None
+    except Exception as error:  # of a damaged file the unpickler has errors of every kind
+        raise ValueError(f"{path} is no checkpoint that torch reads: {type(error).__name__} {error}") from None
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (looked also under {', '.join(_WRAPPERS)})")
+    wrong = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{path}: its state dict holds {wrong[0]!r}, which is no named tensor")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
@@ -199,7 +202,7 @@ def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:
             backbone_config=backbone, output_stride=8, num_decoder_blocks=0, dense_weight=1.0, pooled_weight=0.0
         )
     count = len({key.split(".")[0] for key in blocks})
-    reduced = blocks["0.conv1.weight"].shape[0] if "0.conv1.weight" in blocks else sizes[-1]
+    reduced = max(blocks["0.conv1.weight"].shape[0], 1) if "0.conv1.weight" in blocks else sizes[-1]
     return PoodleConfig(
         backbone_config=backbone,
         num_decoder_blocks=count,

@@ -177,6 +177,7 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for path in (path for path in source.iterdir() if path.is_file() and belongs(path.name)):
+        _refuse_link(path)
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".json":
             content = without_local_paths(json.loads(path.read_text()))
@@ -184,8 +185,10 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
     config_file = target / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
     if config.get("model_type") == "poodle":
-        (name,) = config["architectures"]
-        config["auto_map"] = {"AutoConfig": "configuration_poodle.PoodleConfig", **_AUTO_MAPS[name]}
+        names = config.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in _AUTO_MAPS:
+            raise ValueError(f"{source}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}")
+        config["auto_map"] = {"AutoConfig": "configuration_poodle.PoodleConfig", **_AUTO_MAPS[names[0]]}
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         for file in _CODE_FILES:
             shutil.copyfile(_CODE / file, target / file)
@@ -194,11 +197,18 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
     panels = sorted((source.parent / "panels").glob("step-*.png")) if source.name in ("encoder", "model") else []
     if panels:
+        _refuse_link(panels[-1])
         shutil.copyfile(panels[-1], target / "panel.png")
     readme = source / "README.md"
     text = readme.read_text() if readme.is_file() else cards.folder_card(config, results)
     (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, panel=bool(panels)))
     _refuse_token(target)
+
+
+def _refuse_link(path: Path) -> None:
+    """Raises ValueError where a file that would be sent lies elsewhere on this machine."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {path.resolve()}: put the file itself there if it is to be sent")
 
 
 def without_local_paths(value):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from modeling_poodle import PoodleConfig
 from modeling_poodle.recipe_files import (
     CheckedRecipe,
@@ -14,6 +16,7 @@ from modeling_poodle.recipe_files import (
     nearest,
     parse_flags,
     read_recipe_file,
+    shown,
 )
 from training.hub import check_repo_id
 from training.street_cameras import street_camera
@@ -124,12 +127,13 @@ class Recipe(CheckedRecipe):
         if isinstance(self.model, str):
             try:
                 self.model = json.loads(self.model)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of over 4300 digits
                 raise ValueError(
-                    f"model must be a JSON mapping of PoodleConfig's fields, got {self.model!r}: {error}"
+                    f"model must be a JSON mapping of PoodleConfig's fields, got {shown(self.model)}: {error}"
                 ) from None
         if not isinstance(self.model, dict):
-            raise ValueError(f"model must be a mapping of PoodleConfig's fields, got {self.model!r}")
+            raise ValueError(f"model must be a mapping of PoodleConfig's fields, got {shown(self.model)}")
+        self.need_declared()
         self._check()
 
     def _check(self) -> None:
@@ -204,7 +208,15 @@ class Recipe(CheckedRecipe):
             )
 
     def poodle_config(self) -> PoodleConfig:
-        return PoodleConfig(**self.model)
+        try:
+            return PoodleConfig(**self.model)
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+            StrictDataclassError,
+        ) as error:  # transformers', of its own fields
+            raise ValueError(f"model holds a value that its config cannot have: {error}") from error
 
 
 _AT_LEAST_ONE = (
