@@ -1,5 +1,6 @@
 """Pretrained encoders by Hub id, folder or timm name, as the weights of a PooDLe encoder."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -36,7 +37,12 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     if config.model_type != "poodle":  # which looks itself
         build = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class has the former
         refuse_giant(config, lambda: build(config))
-    model, report = model_class.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    try:
+        model, report = model_class.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{name} has its weights in a pickle that holds more than tensors, and so could be code"
+        ) from None
     # Backbones of ConvNeXt and Swin add a norm to each map that is read; it begins as the identity and is in no classifier.
     missing = [key for key in report["missing_keys"] if not key.startswith("hidden_states_norms.")]
     if missing or report["mismatched_keys"]:

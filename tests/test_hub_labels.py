@@ -40,6 +40,7 @@ def test_masks_and_classes_of_a_hub_data_set(bare_hub, hub_process, tmp_path):
     }
     bare_hub.add_dataset("org/masks", {**files, "id2label.json": names})
     bare_hub.add_dataset("org/nameless", files)
+    bare_hub.add_dataset("org/giant", {**files, "id2label.json": b'{"1000000000": "grass"}'})
     bare_hub.add_dataset("org/untested", {name: data for name, data in files.items() if "train" in name})
     script = f"""
 import sys, json
@@ -50,13 +51,13 @@ data.check()
 print(json.dumps(data.classes))
 for split in (data.train, data.test):
     print(json.dumps([[data.label(e).tolist(), data.image(e).shape] for e in split]))
-for name in ("org/none", "org/nameless", "org/untested"):
+for name in ("org/none", "org/nameless", "org/untested", "org/giant"):
     try:
         load_dataset(name)
     except ValueError as error:
         print(str(error).splitlines()[0])
 """
-    classes, *splits, missing, nameless, untested = hub_process(tmp_path, script).splitlines()
+    classes, *splits, missing, nameless, untested, giant = hub_process(tmp_path, script).splitlines()
     assert json.loads(classes) == list(CLASSES)
     for found, truth in zip(splits, (train, test), strict=True):
         assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]
@@ -64,3 +65,4 @@ for name in ("org/none", "org/nameless", "org/untested"):
     assert "--dataset org/none: no such data set on the Hub" in missing
     assert "--dataset org/nameless has no id2label.json" in nameless
     assert "--dataset org/untested needs a train and a validation or test split, it has train" in untested
+    assert "--dataset org/giant: id2label.json must have ids from 0 to 253" in giant
