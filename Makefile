@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-oldest coverage lint
 
 # The stamp makes a second call instant; it is made anew when the requirements change.
 install: .venv/installed
@@ -32,7 +32,23 @@ quickstart: install
 	@echo "  $(BIN)/accelerate launch training/pretrain.py --videos path/to/my/videos --output_dir runs/mine"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# With the oldest versions that setup.cfg admits, in an environment of its own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+.venv-oldest/installed: setup.cfg pyproject.toml requirements/oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --constraint requirements/oldest.txt --editable '.[test]'
+	touch $@
+
+# Lines that tests run, in their processes and in those that these start.
+coverage: install
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: install
 	$(BIN)/ruff check .

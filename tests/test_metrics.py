@@ -60,7 +60,7 @@ def test_known_answers():
     json.dumps(empty)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 20), width=st.integers(1, 20), classes=st.integers(1, 254))
 def test_properties(seed, height, width, classes):
     prediction, truth = maps(seed, (height, width), classes)
