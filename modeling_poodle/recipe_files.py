@@ -58,9 +58,8 @@ class CheckedRecipe:
 
     def need_declared(self) -> None:
         """Each value is of its field's declared type."""
-        for name, kind in get_type_hints(
-            type(self)
-        ).items():  # HfArgumentParser changes the types of dataclasses.fields
+        # Not by dataclasses.fields, whose types HfArgumentParser changes.
+        for name, kind in get_type_hints(type(self)).items():
             self.need(_fits(getattr(self, name), kind), name, _in_words(kind))
 
     def need_integers(self, *names: str, low: int = 1) -> None:
