@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.explore import ExploreRecipe
@@ -138,19 +139,25 @@ def test_alignment_equals_a_loop_in_double_precision(seed, height, width, cells,
 @given(
     seed=st.integers(0, 10**6), height=st.integers(2, 15), width=st.integers(2, 15), size=st.integers(1, 5), count=st.integers(1, 4)
 )  # fmt: skip
-def test_crops_equal_a_loop_in_double_precision(seed, height, width, size, count):
+def test_crops_equal_the_library_s_resize_and_stay_within_the_box(seed, height, width, size, count):
     rng = np.random.default_rng(seed)
-    frames, index = rng.random((1, 2, 3, height, width)), rng.integers(0, 2, (1, count))
-    edges = np.sort(rng.random((2, count, 2)), axis=0) * (width, height)  # two corners a box
-    boxes = np.concatenate(list(edges), axis=-1)[None]
-    crops = crop_boxes(
-        *(torch.from_numpy(values).float() for values in (frames, boxes)), torch.from_numpy(index), size
+    frames, index = (
+        torch.from_numpy(rng.random((1, 2, 3, height, width))),
+        torch.from_numpy(rng.integers(0, 2, (1, count))),
     )
-    for m, (x0, y0, x1, y1) in enumerate(boxes[0]):
-        for i in range(size):
-            for j in range(size):
-                x, y = x0 + (x1 - x0) * (j + 0.5) / size, y0 + (y1 - y0) * (i + 0.5) / size
-                np.testing.assert_allclose(crops[0, m, :, i, j], read(frames[0, index[0, m]], x, y), atol=1e-3)
+    low = np.stack([rng.integers(0, width, count), rng.integers(0, height, count)], axis=-1)
+    high = low + 1 + (rng.random((count, 2)) * ((width, height) - low - 1)).round().astype(int)
+    whole = torch.from_numpy(np.concatenate([low, high], axis=-1))[None]
+    crops = crop_boxes(frames, whole.double(), index, size)
+    between = whole + torch.from_numpy(rng.random((1, count, 4)) * 0.4) * torch.tensor([1, 1, -1, -1])
+    inner = crop_boxes(frames, between, index, size)
+    for m, (x0, y0, x1, y1) in enumerate(whole[0].tolist()):
+        cut = frames[:, index[0, m], :, y0:y1, x0:x1]
+        expected = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True)[0]
+        torch.testing.assert_close(crops[0, m], expected, atol=1e-9, rtol=0)
+        # A box within this one reads a mean of these pixels, whatever it is.
+        least, most = cut[0].amin(dim=(1, 2))[:, None, None], cut[0].amax(dim=(1, 2))[:, None, None]
+        assert ((inner[0, m] >= least - 1e-9) & (inner[0, m] <= most + 1e-9)).all()
 
 
 # --- boxes ---
