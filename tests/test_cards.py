@@ -4,9 +4,11 @@ import json
 import os
 import re
 
+import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from published import EVALUATION, publish, python
 
 from training import cards
@@ -40,8 +42,13 @@ def test_the_card_holds_what_was_done_and_measured(own_hub, published_run, tmp_p
     script = "import sys; from huggingface_hub import ModelCard; [ModelCard(open(p).read()).validate() for p in sys.argv[1:]]"
     for name, text in texts.items():
         (tmp_path / f"{name.replace('/', '-')}.md").write_text(text)
-    assert python(own_hub, tmp_path, "-c", script, "org-p.md", "org-p-sdm.md").returncode == 0
-    assert sum(path == "/api/validate-yaml" for _, path, _ in own_hub.requests) >= 4
+    asked = 2  # by the two pushes
+    if Version(huggingface_hub.__version__) >= Version(
+        "2.4"
+    ):  # older clients ask the Hub of the internet, whatever HF_ENDPOINT says
+        assert python(own_hub, tmp_path, "-c", script, "org-p.md", "org-p-sdm.md").returncode == 0
+        asked = 4
+    assert sum(path == "/api/validate-yaml" for _, path, _ in own_hub.requests) >= asked
 
 
 def test_sources_and_carbon_in_a_card(tmp_path):
