@@ -13,10 +13,10 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.loading_poodle import load_encoder
 from modeling_poodle.recipe_files import usable_cores
-from training.recipe import Recipe
+from training.recipe import Recipe, RunRecipe
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: RunRecipe) -> Accelerator:
     """
     Raises:
         ValueError: the tracker of `report_to` is not installed. (Accelerate goes on without it, with a warning.)
@@ -26,7 +26,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
         )
     # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
-    plain = recipe.init_encoder is None and recipe.poodle_config().backbone_config.model_type == "resnet"
+    plain = not isinstance(recipe, Recipe) or (
+        recipe.init_encoder is None and recipe.poodle_config().backbone_config.model_type == "resnet"
+    )
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
     )
@@ -100,7 +102,7 @@ def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -
         raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")
 
 
-def build_optimizer(accelerator: Accelerator, recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(accelerator: Accelerator, recipe: RunRecipe, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},

@@ -17,7 +17,7 @@ HUB_ID = "ORG/NAME"  # in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
 # Of a recipe, what is of this machine rather than of the training.
 _PRIVATE_FIELDS = (
-    "output_dir", "videos", "flow_weights", "flow_dir", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
+    "output_dir", "videos", "flow_weights", "flow_dir", "flow_model", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
     "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers",
 )  # fmt: skip
 _CITATION = """```bibtex
@@ -65,26 +65,33 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
         co2_eq_emissions=emissions and {**emissions, "hardware_used": facts.hardware, "training_type": "pre-training"},
     )
     rows = {
-        "Videos": _sources_in_words(sources),
-        "Steps": f"{facts.step} of {recipe['per_device_train_batch_size'] * recipe['gradient_accumulation_steps'] * facts.num_processes} pairs",
-        "Hardware": facts.hardware,
-        "Time": _time(facts, recipe),
+        **_rows(recipe, facts),
         "Carbon": emissions and f"{emissions['emissions']:.3g} g CO2eq, by {emissions['source']}",
         "Started from": "random weights" if recipe["init_encoder"] is None else data.base_model or "a local encoder",
     }
-    shown = {name: value for name, value in recipe.items() if name not in _PRIVATE_FIELDS and value is not None}
     what = (
         f"{_part_in_words(part, kind, config)} Weights of the {_NETWORKS[facts.network]} after {facts.step} steps of self-supervised\n"
         "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that is equivariant to "
         "optical flow,\nand a pooled loss on subcrops that follow the flow."
     )
-    training = (
-        _table(rows)
-        + "\n\n<details><summary>Recipe</summary>\n\n```yaml\n"
-        # A value may hold the fence that would end the block.
-        + yaml.safe_dump(shown, sort_keys=False, default_flow_style=None).replace("```", "~~~")
-    )
-    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind), training + "```\n</details>")
+    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind), _training(rows, recipe))
+
+
+def _rows(recipe: dict, facts: Facts) -> dict:
+    pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
+    return {
+        "Videos": _sources_in_words([public_source(source) for source in recipe["videos"]]),
+        "Steps": f"{facts.step} of {pairs} pairs",
+        "Hardware": facts.hardware,
+        "Time": _time(facts, recipe),
+    }
+
+
+def _training(rows: dict, recipe: dict) -> str:
+    shown = {name: value for name, value in recipe.items() if name not in _PRIVATE_FIELDS and value is not None}
+    recipe_text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)
+    recipe_text = recipe_text.replace("```", "~~~")  # a value may hold the fence that would end the block
+    return f"{_table(rows)}\n\n<details><summary>Recipe</summary>\n\n```yaml\n{recipe_text}```\n</details>"
 
 
 _NETWORKS = {"teacher": "momentum teacher", "student": "student"}
@@ -100,9 +107,28 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
     )
 
 
+def flow_card(recipe: dict, facts: Facts) -> str:
+    """Card of `model/` of a run of train_flow.py. recipe: its fields."""
+    what = (
+        f"Optical flow of both directions of a frame pair, after {facts.step} steps of training on video without labels (photometric loss,\n"
+        "smoothness, self-supervision on crops and a forward-backward occlusion check, after "
+        "[UFlow](https://arxiv.org/abs/2006.04902))."
+    )
+    return _flow_card(what, _training(_rows(recipe, facts), recipe))
+
+
+def _flow_card(what: str, training: str, license: str | None = "apache-2.0") -> str:
+    data = _data("optical-flow", None, license)  # the Hub has no name for this task
+    return _card(
+        data, "Optical flow without labels", what, _LOAD["flow"], training, "RGB from 0 to 1, nothing taken away."
+    )
+
+
 def folder_card(config: dict, results: list[dict]) -> str:
     """Card of a folder that has none: a readout or detector, told from its `evaluation.json`, or an encoder of which no more is known."""
     kind = config.get("model_type", "detector")
+    if kind == "poodle_flow":
+        return _flow_card("Optical flow of both directions of a frame pair.", "Nothing was recorded.", license=None)
     readout = kind == "detector" or any(name.endswith("ForSemanticSegmentation") for name in config["architectures"])
     if not readout:
         part = "model" if kind == "poodle" else "encoder"
@@ -147,7 +173,13 @@ def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) 
         head = "| data set | readout | features | figures |\n|---|---|---|---|\n"
         card.text = card.text.replace(NOT_MEASURED, head + "\n".join(lines))
     if panel and "(panel.png)" not in card.text:
-        picture = "![Frames with subcrops, flow, valid mask, views, features and subcrop pairs](panel.png)"
+        flow = "optical-flow" in (card.data.tags or [])
+        shown = (
+            "both flows, and what is not hidden"
+            if flow
+            else "subcrops, flow, valid mask, views, features and subcrop pairs"
+        )
+        picture = f"![Frames with {shown}](panel.png)"
         card.text = card.text.replace("\n## Training", f"\n{picture}\n\n## Training", 1)
     return str(card)
 
@@ -254,6 +286,11 @@ model = AutoModel.from_pretrained("ORG/NAME")""",
 # The code is in this repository; without trust_remote_code where the package modeling-poodle is installed and imported.
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage4", "decoder"], trust_remote_code=True)""",
+    "flow": """import modeling_poodle  # of the package modeling-poodle; else trust_remote_code=True, the code is in this repository
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("ORG/NAME")
+flow = model(frames).flow  # frames (B, 2, 3, H, W) in [0, 1], sides multiples of model.config.stride -> (B, 2, 2, H, W) pixels""",
     "poodle readout": """from transformers import pipeline
 
 segmenter = pipeline("image-segmentation", model="ORG/NAME", trust_remote_code=True)""",
@@ -292,12 +329,15 @@ def _part_in_words(part: str, kind: str, config: dict) -> str:
     return f"The {kind} encoder" + (f", dilated to stride {stride}." if stride else ", without a decoder.")
 
 
-def _data(kind: str, task: str, license: str | None = "apache-2.0", **more) -> ModelCardData:
+def _data(kind: str, task: str | None, license: str | None = "apache-2.0", **more) -> ModelCardData:
     tags = ["poodle", kind, "self-supervised", "video", "vision"]
     return ModelCardData(library_name="transformers", license=license, pipeline_tag=task, tags=tags, **more)
 
 
-def _card(data: ModelCardData, title: str, what: str, load: str, training: str) -> str:
+_NORMALISED = "RGB, mean and deviation as in `preprocessor_config.json`."
+
+
+def _card(data: ModelCardData, title: str, what: str, load: str, training: str, inputs: str = _NORMALISED) -> str:
     return f"""---
 {data.to_yaml()}
 ---
@@ -310,7 +350,7 @@ def _card(data: ModelCardData, title: str, what: str, load: str, training: str) 
 {load}
 ```
 
-Input: RGB, mean and deviation as in `preprocessor_config.json`.
+Input: {inputs}
 
 ## Training
 

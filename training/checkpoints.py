@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SegformerImageProcessor
 
-from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
+from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.recipe_files import read_yaml_mapping, usable_cores
-from training.cards import Facts, run_card
-from training.recipe import FREE_ON_RESUME, Recipe
+from training.cards import Facts, flow_card, run_card
+from training.recipe import FREE_ON_RESUME, Recipe, RunRecipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger("poodle")
@@ -31,7 +31,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted((path for path in found if (path / "state.json").is_file()), key=lambda path: int(path.name[5:]))
 
 
-def prepare_output_dir(recipe: Recipe) -> Path | None:
+def prepare_output_dir(recipe: RunRecipe) -> Path | None:
     """
     The checkpoint to go on from, or `None` for a new run. Called before anything costly.
 
@@ -68,7 +68,7 @@ def prepare_output_dir(recipe: Recipe) -> Path | None:
     return checkpoint
 
 
-def _refuse_other_configuration(recipe: Recipe, saved_config: Path) -> None:
+def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
     saved = read_yaml_mapping(saved_config)
     changed = [
         f"{name}: {saved.get(name)!r} in the run, {value!r} now"
@@ -259,9 +259,24 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
             encoder_config.out_features = kept
         processor.save_pretrained(partial)
         (partial / "README.md").write_text(card(name))
-        final, old = output_dir / name, output_dir / f".{name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_in_place(partial, output_dir / name)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename a finished folder to its name, over an older one."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_processes: int = 1) -> None:
+    """Write `model/` of a run of train_flow.py: aside first, then renamed."""
+    facts = Facts(step, "network", hardware(num_processes), num_processes, Path(recipe.output_dir))
+    partial = Path(recipe.output_dir, ".model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))
+    _put_in_place(partial, Path(recipe.output_dir, "model"))

@@ -13,17 +13,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import optical_flow
 from torchvision.utils import flow_to_image
 
+from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
 from training.flow_files import FlowFiles
 from training.raft import GatedUnit, correlation_pyramid, look_up
 from training.street import Street
 
-NAMES = ("dis", "raft_large", "raft_small", "exact", "precomputed")
+NAMES = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
 
 
 class DisFlow:
@@ -211,8 +213,52 @@ class RaftFlow(nn.Module):
         return self._cast[key]
 
 
+class UnFlow(nn.Module):
+    """
+    The network that training/train_flow.py trains without labels, for both directions at once.
+
+    Args:
+        model: a run of train_flow.py, its `model/`, or a Hub id.
+
+    Raises:
+        ValueError: there is no such model, or it is none of flow.
+    """
+
+    def __init__(self, model: str):
+        super().__init__()
+        inner = Path(model) / "model"
+        folder = str(inner) if (inner / "config.json").is_file() else model
+        advice = "give a run of training/train_flow.py, its model/, or a Hub id with --flow_model"
+        try:
+            kind = PoodleFlowConfig.get_config_dict(folder)[0].get("model_type")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"flow_model {model} cannot be read ({error}); {advice}") from error
+        if kind != PoodleFlowConfig.model_type:
+            raise ValueError(
+                f"flow_model {model} is of type {kind!r}, expected {PoodleFlowConfig.model_type!r}; {advice}"
+            )
+        try:
+            self.model = PoodleFlowModel.from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"flow_model {model} cannot be loaded ({str(error)[:300]}); {advice}") from error
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor) -> Tensor:
+        """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32."""
+        height, width = frames.shape[-2:]
+        stride = self.model.config.stride
+        padding = (0, -width % stride, 0, -height % stride)
+        images = F.pad(frames.flatten(0, 1).float() / 255, padding, mode="replicate").unflatten(0, (-1, 2))
+        return self.model(images).flow[..., :height, :width].contiguous()
+
+
 def build_flow(
-    name: str, weights: str | None = None, num_updates: int = 24, folder: str | None = None
+    name: str,
+    weights: str | None = None,
+    num_updates: int = 24,
+    folder: str | None = None,
+    model: str | None = None,
 ) -> tuple[Callable[[dict], None] | None, nn.Module | None]:
     """
     The flow estimator of a name: (pair flow for the workers, `None`) or (`None`, module for the device).
@@ -228,6 +274,8 @@ def build_flow(
         return FlowFiles(folder), None
     if name in ("raft_large", "raft_small"):
         return None, RaftFlow(name, weights, num_updates)
+    if name == "unflow":
+        return None, UnFlow(model)
     close = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"flow must be one of {', '.join(NAMES)}, got {name!r}{hint}")

@@ -110,7 +110,8 @@ def estimator_fields(recipe: Recipe) -> dict:
 
 def _contents(value: str) -> str:
     path = Path(value)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("model/*.safetensors"))  # a model, or a run
+    files = weights if path.is_dir() else [path] if path.is_file() else []
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"sha256:{digest}" if files else value
 
@@ -187,7 +188,7 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = [(epoch, path) for epoch in range(epochs) for path in paths][rank::ranks]
     shards = [(epoch, path) for epoch, path in mine if not is_written(opening_file(folder, epoch, path))]
-    pair_flow, module = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    pair_flow, module = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)
     if module is not None:
         module.to(accelerator.device)
     batch_size = recipe.per_device_train_batch_size

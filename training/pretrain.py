@@ -32,7 +32,7 @@ from training.flow import build_flow
 from training.flow_files import precomputed_epochs
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
-from training.recipe import Recipe, parse_recipe
+from training.recipe import Recipe, RunRecipe, parse_recipe
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = prepare_output_dir(recipe)
     paths = resolve_videos(accelerator, recipe)
     pair_flow, flow_module = build_flow(
-        recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates, folder=recipe.flow_dir
+        recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_dir, model=recipe.flow_model
     )
     loader = build_loader(accelerator, recipe, paths, pair_flow)
     probe = build_probe(accelerator, recipe)
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.close()
 
 
-def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
+def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
     paths = []
     cameras = [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]
@@ -75,9 +75,10 @@ def resolve_videos(accelerator: Accelerator, recipe: Recipe) -> list[str]:
             paths += street_videos(camera=camera)
     others = [source for source in recipe.videos if street_camera(source) is None]
     if others:
-        pins = Path(recipe.flow_dir or recipe.output_dir, "revisions.json")
+        flow_dir = getattr(recipe, "flow_dir", None)  # recipes of train_flow.py read no flow
+        pins = Path(flow_dir or recipe.output_dir, "revisions.json")
         with accelerator.main_process_first():  # the others find the commits that rank 0 wrote down
-            new = recipe.resume_from_checkpoint is None and recipe.flow_dir is None  # flow is that of its own commits
+            new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
             if new and accelerator.is_main_process:
                 pins.unlink(missing_ok=True)
             paths += find_videos(others, pins)
@@ -93,7 +94,7 @@ def build_probe(accelerator: Accelerator, recipe: Recipe):
         return importlib.import_module("evaluation.probe").Probe(recipe.probe)
 
 
-def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pair_flow) -> PairLoader:
+def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
     return PairLoader(
         paths,
         PairSampling.of(recipe),
@@ -102,7 +103,7 @@ def build_loader(accelerator: Accelerator, recipe: Recipe, paths: list[str], pai
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pair_flow=pair_flow,
-        epochs=precomputed_epochs(recipe, paths, accelerator.num_processes),
+        epochs=None if pair_flow is None else precomputed_epochs(recipe, paths, accelerator.num_processes),
     )
 
 
@@ -110,6 +111,8 @@ class Run:
     """One training run: the state that a checkpoint holds, the loop, and what is written for people."""
 
     METRICS = ("loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction")
+    WRITTEN = "encoder/, model/, panels/, metrics.jsonl and checkpoints/"
+    LINE = "step {step}/{of}  loss {loss:.4f}  feature_std {feature_std:.3f}  {pairs_per_second:.1f} pairs/s"
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
@@ -197,7 +200,7 @@ class Run:
                 with self.accelerator.autocast():
                     output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
                 self.accelerator.backward(output.loss / micro_steps)
-            self.accumulate(output, matched, batch)
+            self.accumulate(output, batch, matched_fraction=matched.float().mean())
         self.grad_norm = self.gradient_norm() if (self.step + 1) % self.recipe.logging_steps == 0 else None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,22 +214,26 @@ class Run:
         return batch
 
     def prepare(self, batch: dict, micro_step: int) -> dict[str, torch.Tensor]:
-        """A batch of the loader -> the model's inputs, with a seed of its own for every micro-step and rank: a resumed run draws
-        what an uninterrupted one would."""
+        """A batch of the loader -> the model's inputs."""
+        self.seed(micro_step)
+        return model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
+
+    def seed(self, micro_step: int) -> None:
+        """A seed of its own for the draws of every micro-step and rank: a resumed run draws what an uninterrupted one would."""
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.generator.manual_seed((self.recipe.seed * 1_000_003 + number) * ranks + rank)
-        return model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
 
     def estimate_flow(self, frames: torch.Tensor) -> torch.Tensor:
         with self.accelerator.autocast():
             return self.flow_module(frames)
 
     @torch.no_grad()
-    def accumulate(self, output, matched, batch) -> None:
-        """Add to the sums of this log window, on the device: the host does not wait."""
+    def accumulate(self, output, batch, **more) -> None:
+        """Add to the sums of this log window, on the device: the host does not wait. METRICS are of `output` and of `more`."""
         zero = output.loss.new_zeros(())
-        values = [output.loss, output.dense_loss, output.pooled_loss, output.valid_fraction, matched.float().mean()]
+        found = {**vars(output), **more}
+        values = [found[name] for name in self.METRICS]
         self.sums += torch.stack([zero if value is None else value.detach().float() for value in values])
         bad = ~torch.isfinite(output.loss) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, float(self.step + 1), self.first_bad_step)
@@ -255,25 +262,14 @@ class Run:
         self.stop_if_not_finite()
         if self.accelerator.num_processes > 1:  # each rank's workers skip files of their own
             self.skipped = {path: reason for found in gather_object([self.skipped]) for path, reason in found.items()}
-        window = (self.step - 1) % self.recipe.logging_steps + 1
-        features = output.dense_features if output.dense_features is not None else output.pooled_features
-        flat = features.transpose(0, 1).flatten(1).t()  # (samples, C)
-        local = torch.cat([self.sums / (window * self.recipe.gradient_accumulation_steps), feature_std(flat)[None]])
-        means = self.accelerator.reduce(local, reduction="mean").tolist()
+        metrics = {"step": self.step, "epoch": self.epoch(), **self.figures(output)}
         self.sums.zero_()
         self.videos_since_log.clear()
         elapsed = time.perf_counter() - self.started
         pairs = self.timed_steps * self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps
-        metrics = {"step": self.step, "epoch": self.epoch(), **dict(zip(self.METRICS, means))}
-        if output.dense_loss is None:
-            metrics["dense_loss"] = metrics["valid_fraction"] = None
-        if output.pooled_loss is None:
-            metrics["pooled_loss"] = metrics["matched_fraction"] = None
         metrics |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "momentum": teacher_momentum(self.step - 1, self.max_steps, self.recipe.teacher_momentum),
             "grad_norm": None if self.grad_norm is None else self.grad_norm.item(),
-            "feature_std": means[-1],
             "pairs_per_second": pairs * self.accelerator.num_processes / elapsed,
             "data_wait": self.waited / elapsed,
             "skipped_videos": len(self.skipped),
@@ -283,18 +279,32 @@ class Run:
             return
         with open(self.output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        line = (
-            "step {step}/{of}  loss {loss:.4f}  feature_std {feature_std:.3f}  {pairs_per_second:.1f} pairs/s".format(
-                of=self.max_steps, **metrics
-            )
-        )
         if progress.disable:
-            print(line, flush=True)
+            print(self.LINE.format(of=self.max_steps, **metrics), flush=True)
         else:
             progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['pairs_per_second']:.1f} pairs/s")
         if self.recipe.report_to != "none":
             numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
             self.accelerator.log(numbers, step=self.step)
+
+    def figures(self, output) -> dict:
+        """What a line of metrics.jsonl says of the method: over this log window and all ranks."""
+        features = output.dense_features if output.dense_features is not None else output.pooled_features
+        flat = features.transpose(0, 1).flatten(1).t()  # (samples, C)
+        *means, spread = self.window_means(feature_std(flat))
+        figures = dict(zip(self.METRICS, means))
+        if output.dense_loss is None:
+            figures["dense_loss"] = figures["valid_fraction"] = None
+        if output.pooled_loss is None:
+            figures["pooled_loss"] = figures["matched_fraction"] = None
+        momentum = teacher_momentum(self.step - 1, self.max_steps, self.recipe.teacher_momentum)
+        return {**figures, "momentum": momentum, "feature_std": spread}
+
+    def window_means(self, *more: torch.Tensor) -> list[float]:
+        """Means of METRICS over this log window and all ranks, then of `more` over the ranks."""
+        window = (self.step - 1) % self.recipe.logging_steps + 1
+        sums = self.sums / (window * self.recipe.gradient_accumulation_steps)
+        return self.accelerator.reduce(torch.cat([sums, *(value[None] for value in more)]), reduction="mean").tolist()
 
     def run_probe(self) -> None:
         """A line of probe.jsonl: the teacher's k-NN readout. Its time is in no rate of metrics.jsonl."""
@@ -340,7 +350,7 @@ class Run:
         if self.publisher is not None:
             self.publisher.close()
         if self.accelerator.is_main_process:
-            logger.info("%s: encoder/, model/, panels/, metrics.jsonl and checkpoints/ are there", self.output_dir)
+            logger.info("%s: %s are there", self.output_dir, self.WRITTEN)
             for path, reason in sorted(self.skipped.items()):
                 logger.warning("skipped %s: %s", path, reason)
         if torch.distributed.is_initialized():

@@ -3,8 +3,8 @@ Send a run, or one folder of weights, to the Hub.
 
     python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--dry_run]
 
-DIR is a run (its encoder/ goes to org/name, and what has the decoder to org/name-sdm), or one of the folders encoder/, model/, readout/
-or detector/. Sent are safetensors, configs, the card with its picture, and for PooDLe's own architecture its code; nothing else.
+DIR is a run (its encoder/ goes to org/name, and what has the decoder to org/name-sdm; of a run of train_flow.py its model/), or one of the
+folders encoder/, model/, readout/ or detector/. Sent are safetensors, configs, the card with its picture, and for PooDLe's own architecture its code; nothing else.
 """
 
 import argparse
@@ -25,10 +25,16 @@ from training.resnet_names import add_timm, timm_architecture
 
 logger = logging.getLogger("poodle")
 _CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
-_CODE_FILES = ("configuration_poodle.py", "modeling_poodle.py")
+# By model type: the code that a repository holds, and its config's class.
+_CODE_FILES = {
+    "poodle": ("configuration_poodle.py", "modeling_poodle.py"),
+    "poodle_flow": ("configuration_poodle_flow.py", "geometry_poodle.py", "modeling_poodle_flow.py"),
+}
+_CONFIGS = {"poodle": "configuration_poodle.PoodleConfig", "poodle_flow": "configuration_poodle_flow.PoodleFlowConfig"}
 # By architecture, what the Auto classes find in a repository. One checkpoint serves PoodleModel and PoodleBackbone.
 _AUTO_MAPS = {
     "PoodleModel": {"AutoModel": "modeling_poodle.PoodleModel", "AutoBackbone": "modeling_poodle.PoodleBackbone"},
+    "PoodleFlowModel": {"AutoModel": "modeling_poodle_flow.PoodleFlowModel"},
     "PoodleForSemanticSegmentation": {
         "AutoModelForSemanticSegmentation": "modeling_poodle.PoodleForSemanticSegmentation"
     },
@@ -76,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def folder_for_dry_run(given: Path, source: Path) -> Path:
-    return (given if (given / "encoder").is_dir() else given.parent) / "hub" / source.name
+    is_a_run = any((given / part).is_dir() for part in ("encoder", "model"))
+    return (given if is_a_run else given.parent) / "hub" / source.name
 
 
 def is_run(folder: Path) -> bool:
@@ -100,6 +107,8 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
         config = json.loads((folder / "model" / "config.json").read_text())
         plain = config["num_decoder_blocks"] == 0 and config.get("output_stride") is None
         return [(folder / "encoder", repo_id)] + ([] if plain else [(folder / "model", f"{repo_id}-sdm")])
+    if (folder / "model" / "config.json").is_file() and (folder / "config.yaml").is_file():  # a run of train_flow.py
+        return [(folder / "model", repo_id)]
     if not list(folder.glob("*.safetensors")) or not list(folder.glob("*config.json")):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}")
@@ -184,13 +193,14 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
             (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
     config_file = target / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
-    if config.get("model_type") == "poodle":
+    kind = config.get("model_type")
+    if kind in _CODE_FILES:
         names = config.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or names[0] not in _AUTO_MAPS:
             raise ValueError(f"{source}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}")
-        config["auto_map"] = {"AutoConfig": "configuration_poodle.PoodleConfig", **_AUTO_MAPS[names[0]]}
+        config["auto_map"] = {"AutoConfig": _CONFIGS[kind], **_AUTO_MAPS[names[0]]}
         config_file.write_text(json.dumps(config, indent=2) + "\n")
-        for file in _CODE_FILES:
+        for file in _CODE_FILES[kind]:
             shutil.copyfile(_CODE / file, target / file)
     if timm_architecture(config) is not None and (target / "model.safetensors").exists():
         processor = json.loads((target / "preprocessor_config.json").read_text())

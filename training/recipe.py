@@ -22,7 +22,7 @@ from training.hub import check_repo_id
 from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
-FLOWS = ("dis", "raft_large", "raft_small", "exact", "precomputed")
+FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
 FREE_ON_RESUME = frozenset(
@@ -43,15 +43,20 @@ FREE_ON_RESUME = frozenset(
 
 
 @dataclass
-class Recipe(CheckedRecipe):
-    """Everything that a run depends on. Fields that transformers' `TrainingArguments` has are called as there."""
+class RunRecipe(CheckedRecipe):
+    """
+    What every run that is trained on videos depends on. Fields that transformers' `TrainingArguments` has are called as there. `model` holds the
+    fields of `config_class`.
+    """
+
+    config_class = None
 
     videos: list[str] = described(
         ["street"],
         "Files, folders, globs, URLs, hf:// paths, tars; or 'street', the embedded drive, also 'street:walking' and others.",
     )
     output_dir: str = described(
-        "runs/poodle", "Folder of the run: config, metrics, panels, checkpoints, encoder/ and model/."
+        "runs/poodle", "Folder of the run: config, metrics, panels, checkpoints, and the model to load."
     )
 
     # Pairs
@@ -65,29 +70,10 @@ class Recipe(CheckedRecipe):
         4, "Pairs taken from a video each time it is opened (the method's repeat_sample)."
     )
 
-    # Flow
-    flow: str = described("dis", f"Estimator: {', '.join(FLOWS)}.")
-    flow_updates: int = described(24, "Iterations of RAFT.")
-    flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
-    flow_dir: str | None = described(None, "Folder that `python -m training.flow` wrote, for precomputed flow.")
-    flow_epochs: int | None = described(
-        None, "Epochs of pairs that a run with precomputed flow goes through again and again; unset: all are its own."
-    )
-
-    # Views and subcrops
-    affine_views: bool = described(True, "Rotate, scale and flip each network's view of each frame.")
-    num_subcrops: int = described(6, "Subcrop pairs a frame (K).")
-    subcrop_area: list[float] = described([0.05, 0.3], "Range of a subcrop's share of the frame.")
-    subcrop_size: int = described(64, "Side to which subcrops are resized, pixels.")
-    subcrops_follow_flow: bool = described(
-        True, "The teacher's subcrop follows the flow; false: it lies anywhere in the other frame (for comparison)."
-    )
-    subcrop_jitter: float = described(0.1, "Jitter of the teacher's subcrop, share of the frame, both ways.")
-
     # Model
-    model: dict[str, Any] | str = described({}, "PoodleConfig's fields, as a mapping (JSON on the command line).")
-    init_encoder: str | None = described(None, "Hub id or folder of an encoder to start from.")
-    teacher_momentum: float = described(0.996, "The teacher's momentum at the start; it rises to 1 on a cosine.")
+    model: dict[str, Any] | str = described(
+        {}, "Fields of the model's config, as a mapping (JSON on the command line)."
+    )
 
     # Optimisation
     max_steps: int = described(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
@@ -103,7 +89,6 @@ class Recipe(CheckedRecipe):
     adam_epsilon: float = described(1e-6, "AdamW epsilon.")
     bf16: bool = described(False, "Autocast to bfloat16.")
     torch_compile: bool = described(False, "Compile the model with torch.compile.")
-    gradient_checkpointing: bool = described(False, "Recompute activations in the backward pass.")
     seed: int = described(0, "Seed of weights, batches and draws.")
 
     # Running
@@ -112,27 +97,23 @@ class Recipe(CheckedRecipe):
     save_steps: int = described(500, "Steps between checkpoints.")
     save_total_limit: int = described(2, "Checkpoints to keep.")
     panel_steps: int = described(500, "Steps between panels.")
-    probe: str | None = described(
-        None,
-        "Log a k-NN readout of the teacher on labelled images: 'street' or 'folder:PATH' (images/, labels/, classes.json).",
-    )
-    probe_steps: int = described(500, "Steps between probes.")
     report_to: str = described("none", f"Tracker through Accelerate: {', '.join(TRACKERS)}.")
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
-    push_to_hub: bool = described(False, "Send encoder/ and model/ to the Hub at each checkpoint, in the background.")
+    push_to_hub: bool = described(False, "Send the model to the Hub at each checkpoint, in the background.")
     hub_model_id: str | None = described(None, "Name on the Hub, org/name; what has the decoder goes to org/name-sdm.")
     hub_private_repo: bool = described(False, "Make repositories that are new private.")
 
     def __post_init__(self):
+        name = self.config_class.__name__
         if isinstance(self.model, str):
             try:
                 self.model = json.loads(self.model)
             except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of over 4300 digits
                 raise ValueError(
-                    f"model must be a JSON mapping of PoodleConfig's fields, got {shown(self.model)}: {error}"
+                    f"model must be a JSON mapping of {name}'s fields, got {shown(self.model)}: {error}"
                 ) from None
         if not isinstance(self.model, dict):
-            raise ValueError(f"model must be a mapping of PoodleConfig's fields, got {shown(self.model)}")
+            raise ValueError(f"model must be a mapping of {name}'s fields, got {shown(self.model)}")
         self.need_declared()
         self._check()
 
@@ -144,11 +125,7 @@ class Recipe(CheckedRecipe):
             self.need(
                 good or (name == "frame_size" and value is None), name, "two positive integers, height and width"
             )
-        for name, low in (("frame_gap_seconds", 0.0), ("frame_scale", 1e-6), ("subcrop_area", 1e-6)):
-            value = getattr(self, name)
-            good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
-            self.need(good and low <= value[0] <= value[1], name, "two numbers, the smaller first, not negative")
-        self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
+        self._need_ranges(frame_gap_seconds=0.0, frame_scale=1e-6)
         self.need(
             self.frame_size is not None or self.frame_scale[0] >= 1,
             "frame_scale",
@@ -159,15 +136,6 @@ class Recipe(CheckedRecipe):
         )
         for source in self.videos:
             street_camera(source)  # raises for a camera that the street does not have
-        self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
-        precomputed = self.flow == "precomputed"
-        self.need(
-            (self.flow_dir is not None) == precomputed,
-            "flow_dir",
-            "the folder that `python -m training.flow` wrote where flow is precomputed, and unset elsewhere",
-        )
-        good = self.flow_epochs is None or (precomputed and is_int(self.flow_epochs) and self.flow_epochs >= 1)
-        self.need(good, "flow_epochs", "an integer of at least 1 where flow is precomputed, and unset elsewhere")
         self.need(
             self.report_to in TRACKERS,
             "report_to",
@@ -181,10 +149,6 @@ class Recipe(CheckedRecipe):
             self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs"
         )
         self.need(is_finite(self.num_train_epochs) and self.num_train_epochs > 0, "num_train_epochs", "above 0")
-        self.need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
-        self.need(
-            is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
-        )
         self.need(is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "above 0")
         self.need(
             0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", "between 0 and learning_rate"
@@ -195,6 +159,74 @@ class Recipe(CheckedRecipe):
             self.need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         self.need_integers("dataloader_num_workers", "seed", low=0)
+
+    def _need_ranges(self, **lows: float) -> None:
+        for name, low in lows.items():
+            value = getattr(self, name)
+            good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
+            self.need(good and low <= value[0] <= value[1], name, "two numbers, the smaller first, not negative")
+
+
+@dataclass
+class Recipe(RunRecipe):
+    """Everything that a run of PooDLe depends on."""
+
+    config_class = PoodleConfig
+
+    # Flow
+    flow: str = described("dis", f"Estimator: {', '.join(FLOWS)}.")
+    flow_updates: int = described(24, "Iterations of RAFT.")
+    flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
+    flow_dir: str | None = described(None, "Folder that `python -m training.flow` wrote, for precomputed flow.")
+    flow_epochs: int | None = described(
+        None, "Epochs of pairs that a run with precomputed flow goes through again and again; unset: all are its own."
+    )
+    flow_model: str | None = described(None, "Of flow unflow: a run of train_flow.py, its model/, or a Hub id.")
+
+    # Views and subcrops
+    affine_views: bool = described(True, "Rotate, scale and flip each network's view of each frame.")
+    num_subcrops: int = described(6, "Subcrop pairs a frame (K).")
+    subcrop_area: list[float] = described([0.05, 0.3], "Range of a subcrop's share of the frame.")
+    subcrop_size: int = described(64, "Side to which subcrops are resized, pixels.")
+    subcrops_follow_flow: bool = described(
+        True, "The teacher's subcrop follows the flow; false: it lies anywhere in the other frame (for comparison)."
+    )
+    subcrop_jitter: float = described(0.1, "Jitter of the teacher's subcrop, share of the frame, both ways.")
+
+    # Model
+    init_encoder: str | None = described(None, "Hub id or folder of an encoder to start from.")
+    teacher_momentum: float = described(0.996, "The teacher's momentum at the start; it rises to 1 on a cosine.")
+    gradient_checkpointing: bool = described(False, "Recompute activations in the backward pass.")
+
+    # Running
+    probe: str | None = described(
+        None,
+        "Log a k-NN readout of the teacher on labelled images: 'street' or 'folder:PATH' (images/, labels/, classes.json).",
+    )
+    probe_steps: int = described(500, "Steps between probes.")
+
+    def _check(self) -> None:
+        super()._check()
+        self.need_integers("flow_updates", "num_subcrops", "subcrop_size", "probe_steps")
+        self._need_ranges(subcrop_area=1e-6)
+        self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
+        self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
+        precomputed = self.flow == "precomputed"
+        self.need(
+            (self.flow_dir is not None) == precomputed,
+            "flow_dir",
+            "the folder that `python -m training.flow` wrote where flow is precomputed, and unset elsewhere",
+        )
+        good = self.flow_epochs is None or (precomputed and is_int(self.flow_epochs) and self.flow_epochs >= 1)
+        self.need(good, "flow_epochs", "an integer of at least 1 where flow is precomputed, and unset elsewhere")
+        trained = (self.flow == "unflow") == (self.flow_model is not None)
+        self.need(
+            trained, "flow_model", f"a folder or Hub id with flow unflow, and unset with others (flow is {self.flow})"
+        )
+        self.need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
+        self.need(
+            is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
+        )
         config = self.poodle_config()  # raises for each field that does not fit
         stride = 2 ** len(config.backbone_config.depths) * 2 if config.backbone_config.model_type == "resnet" else 1
         self.need(
@@ -221,16 +253,12 @@ class Recipe(CheckedRecipe):
 
 _AT_LEAST_ONE = (
     "pairs_per_video",
-    "flow_updates",
-    "num_subcrops",
-    "subcrop_size",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "logging_steps",
     "save_steps",
     "save_total_limit",
     "panel_steps",
-    "probe_steps",
 )
 
 

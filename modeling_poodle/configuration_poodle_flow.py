@@ -1,0 +1,80 @@
+"""Configuration of the optical flow network that is trained without labels."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
+_TRANSFORMERS_KEYS = {"attn_implementation", "auto_map", "dtype", "experts_implementation", "model_type", "name_or_path", "num_labels",
+                      "output_attentions", "torch_dtype", "transformers_version"}  # fmt: skip
+
+
+class PoodleFlowConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`PoodleFlowModel`].
+
+    Args:
+        num_levels (`int`, defaults to 5):
+            The pyramid's coarsest stride is `2**num_levels`, where the frames are large enough, and its finest 4. Sides of the frames are
+            multiples of the former.
+        stem_size (`int`, defaults to 16):
+            Channels at stride 2.
+        hidden_size (`int`, defaults to 32):
+            Channels at stride 4, of each level's features, and of what a level's decoder hands to the next.
+        decoder_sizes (`list[int]`, defaults to `[128, 96, 64]`):
+            Channels of the decoder's convolutions; one decoder serves all levels.
+        correlation_radius (`int`, defaults to 4):
+            The decoder sees the correlations with the `(2 * correlation_radius + 1) ** 2` cells around a match.
+
+    Raises:
+        ValueError: a field is unknown, misspelt or out of range; the message names it.
+    """
+
+    model_type = "poodle_flow"
+
+    num_levels: int = 5
+    stem_size: int = 16
+    hidden_size: int = 32
+    decoder_sizes: list[int] | tuple[int, ...] = (128, 96, 64)
+    correlation_radius: int = 4
+
+    def __post_init__(self, **kwargs):
+        known = {field.name for field in dataclasses.fields(self)} | _TRANSFORMERS_KEYS
+        for key in kwargs:
+            if key not in known and not key.startswith("_"):
+                nearest = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"PoodleFlowConfig has no field {key!r}.{hint}")
+        self._check_values()
+        self.decoder_sizes = list(self.decoder_sizes)
+        super().__post_init__(**kwargs)
+
+    def _check_values(self) -> None:
+        def is_int(value: Any, low: int, high: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+        limits = {
+            "num_levels": (2, 8),
+            "stem_size": (1, 1024),
+            "hidden_size": (1, 1024),
+            "correlation_radius": (1, 16),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not is_int(value, low, high):
+                raise ValueError(f"PoodleFlowConfig.{name} must be an integer between {low} and {high}, got {value!r}")
+        sizes = self.decoder_sizes
+        if not isinstance(sizes, (list, tuple)) or not sizes or not all(is_int(size, 1, 1024) for size in sizes):
+            raise ValueError(
+                f"PoodleFlowConfig.decoder_sizes must be a list of integers between 1 and 1024, got {sizes!r}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Stride of the coarsest level: sides of the frames are multiples of it."""
+        return 2**self.num_levels
+
+
+__all__ = ["PoodleFlowConfig"]

@@ -1,0 +1,122 @@
+"""
+How good an estimator's flow is, against the street's exact one.
+
+    python -m training.flow_quality --flow dis --flow unflow:DIR [--gaps 0.25 0.5 1.0] [--drives 24] [--size 128 256] [--json FILE]
+
+Flows: zero, dis, raft_large, raft_small (with a file of weights: raft_small:FILE), unflow:DIR. Both directions of one pair of each held-out
+drive, all pixels together:
+
+- `epe_mean`, `epe_median`: end-point error in pixels, over the pixels whose point is seen in the other frame;
+- `kept`: share of all pixels that PooDLe's forward-backward check keeps;
+- `wrong`: share of the kept ones whose error is above 3 px; `hidden`: whose point is not seen in the other frame.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modeling_poodle.geometry_poodle import flow_valid_mask
+from modeling_poodle.recipe_files import run_script
+from training.flow import DisFlow, build_flow
+from training.street import Street
+from training.street_files import HELD_OUT_SEED
+
+WRONG = 3.0  # pixels
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "training.flow_quality", description="Measure flow against the street's exact one."
+    )
+    parser.add_argument("--flow", action="append", required=True, metavar="NAME[:FILE]", help="Estimator; repeatable.")
+    parser.add_argument("--gaps", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Seconds between the frames.")
+    parser.add_argument("--drives", type=int, default=24, help="Held-out drives, one pair of each.")
+    parser.add_argument("--size", type=int, nargs=2, default=[128, 256], help="Height and width of the frames.")
+    parser.add_argument("--json", type=Path, help="Write the figures there as well.")
+    options = parser.parse_args(arguments)
+    if options.drives < 1 or min(options.gaps) < 0:
+        raise ValueError(
+            f"--drives must be at least 1 and --gaps not negative, got {options.drives} and {options.gaps}"
+        )
+    estimators = {spec: build_estimator(spec) for spec in dict.fromkeys(options.flow)}
+    results = []
+    for gap in options.gaps:
+        pairs = held_out_pairs(options.drives, *options.size, gap)
+        results += [{"flow": spec, "gap": gap, **measure(each, pairs)} for spec, each in estimators.items()]
+    print(
+        "| flow | gap, s | mean error, px | median | kept, % | of these wrong, % | hidden, % | ms a pair |\n|---|---|---|---|---|---|---|---|"
+    )
+    for r in results:
+        shares = " | ".join(f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden"))
+        print(
+            f"| {r['flow']} | {r['gap']:g} | {r['epe_mean']:.2f} | {r['epe_median']:.2f} | {shares} | {r['ms']:.0f} |"
+        )
+    if options.json is not None:
+        measured = {"drives": options.drives, "size": options.size, "first_seed": HELD_OUT_SEED, "wrong_above": WRONG}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**measured, "results": results}, indent=1) + "\n")
+
+
+def build_estimator(spec: str):
+    """
+    An estimator of frames (2, 3, H, W) uint8 -> flow (2, 2, H, W) float32, by NAME or NAME:FILE.
+
+    Raises:
+        ValueError: unknown name, or weights that cannot be had.
+    """
+    name, _, file = spec.partition(":")
+    if name == "zero":
+        return lambda frames: np.zeros((2, 2, *frames.shape[-2:]), np.float32)
+    if name == "exact":
+        raise ValueError("--flow exact is what the others are measured against; its error is 0")
+    if name == "unflow" and not file:
+        raise ValueError("--flow unflow needs its model: --flow unflow:DIR")
+    pair_flow, module = build_flow(name, weights=file or None, model=file)
+    if isinstance(pair_flow, DisFlow):
+        return pair_flow.estimate
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device)
+    return lambda frames: module(torch.from_numpy(frames)[None].to(device))[0].cpu().numpy()
+
+
+def held_out_pairs(
+    drives: int, height: int, width: int, gap: float
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each drive frames (2, 3, H, W) uint8, exact flow (2, 2, H, W), and where its point is seen in the other frame (2, H, W)."""
+    pairs = []
+    for number in range(drives):
+        street, begin = Street(HELD_OUT_SEED + number, height, width), 1.0 + 0.37 * (number % 20)
+        frames = np.stack([street.frame(begin), street.frame(begin + gap)]).transpose(0, 3, 1, 2)
+        flows, seen = zip(street.flow(begin, begin + gap), street.flow(begin + gap, begin))
+        pairs.append((np.ascontiguousarray(frames), np.stack(flows), np.stack(seen)))
+    return pairs
+
+
+def measure(estimate, pairs) -> dict[str, float]:
+    """The figures of one estimator over all pairs, as named at the top, and `ms`, milliseconds a pair."""
+    errors, seen, kept, seconds = [], [], [], 0.0
+    for frames, exact, visible in pairs:
+        began = time.perf_counter()
+        flow = np.ascontiguousarray(estimate(frames), dtype=np.float32)
+        seconds += time.perf_counter() - began
+        errors.append(np.linalg.norm(flow - exact, axis=1))
+        seen.append(visible)
+        both = torch.from_numpy(flow)
+        kept.append(flow_valid_mask(both, both.flip(0)).numpy())
+    errors, seen, kept = (np.concatenate(parts).ravel() for parts in (errors, seen, kept))
+    return {
+        "epe_mean": float(errors[seen].mean()),
+        "epe_median": float(np.median(errors[seen])),
+        "kept": float(kept.mean()),
+        "wrong": float((errors[kept] > WRONG).mean()) if kept.any() else 0.0,
+        "hidden": float((~seen[kept]).mean()) if kept.any() else 0.0,
+        "ms": 1000 * seconds / len(pairs),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

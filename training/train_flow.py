@@ -1,0 +1,122 @@
+"""
+Learn optical flow from video without labels.
+
+    accelerate launch training/train_flow.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
+
+The step is UFlow's (Jonschkowski et al. 2020): flow of both directions, photometric loss where the pixels are seen in both frames, smoothness, and
+later self-supervision on a crop. The run has the files of one of pretrain.py; `model/` is what `--flow unflow --flow_model` takes.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+# `accelerate launch training/train_flow.py` puts training/ on the path; its siblings live one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from modeling_poodle import PoodleFlowModel
+from modeling_poodle.recipe_files import run_script
+from training.assembly import build_optimizer, make_accelerator
+from training.checkpoints import export_flow, prepare_output_dir
+from training.flow import flow_to_rgb
+from training.flow_objectives import FlowLosses, flow_losses, known_motion_loss, visible_mask
+from training.flow_recipe import parse_flow_recipe
+from training.pretrain import Run, build_loader, resolve_videos
+from training.schedules import count_steps, learning_rate
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe = parse_flow_recipe(arguments)
+    accelerator = make_accelerator(recipe)
+    checkpoint = prepare_output_dir(recipe)
+    paths = resolve_videos(accelerator, recipe)
+    model = PoodleFlowModel(recipe.flow_config()).to(accelerator.device)
+    loader = build_loader(accelerator, recipe, paths, pair_flow=None)
+    optimizer = build_optimizer(accelerator, recipe, model)
+    max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
+    run = FlowRun(accelerator, recipe, model, optimizer, loader, None, max_steps, None)
+    accelerator.wait_for_everyone()
+    run.open(checkpoint)
+    try:
+        run.train()
+    finally:
+        loader.close()
+    run.close()
+
+
+class FlowRun(Run):
+    """A run of pretrain.py with another step: no teacher, views or flow from outside."""
+
+    METRICS = tuple(FlowLosses.__dataclass_fields__)
+    WRITTEN = "model/, panels/, metrics.jsonl and checkpoints/"
+    LINE = "step {step}/{of}  loss {loss:.4f}  photometric {photometric_loss:.4f}  valid {valid_fraction:.2f}  {pairs_per_second:.1f} pairs/s"
+
+    def train_step(self, batches):
+        """One optimizer step."""
+        recipe = self.recipe
+        rate = learning_rate(self.step, self.max_steps, self.warmup, recipe.learning_rate, recipe.min_learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micro_steps = recipe.gradient_accumulation_steps
+        for micro_step in range(micro_steps):
+            batch = self.next_batch(batches)
+            self.seed(micro_step)
+            with self.accelerator.no_sync(self.wrapped) if micro_step + 1 < micro_steps else nullcontext():
+                losses = self.losses(batch)
+                self.accelerator.backward(losses.loss / micro_steps)
+            self.accumulate(losses, batch)
+        self.grad_norm = self.gradient_norm() if (self.step + 1) % recipe.logging_steps == 0 else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses, {}, batch
+
+    def losses(self, batch: dict) -> FlowLosses:
+        """The losses of a batch of the loader, by the share of the run that is done."""
+        recipe, progress = self.recipe, self.step / self.max_steps
+        frames = batch["frames"].to(self.accelerator.device, non_blocking=True).float() / 255
+        if progress < recipe.half_size_share:
+            frames = F.avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
+        with self.accelerator.autocast():
+            if progress < recipe.known_motion_share:
+                return known_motion_loss(self.wrapped, frames, self.generator)
+            return flow_losses(
+                self.wrapped,
+                frames,
+                recipe.coarse_weight,
+                recipe.smoothness_weight,
+                recipe.self_supervision_weight if progress >= recipe.self_supervision_start else 0.0,
+                recipe.crop_border,
+                occlusion=progress >= recipe.occlusion_start,
+            )
+
+    def figures(self, output) -> dict:
+        return dict(zip(self.METRICS, self.window_means()))
+
+    def hand_out(self) -> None:
+        """model/ of this step, and to the Hub where that was asked for."""
+        if self.accelerator.is_main_process:
+            export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)
+        if self.publisher is not None:
+            self.publisher.submit(self.step)
+
+    @torch.no_grad()
+    def save_panel(self, batch: dict, inputs: dict, output) -> None:
+        """Up to four pairs, a row each: both frames, both flows, and the earlier frame without what is hidden in the later one."""
+        frames = batch["frames"][:4].to(self.accelerator.device)
+        flow = self.model(frames.float() / 255).flow
+        seen = frames[:, 0] * visible_mask(flow)[:, 0, None]
+        rows = [
+            torch.cat([*pair, *map(flow_to_rgb, flows), rest], dim=2).cpu()
+            for pair, flows, rest in zip(frames, flow, seen)
+        ]
+        folder = self.output_dir / "panels"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(folder / f"step-{self.step:06d}.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
