@@ -43,20 +43,22 @@ def main(arguments: list[str] | None = None) -> None:
             f"--drives must be at least 1 and --gaps not negative, got {options.drives} and {options.gaps}"
         )
     estimators = {spec: build_estimator(spec) for spec in dict.fromkeys(options.flow)}
+    names = [spec.partition(":")[0] for spec in estimators]
+    # A file's path is in the table only where the name alone would not tell two estimators apart.
+    shown = {spec: spec if names.count(name) > 1 else name for spec, name in zip(estimators, names)}
     results = []
     for gap in options.gaps:
         pairs = held_out_pairs(options.drives, *options.size, gap)
-        results += [{"flow": spec, "gap": gap, **measure(each, pairs)} for spec, each in estimators.items()]
-    print(
-        "| flow | gap, s | mean error, px | median | kept, % | of these wrong, % | hidden, % | ms a pair |\n|---|---|---|---|---|---|---|---|"
-    )
+        results += [{"flow": shown[spec], "gap": gap, **measure(each, pairs)} for spec, each in estimators.items()]
+    table = [["flow", "gap, s", "mean error, px", "median", "kept, %", "of these wrong, %", "hidden, %", "ms a pair"]]
     for r in results:
-        shares = " | ".join(f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden"))
-        print(
-            f"| {r['flow']} | {r['gap']:g} | {r['epe_mean']:.2f} | {r['epe_median']:.2f} | {shares} | {r['ms']:.0f} |"
-        )
+        shares = [f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden")]
+        errors = [f"{r['epe_mean']:.2f}", f"{r['epe_median']:.2f}"]
+        table.append([r["flow"], f"{r['gap']:g}", *errors, *shares, f"{r['ms']:.0f}"])
+    print("\n".join(f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]))
     if options.json is not None:
         measured = {"drives": options.drives, "size": options.size, "first_seed": HELD_OUT_SEED, "wrong_above": WRONG}
+        measured["table"] = table
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**measured, "results": results}, indent=1) + "\n")
 
