@@ -225,10 +225,11 @@ def parse_flags(
 
 
 def run_script(main) -> None:
-    """Run `main()`; wrong input, and a loss that is not finite, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
+    """Run `main()`; wrong input, and faults of the run, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    # FloatingPointError and the like: a run that no longer learns. OSError: disks, and processes that are gone.
+    except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         if os.environ.get("POODLE_TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from None

@@ -3,11 +3,12 @@
 import importlib.util
 import logging
 import warnings
+from datetime import timedelta
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
@@ -38,7 +39,8 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         mixed_precision="bf16" if recipe.bf16 else "no",
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[ddp],
+        # A process that is gone or stands still ends the run of the others, not their patience.
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,140 +10,108 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import SegformerImageProcessor
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, SegformerImageProcessor
 
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.recipe_files import read_yaml_mapping, usable_cores
 from training.cards import Facts, flow_card, run_card
-from training.recipe import FREE_ON_RESUME, Recipe, RunRecipe
+from training.checkpoint_files import finish, list_checkpoints, rotate, sweep, write_tensors, write_text
+from training.ranks import on_all, on_main
+from training.recipe import Recipe, RunRecipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
-
-logger = logging.getLogger("poodle")
-_NAME = re.compile(r"step-(\d+)")
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first. Unfinished ones (written aside, not renamed) do not count."""
-    found = [path for path in Path(output_dir, "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / "state.json").is_file()), key=lambda path: int(path.name[5:]))
-
-
-def prepare_output_dir(recipe: RunRecipe) -> Path | None:
-    """
-    The checkpoint to go on from, or `None` for a new run. Called before anything costly.
-
-    Raises:
-        ValueError: the folder holds another run, the checkpoint is missing, or it is one of another configuration.
-    """
-    output_dir, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {output_dir} is a file; it must be a folder")
-    saved_config = output_dir / "config.yaml"
-    if resume is None:
-        if saved_config.exists():
-            raise ValueError(
-                f"output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
-                "or choose another --output_dir"
-            )
-        return None
-    if resume == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        checkpoint = checkpoints[-1] if checkpoints else None
-    else:
-        checkpoint = Path(resume)
-        if not (checkpoint / "state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
-        if output_dir.resolve() != checkpoint.resolve().parent.parent and saved_config.exists():
-            raise ValueError(
-                f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
-            )
-        saved_config = checkpoint.parent.parent / "config.yaml"
-    if saved_config.is_file():
-        _refuse_other_configuration(recipe, saved_config)
-    if checkpoint is None:
-        logger.warning("no finished checkpoint in %s: starting from the beginning", output_dir)
-    return checkpoint
-
-
-def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
-    saved = read_yaml_mapping(saved_config)
-    changed = [
-        f"{name}: {saved.get(name)!r} in the run, {value!r} now"
-        for name, value in dataclasses.asdict(recipe).items()
-        if name not in FREE_ON_RESUME and saved.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the checkpoint is one of another configuration ({saved_config}): "
-            + "; ".join(changed)
-            + ". Resume with the run's own values, or start a new run in another --output_dir"
-        )
 
 
 def save_checkpoint(
-    accelerator: Accelerator, recipe: Recipe, step: int, model: PoodleForPreTraining, optimizer, rank_state: dict
+    accelerator: Accelerator,
+    recipe: RunRecipe,
+    step: int,
+    model: PreTrainedModel,
+    optimizer,
+    rank_state: dict,
+    keep_all: bool = False,
 ) -> Path:
     """
     Write `checkpoints/step-N/`: aside first, then renamed, so that a half checkpoint is never taken for a whole one.
 
     Args:
         rank_state: what this rank needs to go on: tensors, and JSON-able values, by name.
+        keep_all: delete no older checkpoint.
+
+    Raises:
+        OSError: on all ranks, where any could not write; the checkpoints from before are as they were.
     """
     folder = Path(recipe.output_dir, "checkpoints")
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+    rank, main = accelerator.process_index, accelerator.is_main_process
+
+    def begin() -> None:
+        sweep(folder)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    rank = accelerator.process_index
-    tensors = {name: value for name, value in rank_state.items() if isinstance(value, torch.Tensor)}
-    _write_tensors(partial / f"rank-{rank}.safetensors", tensors)
-    _write_text(partial / f"rank-{rank}.json", json.dumps({k: v for k, v in rank_state.items() if k not in tensors}))
-    if accelerator.is_main_process:
-        _write_tensors(partial / "model.safetensors", model.state_dict())
-        _write_text(partial / "config.json", model.config.to_json_string())
-        _write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write() -> None:
+        tensors = {name: value for name, value in rank_state.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in rank_state.items() if name not in tensors}
+        write_tensors(partial / f"rank-{rank}.safetensors", tensors)
+        write_text(partial / f"rank-{rank}.json", json.dumps(others))
+        if main:
+            write_tensors(partial / "model.safetensors", model.state_dict())
+            write_text(partial / "config.json", model.config.to_json_string())
+            write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+
+    def end() -> None:
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
+        state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
         state["hardware"] = hardware(accelerator.num_processes)
-        _write_text(partial / "state.json", json.dumps(state))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync_folder(folder)
-        for old in list_checkpoints(recipe.output_dir)[: -recipe.save_total_limit]:
-            shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        write_text(partial / "state.json", json.dumps(state))
+        finish(partial, final)
+        if not keep_all:
+            rotate(recipe.output_dir, step, recipe.save_total_limit)
+
+    try:
+        on_main(accelerator, begin)
+        on_all(accelerator, write)
+        on_main(accelerator, end)
+    except OSError as error:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)  # room for whoever looks into it
+        raise OSError(
+            f"the checkpoint of step {step} could not be written ({error}). The checkpoints before it in {folder} are as they were: "
+            "mend the disk, then --resume_from_checkpoint latest"
+        ) from error
     return final
 
 
-def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, model: PoodleForPreTraining, optimizer
-) -> tuple[int, dict]:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model: PreTrainedModel, optimizer) -> tuple[int, dict]:
     """
     Load what [`save_checkpoint`] wrote, in place. Returns the step and this rank's state.
 
     Raises:
-        ValueError: unreadable files, or a number of processes other than the run's.
+        ValueError: unreadable files.
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        if state["num_processes"] != accelerator.num_processes:
-            raise ValueError(
-                f"{checkpoint} is of a run on {state['num_processes']} processes, this one has {accelerator.num_processes}: "
-                f"resume with as many (accelerate launch --num_processes {state['num_processes']})"
-            )
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         _load_optimizer_tensors(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        rank = accelerator.process_index
-        rank_state = dict(load_file(checkpoint / f"rank-{rank}.safetensors"))
-        rank_state.update(json.loads((checkpoint / f"rank-{rank}.json").read_text()))
+        if state["num_processes"] == accelerator.num_processes:
+            return state["step"], _read_rank(checkpoint, accelerator.process_index)
+        return state["step"], _merged([_read_rank(checkpoint, rank) for rank in range(state["num_processes"])])
     except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"checkpoint {checkpoint} cannot be read ({error}); name an earlier one with --resume_from_checkpoint PATH"
         ) from error
-    return state["step"], rank_state
+
+
+def _read_rank(checkpoint: Path, rank: int) -> dict:
+    tensors = load_file(checkpoint / f"rank-{rank}.safetensors")
+    return {**tensors, **json.loads((checkpoint / f"rank-{rank}.json").read_text())}
+
+
+def _merged(ranks: list[dict]) -> dict:
+    """One state for every rank of a run that goes on with another number of them: the log window's sums become their mean."""
+    sums = torch.stack([rank["sums"] for rank in ranks]).mean(dim=0)
+    skipped = {path: reason for rank in ranks for path, reason in rank["skipped"].items()}
+    return {**ranks[0], "sums": sums, "skipped": skipped}
 
 
 def _optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
@@ -169,28 +135,6 @@ def _load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) 
                     else value.to(parameter.device if group["fused"] else "cpu")
                 )
                 optimizer.state[parameter][key] = like.copy_(value)
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    # One copy a tensor: no shared storage, and safetensors wants it dense in the default memory format.
-    save_file({name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}, path)
-    _sync_file(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes: int = 1) -> None:

@@ -10,10 +10,12 @@ both objectives, an optimizer step, and one of the teacher.
 import importlib
 import json
 import logging
-import os
+import math
 import sys
 import time
+import zlib
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 # `accelerate launch training/pretrain.py` puts training/ on the path; its siblings live one folder up.
@@ -27,12 +29,17 @@ from tqdm import tqdm
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.recipe_files import run_script
 from training.assembly import build_model, build_optimizer, make_accelerator
-from training.checkpoints import export, load_checkpoint, prepare_output_dir, save_checkpoint
+from training.checkpoint_files import replace_text, sync_file
+from training.checkpoints import export, load_checkpoint, save_checkpoint
+from training.faults import faults_in_words
 from training.flow import build_flow
 from training.flow_files import precomputed_epochs
+from training.health import Health
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
+from training.ranks import RESUMABLE_EXIT_CODE, StopSignals, on_main, same_on_all
 from training.recipe import Recipe, RunRecipe, parse_recipe
+from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
@@ -46,7 +53,7 @@ logger = logging.getLogger("poodle")
 def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
-    checkpoint = prepare_output_dir(recipe)
+    checkpoint = prepare_output_dir(accelerator, recipe)
     paths = resolve_videos(accelerator, recipe)
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_dir, model=recipe.flow_model
@@ -57,13 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = Run(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
-    accelerator.wait_for_everyone()
-    run.open(checkpoint)
-    try:
-        run.train()
-    finally:
-        loader.close()
-    run.close()
+    run.run(checkpoint)
 
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
@@ -83,6 +84,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
                 pins.unlink(missing_ok=True)
             paths += find_videos(others, pins)
     check_videos(paths, PairSampling.of(recipe))
+    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(' '.join(paths).encode()):08x}")
     return paths
 
 
@@ -122,22 +124,37 @@ class Run:
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
         self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
         self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
-        self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
+        self.health = Health(accelerator)
+        self.signals = StopSignals(accelerator, timedelta(seconds=recipe.ddp_timeout))
         self.generator = torch.Generator(device=accelerator.device)
-        self.videos_since_log: list[tuple[int, list[str]]] = []
         self.skipped: dict[str, str] = {}  # path and first reason
+
+    def run(self, checkpoint: Path | None) -> None:
+        """All of it. Raises SystemExit with RESUMABLE_EXIT_CODE where a signal asked it to stop."""
+        with faults_in_words(self.recipe, self.loader):
+            self.accelerator.wait_for_everyone()
+            self.open(checkpoint)
+            try:
+                with self.signals:
+                    self.train()
+            finally:
+                self.loader.close()
+            self.close()
+        if self.step < self.max_steps:
+            raise SystemExit(RESUMABLE_EXIT_CODE)
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
+            self.loader.load_state_dict(state["loader"], self.recipe.resume_inexact)
             self.sums.copy_(state["sums"])
+            self.health.load_state_dict(state)
             torch.set_rng_state(state["rng"])
             self.skipped = dict(state["skipped"])
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "config.yaml").write_text(self.recipe.to_yaml())
+            replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
             for name in ("metrics.jsonl", "probe.jsonl"):
                 cut_metrics(self.output_dir / name, self.step)
             if self.recipe.push_to_hub:
@@ -152,9 +169,7 @@ class Run:
         logger.info(
             "%d steps of %d pairs on %d process(es), %s; %d videos",
             self.max_steps,
-            self.recipe.per_device_train_batch_size
-            * self.accelerator.num_processes
-            * self.recipe.gradient_accumulation_steps,
+            self.recipe.pairs_per_process * self.accelerator.num_processes,
             self.accelerator.num_processes,
             self.accelerator.device,
             len(self.loader.paths),
@@ -180,8 +195,11 @@ class Run:
                 self.save_panel(batch, inputs, output)
             if self.probe is not None and (self.step % recipe.probe_steps == 0 or last):
                 self.run_probe()
-            if self.step % recipe.save_steps == 0 or last:
+            stop = self.signals.agreed()
+            if self.step % recipe.save_steps == 0 or last or stop:
                 self.save()
+            if stop:
+                break
         progress.close()
 
     def train_step(self, batches):
@@ -201,7 +219,7 @@ class Run:
                     output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
                 self.accelerator.backward(output.loss / micro_steps)
             self.accumulate(output, batch, matched_fraction=matched.float().mean())
-        self.grad_norm = self.gradient_norm() if (self.step + 1) % self.recipe.logging_steps == 0 else None
+        self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_teacher(teacher_momentum(self.step, self.max_steps, self.recipe.teacher_momentum))
@@ -234,47 +252,34 @@ class Run:
         zero = output.loss.new_zeros(())
         found = {**vars(output), **more}
         values = [found[name] for name in self.METRICS]
-        self.sums += torch.stack([zero if value is None else value.detach().float() for value in values])
-        bad = ~torch.isfinite(output.loss) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, float(self.step + 1), self.first_bad_step)
-        self.videos_since_log.append((self.step + 1, batch["video"]))
+        values = torch.stack([zero if value is None else value.detach().float() for value in values])
+        self.sums += values / self.recipe.gradient_accumulation_steps
+        self.health.watch(output.loss.detach(), self.step + 1, batch["video"])
         for path, reason in batch["skipped"]:
             self.skipped.setdefault(path, reason)
 
-    def gradient_norm(self) -> torch.Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-    def stop_if_not_finite(self) -> None:
-        """A loss that is not finite ends the run on all ranks, before a checkpoint is written over a good one."""
-        steps = self.accelerator.gather(self.first_bad_step[None])
-        if (steps >= 0).any():
-            bad = int(steps[steps >= 0].min())
-            videos = sorted({name for step, names in self.videos_since_log if step == bad for name in names})
-            raise FloatingPointError(
-                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(videos) or '-'}. "
-                f"Checkpoints up to the last save in {self.output_dir / 'checkpoints'} are kept. "
-                "Look at these videos, or lower learning_rate"
-            )
-
     @torch.no_grad()
     def log(self, output, progress) -> None:
-        self.stop_if_not_finite()
+        self.health.stop_if_not_finite()
         if self.accelerator.num_processes > 1:  # each rank's workers skip files of their own
             self.skipped = {path: reason for found in gather_object([self.skipped]) for path, reason in found.items()}
         metrics = {"step": self.step, "epoch": self.epoch(), **self.figures(output)}
         self.sums.zero_()
-        self.videos_since_log.clear()
         elapsed = time.perf_counter() - self.started
-        pairs = self.timed_steps * self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps
+        pairs = self.timed_steps * self.recipe.pairs_per_process
         metrics |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": None if self.grad_norm is None else self.grad_norm.item(),
+            "grad_norm": norm if math.isfinite(norm := self.grad_norm.item()) else None,
             "pairs_per_second": pairs * self.accelerator.num_processes / elapsed,
             "data_wait": self.waited / elapsed,
             "skipped_videos": len(self.skipped),
+            "skipped_updates": int(self.health.skipped_updates),
         }
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.report(metrics, progress)
+        self.health.judge(metrics)
+
+    def report(self, metrics: dict, progress) -> None:
         if not self.accelerator.is_main_process:
             return
         with open(self.output_dir / "metrics.jsonl", "a") as file:
@@ -303,7 +308,7 @@ class Run:
     def window_means(self, *more: torch.Tensor) -> list[float]:
         """Means of METRICS over this log window and all ranks, then of `more` over the ranks."""
         window = (self.step - 1) % self.recipe.logging_steps + 1
-        sums = self.sums / (window * self.recipe.gradient_accumulation_steps)
+        sums = self.sums / window
         return self.accelerator.reduce(torch.cat([sums, *(value[None] for value in more)]), reduction="mean").tolist()
 
     def run_probe(self) -> None:
@@ -322,20 +327,27 @@ class Run:
             self.accelerator.log({f"probe_{k}": v for k, v in figures.items() if k != "step"}, step=self.step)
 
     def epoch(self) -> float:
-        pairs = self.recipe.per_device_train_batch_size * self.recipe.gradient_accumulation_steps
-        return self.step * pairs * self.accelerator.num_processes / self.loader.pairs_per_epoch
+        return self.step * self.recipe.pairs_per_process * self.accelerator.num_processes / self.loader.pairs_per_epoch
 
     def save(self) -> None:
-        self.stop_if_not_finite()
+        self.health.stop_if_not_finite()
+        on_main(self.accelerator, self.before_saving)
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
-        state["skipped"] = self.skipped
-        save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state)
+        state |= {"skipped": self.skipped, **self.health.state_dict()}
+        save_checkpoint(
+            self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=self.health.doubtful
+        )
         self.hand_out()
+
+    def before_saving(self) -> None:
+        self.health.refuse_bad_weights(self.model, self.optimizer)
+        log = self.output_dir / "metrics.jsonl"
+        if log.exists():
+            sync_file(log)  # lines up to a checkpoint's step must outlive a power cut as it does
 
     def hand_out(self) -> None:
         """encoder/ and model/ of this step, and to the Hub where that was asked for."""
-        if self.accelerator.is_main_process:
-            export(self.model, self.recipe, self.step, self.accelerator.num_processes)
+        on_main(self.accelerator, lambda: export(self.model, self.recipe, self.step, self.accelerator.num_processes))
         if self.publisher is not None:
             self.publisher.submit(self.step)
 
@@ -350,27 +362,15 @@ class Run:
         if self.publisher is not None:
             self.publisher.close()
         if self.accelerator.is_main_process:
-            logger.info("%s: %s are there", self.output_dir, self.WRITTEN)
+            if self.step < self.max_steps:
+                again = "go on with --resume_from_checkpoint latest"
+                logger.info("%s: saved at step %d; %s", self.signals.name, self.step, again)
+            else:
+                logger.info("%s: %s are there", self.output_dir, self.WRITTEN)
             for path, reason in sorted(self.skipped.items()):
                 logger.warning("skipped %s: %s", path, reason)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

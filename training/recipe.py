@@ -29,6 +29,8 @@ FREE_ON_RESUME = frozenset(
     (
         "output_dir",
         "resume_from_checkpoint",
+        "resume_inexact",
+        "ddp_timeout",
         "save_steps",
         "save_total_limit",
         "panel_steps",
@@ -39,6 +41,10 @@ FREE_ON_RESUME = frozenset(
         "hub_model_id",
         "hub_private_repo",
     )
+)
+# May differ besides with resume_inexact: the pairs change from there on, not their number in a step.
+FREE_ON_INEXACT_RESUME = frozenset(
+    ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps")
 )
 
 
@@ -99,6 +105,13 @@ class RunRecipe(CheckedRecipe):
     panel_steps: int = described(500, "Steps between panels.")
     report_to: str = described("none", f"Tracker through Accelerate: {', '.join(TRACKERS)}.")
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
+    resume_inexact: bool = described(
+        False,
+        "Resume on another number of processes or workers: as many pairs a step, but others than without the stop.",
+    )
+    ddp_timeout: int = described(
+        1800, "Seconds that a process waits for the others before the run ends with an error."
+    )
     push_to_hub: bool = described(False, "Send the model to the Hub at each checkpoint, in the background.")
     hub_model_id: str | None = described(None, "Name on the Hub, org/name; what has the decoder goes to org/name-sdm.")
     hub_private_repo: bool = described(False, "Make repositories that are new private.")
@@ -159,6 +172,11 @@ class RunRecipe(CheckedRecipe):
             self.need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         self.need_integers("dataloader_num_workers", "seed", low=0)
+
+    @property
+    def pairs_per_process(self) -> int:
+        """Pairs that a process sees in an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def _need_ranges(self, **lows: float) -> None:
         for name, low in lows.items():
@@ -259,6 +277,7 @@ _AT_LEAST_ONE = (
     "save_steps",
     "save_total_limit",
     "panel_steps",
+    "ddp_timeout",
 )
 
 

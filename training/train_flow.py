@@ -21,31 +21,27 @@ from torch.nn import functional as F
 from modeling_poodle import PoodleFlowModel
 from modeling_poodle.recipe_files import run_script
 from training.assembly import build_optimizer, make_accelerator
-from training.checkpoints import export_flow, prepare_output_dir
+from training.checkpoints import export_flow
 from training.flow import flow_to_rgb
 from training.flow_objectives import FlowLosses, flow_losses, known_motion_loss, visible_mask
 from training.flow_recipe import parse_flow_recipe
 from training.pretrain import Run, build_loader, resolve_videos
+from training.ranks import on_main
+from training.resume import prepare_output_dir
 from training.schedules import count_steps, learning_rate
 
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = parse_flow_recipe(arguments)
     accelerator = make_accelerator(recipe)
-    checkpoint = prepare_output_dir(recipe)
+    checkpoint = prepare_output_dir(accelerator, recipe)
     paths = resolve_videos(accelerator, recipe)
     model = PoodleFlowModel(recipe.flow_config()).to(accelerator.device)
     loader = build_loader(accelerator, recipe, paths, pair_flow=None)
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = FlowRun(accelerator, recipe, model, optimizer, loader, None, max_steps, None)
-    accelerator.wait_for_everyone()
-    run.open(checkpoint)
-    try:
-        run.train()
-    finally:
-        loader.close()
-    run.close()
+    run.run(checkpoint)
 
 
 class FlowRun(Run):
@@ -69,7 +65,7 @@ class FlowRun(Run):
                 losses = self.losses(batch)
                 self.accelerator.backward(losses.loss / micro_steps)
             self.accumulate(losses, batch)
-        self.grad_norm = self.gradient_norm() if (self.step + 1) % recipe.logging_steps == 0 else None
+        self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return losses, {}, batch
@@ -98,8 +94,8 @@ class FlowRun(Run):
 
     def hand_out(self) -> None:
         """model/ of this step, and to the Hub where that was asked for."""
-        if self.accelerator.is_main_process:
-            export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        on_main(self.accelerator, lambda: export_flow(self.model, self.recipe, self.step, processes))
         if self.publisher is not None:
             self.publisher.submit(self.step)
 

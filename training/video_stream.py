@@ -7,7 +7,10 @@ epochs' shuffled openings lie one behind the other in a span (so that workers ar
 than videos all have work); each shard belongs to one worker of one rank, so no two processes ever see the same (video, epoch, repeat).
 """
 
+import functools
 import logging
+import multiprocessing
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,6 +180,7 @@ def generate_pairs(
                 if sample is None:  # of a video that was skipped, or broke off
                     continue
                 if pair_flow is not None:
+                    _note(sample["video"])
                     pair_flow(sample)
                 # `datasets` calls this anew for every shard: what was skipped waits in the process for the next sample.
                 sample["skipped"] = _PENDING[:]
@@ -186,6 +190,7 @@ def generate_pairs(
 
 def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening; a bad file ends it, is logged and counted."""
+    _note(path)
     try:
         yield from video_pairs(path, sampling, epoch)
     except UnreadableVideo as error:
@@ -196,9 +201,16 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[di
         _PENDING.append((shown, _REPORTED[shown]))
 
 
+_NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
+_NOTE_BYTES = 1024
 _PENDING: list[tuple[str, str]] = []
 # Of this process: a file is named once, not once an epoch, by its first reason (other frames of it can be damaged otherwise).
 _REPORTED: dict[str, str] = {}
+
+
+def _note(path: str) -> None:
+    if _NOTES:
+        _NOTES[0].value = path.encode(errors="surrogateescape")[-_NOTE_BYTES + 1 :]
 
 
 def collate(samples: list[dict]) -> dict:
@@ -220,6 +232,14 @@ def start_worker(_: int) -> None:
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _start_loader_worker(notes: list, worker: int) -> None:
+    start_worker(worker)
+    _NOTES[:] = notes[worker : worker + 1]
+    # A signal to the whole group asks the run to stop: its process finishes the step, for which it needs its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PairLoader:
@@ -254,6 +274,7 @@ class PairLoader:
         self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, epochs
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
+        self._notes = [multiprocessing.RawArray("c", _NOTE_BYTES) for _ in range(num_workers)]
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
         # So many videos take turns that a batch has no two pairs of one opening, as far as memory goes.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
@@ -295,7 +316,7 @@ class PairLoader:
             pin_memory=torch.cuda.is_available(),
             # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
             multiprocessing_context="fork" if self.num_workers else None,
-            worker_init_fn=start_worker,
+            worker_init_fn=functools.partial(_start_loader_worker, self._notes),
             prefetch_factor=4 if self.num_workers else None,
         )
 
@@ -319,32 +340,57 @@ class PairLoader:
     def state_dict(self) -> dict:
         return {
             "span": self.span,
+            "openings": (self.span + 1)
+            * self._openings_per_span,  # none of these will be read again by an inexact resumption
             "num_workers": self.num_workers,
             "world_size": self.world_size,
+            "batch_size": self.batch_size,
             "paths": _checksum("\n".join(self.paths)),
             "first_path": self.paths[0],
             "loader": None if self._loader is None else self._loader.state_dict(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, inexact: bool = False) -> None:
         """
+        Args:
+            inexact: with other workers, ranks or batches, begin with shards that the run has not seen.
+
         Raises:
-            ValueError: other workers, ranks or videos than the run's: the stream would not be the same.
+            ValueError: other workers, ranks, batches or videos than the run's: the stream would not be the same.
         """
-        own = {**self.state_dict(), "span": state["span"], "loader": state["loader"]}
+        own = self.state_dict()
         for name, what in (
+            ("paths", "videos"),
             ("num_workers", "dataloader_num_workers"),
             ("world_size", "num_processes"),
-            ("paths", "videos"),
+            ("batch_size", "per_device_train_batch_size"),
         ):
-            if own[name] != state[name]:
-                shown = "first_path" if name == "paths" else name
-                was, now = state[shown], own[shown]
-                raise ValueError(f"cannot resume the stream exactly: {what} was {was}, now {now}")
+            if own[name] == state[name]:
+                continue
+            if inexact and name != "paths":
+                self.span = -(-state["openings"] // self._openings_per_span)
+                return
+            shown = "first_path" if name == "paths" else name
+            raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
         self.span, self._restored = state["span"], state["loader"]
 
+    def reading(self) -> list[str]:
+        """The videos that workers were at when they ended by a signal."""
+        workers = getattr(self._iterator, "_workers", [])
+        return [
+            note.value.decode(errors="replace")
+            for worker, note in zip(workers, self._notes)
+            if (worker.exitcode or 0) < 0 and note.value
+        ]
+
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
+        workers = getattr(self._iterator, "_workers", [])
+        if workers:
+            self._iterator._shutdown_workers()
+        for worker in workers:
+            worker.kill()
+            worker.join()
         self._iterator = self._loader = None
 
 

@@ -275,8 +275,11 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
         valid_mask = batch["valid_mask"].to(device, non_blocking=True)
     else:
         valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1)).unflatten(0, (b, 2))
+    # Flow that is not finite is no flow. A mask alone would not do: 0 times NaN in a gradient is NaN.
+    valid_mask = valid_mask & torch.isfinite(flow).all(dim=2)
+    finite_flow = torch.nan_to_num(flow, nan=0.0, posinf=0.0, neginf=0.0)
     images = photometric_augmentation(frames.flatten(0, 1).float() / 255, generator)
-    inputs = {"pixel_values": normalise(images).unflatten(0, (b, 2)), "flow": flow, "valid_mask": valid_mask}
+    inputs = {"pixel_values": normalise(images).unflatten(0, (b, 2)), "flow": finite_flow, "valid_mask": valid_mask}
     for who in ("student", "teacher"):
         inputs[f"{who}_views"] = draw_views((b, 2), height, width, generator, recipe.affine_views)
     area = tuple(recipe.subcrop_area)

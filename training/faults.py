@@ -1,0 +1,63 @@
+"""Faults of the run's own processes and disk, in words: what happened, and what to do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+GO_ON = "then go on with --resume_from_checkpoint latest"
+
+
+@contextmanager
+def faults_in_words(recipe, loader) -> Iterator[None]:
+    """
+    Around the run: errors of the disk, of torch's loader and of its process groups become errors that say what to do.
+
+    Args:
+        recipe: of the run. loader: whose workers may die; its `reading()` names the videos that dead ones were at.
+
+    Raises:
+        ChildProcessError: a loader worker was killed or crashed. MemoryError: no shared memory left.
+        ConnectionError: another process of the run is gone or stands still. OSError: output_dir cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # in words already
+            raise
+        raise OSError(
+            f"output_dir {recipe.output_dir}: {error}. Checkpoints up to the last save are kept; mend the disk or the folder, {GO_ON}"
+        ) from error
+    except RuntimeError as error:
+        fault = in_words(str(error), loader.reading(), recipe.ddp_timeout)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def in_words(message: str, reading: list[str], ddp_timeout: int) -> Exception | None:
+    """The fault that an error message of torch's stands for; `None` where it is none of these."""
+    if re.search(r"shared memory|\bshm\b|Bus error|torch_shm", message):
+        return MemoryError(
+            "the loader's workers are out of shared memory (/dev/shm): give them more (docker run --shm-size 8g), or lower "
+            f"--dataloader_num_workers or --per_device_train_batch_size, {GO_ON}"
+        )
+    killed = re.search(r"DataLoader worker .*?(killed by signal: ([\w ]+)|exited unexpectedly)", message)
+    if killed:
+        how = killed[1].strip()
+        videos = f" while it read {', '.join(reading)}" if reading else ""
+        return ChildProcessError(
+            f"a loader worker was {how}{videos}. Killed: mostly the system ended it for lack of memory, so lower "
+            "--dataloader_num_workers. Segmentation fault or Aborted: the decoder broke on that video, so move it away, "
+            f"{GO_ON} (add --resume_inexact true where you changed the workers)"
+            if how.startswith("killed")
+            else f"a loader worker {how}{videos}; look at the lines above, {GO_ON}"
+        )
+    if re.search(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Timed out waiting|Socket Timeout", message):
+        slow = re.search(r"[Tt]imed? ?out|[Tt]imeout", message)
+        what = f"did not answer for {ddp_timeout} s (ddp_timeout)" if slow else "is gone"
+        return ConnectionError(
+            f"another process of the run {what}; the cause stands in its own output, or it was killed. Once that is mended, {GO_ON}"
+        )
+    return None

@@ -1,0 +1,139 @@
+"""
+Whether a run still learns: losses and gradients that are not finite, weights before they are saved, collapse, steps without a pixel.
+
+Policy, in docs/reliability.md: a gradient that is not finite changes no weight (the update is skipped and counted); a loss that is
+not finite, or many skipped updates running, stops the run; so do features that have collapsed, and no valid pixel, for long.
+"""
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+logger = logging.getLogger("poodle")
+SKIPS_ALLOWED = 10  # updates running
+LINES_ALLOWED = 20  # lines of metrics.jsonl running
+COLLAPSED = (
+    0.01  # feature_std, which is 1 for directions spread evenly; untrained and trained networks have 0.3 to 0.8
+)
+
+
+class Health:
+    """
+    Counted on the device at each step, where the host does not wait; judged when a line is logged and before a checkpoint.
+
+    Its verdicts are ArithmeticErrors, the same on all ranks, and checkpoints up to then are kept.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
+        self.skipped_updates = torch.zeros((), device=accelerator.device)
+        self.skipped_running = torch.zeros((), device=accelerator.device)
+        self.videos: list[tuple[int, list[str]]] = []  # of the steps since the last line
+        self.streaks = {"feature_std": 0, "valid_fraction": 0}
+
+    @property
+    def doubtful(self) -> bool:
+        """The features look collapsed now: checkpoints from before should not be rotated away."""
+        return self.streaks["feature_std"] > 0
+
+    def watch(self, loss: Tensor, step: int, videos: list[str]) -> None:
+        bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
+        self.videos.append((step, videos))
+
+    @torch.no_grad()
+    def guard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        """
+        Let the coming step of the fused AdamW change nothing where the gradient is not finite; called on all ranks alike.
+
+        Returns:
+            The gradient's norm, a scalar on the device.
+        """
+        norm = _norm([p.grad for p in model.parameters() if p.grad is not None])
+        # What a GradScaler would set: the kernel reads it on the device and leaves weights, moments and step counts alone.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        self.skipped_updates = self.skipped_updates + optimizer.found_inf
+        self.skipped_running = (self.skipped_running + 1) * optimizer.found_inf
+        return norm
+
+    def stop_if_not_finite(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a loss was not finite, or the last SKIPS_ALLOWED updates were skipped.
+        """
+        seen = self.accelerator.gather(torch.stack([self.first_bad_step, self.skipped_running])[None])
+        steps, skipped = seen[:, 0], int(seen[:, 1].max())
+        if (steps >= 0).any():
+            bad = int(steps[steps >= 0].min())
+            videos = sorted({name for step, names in self.videos if step == bad for name in names})
+            raise FloatingPointError(
+                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(videos) or '-'}. "
+                "Checkpoints up to the last save are kept. Look at these videos, or lower learning_rate"
+            )
+        if skipped >= SKIPS_ALLOWED:
+            raise FloatingPointError(
+                f"the gradient was not finite in the last {skipped} steps, so nothing was learnt in them. "
+                "Checkpoints up to the last save are kept. Lower learning_rate, or turn bf16 off"
+            )
+
+    @torch.no_grad()
+    def refuse_bad_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """
+        The last gate before a checkpoint: weights, buffers and moments are finite.
+
+        Raises:
+            FloatingPointError: names the first that is not.
+        """
+        named = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        named += [
+            (f"{key} of {names[p]}", value) for p, state in optimizer.state.items() for key, value in state.items()
+        ]
+        norms = torch.stack([value.abs().amax().float().to(self.accelerator.device) for _, value in named])
+        finite = torch.isfinite(norms).tolist()
+        if not all(finite):
+            name = named[finite.index(False)][0]
+            raise FloatingPointError(
+                f"{name} is not finite, so no checkpoint is written over the good ones. Resume from the last, with a lower learning_rate"
+            )
+
+    def judge(self, metrics: dict) -> None:
+        """
+        A line of metrics, the same on all ranks.
+
+        Raises:
+            ArithmeticError: collapsed features, or no valid pixel, in LINES_ALLOWED lines running.
+        """
+        self.videos.clear()
+        std, valid = metrics.get("feature_std", 1.0), metrics["valid_fraction"]  # training of flow has no features
+        self._judge(
+            "feature_std", std < COLLAPSED, f"the features have collapsed to one direction (feature_std {std:.4f})",
+            "Go back to a checkpoint from before, and lower learning_rate or raise teacher_momentum",
+        )  # fmt: skip
+        self._judge(
+            "valid_fraction", valid == 0, "no pixel has flow that may be used (valid_fraction 0)",
+            "Look at panels/: lower frame_gap_seconds, or take another --flow",
+        )  # fmt: skip
+
+    def _judge(self, name: str, ill: bool, what: str, advice: str) -> None:
+        self.streaks[name] = self.streaks[name] + 1 if ill else 0
+        if self.streaks[name] == 1:
+            logger.warning("%s; the run stops when it stays so for %d lines of metrics", what, LINES_ALLOWED)
+        if self.streaks[name] >= LINES_ALLOWED:
+            raise ArithmeticError(
+                f"{what} in the last {LINES_ALLOWED} lines of metrics. Checkpoints are kept. {advice}"
+            )
+
+    def state_dict(self) -> dict:
+        return {"skipped_updates": self.skipped_updates, "streaks": self.streaks}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped_updates.copy_(state["skipped_updates"])
+        self.streaks = dict(state["streaks"])
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -1,0 +1,138 @@
+"""Which checkpoint a run goes on from, whether it may, and what of the run's files is kept."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from modeling_poodle.recipe_files import read_yaml_mapping
+from training.checkpoint_files import damage, list_checkpoints, replace_text
+from training.locks import lock_output_dir
+from training.ranks import on_main
+from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
+
+logger = logging.getLogger("poodle")
+
+
+def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | None:
+    """
+    Lock the folder of the run. The checkpoint to go on from, or `None` for a new run. Called before anything costly.
+
+    Raises:
+        ValueError: the folder is in use or holds another run, the checkpoint is missing or damaged, or is one of another configuration.
+    """
+
+    def prepare() -> Path | None:
+        lock_output_dir(Path(recipe.output_dir))
+        checkpoint = find_checkpoint(recipe)
+        if checkpoint is not None:
+            _refuse_other_ranks(accelerator, recipe, checkpoint)
+        return checkpoint
+
+    return on_main(accelerator, prepare)
+
+
+def find_checkpoint(recipe: RunRecipe) -> Path | None:
+    """Raises as [`prepare_output_dir`]."""
+    output_dir, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    saved_config = output_dir / "config.yaml"
+    if resume is None:
+        if saved_config.exists():
+            raise ValueError(
+                f"output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
+                "or choose another --output_dir"
+            )
+        return None
+    if resume == "latest":
+        checkpoint = _latest(output_dir)
+    else:
+        checkpoint = Path(resume)
+        if not (checkpoint / "state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
+        if output_dir.resolve() != checkpoint.resolve().parent.parent and saved_config.exists():
+            raise ValueError(
+                f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+            )
+        wrong = damage(checkpoint)
+        if wrong:
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged: {wrong}; name another with --resume_from_checkpoint"
+            )
+        saved_config = checkpoint.parent.parent / "config.yaml"
+    if saved_config.is_file():
+        _refuse_other_configuration(recipe, saved_config)
+    if checkpoint is None:
+        logger.warning("no finished checkpoint in %s: starting from the beginning", output_dir)
+    return checkpoint
+
+
+def _latest(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; each newer one that is damaged is named in a warning."""
+    found = []
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        found.append(f"{checkpoint} is damaged: {wrong}")
+        logger.warning("%s; going back to the one before", found[-1])
+    if found:
+        raise ValueError(
+            "no checkpoint of this run is whole:\n  " + "\n  ".join(found) + "\nStart anew in another --output_dir"
+        )
+    return None
+
+
+def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
+    saved = read_yaml_mapping(saved_config)
+    changed = {
+        name: f"{name}: {saved.get(name)!r} in the run, {value!r} now"
+        for name, value in dataclasses.asdict(recipe).items()
+        if name not in FREE_ON_RESUME and saved.get(name) != value
+    }
+    if recipe.resume_inexact:
+        changed = {name: text for name, text in changed.items() if name not in FREE_ON_INEXACT_RESUME}
+    if changed:
+        hint = "" if changed.keys() - FREE_ON_INEXACT_RESUME else f", or {_INEXACT}"
+        raise ValueError(
+            f"the checkpoint is one of another configuration ({saved_config}): "
+            + "; ".join(changed.values())
+            + f". Resume with the run's own values, or start a new run in another --output_dir{hint}"
+        )
+
+
+_INEXACT = (
+    "add --resume_inexact true: weights, optimizer and schedules go on, with other pairs than an uninterrupted run's"
+)
+
+
+def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    was, now = state["num_processes"], accelerator.num_processes
+    if was != now and not recipe.resume_inexact:
+        raise ValueError(
+            f"{checkpoint} is of a run on {was} processes, this one has {now}: resume with as many "
+            f"(accelerate launch --num_processes {was}), or {_INEXACT}"
+        )
+    pairs = recipe.pairs_per_process * now
+    if pairs != state["pairs_per_step"]:
+        raise ValueError(
+            f"{checkpoint} is of a run with {state['pairs_per_step']} pairs a step, this one has {pairs} ({now} processes x "
+            f"{recipe.per_device_train_batch_size} pairs x {recipe.gradient_accumulation_steps} micro-steps), and the schedules count "
+            "steps: choose --per_device_train_batch_size and --gradient_accumulation_steps so that there are as many"
+        )
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    replace_text(path, "".join(kept))
