@@ -15,7 +15,7 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
     Around the run: errors of the disk, of torch's loader and of its process groups become errors that say what to do.
 
     Args:
-        recipe: of the run. loader: whose workers may die; its `reading()` names the videos that dead ones were at.
+        recipe: of the run. loader: whose workers may die, closed by then.
 
     Raises:
         ChildProcessError: a loader worker was killed or crashed. MemoryError: no shared memory left.
@@ -30,29 +30,27 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
             f"output_dir {recipe.output_dir}: {error}. Checkpoints up to the last save are kept; mend the disk or the folder, {GO_ON}"
         ) from error
     except RuntimeError as error:
-        fault = in_words(str(error), loader.reading(), recipe.ddp_timeout)
+        fault = in_words(str(error), loader.died_at(), recipe.ddp_timeout)
         if fault is None:
             raise
         raise fault from error
 
 
-def in_words(message: str, reading: list[str], ddp_timeout: int) -> Exception | None:
+def in_words(message: str, died_at: list[str], ddp_timeout: int) -> Exception | None:
     """The fault that an error message of torch's stands for; `None` where it is none of these."""
-    if re.search(r"shared memory|\bshm\b|Bus error|torch_shm", message):
+    if re.search(r"shared memory|\bshm\b|Bus error|</torch_\d", message):
         return MemoryError(
             "the loader's workers are out of shared memory (/dev/shm): give them more (docker run --shm-size 8g), or lower "
             f"--dataloader_num_workers or --per_device_train_batch_size, {GO_ON}"
         )
-    killed = re.search(r"DataLoader worker .*?(killed by signal: ([\w ]+)|exited unexpectedly)", message)
+    killed = re.search(r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)", message)
     if killed:
-        how = killed[1].strip()
-        videos = f" while it read {', '.join(reading)}" if reading else ""
+        videos = f" while it read {', '.join(died_at)}" if died_at else ""
         return ChildProcessError(
-            f"a loader worker was {how}{videos}. Killed: mostly the system ended it for lack of memory, so lower "
-            "--dataloader_num_workers. Segmentation fault or Aborted: the decoder broke on that video, so move it away, "
-            f"{GO_ON} (add --resume_inexact true where you changed the workers)"
-            if how.startswith("killed")
-            else f"a loader worker {how}{videos}; look at the lines above, {GO_ON}"
+            f"a loader worker was {killed[1].strip()}{videos}".replace("was exited", "exited")
+            + ". SIGKILL is mostly the system, out of "
+            "memory: lower --dataloader_num_workers (and add --resume_inexact true). SIGSEGV or SIGABRT is the decoder at that video: put an "
+            f"empty file in its place, which is skipped; {GO_ON}"
         )
     if re.search(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Timed out waiting|Socket Timeout", message):
         slow = re.search(r"[Tt]imed? ?out|[Tt]imeout", message)

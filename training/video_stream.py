@@ -223,6 +223,12 @@ def collate(samples: list[dict]) -> dict:
             batch[name] = torch.from_numpy(np.stack(values))
         else:
             batch[name] = torch.tensor(values) if isinstance(values[0], int) else values
+    if torch.utils.data.get_worker_info() is not None:
+        # Here, where a lack of shared memory is an error that arrives; in the queue's own thread it would be dropped, and the
+        # training process wait for ever.
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     return batch
 
 
@@ -274,6 +280,7 @@ class PairLoader:
         self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, epochs
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
+        self._died_at: list[str] = []
         self._notes = [multiprocessing.RawArray("c", _NOTE_BYTES) for _ in range(num_workers)]
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
         # So many videos take turns that a batch has no two pairs of one opening, as far as memory goes.
@@ -314,6 +321,8 @@ class PairLoader:
             collate_fn=collate,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
+            # Its own, or each start of the workers would move the global generator, which dropout draws from, and a resumed run's differ.
+            generator=torch.Generator(),
             # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
             multiprocessing_context="fork" if self.num_workers else None,
             worker_init_fn=functools.partial(_start_loader_worker, self._notes),
@@ -374,24 +383,24 @@ class PairLoader:
             raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
         self.span, self._restored = state["span"], state["loader"]
 
-    def reading(self) -> list[str]:
-        """The videos that workers were at when they ended by a signal."""
-        workers = getattr(self._iterator, "_workers", [])
-        return [
-            note.value.decode(errors="replace")
-            for worker, note in zip(workers, self._notes)
-            if (worker.exitcode or 0) < 0 and note.value
-        ]
-
     def close(self) -> None:
         """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
         workers = getattr(self._iterator, "_workers", [])
+        self._died_at = [
+            f"{note.value.decode(errors='replace')} ({signal.Signals(-worker.exitcode).name})"
+            for worker, note in zip(workers, self._notes)
+            if (worker.exitcode or 0) < 0 and note.value
+        ]
         if workers:
             self._iterator._shutdown_workers()
         for worker in workers:
             worker.kill()
             worker.join()
         self._iterator = self._loader = None
+
+    def died_at(self) -> list[str]:
+        """After `close()`: "video (signal)" of each worker that a signal had ended before."""
+        return self._died_at
 
 
 def _first_reason(paths: Sequence[str], sampling: PairSampling) -> str:
