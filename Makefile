@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-oldest coverage lint
+.PHONY: install quickstart test test-oldest test-long coverage lint
 
 # The stamp makes a second call instant; it is made anew when the requirements change.
 install: .venv/installed
@@ -49,6 +49,10 @@ coverage: install
 	$(BIN)/coverage run -m pytest -n 2 --dist loadfile $(TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# About an hour; results of one run stand in docs/reliability.md.
+test-long: install
+	$(BIN)/python -m pytest -m long -s --durations=0
 
 lint: install
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_documents_promise(whole_run):
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert set(lines[0]) == {
         "step", "epoch", "loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction", "lr", "momentum", "grad_norm",
-        "feature_std", "skipped_videos",
+        "feature_std", "skipped_videos", "skipped_updates",
     }  # fmt: skip
     assert all(0 < line["loss"] < 4 and 0 <= line["valid_fraction"] <= 1 for line in lines)
     assert [path.name for path in sorted((whole_run / "checkpoints").iterdir())] == ["step-6", "step-8"]
