@@ -469,15 +469,15 @@ def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tm
 def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives):  # noqa: F811
     paths, sampling = find_videos([str(drives)], None), PairSampling(crop_size=(32, 32), pairs_per_video=2)
     before = PairLoader(paths, sampling, batch_size=4, num_workers=0, world_size=3)
-    before._shards_per_span, before.span = 12, 5
+    before._openings_per_span, before.span = 12, 5
     state = before.state_dict()
     after = PairLoader(paths, sampling, batch_size=3, num_workers=0, world_size=1)
-    after._shards_per_span = 10
+    after._openings_per_span = 10
     with pytest.raises(ValueError, match="cannot resume the stream exactly: num_processes was 3, now 1"):
         after.load_state_dict(state)
     after.load_state_dict(state, inexact=True)
-    seen = {shard for span in range(6) for shard in before.shards(span)}
-    assert len(seen) == 72 and not seen & set(after.shards(after.span))
+    seen = {shard for span in range(6) for shard in before.openings(span)}
+    assert len(seen) == 72 and not seen & set(after.openings(after.span))
     other = PairLoader(paths[:1], sampling, batch_size=3)
     with pytest.raises(ValueError, match="videos was"):  # the words do not cover another data set
         other.load_state_dict(state, inexact=True)
