@@ -122,6 +122,25 @@ def test_a_second_sigint_ends_the_process_at_once():
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
 
 
+def test_the_run_is_asked_to_stop_when_accelerate_launch_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher leaves in the environment
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+    def launch() -> None:
+        if os.fork() == 0:
+            with StopSignals(Accelerator(cpu=True), timedelta(seconds=1)) as signals:
+                (tmp_path / "ready").touch()
+                wait_for(signals.agreed)
+                (tmp_path / signals.name).touch()
+            os._exit(0)
+
+    pid = in_child(launch)
+    wait_for((tmp_path / "ready").exists)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_for((tmp_path / "SIGTERM").exists)
+
+
 # --- one run in a folder ---
 
 

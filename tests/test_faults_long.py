@@ -81,31 +81,45 @@ def test_killed_at_twenty_random_moments_the_run_is_the_same(drives, tmp_path): 
         zygote, rng = Zygote(arguments, tmp_path / f"{name}.txt"), random.Random(0)
         while True:
             resume = "--resume_from_checkpoint latest" if (tmp_path / name / "config.yaml").exists() else ""
-            before = metrics_size(tmp_path / name)
             pid = zygote.ask(resume)
             if name == "whole" or killed == 20:
                 assert zygote.ask(f"wait {pid}") == 0, zygote.log.read_text()[-3000:]
                 break
-            while metrics_size(tmp_path / name) == before and (tmp_path / name).exists() and not ended(pid):
-                time.sleep(0.002)  # until it takes steps, or after a tenth of the tries at once
-                if rng.random() < 0.0005:
-                    break
-            time.sleep(rng.uniform(0, 0.4))
+            wait_for_a_moment(killed % 4, pid, tmp_path / name, rng)
             os.kill(pid, signal.SIGKILL)
             assert zygote.ask(f"wait {pid}") == signal.SIGKILL, zygote.log.read_text()[-3000:]
             killed += 1
-            checkpoints = tmp_path / name / "checkpoints"
-            inside += checkpoints.exists() and any(path.name.startswith(".") for path in checkpoints.iterdir())
+            inside += bool(unfinished(tmp_path / name))
             found = list_checkpoints(tmp_path / name)
             assert [damage(checkpoint) for checkpoint in found] == [None] * len(found)
         zygote.close()
         ends.append(tmp_path / name)
     print(f"{killed} kills, {inside} of them while a checkpoint was written or deleted")
+    assert inside > 0
     whole, resumed = ends
     assert metrics(resumed) == metrics(whole) and len(metrics(whole)) == steps // 3
     for folder in ("encoder", "model", f"checkpoints/step-{steps}"):
         ours, theirs = (load_file(run / folder / "model.safetensors") for run in (resumed, whole))
         assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+def wait_for_a_moment(kind: int, pid: int, run: Path, rng: random.Random) -> None:
+    """A random one while the run starts (kind 0), takes its steps (1), or writes or deletes a checkpoint (2 and 3)."""
+    size, left = metrics_size(run), unfinished(run)
+    if kind == 0:
+        time.sleep(rng.uniform(0, 2))
+    elif kind == 1:
+        while metrics_size(run) <= size and not ended(pid):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.4))
+    else:
+        while not unfinished(run) - left and not ended(pid):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+
+
+def unfinished(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").glob(".step-*")}
 
 
 def ended(pid: int) -> bool:

@@ -71,12 +71,12 @@ class Health:
             videos = sorted({name for step, names in self.videos if step == bad for name in names})
             raise FloatingPointError(
                 f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(videos) or '-'}. "
-                "Checkpoints up to the last save are kept. Look at these videos, or lower learning_rate"
+                "The checkpoints up to the last save are kept. Look at these videos, or lower learning_rate"
             )
         if skipped >= SKIPS_ALLOWED:
             raise FloatingPointError(
                 f"the gradient was not finite in the last {skipped} steps, so nothing was learnt in them. "
-                "Checkpoints up to the last save are kept. Lower learning_rate, or turn bf16 off"
+                "The checkpoints up to the last save are kept. Lower learning_rate, or turn bf16 off"
             )
 
     @torch.no_grad()

@@ -362,7 +362,7 @@ class PairLoader:
     def load_state_dict(self, state: dict, inexact: bool = False) -> None:
         """
         Args:
-            inexact: with other workers, ranks or batches, begin with shards that the run has not seen.
+            inexact: with other workers, ranks or batches, begin with openings that the run has not seen.
 
         Raises:
             ValueError: other workers, ranks, batches or videos than the run's: the stream would not be the same.
