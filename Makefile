@@ -50,7 +50,7 @@ coverage: install
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# About an hour; results of one run stand in docs/reliability.md.
+# Minutes each; results of one run stand in docs/reliability.md.
 test-long: install
 	$(BIN)/python -m pytest -m long -s --durations=0
 

@@ -84,7 +84,8 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
                 pins.unlink(missing_ok=True)
             paths += find_videos(others, pins)
     check_videos(paths, PairSampling.of(recipe))
-    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(' '.join(paths).encode()):08x}")
+    names = " ".join(paths).encode(errors="surrogateescape")  # names of files need not be UTF-8
+    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")
     return paths
 
 

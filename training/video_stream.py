@@ -194,11 +194,15 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[di
     try:
         yield from video_pairs(path, sampling, epoch)
     except UnreadableVideo as error:
-        shown = path if path.isprintable() else ascii(path)[1:-1]
+        shown = _shown(path)
         if shown not in _REPORTED:
             _REPORTED[shown] = str(error)
             logger.warning("skipped %s: %s", shown, error)
         _PENDING.append((shown, _REPORTED[shown]))
+
+
+def _shown(path: str) -> str:
+    return path if path.isprintable() else ascii(path)[1:-1]
 
 
 _NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
@@ -349,8 +353,7 @@ class PairLoader:
     def state_dict(self) -> dict:
         return {
             "span": self.span,
-            "openings": (self.span + 1)
-            * self._openings_per_span,  # none of these will be read again by an inexact resumption
+            "openings": (self.span + 1) * self._openings_per_span,  # an inexact resumption reads none of these again
             "num_workers": self.num_workers,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
@@ -387,7 +390,7 @@ class PairLoader:
         """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
         workers = getattr(self._iterator, "_workers", [])
         self._died_at = [
-            f"{note.value.decode(errors='replace')} ({signal.Signals(-worker.exitcode).name})"
+            f"{_shown(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
             for worker, note in zip(workers, self._notes)
             if (worker.exitcode or 0) < 0 and note.value
         ]
