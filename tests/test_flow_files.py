@@ -109,8 +109,8 @@ def test_what_is_read_is_what_would_be_computed(drives, written, workers):
     paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
     pair_flow, module = build_flow("precomputed", folder=str(written))
     assert module is None
-    read, computed = (iter(PairLoader(paths, sampling, 3, workers, pair_flow=f)) for f in (pair_flow, DisFlow()))
-    for _ in range(4):  # both epochs
+    read, computed = (iter(PairLoader(paths, sampling, 2, workers, pair_flow=f)) for f in (pair_flow, DisFlow()))
+    for _ in range(6):  # both epochs
         ours, theirs = next(read), next(computed)
         assert torch.equal(ours["frames"], theirs["frames"]) and ours["video"] == theirs["video"]
         assert ours["flow"].dtype == torch.float16
@@ -122,7 +122,7 @@ def test_what_is_read_is_what_would_be_computed(drives, written, workers):
 def test_masks_of_exact_flow_are_kept(drives, tmp_path):
     write(drives, tmp_path / "exact", "--epochs", "1", "--flow", "exact")
     sampling = PairSampling.of(recipe_of(drives, tmp_path / "exact"))
-    shards = [(0, path) for path in videos(drives)]
+    shards = [((0, path),) for path in videos(drives)]
     for ours, theirs in zip(
         generate_pairs(shards, sampling, FlowFiles(tmp_path / "exact")),
         generate_pairs(shards, sampling, ExactFlow()),
@@ -175,8 +175,9 @@ def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, 
     assert ours[:6] == live[:6]  # bit for bit: the same pairs, and the flow that was computed, in steps of 1/16 px
     assert ours[6] != live[6]
     paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
-    again = PairLoader(paths, sampling, 2, epochs=2)
-    assert {epoch for epoch, _ in again.shards(0)} == {0, 1}
+    again = PairLoader(paths, sampling, 2)
+    again.epochs = 2
+    assert {epoch for epoch, _ in again.openings(0)} == {0, 1}
     first, stream = {}, iter(again)
     for number in range(12):  # four epochs of three batches
         batch = next(stream)
@@ -188,17 +189,23 @@ def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, 
 # --- refused before the first step ---
 
 
+def epochs_of(drives, out, *more) -> int | None:
+    """Epochs of pairs of a run of these flags, on one process."""
+    recipe = recipe_of(drives, out, *more)
+    loader = PairLoader(videos(drives), PairSampling.of(recipe), recipe.per_device_train_batch_size)
+    return precomputed_epochs(recipe, loader)
+
+
 def refused(drives, out, *more) -> str:
     with pytest.raises(ValueError) as error:
-        recipe = recipe_of(drives, out, *more)
-        precomputed_epochs(recipe, videos(drives), 1)
+        epochs_of(drives, out, *more)
     return str(error.value)
 
 
 def test_flow_of_other_pairs_is_refused(drives, written, tmp_path):
     enough = ("--max_steps", "3", "--per_device_train_batch_size", "4")
-    assert precomputed_epochs(recipe_of(drives, written, *enough), videos(drives), 1) == 2
-    assert precomputed_epochs(Recipe(), videos(drives), 1) is None
+    assert epochs_of(drives, written, *enough) == 2
+    assert precomputed_epochs(Recipe(), PairLoader(videos(drives), PairSampling((64, 64)), 1)) is None
     for flag, values, said in (
         ("--crop_size", ["64", "64"], r"crop_size \[64, 128\] there, \[64, 64\] in this run"),
         ("--seed", ["1"], "seed 0 there, 1 in this run"),
@@ -223,8 +230,8 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     own, out = tmp_path / "drives", tmp_path / "flow"
     shutil.copytree(drives, own)
     write(own, out, "--epochs", "1")
-    enough = ("--max_steps", "1", "--per_device_train_batch_size", "4")
-    assert precomputed_epochs(recipe_of(own, out, *enough), videos(own), 1) == 1
+    enough = ("--max_steps", "1", "--per_device_train_batch_size", "2")
+    assert epochs_of(own, out, *enough) == 1
     first = Path(videos(own)[0])
     whole = first.read_bytes()
     first.write_bytes(whole + b"\0")
@@ -239,9 +246,11 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     flipped[-7] ^= 1
     file.write_bytes(flipped)
     sampling = PairSampling.of(recipe_of(own, out, *enough))
-    found = list(generate_pairs([(0, path) for path in videos(own)], sampling, FlowFiles(out)))
+    found = list(generate_pairs([((0, path),) for path in videos(own)], sampling, FlowFiles(out)))
     assert {sample["video"] for sample in found[2:]} == {videos(own)[1]}
-    assert [entry for sample in found for entry in sample["skipped"]] == [f"{first}: its flow in {file} is damaged"]
+    assert [entry for sample in found for entry in sample["skipped"]] == [
+        (str(first), f"its flow in {file} is damaged")
+    ]
     file.write_bytes(good[:-7])
     write(own, out, "--epochs", "1")
     assert file.read_bytes() == good
@@ -254,13 +263,13 @@ def test_epochs_that_are_missing_are_written_by_the_command_that_is_named(drives
     message = refused(drives, out, *more)
     assert "has 1 whole epoch(s), the run needs 3: 4 openings are missing" in message
     assert message.endswith("or go through those again and again by --flow_epochs 1")
-    assert precomputed_epochs(recipe_of(drives, out, *more, "--flow_epochs", "1"), videos(drives), 1) == 1
+    assert epochs_of(drives, out, *more, "--flow_epochs", "1") == 1
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     named = shlex.split(re.search("`(.*?)`", message).group(1))
     assert named[:3] == ["python", "-m", "training.flow"]
     AcceleratorState._reset_state(True)
     flow_writer.main(named[3:])
-    assert precomputed_epochs(recipe_of(drives, out, *more), videos(drives), 1) == 3
+    assert epochs_of(drives, out, *more) == 3
     assert len(before) == 2 and all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert len(list(out.rglob("*.safetensors"))) == 6
 
@@ -288,8 +297,8 @@ def test_a_video_without_pairs_is_written_down_and_tried_again(drives, tmp_path)
     write(own, out, "--epochs", "1")
     file = opening_file(out, 0, str(late))
     assert not file.exists() and "cannot be opened" in file.with_suffix(".skipped").read_text()
-    recipe = recipe_of(own, out, "--max_steps", "1", "--per_device_train_batch_size", "4")
-    assert precomputed_epochs(recipe, videos(own), 1) == 1
+    recipe = recipe_of(own, out, "--max_steps", "1", "--per_device_train_batch_size", "2")
+    assert precomputed_epochs(recipe, PairLoader(videos(own), PairSampling.of(recipe), 2)) == 1
     late.write_bytes(whole)  # readable again, but its flow is not there
     with pytest.raises(UnreadableVideo, match="has no flow: cannot be opened"):
         FlowFiles(out)(next(video_pairs(str(late), PairSampling.of(recipe), 0)))

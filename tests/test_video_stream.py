@@ -264,3 +264,13 @@ def test_reading_on_leaves_no_file_open(videos):
         next(stream)
         counts.append(len(os.listdir("/proc/self/fd")))
     assert max(counts[5:]) <= counts[4]
+
+
+@pytest.mark.parametrize(("batch_size", "workers", "batches"), [(2, 0, 5), (4, 0, 7), (3, 2, 6), (12, 0, 2)])
+def test_epochs_seen_are_those_of_the_pairs(videos, batch_size, workers, batches):
+    """No pair of a later epoch comes, and with one epoch less some would be missing."""
+    loader = PairLoader(videos, SAMPLING, batch_size, workers)
+    shards, lanes = loader.shards(0), max(workers, 1)
+    taken = -(-(-(-batches // lanes) * batch_size) // (len(shards[0]) * SAMPLING.pairs_per_video))  # shards of a lane
+    epochs = {epoch for lane in range(lanes) for shard in shards[lane::lanes][:taken] for epoch, _ in shard}
+    assert loader.epochs_seen(batches) == max(epochs) + 1

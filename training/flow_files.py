@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from training.schedules import count_steps
 from training.video_decoding import UnreadableVideo, is_remote
-from training.video_stream import PairSampling, index_video, plan_pairs
+from training.video_stream import PairLoader, PairSampling, index_video, plan_pairs
 
 FORMAT = "poodle-flow-1"
 STEPS_PER_PIXEL = 16
@@ -199,14 +199,13 @@ def read_manifest(folder: str | Path) -> dict | None:
     return about
 
 
-def epochs_needed(recipe, num_processes: int, num_videos: int) -> int:
-    """Epochs of pairs that a run sees at least a part of."""
-    pairs_per_epoch = num_videos * recipe.pairs_per_video
-    pairs = recipe.per_device_train_batch_size * num_processes * recipe.gradient_accumulation_steps
-    return -(-count_steps(recipe, num_processes, pairs_per_epoch) * pairs // pairs_per_epoch)
+def epochs_needed(recipe, loader: PairLoader) -> int:
+    """Epochs of which a run sees pairs."""
+    steps = count_steps(recipe, loader.world_size, loader.pairs_per_epoch)
+    return loader.epochs_seen(steps * recipe.gradient_accumulation_steps)
 
 
-def precomputed_epochs(recipe, paths: Sequence[str], num_processes: int) -> int | None:
+def precomputed_epochs(recipe, loader: PairLoader) -> int | None:
     """
     Epochs whose pairs a run with precomputed flow goes through, again and again where it is longer; `None` with any other flow.
 
@@ -218,7 +217,7 @@ def precomputed_epochs(recipe, paths: Sequence[str], num_processes: int) -> int 
     """
     if recipe.flow != "precomputed":
         return None
-    needed = epochs_needed(recipe, num_processes, len(paths))
+    needed = epochs_needed(recipe, loader)
     epochs = recipe.flow_epochs or needed
     folder, about = Path(recipe.flow_dir), read_manifest(recipe.flow_dir)
     if about is None:
@@ -226,7 +225,7 @@ def precomputed_epochs(recipe, paths: Sequence[str], num_processes: int) -> int 
             f"flow_dir {folder} holds no flow (no flow.json). Write it by `python -m training.flow` with this run's flags, --flow dis (or "
             f"another estimator) and --out {folder} --epochs {epochs}"
         )
-    sampling = PairSampling.of(recipe)
+    sampling = loader.sampling
     changed = [
         f"{name} {about['sampling'].get(name)} there, {value} in this run"
         for name, value in sampling_fields(sampling).items()
@@ -238,8 +237,8 @@ def precomputed_epochs(recipe, paths: Sequence[str], num_processes: int) -> int 
             f"(`{about['command']}`), or write flow for these pairs into another folder"
         )
     why = f"the run needs {needed}" if recipe.flow_epochs is None else f"flow_epochs is {recipe.flow_epochs}"
-    _refuse_missing(folder, paths, epochs, why, about)
-    _refuse_other_videos(folder, sampling, paths, epochs, about)
+    _refuse_missing(folder, loader.paths, epochs, why, about)
+    _refuse_other_videos(folder, sampling, loader.paths, epochs, about)
     return epochs
 
 

@@ -36,7 +36,7 @@ from training.flow_files import (
     read_manifest,
     sampling_fields,
 )
-from training.pretrain import resolve_videos
+from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, parse_recipe
 from training.video_decoding import UnreadableVideo
 from training.video_stream import PairSampling, start_worker, video_pairs
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         write_manifest(folder, recipe, shlex.join(command))
     paths = resolve_videos(accelerator, recipe)
-    epochs = options.epochs or epochs_needed(recipe, accelerator.num_processes, len(paths))
+    epochs = options.epochs or epochs_needed(recipe, build_loader(accelerator, recipe, paths, None))
     write_flow(accelerator, recipe, folder, paths, epochs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

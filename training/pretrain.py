@@ -98,7 +98,7 @@ def build_probe(accelerator: Accelerator, recipe: Recipe):
 
 
 def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
-    return PairLoader(
+    loader = PairLoader(
         paths,
         PairSampling.of(recipe),
         batch_size=recipe.per_device_train_batch_size,
@@ -106,8 +106,10 @@ def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pair_flow=pair_flow,
-        epochs=None if pair_flow is None else precomputed_epochs(recipe, paths, accelerator.num_processes),
     )
+    if pair_flow is not None:
+        loader.epochs = precomputed_epochs(recipe, loader)
+    return loader
 
 
 class Run:

@@ -175,24 +175,25 @@ def generate_pairs(
 ) -> Iterator[dict]:
     """The generator behind the stream. `groups` are the shards, each of (epoch, path); the pairs of a group's videos take turns."""
     for group in groups:
-        for samples in zip_longest(*(readable_pairs(path, sampling, epoch) for epoch, path in group)):
+        for samples in zip_longest(*(readable_pairs(path, sampling, epoch, pair_flow) for epoch, path in group)):
             for sample in samples:
                 if sample is None:  # of a video that was skipped, or broke off
                     continue
-                if pair_flow is not None:
-                    _note(sample["video"])
-                    pair_flow(sample)
                 # `datasets` calls this anew for every shard: what was skipped waits in the process for the next sample.
                 sample["skipped"] = _PENDING[:]
                 _PENDING.clear()
                 yield sample
 
 
-def readable_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
-    """The pairs of one opening; a bad file ends it, is logged and counted."""
+def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None) -> Iterator[dict]:
+    """The pairs of one opening with their flow; a bad file, of the video or of its flow, ends it, is logged and counted."""
     _note(path)
     try:
-        yield from video_pairs(path, sampling, epoch)
+        for sample in video_pairs(path, sampling, epoch):
+            if pair_flow is not None:
+                _note(path)  # others have had their turn
+                pair_flow(sample)
+            yield sample
     except UnreadableVideo as error:
         shown = _shown(path)
         if shown not in _REPORTED:
@@ -265,23 +266,15 @@ class PairLoader:
     Args:
         paths: the videos, as of [`~training.video_sources.find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
         pair_flow: callable that adds the flow to a sample, in the worker.
-        epochs: epochs whose pairs are drawn: later ones draw those of `epoch % epochs` again, in an order of their own. `None`: no end.
+
+    Its `epochs`, where it is set before iterating, is the number of epochs whose pairs are drawn: later ones draw those of `epoch % epochs`
+    again, in an order of their own.
     """
 
-    def __init__(
-        self,
-        paths,
-        sampling: PairSampling,
-        batch_size,
-        num_workers=0,
-        rank=0,
-        world_size=1,
-        pair_flow=None,
-        epochs=None,
-    ):
+    def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
         if not paths:
             raise ValueError("PairLoader needs at least one video, got none")
-        self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, epochs
+        self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, None
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
         self._died_at: list[str] = []
@@ -296,6 +289,13 @@ class PairLoader:
     @property
     def pairs_per_epoch(self) -> int:
         return len(self.paths) * self.sampling.pairs_per_video
+
+    def epochs_seen(self, batches: int) -> int:
+        """Epochs of which `batches` batches of each rank have pairs; more than their number says, since whole groups take turns."""
+        lane_pairs = -(-batches // max(self.num_workers, 1)) * self.batch_size
+        groups = -(-lane_pairs // (self._group * self.sampling.pairs_per_video))
+        openings = groups * self._group * self.world_size * max(self.num_workers, 1)
+        return -(-openings // len(self.paths))
 
     def openings(self, span: int) -> list[tuple[int, str]]:
         """(epoch, path) of a span, all ranks. Epoch after epoch, each shuffled by its own seed."""
