@@ -297,14 +297,15 @@ pretrain.main(sys.argv[2:])
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
     """Gradients through the script's own accelerator; BatchNorm on fixed statistics, since each rank has its own on CPUs."""
     script = """
-import sys, torch
+import json, sys, torch
 from safetensors.torch import load_file, save_file
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training.assembly import make_accelerator
 from training.recipe import Recipe
 folder = sys.argv[1]
 config = PoodleConfig.from_pretrained(folder)
-accelerator = make_accelerator(Recipe(model={k: v for k, v in config.to_dict().items() if k == "backbone_config"}))
+backbone_config = json.loads(json.dumps(config.to_dict()["backbone_config"]))
+accelerator = make_accelerator(Recipe(model={"backbone_config": backbone_config}))
 model = PoodleForPreTraining(config)
 model.load_state_dict(load_file(folder + "/weights.safetensors"))
 wrapped = accelerator.prepare_model(model.eval())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from labelled_shapes import RESNET
 from loopback_hub import TOKEN
@@ -32,12 +33,12 @@ from evaluation.video_masks import load_sequences
 from modeling_poodle import PoodleConfig, PoodleModel
 from modeling_poodle.loading_poodle import load_encoder
 from training import cards
-from training.checkpoints import prepare_output_dir
 from training.convert import convert, read_checkpoint
 from training.flow import RaftFlow
 from training.hub import check_repo_id
 from training.publish import stage
 from training.recipe import Recipe, parse_recipe
+from training.resume import prepare_output_dir
 
 NASTY = "</pre></code><script>alert(1)</script><img src=x onerror=alert(1)>|`[x](javascript:alert(1))"
 
@@ -156,7 +157,7 @@ def test_recipes_that_are_no_recipes(ran, tmp_path, text, message):
 def test_a_run_with_a_hostile_recipe_is_not_resumed(ran, tmp_path):
     (tmp_path / "config.yaml").write_text(f"seed: !!python/object/apply:os.mkdir [{ran}]\n")
     with pytest.raises(ValueError, match="could not determine a constructor"):
-        prepare_output_dir(Recipe(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+        prepare_output_dir(Accelerator(cpu=True), Recipe(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert not ran.exists()
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", names())
 def test_every_run_of_every_study_is_a_recipe_that_training_accepts(name, monkeypatch):
     monkeypatch.setenv("POODLE_DATA", "data")
+    monkeypatch.setenv("POODLE_FLOW", "flow/model")
     study = Study.read(name)
     for budget in study.budgets:
         for run in study.runs(budget, [0]):
