@@ -233,10 +233,11 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     enough = ("--max_steps", "1", "--per_device_train_batch_size", "2")
     assert epochs_of(own, out, *enough) == 1
     first = Path(videos(own)[0])
-    whole = first.read_bytes()
+    whole, times = first.read_bytes(), first.stat()
     first.write_bytes(whole + b"\0")
     assert f"the video had {len(whole)} bytes, it has {len(whole) + 1}" in refused(own, out, *enough)
     first.write_bytes(whole)
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))  # the very file that was indexed
     file = opening_file(out, 0, str(first))
     good = file.read_bytes()
     file.write_bytes(good[:-7])
