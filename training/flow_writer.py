@@ -109,7 +109,7 @@ def estimator_fields(recipe: Recipe) -> dict:
 
 
 def _contents(value: str) -> str:
-    path = Path(value)
+    path = Path(value, "model") if Path(value, "model").is_dir() else Path(value)  # a run of train_flow.py
     weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("model/*.safetensors"))  # a model, or a run
     files = weights if path.is_dir() else [path] if path.is_file() else []
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
