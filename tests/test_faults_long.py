@@ -230,7 +230,7 @@ def test_a_small_shared_memory_is_named(drives, tmp_path):  # noqa: F811
 
 
 def test_a_rank_that_stands_still_ends_the_run(drives, tmp_path):  # noqa: F811
-    """ddp_timeout 5 s, then torchrun's 30 s from SIGTERM to SIGKILL."""
+    """ddp_timeout 20 s, then torchrun's 30 s from SIGTERM to SIGKILL."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import os, sys, time\n"
@@ -239,18 +239,20 @@ def test_a_rank_that_stands_still_ends_the_run(drives, tmp_path):  # noqa: F811
         "original = pretrain.Run.next_batch\n"
         "def next_batch(run, batches):\n"
         "    if run.step == 2 and os.environ['RANK'] == '1':\n"
+        "        open(sys.argv[1], 'w').close()\n"
         "        time.sleep(3600)\n"
         "    return original(run, batches)\n"
         "pretrain.Run.next_batch = next_batch\n"
-        "run_script(lambda: pretrain.main(sys.argv[1:]))\n"
+        "run_script(lambda: pretrain.main(sys.argv[2:]))\n"
     )
-    arguments = flags(drives, tmp_path / "run", "--ddp_timeout", "5", "--save_steps", "1", model=TINY, steps=5)
-    began = time.monotonic()
+    arguments = flags(drives, tmp_path / "run", "--ddp_timeout", "20", "--save_steps", "1", model=TINY, steps=5)
+    still = tmp_path / "still"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, still, *arguments],
         cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
-    print(f"ended after {time.monotonic() - began:.0f} s, start included")
-    assert done.returncode != 0
-    assert "error: another process of the run did not answer for 5 s (ddp_timeout)" in done.stderr, done.stderr
+    seconds = time.time() - still.stat().st_mtime
+    print(f"ended {seconds:.0f} s after the rank stood still")
+    assert done.returncode != 0 and seconds < 90
+    assert "error: another process of the run did not answer for 20 s (ddp_timeout)" in done.stderr, done.stderr
     assert [damage(checkpoint) for checkpoint in list_checkpoints(tmp_path / "run")] == [None, None]
