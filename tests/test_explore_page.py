@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -206,10 +208,23 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("the page's test needs a Chromium (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+    # Playwright's driver was once seen to turn on the spot, for ever, when it was to start a browser: one that does is ended.
+    for deadline in (60, 120):
+        playwright = sync_api.sync_playwright().start()
+        drivers = [child for child in psutil.Process().children() if "playwright" in " ".join(child.cmdline())]
+        timer = threading.Timer(deadline, lambda drivers=drivers: [driver.kill() for driver in drivers])
+        timer.start()
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            break
+        except sync_api.Error:
+            if deadline == 120:
+                raise
+        finally:
+            timer.cancel()
+    yield browser
+    browser.close()
+    playwright.stop()
 
 
 @pytest.fixture(scope="module")

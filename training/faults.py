@@ -23,6 +23,11 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
     """
     try:
         yield
+    except (EOFError, ConnectionError) as error:
+        if isinstance(error, ConnectionError) and error.errno is None:  # in words already
+            raise
+        # A worker hands over a batch by a connection to itself: one that died before it was fetched leaves this.
+        raise in_words("DataLoader worker exited unexpectedly", loader.died_at(), recipe.ddp_timeout) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:  # in words already
             raise

@@ -10,6 +10,7 @@ than videos all have work); each shard belongs to one worker of one rank, so no 
 import functools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
@@ -389,6 +390,8 @@ class PairLoader:
     def close(self) -> None:
         """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
         workers = getattr(self._iterator, "_workers", [])
+        # One that has just crashed closes its connections a moment before the system reports its end.
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.3)
         self._died_at = [
             f"{_shown(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
             for worker, note in zip(workers, self._notes)
