@@ -132,15 +132,15 @@ def metrics_size(run: Path) -> int:
 
 
 def footprint(pid: int) -> tuple[int, int, int]:
-    """Resident KiB, open files and threads of a process and its children, without the shared pages counted twice."""
-    resident = files = threads = 0
+    """KiB of its own, open files and threads of a process and its children; pages of files are left out, which other processes share."""
+    memory = files = threads = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for each in [str(pid), *children]:
         rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-        resident += int(rollup.split("Pss:")[1].split()[0])
+        memory += int(rollup.split("Pss_Anon:")[1].split()[0])
         files += len(os.listdir(f"/proc/{each}/fd"))
         threads += len(os.listdir(f"/proc/{each}/task"))
-    return resident, files, threads
+    return memory, files, threads
 
 
 def test_twenty_thousand_steps_stay_flat(drives, tmp_path):  # noqa: F811
