@@ -211,7 +211,8 @@ def browser():
     # Playwright's driver was once seen to turn on the spot, for ever, when it was to start a browser: one that does is ended.
     for deadline in (60, 120):
         playwright = sync_api.sync_playwright().start()
-        drivers = [child for child in psutil.Process().children() if "playwright" in " ".join(child.cmdline())]
+        alive = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+        drivers = [child for child in alive if "playwright" in " ".join(child.cmdline())]
         timer = threading.Timer(deadline, lambda drivers=drivers: [driver.kill() for driver in drivers])
         timer.start()
         try:

@@ -145,7 +145,9 @@ def test_wrong_values_name_their_field(values, message):
 def test_pretraining_takes_the_flow(flow_run, hub_drives, tmp_path):
     pretrain(flags(hub_drives, tmp_path / "run", "--flow", "unflow", "--flow_model", str(flow_run), steps=1))
     (line,) = lines_of(tmp_path / "run")
-    assert line["dense_loss"] > 0 and 0 <= line["valid_fraction"] <= 1
+    # A network of five steps may agree with itself nowhere: then no point counts.
+    assert 0 <= line["valid_fraction"] <= 1 and (line["dense_loss"] > 0) == (line["valid_fraction"] > 0)
+    assert line["pooled_loss"] > 0
 
 
 def test_measure_of_known_flows():
