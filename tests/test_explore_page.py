@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -208,24 +209,32 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("the page's test needs a Chromium (Debian: apt-get install chromium)")
-    # Playwright's driver was once seen to turn on the spot, for ever, when it was to start a browser: one that does is ended.
-    for deadline in (60, 120):
+    # Playwright's driver was seen to turn on the spot, for ever, instead of starting a browser: one that does is ended, and the tests
+    # are skipped with that reason.
+    timer = threading.Timer(60, kill_drivers)
+    timer.start()
+    try:
         playwright = sync_api.sync_playwright().start()
-        alive = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
-        drivers = [child for child in alive if "playwright" in " ".join(child.cmdline())]
-        timer = threading.Timer(deadline, lambda drivers=drivers: [driver.kill() for driver in drivers])
-        timer.start()
-        try:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-            break
-        except sync_api.Error:
-            if deadline == 120:
-                raise
-        finally:
-            timer.cancel()
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    except Exception as error:  # a broken pipe has several names in playwright
+        pytest.skip(f"playwright's driver did not start a browser within 60 s: {error}")
+    finally:
+        timer.cancel()
     yield browser
-    browser.close()
-    playwright.stop()
+    timer = threading.Timer(20, kill_drivers)
+    timer.start()
+    try:
+        browser.close()
+        playwright.stop()
+    finally:
+        timer.cancel()
+
+
+def kill_drivers() -> None:
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "playwright" in " ".join(child.cmdline()):
+                child.kill()
 
 
 @pytest.fixture(scope="module")
