@@ -1,6 +1,7 @@
 """Small clips of every kind that PyAV can write, whose frames show their number in colours, and seeded damage to them."""
 
 import io
+import os
 import zlib
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -112,6 +113,15 @@ def number_of(frame: np.ndarray, tolerance: int = 24) -> int:
 
 
 def write_clip(path: Path, kind: Kind) -> Path:
+    # SVT-AV1, where it may (as root), makes its whole process a real-time one of the highest priority, for ever, and all that it starts.
+    scheduling = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        return _write_clip(path, kind)
+    finally:
+        os.sched_setscheduler(0, *scheduling)
+
+
+def _write_clip(path: Path, kind: Kind) -> Path:
     with av.open(str(path), "w", container_options=kind.container) as container:
         stream = container.add_stream(kind.codec, rate=RATE, options=kind.options)
         (stream.height, stream.width), stream.pix_fmt = kind.size, kind.pix_fmt

@@ -5,12 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -209,32 +206,10 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("the page's test needs a Chromium (Debian: apt-get install chromium)")
-    # Playwright's driver was seen to turn on the spot, for ever, instead of starting a browser: one that does is ended, and the tests
-    # are skipped with that reason.
-    timer = threading.Timer(60, kill_drivers)
-    timer.start()
-    try:
-        playwright = sync_api.sync_playwright().start()
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-    except Exception as error:  # a broken pipe has several names in playwright
-        pytest.skip(f"playwright's driver did not start a browser within 60 s: {error}")
-    finally:
-        timer.cancel()
-    yield browser
-    timer = threading.Timer(20, kill_drivers)
-    timer.start()
-    try:
+        yield browser
         browser.close()
-        playwright.stop()
-    finally:
-        timer.cancel()
-
-
-def kill_drivers() -> None:
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if "playwright" in " ".join(child.cmdline()):
-                child.kill()
 
 
 @pytest.fixture(scope="module")
