@@ -80,7 +80,9 @@ class StopSignals:
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A launcher sends SIGTERM to the ranks that another's end leaves: they end by their error, and have still to say it.
+            if not (kind is not None and self._group is not None and number == signal.SIGTERM):
+                signal.signal(number, handler)
         if self._work is not None and kind is None:
             self._work.wait()
 
