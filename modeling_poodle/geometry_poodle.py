@@ -180,22 +180,22 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     128x256 frames with 4 boxes each, a bilinear sampling 0.3 ms; a step takes 100 ms.
 
     Args:
-        frames: (B, 2, C, H, W).
+        frames: (B, F, C, H, W), the frames that boxes may be cut from: the two of a pair, or one.
         boxes: (B, M, 4) xyxy in pixels (edges, so that a full frame is (0, 0, W, H)).
-        frame_index: (B, M) integer, which of the two frames a box is cut from.
+        frame_index: (B, M) integer, which of the F frames a box is cut from.
         size: side of the crops, pixels.
 
     Returns:
         (B, M, C, size, size)
     """
-    b, _, c, height, width = frames.shape
+    b, f, c, height, width = frames.shape
     m = boxes.shape[1]
     x0, y0, x1, y1 = boxes.to(frames.dtype).unbind(-1)  # each (B, M)
     rows = resize_weights(y0, y1, height, size)  # (B, M, size, H)
-    # The two frames lie one below the other, so that one product reads both without a copy a box.
-    own = F.one_hot(frame_index.long(), 2).to(rows.dtype)[:, :, None, :, None]  # (B, M, 1, 2, 1)
-    rows = (own * rows[:, :, :, None]).view(b, m * size, 2 * height)
-    stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, 2 * height, c * width)
+    # The frames lie one below the other, so that one product reads them all without a copy a box.
+    own = (frame_index[..., None] == torch.arange(f, device=frames.device)).to(rows.dtype)  # (B, M, F)
+    rows = (own[:, :, None, :, None] * rows[:, :, :, None]).view(b, m * size, f * height)
+    stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, f * height, c * width)
     strips = (rows @ stacked).view(b, m, size, c, width).transpose(2, 3)  # (B, M, C, size, W)
     columns = resize_weights(x0, x1, width, size)[:, :, None]  # (B, M, 1, size, W)
     return strips @ columns.transpose(-1, -2)

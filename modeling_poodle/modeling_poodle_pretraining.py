@@ -177,8 +177,10 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
 
     def _pooled_objective(self, pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size):
         """Subcrops, encoder, pooled heads, and the pooled loss (arXiv 2408.11208, section 3)."""
-        own_frame = torch.arange(2, device=pixel_values.device)[None, :, None].expand(student_boxes.shape[:3])
-        student_crops = crop_boxes(pixel_values, student_boxes.flatten(1, 2), own_frame.flatten(1, 2), subcrop_size)
+        # The student's boxes are cut from a frame of its own each, the teacher's from either of the pair.
+        frames, boxes = pixel_values.flatten(0, 1)[:, None], student_boxes.flatten(0, 1)
+        own = torch.zeros(boxes.shape[:2], dtype=torch.long, device=boxes.device)
+        student_crops = crop_boxes(frames, boxes, own, subcrop_size)
         student_pooled = self.student.pool(self.student.encode(student_crops.flatten(0, 1)))  # (2BK, C)
         prediction = self.pooled_predictor(self.pooled_projector(student_pooled[:, :, None, None])).flatten(1)
         with torch.no_grad():
