@@ -69,6 +69,16 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
 _LAYERS = re.compile("depth|layer|block|stage")
 
 
+def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a field that `config` does not have; the nearest name is suggested."""
+    known = {field.name for field in dataclasses.fields(config)} | _TRANSFORMERS_KEYS
+    for key in kwargs:
+        if key not in known and not key.startswith("_"):
+            nearest = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{type(config).__name__} has no field {key!r}.{hint}")
+
+
 class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of every PooDLe model: an encoder, the spatial decoder module (SDM) on it, and the pretraining heads.
@@ -126,7 +136,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         saved_stage_names = kwargs.pop("stage_names", None)
-        self._refuse_unknown(kwargs)
+        refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
         self.backbone_config = _as_backbone_config(self.backbone_config)
@@ -139,14 +149,6 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         if out_features is None and out_indices is None:
             out_features = [self.stage_names[-1]]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = {field.name for field in dataclasses.fields(self)} | _TRANSFORMERS_KEYS
-        for key in kwargs:
-            if key not in known and not key.startswith("_"):
-                nearest = difflib.get_close_matches(key, sorted(known), n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"PoodleConfig has no field {key!r}.{hint}")
 
     def _check_values(self) -> None:
         def refuse(name: str, expected: str) -> None:

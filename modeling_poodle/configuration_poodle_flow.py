@@ -1,14 +1,10 @@
 """Configuration of the optical flow network that is trained without labels."""
 
-import dataclasses
-import difflib
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
-_TRANSFORMERS_KEYS = {"attn_implementation", "auto_map", "dtype", "experts_implementation", "model_type", "name_or_path", "num_labels",
-                      "output_attentions", "torch_dtype", "transformers_version"}  # fmt: skip
+from .configuration_poodle import refuse_unknown
 
 
 class PoodleFlowConfig(PreTrainedConfig):
@@ -41,12 +37,7 @@ class PoodleFlowConfig(PreTrainedConfig):
     correlation_radius: int = 4
 
     def __post_init__(self, **kwargs):
-        known = {field.name for field in dataclasses.fields(self)} | _TRANSFORMERS_KEYS
-        for key in kwargs:
-            if key not in known and not key.startswith("_"):
-                nearest = difflib.get_close_matches(key, sorted(known), n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"PoodleFlowConfig has no field {key!r}.{hint}")
+        refuse_unknown(self, kwargs)
         self._check_values()
         self.decoder_sizes = list(self.decoder_sizes)
         super().__post_init__(**kwargs)

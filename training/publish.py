@@ -28,7 +28,12 @@ _CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
 # By model type: the code that a repository holds, and its config's class.
 _CODE_FILES = {
     "poodle": ("configuration_poodle.py", "modeling_poodle.py"),
-    "poodle_flow": ("configuration_poodle_flow.py", "geometry_poodle.py", "modeling_poodle_flow.py"),
+    "poodle_flow": (
+        "configuration_poodle.py",
+        "configuration_poodle_flow.py",
+        "geometry_poodle.py",
+        "modeling_poodle_flow.py",
+    ),
 }
 _CONFIGS = {"poodle": "configuration_poodle.PoodleConfig", "poodle_flow": "configuration_poodle_flow.PoodleFlowConfig"}
 # By architecture, what the Auto classes find in a repository. One checkpoint serves PoodleModel and PoodleBackbone.

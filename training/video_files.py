@@ -78,7 +78,26 @@ def is_remote(source: str) -> bool:
     return _REMOTE.match(source) is not None
 
 
-class RemoteFile(io.RawIOBase):
+class _Seekable(io.RawIOBase):
+    """A file of `size` bytes that is read at `position`, as PyAV asks for one."""
+
+    size, position = 0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+
+class RemoteFile(_Seekable):
     """
     A remote file for PyAV, read by ranges. A read that fails or stalls is tried again on a new connection, up to `ATTEMPTS` times with
     growing pauses; what is not there, not allowed, or has changed since the first opening fails at once.
@@ -89,7 +108,7 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, source: str, block: int = REMOTE_BLOCK, deadline: Deadline | None = None):
-        self.source, self.block, self.deadline, self.position = source, block, deadline or Deadline(), 0
+        self.source, self.block, self.deadline = source, block, deadline or Deadline()
         self.file = self.version = None
         self.size = self._attempt(lambda file: file.size)
         if self.size is None:
@@ -135,19 +154,6 @@ class RemoteFile(io.RawIOBase):
                     raise OSError(" ".join(reason.split()) + tried) from error
             time.sleep(pause)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
     def read(self, size: int = -1) -> bytes:
         def from_here(file) -> bytes:
             file.seek(self.position)
@@ -166,24 +172,11 @@ def _version(details: dict) -> tuple:
     return tuple(details.get(name) for name in ("size", "ETag", "Last-Modified", "LastModified", "mtime"))
 
 
-class _Part(io.RawIOBase):
+class _Part(_Seekable):
     """`size` bytes of an open file from `offset` on, as a file of its own; no more is read than is there."""
 
     def __init__(self, file, offset: int, size: int):
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
+        self.file, self.offset, self.size = file, offset, size
 
     def read(self, size: int = -1) -> bytes:
         left = max(self.size - self.position, 0)
