@@ -14,6 +14,7 @@ import json
 import logging
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -103,13 +104,19 @@ def pretrained(run: Run, folder: Path) -> Path:
     if (output_dir / "config.yaml").exists():
         words += ["--resume_from_checkpoint", "latest"]
     logger.info("pretraining %s, seed %d, in %s", run.variant, run.seed, output_dir)
-    began = time.perf_counter()
     launch(words, output_dir / "log.txt")
-    minutes = round((time.perf_counter() - began) / 60, 1)
-    last = json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    finished.write_text(json.dumps({"minutes": minutes, **last}))
+    finished.write_text(json.dumps(summary(output_dir)))
     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)  # gigabytes over all runs; encoder/ and model/ stay
     return output_dir
+
+
+def summary(output_dir: Path) -> dict:
+    """The last line of a run's metrics, with its median rate and the minutes that follow: an interruption is no part of them."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    last, rate = lines[-1], statistics.median(line["pairs_per_second"] for line in lines)
+    state = json.loads((output_dir / "checkpoints" / f"step-{last['step']}" / "state.json").read_text())
+    pairs = last["step"] * state["pairs_per_step"]  # of all processes
+    return {**last, "pairs_per_second": rate, "minutes": round(pairs / rate / 60, 1)}
 
 
 def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path) -> dict:

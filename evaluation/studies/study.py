@@ -5,7 +5,7 @@ A recipe (recipes/NAME.yaml) has
 
     order, title, question, finding     for the page
     seeds                        of the pretraining and of the readout
-    budgets                      NAME: {about, base (a pretraining recipe), change}
+    budgets                      NAME: {about, change} beyond what budgets.yaml has by that name: {about, base (a pretraining recipe), change}
     variants                     NAME: what is changed; {untrained: NAME} for that variant's encoder as it was drawn, {measure: …}
                                  for fields of the measures that differ
     measures                     NAME: fields of evaluation/segment.py's recipe, with `model` as the run's own folder
@@ -102,6 +102,7 @@ class Study:
                 f"{path} has the unknown field {unknown[0]!r}{nearest(unknown[0], cls.__dataclass_fields__)}"
             )
         study = cls(name=name, **values)
+        study.budgets = {budget: _with_shared(path, budget, own) for budget, own in study.budgets.items()}
         for budget in study.budgets:
             list(study.runs(budget, study.seeds[:1]))  # raises for what does not fit
         return study
@@ -112,7 +113,7 @@ class Study:
             raise ValueError(f"budget of {self.name} must be one of {', '.join(self.budgets)}, got {budget!r}")
         chosen = self.budgets[budget]
         base = yaml.safe_load((PRETRAINING_RECIPES / f"{chosen['base']}.yaml").read_text(encoding="utf-8"))
-        base = changed(base, chosen.get("change") or {}, f"{self.name}: budgets.{budget}.change")
+        base = changed(base, chosen["change"], f"{self.name}: budgets.{budget}.change")
         for seed in seeds:
             for name, change in self.variants.items():
                 change = dict(change or {})
@@ -124,6 +125,13 @@ class Study:
                 measure = change.pop("measure", {})
                 recipe = changed(base, change, f"{self.name}: variants.{name}")
                 yield Run(name, seed, recipe, twin is not None, measure)
+
+
+def _with_shared(path: Path, budget: str, own: dict) -> dict:
+    shared = yaml.safe_load((HERE / "budgets.yaml").read_text(encoding="utf-8"))
+    if budget not in shared:
+        raise ValueError(f"{path}: budgets must be of {', '.join(shared)}, got {budget!r}{nearest(budget, shared)}")
+    return {**shared[budget], **own, "change": {**shared[budget]["change"], **own.get("change", {})}}
 
 
 def names() -> list[str]:
