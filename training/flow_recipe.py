@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from modeling_poodle import PoodleFlowConfig
-from modeling_poodle.recipe_files import described, is_finite, parse_flags, read_recipe_file
-from training.recipe import RECIPES, RunRecipe
-from training.street_cameras import street_camera
+from modeling_poodle.recipe_files import described, is_finite
+from training.recipe import RECIPES, RunRecipe, parse
 
 FLOW_RECIPES = RECIPES / "flow"
 _WEIGHTS = ("coarse_weight", "smoothness_weight", "self_supervision_weight")
@@ -70,9 +69,5 @@ def parse_flow_recipe(arguments: list[str] | None = None) -> FlowRecipe:
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.
     """
-    given = parse_flags(FlowRecipe, arguments, "Learn optical flow from video without labels.", json_fields=("model",))
-    config = given.pop("config", None)
-    if config is None:
-        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
-        config = "flow_street" if only_street else "flow_videos"
-    return FlowRecipe(**{**read_recipe_file(FlowRecipe, config, FLOW_RECIPES), **given})
+    about = "Learn optical flow from video without labels."
+    return parse(FlowRecipe, arguments, about, FLOW_RECIPES, ("flow_street", "flow_videos"))

@@ -215,29 +215,33 @@ class Run:
         micro_steps = self.recipe.gradient_accumulation_steps
         for micro_step in range(micro_steps):
             batch = self.next_batch(batches)
-            inputs = self.prepare(batch, micro_step)
-            matched = inputs.pop("matched")
+            self.seed(micro_step)
             with self.accelerator.no_sync(self.wrapped) if micro_step + 1 < micro_steps else nullcontext():
-                with self.accelerator.autocast():
-                    output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
+                output, inputs, more = self.objective(batch)
                 self.accelerator.backward(output.loss / micro_steps)
-            self.accumulate(output, batch, matched_fraction=matched.float().mean())
+            self.accumulate(output, batch, **more)
         self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.after_update()
+        return output, inputs, batch
+
+    def objective(self, batch: dict):
+        """A batch of the loader -> (output with its loss, the model's inputs for the panel, further METRICS)."""
+        inputs = model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
+        matched = inputs.pop("matched")
+        with self.accelerator.autocast():
+            output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
+        return output, {**inputs, "matched": matched}, {"matched_fraction": matched.float().mean()}
+
+    def after_update(self) -> None:
         self.model.update_teacher(teacher_momentum(self.step, self.max_steps, self.recipe.teacher_momentum))
-        return output, {**inputs, "matched": matched}, batch
 
     def next_batch(self, batches) -> dict:
         began = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - began
         return batch
-
-    def prepare(self, batch: dict, micro_step: int) -> dict[str, torch.Tensor]:
-        """A batch of the loader -> the model's inputs."""
-        self.seed(micro_step)
-        return model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
 
     def seed(self, micro_step: int) -> None:
         """A seed of its own for the draws of every micro-step and rank: a resumed run draws what an uninterrupted one would."""

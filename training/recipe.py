@@ -286,6 +286,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return read_recipe_file(Recipe, path, RECIPES)
 
 
+def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, defaults: tuple[str, str]):
+    """A recipe of `kind` from `--config` in `folder` and flags; `defaults` are for the street's videos alone, and for others."""
+    given = parse_flags(kind, arguments, about, json_fields=("model",))
+    config = given.pop("config", None)
+    if config is None:
+        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
+        config = defaults[0 if only_street else 1]
+    return kind(**{**read_recipe_file(kind, config, folder), **given})
+
+
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """
     Recipe from the command line: `--config FILE` first, then flags.
@@ -295,9 +305,4 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.
     """
-    given = parse_flags(Recipe, arguments, "Pretrain PooDLe on video.", json_fields=("model",))
-    config = given.pop("config", None)
-    if config is None:
-        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
-        config = "street" if only_street else "own_videos"
-    return Recipe(**{**read_yaml(config), **given})
+    return parse(Recipe, arguments, "Pretrain PooDLe on video.", RECIPES, ("street", "own_videos"))

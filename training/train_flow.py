@@ -8,7 +8,6 @@ later self-supervision on a crop. The run has the files of one of pretrain.py; `
 """
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 # `accelerate launch training/train_flow.py` puts training/ on the path; its siblings live one folder up.
@@ -28,7 +27,7 @@ from training.flow_recipe import parse_flow_recipe
 from training.pretrain import Run, build_loader, resolve_videos
 from training.ranks import on_main
 from training.resume import prepare_output_dir
-from training.schedules import count_steps, learning_rate
+from training.schedules import count_steps
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,24 +50,11 @@ class FlowRun(Run):
     WRITTEN = "model/, panels/, metrics.jsonl and checkpoints/"
     LINE = "step {step}/{of}  loss {loss:.4f}  photometric {photometric_loss:.4f}  valid {valid_fraction:.2f}  {pairs_per_second:.1f} pairs/s"
 
-    def train_step(self, batches):
-        """One optimizer step."""
-        recipe = self.recipe
-        rate = learning_rate(self.step, self.max_steps, self.warmup, recipe.learning_rate, recipe.min_learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        micro_steps = recipe.gradient_accumulation_steps
-        for micro_step in range(micro_steps):
-            batch = self.next_batch(batches)
-            self.seed(micro_step)
-            with self.accelerator.no_sync(self.wrapped) if micro_step + 1 < micro_steps else nullcontext():
-                losses = self.losses(batch)
-                self.accelerator.backward(losses.loss / micro_steps)
-            self.accumulate(losses, batch)
-        self.grad_norm = self.health.guard(self.model, self.optimizer)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses, {}, batch
+    def objective(self, batch: dict):
+        return self.losses(batch), {}, {}
+
+    def after_update(self) -> None:
+        """There is no teacher."""
 
     def losses(self, batch: dict) -> FlowLosses:
         """The losses of a batch of the loader, by the share of the run that is done."""
