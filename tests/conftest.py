@@ -21,7 +21,8 @@ import torch
 from labelled_shapes import RESNET, squares
 from loopback import serve
 from loopback_hub import HubServer, Interpreter
-from published import clean, hub_drives, installed, own_hub, published_run, shared_hub
+from published import clean, installed, own_hub, published_run, shared_hub
+from small_runs import drives, fresh_accelerator, whole
 
 from modeling_poodle import PoodleConfig, PoodleModel
 from training.street_files import write_folder
@@ -90,4 +91,13 @@ def hub_process(bare_hub, tmp_path_factory):
     interpreter.close()
 
 
-__all__ = ["clean", "hub_drives", "installed", "own_hub", "published_run", "shared_hub"]  # fixtures
+__all__ = [
+    "clean",
+    "drives",
+    "fresh_accelerator",
+    "installed",
+    "own_hub",
+    "published_run",
+    "shared_hub",
+    "whole",
+]  # fixtures

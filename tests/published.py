@@ -11,7 +11,6 @@ from loopback import serve
 from loopback_hub import TOKEN, HubServer, Interpreter
 
 from training.pretrain import main as pretrain
-from training.street_files import write_videos
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESNET = {
@@ -44,13 +43,6 @@ def same(ours, theirs):
 """
 
 
-@pytest.fixture(scope="module")
-def hub_drives(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("drives")
-    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
-    return folder
-
-
 def flags(videos, output_dir, *more, steps=2):
     return [
         "--config", "street", "--videos", str(videos), "--output_dir", str(output_dir), "--model", json.dumps(MODEL),
@@ -61,11 +53,11 @@ def flags(videos, output_dir, *more, steps=2):
 
 
 @pytest.fixture(scope="module")
-def published_run(hub_drives, tmp_path_factory) -> Path:
+def published_run(drives, tmp_path_factory) -> Path:
     """A finished run, as any user has one. Its teacher has moved away from its student."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     AcceleratorState._reset_state(True)
-    pretrain(flags(hub_drives, folder, "--teacher_momentum", "0.5"))
+    pretrain(flags(drives, folder, "--teacher_momentum", "0.5"))
     AcceleratorState._reset_state(True)
     return folder
 

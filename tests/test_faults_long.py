@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from safetensors.torch import load_file
-from test_faults import metrics
-from test_pretrain import REPOSITORY, drives, flags  # noqa: F401 (a fixture)
+from small_runs import flags, metrics
 
 from training.checkpoint_files import damage, list_checkpoints
 
@@ -70,7 +70,7 @@ class Zygote:
         self.process.wait()
 
 
-def test_killed_at_twenty_random_moments_the_run_is_the_same(drives, tmp_path):  # noqa: F811
+def test_killed_at_twenty_random_moments_the_run_is_the_same(drives, tmp_path):
     """A checkpoint each second step, so that many moments fall into one; in the end every line and every weight is the same."""
     steps, killed, inside = 120, 0, 0
     ends = []
@@ -143,7 +143,7 @@ def footprint(pid: int) -> tuple[int, int, int]:
     return memory, files, threads
 
 
-def test_twenty_thousand_steps_stay_flat(drives, tmp_path):  # noqa: F811
+def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
     steps = 20_000
     small = (
         "--crop_size", "32", "64", "--num_subcrops", "1", "--per_device_train_batch_size", "1", "--pairs_per_video", "16",
@@ -185,7 +185,7 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):  # noqa: F811
     assert len(list_checkpoints(tmp_path / "run")) == 2
 
 
-def test_a_disk_that_is_really_full(drives, tmp_path):  # noqa: F811
+def test_a_disk_that_is_really_full(drives, tmp_path):
     """A small file system of its own: the run ends with a sentence, and goes on where there is room again."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -217,7 +217,7 @@ def test_a_disk_that_is_really_full(drives, tmp_path):  # noqa: F811
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_small_shared_memory_is_named(drives, tmp_path):  # noqa: F811
+def test_a_small_shared_memory_is_named(drives, tmp_path):
     arguments = flags(drives, tmp_path / "run", "--dataloader_num_workers", "1", model=TINY, steps=2)
     inside = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
     if subprocess.run(["unshare", "-m", "sh", "-c", inside, "sh", "true"], capture_output=True).returncode:
@@ -229,7 +229,7 @@ def test_a_small_shared_memory_is_named(drives, tmp_path):  # noqa: F811
     assert done.returncode == 1 and "error: the loader's workers are out of shared memory" in done.stderr, done.stderr
 
 
-def test_a_rank_that_stands_still_ends_the_run(drives, tmp_path):  # noqa: F811
+def test_a_rank_that_stands_still_ends_the_run(drives, tmp_path):
     """ddp_timeout 20 s, then torchrun's 30 s from SIGTERM to SIGKILL."""
     script = tmp_path / "ranks.py"
     script.write_text(

@@ -15,34 +15,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_pretrain import flags as run_flags
+from small_runs import flags as run_flags
 
 from training import flow_writer, pretrain
 from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow
 from training.flow_files import FlowFiles, decode_flow, encode_flow, opening_file, precomputed_epochs
 from training.recipe import Recipe, parse_recipe
-from training.street import Street
-from training.street_files import write_video
 from training.video_decoding import UnreadableVideo
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def drives(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("drives")
-    for seed in range(2):
-        sidecar = {"street": Street(seed, 64, 128).to_json(), "fps": 4, "num_frames": 6}
-        write_video(str(folder / f"drive-{seed:04d}.mp4"), sidecar)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def writer_flags(drives, out, *more) -> list[str]:

@@ -210,9 +210,9 @@ def test_folders_that_cannot_be_published(own_hub, published_run, tmp_path):
 # --- during training ---
 
 
-def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, installed, hub_drives, tmp_path):
+def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, installed, drives, tmp_path):
     """The first uploads are refused, the last ones arrive, and the run never stops."""
-    arguments = flags(hub_drives, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "org/live", steps=3)
+    arguments = flags(drives, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "org/live", steps=3)
     script = (
         f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]\nfrom training.pretrain import main; main({arguments!r})"
     )
@@ -238,12 +238,12 @@ def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, inst
     assert TOKEN not in printed + errors
 
 
-def test_an_unreachable_hub_does_not_stop_a_run(hub_drives, tmp_path, monkeypatch, caplog):
+def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, caplog):
     """In this process the client is offline, as all tests are: every upload fails."""
     AcceleratorState._reset_state(True)
     pretrain(
         flags(
-            hub_drives,
+            drives,
             tmp_path / "run",
             "--push_to_hub",
             "true",

@@ -1,6 +1,5 @@
 """The training loop in this process: recipe fields, baselines, other encoders, trackers, and ranks."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,46 +10,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from small_runs import MODEL, RESNET, flags, train
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from modeling_poodle import PoodleForPreTraining, PoodleModel
 from training.pretrain import main
 from training.schedules import teacher_momentum
-from training.street_files import write_videos
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RESNET = {
-    "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8,
-}  # fmt: skip
-MODEL = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
-
-
-@pytest.fixture(scope="module")
-def drives(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("drives")
-    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def flags(drives, output_dir, *more, model=None, steps=3):
-    return [
-        "--config", "street", "--videos", str(drives), "--output_dir", str(output_dir), "--model", json.dumps(model or MODEL),
-        "--crop_size", "64", "128", "--subcrop_size", "32", "--num_subcrops", "2", "--per_device_train_batch_size", "2",
-        "--max_steps", str(steps), "--warmup_steps", "1", "--logging_steps", "1", "--panel_steps", "1000", "--save_steps", "1000",
-        "--dataloader_num_workers", "0", *more,
-    ]  # fmt: skip
-
-
-def train(drives, output_dir, *more, **kwargs) -> list[dict]:
-    main(flags(drives, output_dir, *more, **kwargs))
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch):

@@ -23,11 +23,7 @@ TINY = {"num_levels": 3, "stem_size": 4, "hidden_size": 8, "decoder_sizes": [16]
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def flow_flags(videos, output_dir, *more) -> list[str]:
@@ -37,16 +33,23 @@ def flow_flags(videos, output_dir, *more) -> list[str]:
         "--crop_size", "48", "96", "--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--crop_border", "8",
         "--known_motion_share", "0.2", "--half_size_share", "0.3", "--occlusion_start", "0.5", "--self_supervision_start", "0.7",
         "--warmup_steps", "1", "--logging_steps", "1", "--save_steps", "2", "--save_total_limit", "9", "--panel_steps", "5",
-        "--dataloader_num_workers", "0", *more,
+        "--dataloader_num_workers", "0", "--seed", "2", *more,
     ]  # fmt: skip
 
 
+def train(drives, output_dir, *more) -> None:
+    """Pairs are drawn by the videos' names and the seed: by names as here, which do not differ each time as those of test folders do."""
+    AcceleratorState._reset_state(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(drives)
+        train_flow(flow_flags(".", output_dir, *more))
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="module")
-def flow_run(hub_drives, tmp_path_factory):
+def flow_run(drives, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flow") / "run"
-    AcceleratorState._reset_state(True)
-    train_flow(flow_flags(hub_drives, folder))
-    AcceleratorState._reset_state(True)
+    train(drives, folder)
     return folder
 
 
@@ -75,12 +78,12 @@ def test_every_phase_has_its_losses_and_the_run_its_files(flow_run):
     assert "after 5 steps of training on video without labels" in card and "optical-flow" in card
 
 
-def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flow_run, hub_drives, tmp_path):
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(flow_run, drives, tmp_path):
     whole, weights = lines_of(flow_run), load_file(flow_run / "model" / "model.safetensors")
     shutil.copytree(flow_run, tmp_path / "run")
     for name in ("step-4", "step-5"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
-    train_flow(flow_flags(hub_drives, tmp_path / "run", "--resume_from_checkpoint", "latest"))
+    train(drives, tmp_path / "run", "--resume_from_checkpoint", "latest")
     timed = {"pairs_per_second", "data_wait"}
     for ours, theirs in zip(lines_of(tmp_path / "run"), whole, strict=True):
         assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
@@ -142,12 +145,16 @@ def test_wrong_values_name_their_field(values, message):
         FlowRecipe(**{"crop_size": [256, 512], **values})
 
 
-def test_pretraining_takes_the_flow(flow_run, hub_drives, tmp_path):
-    pretrain(flags(hub_drives, tmp_path / "run", "--flow", "unflow", "--flow_model", str(flow_run), steps=1))
+def test_pretraining_takes_the_flow(flow_run, drives, tmp_path):
+    # A network of five steps may agree with itself nowhere, one whose weights are zero does everywhere: its flow is zero.
+    model = PoodleFlowModel.from_pretrained(flow_run / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "still")
+    pretrain(flags(drives, tmp_path / "run", "--flow", "unflow", "--flow_model", str(tmp_path / "still"), steps=1))
     (line,) = lines_of(tmp_path / "run")
-    # A network of five steps may agree with itself nowhere: then no point counts.
-    assert 0 <= line["valid_fraction"] <= 1 and (line["dense_loss"] > 0) == (line["valid_fraction"] > 0)
-    assert line["pooled_loss"] > 0
+    assert line["dense_loss"] > 0 and 0.5 <= line["valid_fraction"] <= 1  # what is left out lies outside the views
 
 
 def test_measure_of_known_flows():
@@ -184,7 +191,7 @@ def test_others_load_the_flow_from_the_hub(flow_run, bare_hub, tmp_path):
     """With the code of the repository where the package is not, and without any once it is imported."""
     done = publish(bare_hub, flow_run, "--repo_id", "org/flow")
     assert done.returncode == 0, done.stderr
-    code = {"configuration_poodle_flow.py", "geometry_poodle.py", "modeling_poodle_flow.py"}
+    code = {"configuration_poodle.py", "configuration_poodle_flow.py", "geometry_poodle.py", "modeling_poodle_flow.py"}
     sent = set(bare_hub.repository("org/flow").commits[-1].files)
     assert sent == {".gitattributes", "README.md", "config.json", "model.safetensors", "panel.png"} | code
     frames = torch.rand(1, 2, 3, 48, 64)

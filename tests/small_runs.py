@@ -1,0 +1,88 @@
+"""Small runs of training/pretrain.py that several test files start from: videos, flags, and a run of four checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from training import pretrain
+from training.checkpoint_files import list_checkpoints
+from training.pretrain import main
+from training.street_files import write_videos
+
+RESNET = {
+    "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8,
+}  # fmt: skip
+MODEL = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drives")
+    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
+    return folder
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Runs in this process do not find the accelerator of the one before: for `usefixtures`."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def flags(drives, output_dir, *more, model=None, steps=3):
+    return [
+        "--config", "street", "--videos", str(drives), "--output_dir", str(output_dir), "--model", json.dumps(model or MODEL),
+        "--crop_size", "64", "128", "--subcrop_size", "32", "--num_subcrops", "2", "--per_device_train_batch_size", "2",
+        "--max_steps", str(steps), "--warmup_steps", "1", "--logging_steps", "1", "--panel_steps", "1000", "--save_steps", "1000",
+        "--dataloader_num_workers", "0", *more,
+    ]  # fmt: skip
+
+
+def train(drives, output_dir, *more, **kwargs) -> list[dict]:
+    main(flags(drives, output_dir, *more, **kwargs))
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMINGS = ("pairs_per_second", "data_wait")
+EACH_STEP = ("--save_steps", "1", "--save_total_limit", "9")
+
+
+def without_timings(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def names(output_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(output_dir)]
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """`action()` at the end of the backward pass of a step, which counts from 1."""
+    original = pretrain.Run.accumulate
+
+    def accumulate(run, *args, **kwargs):
+        if run.step + 1 == step:
+            action()
+        original(run, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Run, "accumulate", accumulate)
+
+
+@pytest.fixture(scope="module")
+def whole(drives, tmp_path_factory) -> Path:
+    """A run of four steps with a checkpoint after each."""
+    AcceleratorState._reset_state(True)
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(drives, output_dir, *EACH_STEP, steps=4)
+    return output_dir
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    return without_timings([json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()])
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))

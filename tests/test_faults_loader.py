@@ -1,0 +1,112 @@
+"""Workers of the loader that die, and torch's messages of such faults in words."""
+
+import os
+import resource
+import signal
+import time
+
+import pytest
+
+from training.faults import faults_in_words, in_words
+from training.recipe import Recipe
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def in_child(action) -> int:
+    """Pid of a fork that runs `action()` and then waits for its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            signal.pause()
+        finally:
+            os._exit(9)
+    return pid
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+# --- the loader's workers ---
+
+
+def crash(sample: dict) -> None:
+    if sample["repeat"] == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def fill_memory(sample: dict) -> None:
+    if sample["repeat"] == 1:  # as a full /dev/shm: no file of shared memory can grow
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def stand_still(sample: dict) -> None:
+    if sample["repeat"] == 1:
+        time.sleep(3600)
+
+
+def loader_of(drives, pair_flow=None, workers=1):
+    sampling = PairSampling(crop_size=(32, 32), pairs_per_video=2)
+    return PairLoader(find_videos([str(drives)], None)[:1], sampling, 1, workers, pair_flow=pair_flow)
+
+
+def read_all(loader) -> None:
+    with faults_in_words(Recipe(), loader):
+        try:
+            for _ in loader:
+                pass
+        finally:
+            loader.close()
+
+
+def test_a_worker_that_crashes_is_named_with_its_video(drives):
+    (video,) = loader_of(drives).paths
+    with pytest.raises(
+        ChildProcessError, match=r"exited unexpectedly .*an empty file in its place.*--resume_from_checkpoint"
+    ) as error:
+        read_all(loader_of(drives, crash))
+    assert f"while it read {video} (SIGSEGV)" in str(error.value)
+
+
+def test_a_worker_without_shared_memory_is_named(drives):
+    with pytest.raises(MemoryError, match=r"out of shared memory \(/dev/shm\): .*--shm-size"):
+        read_all(loader_of(drives, fill_memory))
+
+
+def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
+    loader = loader_of(drives, stand_still)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = loader._iterator._workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    time.sleep(0.1)
+    assert worker.is_alive()
+    began = time.monotonic()
+    loader.close()  # though it ignores SIGTERM, and reads for an hour
+    assert not worker.is_alive() and time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "said"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", ChildProcessError, "was killed by signal: Killed while it read a.mp4"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", ChildProcessError, "worker exited unexpectedly while"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that", MemoryError, "--shm-size"),
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left", MemoryError, "--shm-size"),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9", ConnectionError, "process of the run is gone"),
+        ("[gloo/transport/tcp/unbound_buffer.cc:80] Timed out waiting 9000ms for recv", ConnectionError, "did not answer for 9 s"),
+        ("NCCL communicator was aborted on rank 1.", ConnectionError, "process of the run is gone"),
+        ("mat1 and mat2 shapes cannot be multiplied", None, ""),
+    ],
+)  # fmt: skip
+def test_messages_of_torch_in_words(message, kind, said):
+    fault = in_words(message, ["a.mp4"], 9)
+    assert type(fault) is (type(None) if kind is None else kind) and (kind is None or said in str(fault))

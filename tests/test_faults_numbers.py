@@ -1,0 +1,174 @@
+"""Numbers that are not finite, collapse, and resumption with other numbers of processes or workers."""
+
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from small_runs import EACH_STEP, MODEL, copy_of, flags, metrics, names, train, without_timings
+
+from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from training import health, pretrain
+from training.recipe import Recipe, parse_recipe
+from training.resume import find_checkpoint, prepare_output_dir
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling
+from training.views import model_inputs
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+# --- numbers ---
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    """Five updates of which the third is NaN leave what the four others leave, on the host as on the device: bit for bit."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(7, 5), torch.randn(5, 7, 5)
+    guard, ends = health.Health(Accelerator(cpu=True)), []
+    for poisoned in (True, False):
+        layer = torch.nn.Linear(5, 7, bias=False)
+        layer.weight.data.copy_(start)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        for number, gradient in enumerate(gradients):
+            if number == 2 and not poisoned:
+                continue
+            layer.weight.grad = gradient.clone()
+            if number == 2:
+                layer.weight.grad[3, 3] = float("nan")
+            norm = guard.guard(layer, optimizer)
+            assert number == 2 or norm.item() == pytest.approx(gradient.norm().item(), rel=1e-6)
+            optimizer.step()
+        (state,) = optimizer.state.values()
+        ends.append([layer.weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*ends))
+    assert int(guard.skipped_updates) == 1 and int(guard.skipped_running) == 0
+
+
+def test_skipped_updates_are_counted_and_ten_running_stop_the_run(drives, tmp_path, monkeypatch):
+    original = pretrain.Run.accumulate
+
+    def accumulate(run, *args, **kwargs):
+        if run.step >= 1:
+            next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        original(run, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Run, "accumulate", accumulate)
+    more = ("--learning_rate", "0.01", "--teacher_momentum", "1.0", *EACH_STEP)
+    with pytest.raises(FloatingPointError, match="gradient was not finite in the last 10 steps.*are kept"):
+        train(drives, tmp_path / "run", *more, steps=30)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_updates"] for line in lines] == list(range(10))
+    assert lines[0]["grad_norm"] > 0 and lines[1]["grad_norm"] is None
+    first, last = (load_file(tmp_path / "run" / "checkpoints" / f"step-{n}" / "model.safetensors") for n in (2, 10))
+    weights = [name for name in first if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert all(torch.equal(first[name], last[name]) for name in weights)
+
+
+def test_weights_that_are_not_finite_are_never_saved(drives, tmp_path):
+    """The loss of step 1 is finite, its update overflows: step 1's checkpoint is not written."""
+    with pytest.raises(FloatingPointError, match=r"student\..* is not finite, so no checkpoint is written"):
+        train(drives, tmp_path / "run", "--learning_rate", "1e38", "--warmup_steps", "0", *EACH_STEP, steps=3)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_flow_that_is_not_finite_is_no_flow():
+    """NaN and infinite flow in an image's corner: the same loss and gradient as if that corner were marked invalid."""
+    torch.manual_seed(0)
+    model = PoodleForPreTraining(PoodleConfig(**{**MODEL, "pooled_weight": 0.0, "dense_weight": 1.0}))
+    frames = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
+    flow, valid_mask = torch.randn(2, 2, 2, 64, 96), torch.ones(2, 2, 64, 96, dtype=torch.bool)
+    broken, marked = flow.clone(), valid_mask.clone()
+    broken[0, 0, 1, :20, :30], broken[1, 1, :, :9, :9] = float("nan"), float("inf")
+    marked[0, 0, :20, :30] = marked[1, 1, :9, :9] = False
+    recipe, gradients = Recipe(crop_size=[64, 96], num_subcrops=2, subcrop_size=32), []
+    for batch in ({"flow": broken, "valid_mask": valid_mask}, {"flow": flow, "valid_mask": marked}):
+        inputs = model_inputs({"frames": frames, **batch}, recipe, torch.Generator().manual_seed(0))
+        inputs.pop("matched")
+        model.zero_grad()
+        output = model(**inputs, subcrop_size=32)
+        output.loss.backward()
+        gradients.append(next(model.parameters()).grad.clone())
+    assert 0 < output.valid_fraction < 1 and torch.isfinite(gradients[0]).all()
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_collapse_stops_the_run_and_keeps_the_checkpoints_from_before(drives, tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "LINES_ALLOWED", 3)
+
+    def collapse(features):
+        return torch.tensor(0.5 if len(metrics(run)) < 2 else 0.001)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    monkeypatch.setattr(pretrain, "feature_std", collapse)
+    with pytest.raises(
+        ArithmeticError, match=r"collapsed to one direction \(feature_std 0.0010\) in the last 3 lines"
+    ):
+        train(drives, run, "--save_steps", "1", "--save_total_limit", "1", steps=9)
+    assert names(run) == ["step-2", "step-3", "step-4"]  # without the doubt only the last
+    assert [line["feature_std"] for line in metrics(run)] == pytest.approx([0.5, 0.5, 0.001, 0.001, 0.001])
+
+
+def test_no_valid_pixel_for_long_stops_the_run(caplog):
+    watcher = health.Health(Accelerator(cpu=True))
+    for _ in range(health.LINES_ALLOWED - 1):
+        watcher.judge({"feature_std": 0.5, "valid_fraction": 0.0})
+    watcher.judge({"feature_std": 0.5, "valid_fraction": 0.1})  # one pixel is enough to go on
+    watcher.judge({"feature_std": 0.5, "valid_fraction": 0.0})
+    assert caplog.text.count("no pixel has flow that may be used") == 2
+    resumed = health.Health(Accelerator(cpu=True))
+    resumed.load_state_dict(watcher.state_dict())
+    for _ in range(health.LINES_ALLOWED - 2):
+        resumed.judge({"feature_std": 0.5, "valid_fraction": 0.0})
+    with pytest.raises(ArithmeticError, match=r"no pixel has flow .* in the last 20 lines.*another --flow"):
+        resumed.judge({"feature_std": 0.5, "valid_fraction": 0.0})
+
+
+# --- another number of processes or workers ---
+
+
+def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tmp_path):
+    run = copy_of(whole, tmp_path)
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    latest = (*EACH_STEP, "--resume_from_checkpoint", "latest")
+    halved = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
+
+    def recipe(*more):
+        return parse_recipe(flags(drives, run, *latest, *more, steps=4))
+
+    accelerator = Accelerator(cpu=True)
+    for more in (halved, ("--dataloader_num_workers", "1")):
+        with pytest.raises(ValueError, match=r"another configuration.*run's own values.*--resume_inexact true"):
+            prepare_output_dir(accelerator, recipe(*more))
+    with pytest.raises(ValueError, match=r"2 pairs a step, this one has 4 \(1 processes x 4 pairs x 1 micro-steps\)"):
+        prepare_output_dir(accelerator, recipe("--per_device_train_batch_size", "4", "--resume_inexact", "true"))
+    AcceleratorState._reset_state(True)
+    lines = without_timings(train(drives, run, *latest, *halved, "--resume_inexact", "true", steps=4))
+    before = metrics(whole)
+    assert lines[:3] == before[:3]
+    assert lines[3]["loss"] != before[3]["loss"]  # other pairs
+    for same in ("step", "epoch", "lr", "momentum"):
+        assert lines[3][same] == before[3][same]
+    # The run now has this configuration: from here on it is exact again.
+    assert "resume_inexact" not in str(find_checkpoint(recipe(*halved)))
+
+
+def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives):
+    paths, sampling = find_videos([str(drives)], None), PairSampling(crop_size=(32, 32), pairs_per_video=2)
+    before = PairLoader(paths, sampling, batch_size=4, num_workers=0, world_size=3)
+    before._openings_per_span, before.span = 12, 5
+    state = before.state_dict()
+    after = PairLoader(paths, sampling, batch_size=3, num_workers=0, world_size=1)
+    after._openings_per_span = 10
+    with pytest.raises(ValueError, match="cannot resume the stream exactly: num_processes was 3, now 1"):
+        after.load_state_dict(state)
+    after.load_state_dict(state, inexact=True)
+    seen = {shard for span in range(6) for shard in before.openings(span)}
+    assert len(seen) == 72 and not seen & set(after.openings(after.span))
+    other = PairLoader(paths[:1], sampling, batch_size=3)
+    with pytest.raises(ValueError, match="videos was"):  # the words do not cover another data set
+        other.load_state_dict(state, inexact=True)
