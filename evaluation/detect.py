@@ -32,8 +32,8 @@ from modeling_poodle.recipe_files import run_script
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Results by model; of the first process only, others have none."""
     recipe = parse_detection_recipe(arguments)
-    prepare_output_dir(recipe)
     accelerator = make_accelerator()
+    prepare_output_dir(accelerator, recipe)
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_boxes(recipe.dataset, recipe.data_dir)
     data = data.limit(recipe.max_train_images, recipe.max_test_images)

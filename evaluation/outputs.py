@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.recipe_files import usable_cores
 
 FITTED = ("readout", "detector")  # folders of what was fitted
@@ -31,10 +32,20 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def prepare_output_dir(recipe) -> Path:
+def prepare_output_dir(accelerator: Accelerator, recipe) -> None:
+    """
+    Lock the folder of the evaluation, on the first process; torchrun ends the others where that is refused.
+
+    Raises:
+        ValueError: the folder is in use, cannot be written, or holds another evaluation.
+    """
+    if accelerator.is_main_process:
+        lock_output_dir(Path(recipe.output_dir))
+        _refuse_other_evaluation(recipe)
+
+
+def _refuse_other_evaluation(recipe) -> None:
     folder = Path(recipe.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; it must be a folder")
     saved = folder / "config.yaml"
     if saved.exists() and recipe.resume_from_checkpoint is None and not (folder / "evaluation.json").exists():
         raise ValueError(
@@ -46,7 +57,6 @@ def prepare_output_dir(recipe) -> Path:
             raise ValueError(
                 f"{saved} is of another evaluation; resume with its own values, or choose another output_dir"
             )
-    return folder
 
 
 def places(recipe, folder: Path) -> list[Path]:

@@ -28,8 +28,8 @@ from modeling_poodle.recipe_files import run_script
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
-    prepare_output_dir(recipe)
     accelerator = make_accelerator()
+    prepare_output_dir(accelerator, recipe)
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)
     # Groups are of the whole data set: they do not change with the number of images that are used.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from forks import in_child, wait_for
 from labelled_shapes import RESNET, squares
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from evaluation.readouts import LinearReadout, UperNetReadout
 from evaluation.recipe import parse_recipe
 from evaluation.segment import main
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+from modeling_poodle.locks import lock_output_dir
 from training.street_files import write_folder
 
 # --- the script ---
@@ -102,6 +105,20 @@ def test_a_finished_evaluation_is_replaced_only_once_the_input_is_right(shapes, 
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["readout"] == "knn"
     assert not (tmp_path / "run" / "readout").exists()  # it was the linear one's
     assert (other / "evaluation.json").is_file()
+
+
+def test_a_second_evaluation_in_the_folder_is_refused_until_the_first_is_gone(shapes, poodle, tmp_path):
+    def hold() -> None:
+        lock_output_dir(tmp_path / "run")
+        (tmp_path / "held").touch()
+
+    pid = in_child(hold)
+    wait_for((tmp_path / "held").exists)
+    with pytest.raises(ValueError, match=f"in use by the run of process {pid} on "):
+        main(flags(shapes, tmp_path / "run", poodle, readout="knn"))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    main(flags(shapes, tmp_path / "run", poodle, readout="knn"))
 
 
 def test_the_fit_of_other_weights_is_not_gone_on_with(shapes, poodle, tmp_path, monkeypatch):

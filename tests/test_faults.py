@@ -16,36 +16,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forks import in_child, wait_for
 from safetensors.torch import load_file
 from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train, without_timings
 
+from modeling_poodle.locks import lock_output_dir
 from training import pretrain
 from training.checkpoint_files import damage, finish, list_checkpoints, rotate, sweep, write_text
-from training.locks import lock_output_dir
 from training.ranks import RESUMABLE_EXIT_CODE, StopSignals
 from training.recipe import parse_recipe
 from training.resume import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-def in_child(action) -> int:
-    """Pid of a fork that runs `action()` and then waits for its end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            signal.pause()
-        finally:
-            os._exit(9)
-    return pid
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
 
 
 # --- signals ---

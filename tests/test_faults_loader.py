@@ -15,25 +15,6 @@ from training.video_stream import PairLoader, PairSampling
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def in_child(action) -> int:
-    """Pid of a fork that runs `action()` and then waits for its end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            signal.pause()
-        finally:
-            os._exit(9)
-    return pid
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-
-
 # --- the loader's workers ---
 
 

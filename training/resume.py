@@ -7,9 +7,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.recipe_files import read_yaml_mapping
 from training.checkpoint_files import damage, list_checkpoints, replace_text
-from training.locks import lock_output_dir
 from training.ranks import on_main
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
