@@ -18,8 +18,10 @@ from accelerate.state import AcceleratorState
 from small_runs import flags as run_flags
 
 from training import flow_writer, pretrain
+from training.assembly import make_accelerator
 from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow
 from training.flow_files import FlowFiles, decode_flow, encode_flow, opening_file, precomputed_epochs
+from training.pretrain import build_loader
 from training.recipe import Recipe, parse_recipe
 from training.video_decoding import UnreadableVideo
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
@@ -209,6 +211,25 @@ def test_flow_of_other_pairs_is_refused(drives, written, tmp_path):
         parse_recipe(["--flow_dir", str(written)])
     with pytest.raises(ValueError, match="flow_epochs must be an integer of at least 1"):
         parse_recipe(["--flow", "precomputed", "--flow_dir", str(written), "--flow_epochs", "0"])
+
+
+def test_flow_of_another_estimator_than_the_run_began_with_is_refused(drives, written, tmp_path):
+    def loader(flow_dir):
+        recipe = recipe_of(drives, flow_dir, "--max_steps", "3", "--per_device_train_batch_size", "4")
+        return build_loader(make_accelerator(recipe), recipe, videos(drives), FlowFiles(flow_dir))
+
+    state = json.loads(json.dumps(loader(written).state_dict()))
+    loader(written).load_state_dict(state)
+    other = tmp_path / "flow"
+    shutil.copytree(written, other)
+    manifest = json.loads((other / "flow.json").read_text())
+    assert manifest["estimator"]["flow"] == "dis"
+    manifest["estimator"]["flow"] = "exact"
+    (other / "flow.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match="now holds the flow of .*'flow': 'exact'.*began with that of .*'flow': 'dis'"
+    ):
+        loader(other).load_state_dict(state)
 
 
 def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):

@@ -33,7 +33,7 @@ from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
 from training.flow import build_flow
-from training.flow_files import precomputed_epochs
+from training.flow_files import precomputed_epochs, read_manifest
 from training.health import Health
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
@@ -109,6 +109,7 @@ def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], 
     )
     if pair_flow is not None:
         loader.epochs = precomputed_epochs(recipe, loader)
+        loader.estimator = read_manifest(recipe.flow_dir)["estimator"] if recipe.flow == "precomputed" else None
     return loader
 
 

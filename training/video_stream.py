@@ -269,13 +269,14 @@ class PairLoader:
         pair_flow: callable that adds the flow to a sample, in the worker.
 
     Its `epochs`, where it is set before iterating, is the number of epochs whose pairs are drawn: later ones draw those of `epoch % epochs`
-    again, in an order of their own.
+    again, in an order of their own. `estimator`: what computed the flow that is read from files, by which a resumed stream knows it again.
     """
 
     def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
         if not paths:
             raise ValueError("PairLoader needs at least one video, got none")
         self.paths, self.sampling, self.pair_flow, self.epochs = list(paths), sampling, pair_flow, None
+        self.estimator: dict | None = None
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
         self._died_at: list[str] = []
@@ -360,6 +361,7 @@ class PairLoader:
             "batch_size": self.batch_size,
             "paths": _checksum("\n".join(self.paths)),
             "first_path": self.paths[0],
+            "estimator": self.estimator,
             "loader": None if self._loader is None else self._loader.state_dict(),
         }
 
@@ -369,9 +371,14 @@ class PairLoader:
             inexact: with other workers, ranks or batches, begin with openings that the run has not seen.
 
         Raises:
-            ValueError: other workers, ranks, batches or videos than the run's: the stream would not be the same.
+            ValueError: other workers, ranks, batches, videos or flow than the run's: the stream would not be the same.
         """
         own = self.state_dict()
+        if own["estimator"] != state["estimator"]:
+            raise ValueError(
+                f"flow_dir now holds the flow of {own['estimator']}, the run began with that of {state['estimator']}: write that again into it, "
+                "or start a new run in another --output_dir"
+            )
         for name, what in (
             ("paths", "videos"),
             ("num_workers", "dataloader_num_workers"),
