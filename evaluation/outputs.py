@@ -32,20 +32,14 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def prepare_output_dir(accelerator: Accelerator, recipe) -> None:
+def check_output_dir(recipe) -> None:
     """
-    Lock the folder of the evaluation, on the first process; torchrun ends the others where that is refused.
-
     Raises:
-        ValueError: the folder is in use, cannot be written, or holds another evaluation.
+        ValueError: the folder is a file, or holds another evaluation.
     """
-    if accelerator.is_main_process:
-        lock_output_dir(Path(recipe.output_dir))
-        _refuse_other_evaluation(recipe)
-
-
-def _refuse_other_evaluation(recipe) -> None:
     folder = Path(recipe.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; it must be a folder")
     saved = folder / "config.yaml"
     if saved.exists() and recipe.resume_from_checkpoint is None and not (folder / "evaluation.json").exists():
         raise ValueError(
@@ -72,14 +66,19 @@ def left_in(recipe, folder: Path) -> list[str]:
 
 
 def begin_output_dir(recipe, folder: Path) -> None:
-    """On the first process, once all input is checked: a finished evaluation of the same folder is replaced, and the recipe is kept."""
+    """
+    On the first process, once all input is checked: a finished evaluation of the same folder is replaced, and the recipe is kept.
+
+    Raises:
+        ValueError: another process writes there.
+    """
+    lock_output_dir(folder)
     if recipe.resume_from_checkpoint is None:
         for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
                 (place / name).unlink(missing_ok=True)
             for name in FITTED:
                 shutil.rmtree(place / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(recipe.to_yaml())
 
 

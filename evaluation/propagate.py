@@ -94,13 +94,15 @@ def parse_propagation(arguments: list[str] | None = None) -> PropagationRecipe:
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_propagation(arguments)
     output_dir = Path(recipe.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir {output_dir} is a file; it must be a folder")
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"propagation runs on one process, not {accelerator.num_processes}; start it with python -m")
-    lock_output_dir(output_dir)
     for name in recipe.model:  # a name that is wrong is found before anything is rendered or measured
         build(name, 1, features=recipe.features, seed=recipe.seed)
     sequences = load_sequences(recipe.dataset, recipe.data_dir, recipe.max_sequences)
+    lock_output_dir(output_dir)
     (output_dir / "evaluation.json").unlink(missing_ok=True)  # a finished evaluation is replaced
     results, strips = [], {}
     for name in recipe.model:

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from evaluation.data import LabelledImages, load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fingerprint, fit
-from evaluation.outputs import make_accelerator, measure_all, prepare_output_dir, provenance, save_aside
+from evaluation.outputs import check_output_dir, make_accelerator, measure_all, provenance, save_aside
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
@@ -28,8 +28,8 @@ from modeling_poodle.recipe_files import run_script
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
+    check_output_dir(recipe)
     accelerator = make_accelerator()
-    prepare_output_dir(accelerator, recipe)
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)
     # Groups are of the whole data set: they do not change with the number of images that are used.
