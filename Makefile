@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-oldest test-long coverage lint
+.PHONY: install quickstart test test-oldest test-long coverage mutants lint
 
 # The stamp makes a second call instant; it is made anew when the requirements change.
 install: .venv/installed
@@ -49,6 +49,18 @@ coverage: install
 	$(BIN)/coverage run -m pytest -n 2 --dist loadfile $(TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Changes what the tests ought to notice, once in each place, in a copy of the last commit; figures of one run stand in docs/reliability.md.
+# mutmut passes over decorated functions, and its wrappers lack the docstrings that `evaluate` asks of a metric's methods.
+mutants: install
+	rm -rf build/mutants build/mutmut
+	mkdir -p build/mutants
+	git archive HEAD | tar x -C build/mutants
+	sed -i '/^@torch.no_grad()$$/d' build/mutants/training/views.py
+	$(BIN)/python -m pip install --quiet --target build/mutmut mutmut==3.8.1
+	sed -i 's/^            def _trampoline_wrapper(\*args: P.args, \*\*kwargs: P.kwargs) -> R:$$/&\n                """-"""/' build/mutmut/mutmut/mutation/trampoline.py
+	cd build/mutants && PYTHONPATH=$(CURDIR)/build/mutmut OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m mutmut run --max-children 2
+	cd build/mutants && PYTHONPATH=$(CURDIR)/build/mutmut $(CURDIR)/$(BIN)/python -m mutmut results
 
 # Minutes each; results of one run stand in docs/reliability.md.
 test-long: install

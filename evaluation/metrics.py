@@ -197,6 +197,3 @@ class MeanIoU(evaluate.Metric):
         result = scores(self.confusion, self.classes, self.groups)
         self.confusion = np.zeros_like(self.confusion)
         return result
-
-    def _compute(self, predictions, references) -> dict:
-        return self.compute(predictions=predictions, references=references)

@@ -115,6 +115,8 @@ def test_occlusion_equals_a_loop():
                 expected = 0 <= x <= width and 0 <= y <= height and (f + b).square().sum() <= limit
                 assert ours[n, row, column].item() == bool(expected)
     assert 0.05 < ours.float().mean() < 0.95
+    still, one = torch.zeros(1, 2, 4, 4), torch.tensor([1.0, 0])[None, :, None, None].expand(1, 2, 4, 4)
+    assert flow_valid_mask(still, one, alpha_1=0, alpha_2=1).all()  # just as much as is allowed
     assert not flow_valid_mask(torch.full((1, 2, 4, 4), math.nan), torch.zeros(1, 2, 4, 4)).any()
 
 
@@ -130,6 +132,11 @@ def test_crops_of_whole_pixels_equal_the_antialiased_resize_of_the_cut():
             cut = frames[b, index[b, m], :, y0:y1, x0:x1]
             expected = F.interpolate(cut[None], size=(7, 7), mode="bilinear", antialias=True)[0]
             torch.testing.assert_close(crops[b, m], expected, atol=1e-5, rtol=0)
+    # Boxes of another precision, or of none, cut the same.
+    for other in (boxes, boxes.float()):
+        torch.testing.assert_close(
+            crop_boxes(frames.double(), other, index, 7), crop_boxes(frames.double(), boxes.double(), index, 7)
+        )
 
 
 def test_crops_between_pixels_read_where_they_lie():
@@ -147,6 +154,17 @@ def test_full_frame_box_of_its_own_size_is_the_frame():
     frames = torch.rand(1, 2, 3, 16, 16)
     crops = crop_boxes(frames, torch.tensor([[[0.0, 0, 16, 16]] * 2]), torch.tensor([[0, 1]]), 16)
     torch.testing.assert_close(crops[0], frames[0], atol=1e-5, rtol=0)
+
+
+def test_everything_is_made_on_the_device_of_the_inputs():
+    """Where the default device is another one: what is made without a word of its device would not fit its neighbours."""
+    flow, mask, views = torch.randn(1, 2, 6, 8), torch.ones(1, 6, 8, dtype=torch.bool), random_views(1, 6, 8)
+    frames, boxes = torch.rand(1, 2, 3, 6, 8), torch.tensor([[[1.0, 1, 5, 4]]])
+    index = torch.zeros(1, 1, dtype=torch.long)
+    with torch.device("meta"):
+        made = [flow_valid_mask(flow, -flow), see_through(flow, views), crop_boxes(frames, boxes, index, 4)]
+        made.extend(alignment_grids(flow, mask, views, views, (3, 4)))
+    assert {value.device.type for value in made} == {"cpu"}
 
 
 # --- end to end: surface coordinates in place of features ---

@@ -1,5 +1,8 @@
 import json
+import re
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,21 @@ def test_equals_scikit_learn_and_torchmetrics(dtype, absent):
     assert metric.confusion.sum() == 0  # computed, then anew
 
 
+def test_a_metric_starts_anew_and_counts_with_its_own_ignored_id():
+    metric = MeanIoU(["nothing", "road", "sky"], ignore_index=0, groups={"both": ["road", "sky"], "sky": ["sky"]})
+    for _ in range(2):
+        result = metric.compute(predictions=[np.uint8([[1, 1, 2]])], references=[np.uint8([[0, 1, 1]])])
+        assert result["per_class"] == {"nothing": None, "road": 0.5, "sky": 0.0} and result["accuracy"] == 0.5
+    metric.add(prediction=np.uint8([[1]]), reference=np.uint8([[1]]))
+    assert metric.confusion.dtype == np.int64 and metric.confusion.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert metric.compute()["groups"] == {"both": 1.0, "sky": None}  # a class that does not occur is in no mean
+    with pytest.raises(ValueError, match="shorter"):
+        metric.add_batch(predictions=[np.uint8([[1]])] * 2, references=[np.uint8([[1]])])
+    assert metric.features == datasets.Features(
+        {name: datasets.Sequence(datasets.Sequence(datasets.Value("int64"))) for name in ("predictions", "references")}
+    )
+
+
 def test_known_answers():
     truth = np.repeat(np.arange(4, dtype=np.uint8), 10).reshape(4, 10)
     perfect = scores(confusion_matrix(truth, truth, 4))
@@ -55,7 +73,8 @@ def test_known_answers():
     constant = scores(confusion_matrix(np.zeros_like(truth), truth, 4))
     assert constant["miou"] == pytest.approx((1 / 4 + 0 + 0 + 0) / 4)  # IoU of the constant's class is its share
     assert constant["accuracy"] == constant["mean_accuracy"] == 0.25
-    empty = scores(confusion_matrix(truth, np.full_like(truth, 255), 4))
+    with warnings.catch_warnings(action="error"):  # no division by zero is heard of
+        empty = scores(confusion_matrix(truth, np.full_like(truth, 255), 4))
     assert empty["miou"] is None and empty["accuracy"] is None
     json.dumps(empty)
 
@@ -84,7 +103,7 @@ def test_large_maps_are_counted_in_parts(monkeypatch):
     np.testing.assert_array_equal(whole, sklearn_confusion(truth[kept], prediction[kept], labels=range(7)))
 
 
-@pytest.mark.parametrize("ignored", [-100, 65_535])
+@pytest.mark.parametrize("ignored", [-100, 256, 65_535])
 def test_an_ignored_id_beyond_a_byte(ignored):
     prediction, truth = maps(4, dtype=np.int64)
     whole = confusion_matrix(prediction, truth, 7)
@@ -92,6 +111,36 @@ def test_an_ignored_id_beyond_a_byte(ignored):
     np.testing.assert_array_equal(confusion_matrix(prediction, truth, 7, ignored), whole)
     with pytest.raises(ValueError, match=f"truth has the id {ignored}, which is outside the 7 classes"):
         confusion_matrix(prediction, truth, 7)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bool, np.int8])
+def test_maps_of_other_kinds_count_as_their_numbers(dtype):
+    prediction, truth = maps(6, classes=2, ignored=0, dtype=dtype)
+    expected = confusion_matrix(prediction.astype(np.uint8), truth.astype(np.uint8), 2)
+    np.testing.assert_array_equal(confusion_matrix(prediction, truth, 2), expected)
+
+
+@pytest.mark.parametrize("classes", [255, 256, 257, 300])
+def test_about_as_many_classes_as_a_byte_has_values(classes):
+    rng = np.random.default_rng(classes)
+    truth, prediction = rng.integers(0, classes, (2, 40, 50))
+    expected = sklearn_confusion(truth.ravel(), prediction.ravel(), labels=range(classes))
+    np.testing.assert_array_equal(confusion_matrix(prediction, truth, classes, ignore_index=-1), expected)
+    small = np.uint8(truth % 250), np.uint8(prediction % 250)
+    expected = sklearn_confusion(small[0].ravel(), small[1].ravel(), labels=range(classes))
+    np.testing.assert_array_equal(confusion_matrix(small[1], small[0], classes), expected)
+
+
+@pytest.mark.parametrize("ignored", [255, -100])  # counted by OpenCV, by NumPy
+@pytest.mark.parametrize(("ids", "named"), [((7, 0), 7), ((7, 9), 7), ((256, 0), 256), ((-1, 0), -1)])
+def test_the_first_id_outside_the_classes_is_named(ignored, ids, named):
+    inside, outside = np.zeros((2, 3), dtype=np.int64), np.zeros((2, 3), dtype=np.int64)
+    outside[0, 1], outside[1, 2] = ids
+    said = f"has the id {named}, which is outside the 7 classes (0 to 6)"
+    with pytest.raises(ValueError, match=re.escape(f"prediction {said}")):
+        confusion_matrix(outside, inside, 7, ignored)
+    with pytest.raises(ValueError, match=re.escape(f"truth {said}")):
+        confusion_matrix(inside, outside, 7, ignored)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
@@ -106,8 +155,10 @@ def test_ids_outside_the_classes_are_named(dtype):
         confusion_matrix(prediction, truth, 7)
     with pytest.raises(ValueError, match="must have one shape"):
         confusion_matrix(prediction[:5], truth, 7)
-    with pytest.raises(ValueError, match="members that are no classes: sky"):
-        MeanIoU(CLASSES, groups={"large": ["sky"]})
+    with pytest.raises(ValueError, match="'large' has members that are no classes: sky, sea$"):
+        MeanIoU(CLASSES, groups={"large": ["sky", "class 1", "sea"]})
+    with pytest.raises(ValueError, match="needs at least one class, got none"):
+        MeanIoU([])
 
 
 def test_groups_of_bdd100k_fit_the_published_means():
@@ -133,6 +184,9 @@ def test_groups_from_statistics():
         pixels, np.array([1, 100, 1, 0]), np.array([0.5, 0.1, 0.02, 0]), ["road", "pole", "bus", "train"]
     )
     assert groups == {"small": ["pole"], "large": ["road", "bus"], "rare": ["bus"], "common": ["road", "pole"]}
+    # Exactly 0.3 % is common, exactly 0.5 % large; a single region has its own size.
+    edges = class_groups(np.array([994, 3, 3]), np.array([2, 4, 1]), np.array([0.01, 0.016, 0.006]), ["a", "b", "c"])
+    assert edges == {"small": ["b"], "large": ["a", "c"], "rare": [], "common": ["a", "b", "c"]}
     metric = MeanIoU(["road", "pole", "bus", "train"], groups=groups)
     truth = np.uint8([[0, 0, 1, 2]])
     result = metric.compute(predictions=[np.uint8([[0, 0, 1, 1]])], references=[truth])

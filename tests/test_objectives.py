@@ -32,6 +32,9 @@ def test_an_image_without_valid_points_adds_nothing():
     loss.backward()
     assert loss.item() == pytest.approx(dense_loss(prediction[:1], target[:1], mask[:1]).item() / 2, abs=1e-6)
     assert prediction.grad[0].abs().sum() > 0
+    mask[1, 0, 2] = True  # a single point counts as much as a whole image
+    opposite = torch.stack([target[0], -prediction[1].detach()])
+    assert dense_loss(prediction, opposite, mask).item() == pytest.approx(loss.item() + 4 / 2, abs=1e-6)
     mask[:] = False
     assert dense_loss(torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), mask).item() == 0
 
@@ -47,6 +50,22 @@ def test_pooled_loss_has_its_closed_values():
     assert pooled_loss(a, a * 5).item() == pytest.approx(0, abs=1e-6)
     assert pooled_loss(a, -a).item() == pytest.approx(4, abs=1e-6)
     assert pooled_loss(a, torch.tensor([[0.0, 2.0], [1.0, -1.0]])).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_vectors_shorter_than_eps_lose_their_weight():
+    """Lengths below 1e-6 are divided by 1e-6: two equal vectors of 3e-7 have a cosine of 0.09."""
+    a = torch.tensor([[3e-7, 0.0]])
+    assert pooled_loss(a, a).item() == pytest.approx(2 - 2 * 0.09, abs=1e-5)
+    points = a[:, :, None, None]
+    mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert dense_loss(points, points, mask).item() == pytest.approx(2 - 2 * 0.09, abs=1e-5)
+    short = torch.tensor([[0.03, 0.04]])  # an ordinary short vector is one of length 1
+    assert pooled_loss(short, short).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_feature_std_has_its_closed_value():
+    """Unit vectors (1, 0), (1, 0), (0, 1): each channel's deviation is sqrt(2) / 3."""
+    assert feature_std(torch.tensor([[5.0, 0.0], [2.0, 0.0], [0.0, 3.0]])).item() == pytest.approx(2 / 3, abs=1e-6)
 
 
 def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():

@@ -1,13 +1,15 @@
 """Random draws against torchvision, naive twins and the method's statistics."""
 
+import colorsys
 import math
 
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from modeling_poodle.geometry_poodle import apply_affine
+from modeling_poodle.geometry_poodle import apply_affine, flow_valid_mask
 from training import views
+from training.recipe import Recipe
 
 
 def generator(seed=0):
@@ -24,6 +26,12 @@ def test_colour_adjustments_equal_torchvision_image_by_image(name):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+def test_normalise_equals_torchvision():
+    images = torch.rand(2, 3, 5, 7, dtype=torch.float64, generator=generator())
+    expected = TF.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(views.normalise(images), expected, atol=1e-12, rtol=0)
+
+
 def test_blur_equals_torchvision_and_leaves_unchosen_images_alone():
     images = torch.rand(3, 3, 40, 50, generator=generator())
     sigma, apply = torch.tensor([0.1, 1.3, 2.0]), torch.tensor([True, False, True])
@@ -38,6 +46,7 @@ def test_blur_cut_at_17_taps_equals_the_long_kernel():
     image = torch.rand(1, 3, 128, 160, generator=generator())
     assert views.blur_kernel_size(512, 1024) == 17
     assert views.blur_kernel_size(128, 256) == 13
+    assert views.blur_kernel_size(50, 40) == 5 and views.blur_kernel_size(9, 90) == 3
     ours = views.gaussian_blur(image, torch.tensor([2.0]), torch.tensor([True]), 17)
     torch.testing.assert_close(ours[0], TF.gaussian_blur(image[0], [51, 51], [2.0, 2.0]), atol=1e-3, rtol=0)
 
@@ -51,6 +60,31 @@ def test_augmentation_rates_match_the_method():
     # no jitter (0.2), no grey (0.8), no blur (0.5); a blur of sigma under 0.2 changes nothing visible (0.05 of all blurs)
     assert untouched.float().mean().item() == pytest.approx(0.2 * 0.8 * (0.5 + 0.5 * 0.06), abs=0.02)
     assert 0 <= out.min() and out.max() <= 1 + 1e-6
+
+
+def test_augmentation_ranges_match_the_method():
+    n = 1000
+    # Grey and constant: only brightness changes it.
+    factor = views.photometric_augmentation(torch.full((n, 3, 8, 8), 0.4), generator(1))[:, 0, 4, 4] / 0.4
+    assert ((factor - 1).abs() > 1e-3).float().mean().item() == pytest.approx(0.8, abs=0.04)
+    assert factor.min().item() == pytest.approx(0.2, abs=0.01) and factor.max().item() == pytest.approx(1.8, abs=0.01)
+    assert factor.mean().item() == pytest.approx(1, abs=0.05)
+    # Constant and a little red, hue 0: only the shift of the hue changes that.
+    red = torch.tensor([0.45, 0.4, 0.4])[:, None, None].expand(n, 3, 8, 8).contiguous()
+    colours = views.photometric_augmentation(red, generator(2))[:, :, 4, 4]
+    coloured = colours.amax(1) - colours.amin(1) > 1e-4  # not greyscale
+    hue = torch.tensor([colorsys.rgb_to_hsv(*colour)[0] for colour in colours[coloured].tolist()])
+    hue = (hue + 0.5) % 1 - 0.5
+    assert (hue.abs() > 1e-3).float().mean().item() == pytest.approx(0.8, abs=0.04)
+    assert hue.min().item() == pytest.approx(-0.2, abs=0.01) and hue.max().item() == pytest.approx(0.2, abs=0.01)
+    # A grey point on grey: beside it a blur leaves exp(-1 / (2 sigma^2)) of what it leaves at the point, whatever the jitter.
+    point = torch.full((n, 3, 12, 12), 0.2)
+    point[:, :, 6, 6] = 0.3
+    out = views.photometric_augmentation(point, generator(3))[:, 0]
+    ratio = (out[:, 6, 7] - out[:, 1, 1]) / (out[:, 6, 6] - out[:, 1, 1])
+    sigma = (-0.5 / ratio[ratio > 0.01].log()).sqrt()  # those above 0.33
+    assert len(sigma) / n == pytest.approx(0.5 * (2 - 0.33) / (2 - 0.1), abs=0.05)
+    assert sigma.min().item() == pytest.approx(0.33, abs=0.02) and sigma.max().item() == pytest.approx(2, abs=0.02)
 
 
 def test_augmentation_is_a_function_of_the_seed():
@@ -111,7 +145,7 @@ def test_more_centres_than_cells_use_every_cell_before_repeating():
 
 
 def test_subcrop_sizes_aspects_and_areas_match_the_method():
-    height, width = 512, 1024
+    height, width = 64, 128
     out = views.draw_subcrops(torch.zeros(200, 2, 2, height, width), 6, generator())
     sizes = {}
     for who in ("student", "teacher"):
@@ -150,6 +184,36 @@ def test_matched_subcrops_follow_the_flow_with_jitter():
     assert shift[:, 0].std().item() == pytest.approx(0.1 * width / math.sqrt(12), rel=0.15)
 
 
+def test_subcrops_start_from_cells_as_large_as_a_mean_subcrop():
+    # Cells of sqrt(0.04) * 100 = 20 pixels: 50 of them. A box moved inside stays with its centre in its cell.
+    out = views.draw_subcrops(torch.zeros(4, 2, 2, 100, 200), 50, generator(), area=(0.03, 0.05))
+    centre = (out["student_boxes"][..., :2] + out["student_boxes"][..., 2:]) / 2
+    cells = (centre[..., 1] // 20) * 10 + centre[..., 0] // 20
+    assert torch.equal(cells.flatten(0, 1).sort()[0], torch.arange(50.0).expand(8, 50))
+
+
+def test_without_jitter_the_teacher_s_centre_is_where_the_flow_leads_to_the_very_edge():
+    flow = torch.zeros(100, 2, 2, 8, 16)
+    flow[:, 0, 0], flow[:, 0, 1], flow[:, 1, 0] = 3.0, -1.0, -3.0
+    out = views.draw_subcrops(flow, 4, generator(), area=(1e-5, 1e-5), jitter=0.0)
+    student, teacher = (
+        (out[f"{who}_boxes"][..., :2] + out[f"{who}_boxes"][..., 2:]) / 2 for who in ("student", "teacher")
+    )
+    target = student + flow[:, :, None, :, 0, 0]
+    frame = torch.tensor([16.0, 8.0])
+    inside = ((target > 0.05) & (target < frame - 0.05)).all(-1)
+    outside = ((target < -0.05) | (target > frame + 0.05)).any(-1)
+    assert out["matched"][inside].all() and not out["matched"][outside].any()
+    torch.testing.assert_close(teacher[inside], target[inside], atol=0.02, rtol=0)
+    torch.testing.assert_close(teacher[outside], student[outside], atol=0.02, rtol=0)
+
+
+def test_the_teacher_s_centre_is_jittered_by_a_tenth_of_the_frame():
+    out = views.draw_subcrops(torch.zeros(300, 2, 2, 20, 40), 4, generator(), area=(1e-4, 1e-4))
+    away = ((out["teacher_boxes"] - out["student_boxes"])[..., :2]).abs().amax(dim=(0, 1, 2))
+    torch.testing.assert_close(away, torch.tensor([4.0, 2.0]), atol=0.06, rtol=0)
+
+
 def test_pairs_whose_flow_leaves_the_frame_come_from_the_same_frame():
     flow = torch.full((3, 2, 2, 64, 128), 1000.0)
     out = views.draw_subcrops(flow, 5, generator())
@@ -179,3 +243,70 @@ def test_the_number_of_tries_gives_the_expected_matched_fraction():
     for tries in (1, 5):
         out = views.draw_subcrops(flow, 1, generator(), area=(0.9, 0.95), jitter=0.001, tries=tries)
         assert out["matched"].float().mean().item() == pytest.approx(1 - 0.5**tries, abs=0.03)
+    by_default = views.draw_subcrops(flow, 1, generator(), area=(0.9, 0.95), jitter=0.001)
+    assert torch.equal(by_default["matched"], out["matched"])
+
+
+# --- all together ---
+
+
+@pytest.mark.parametrize("paper", [True, False])
+def test_model_inputs_are_the_parts_in_their_order(paper):
+    recipe = Recipe(
+        crop_size=[64, 96], num_subcrops=3, subcrop_size=32, subcrop_area=[0.1, 0.2], subcrop_jitter=0.3,
+        affine_views=paper, subcrops_follow_flow=paper,
+    )  # fmt: skip
+    frames = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8, generator=generator())
+    flow = frames[:, :, :2] / 127.5 - 1  # up to a pixel each way, so that the check keeps a part
+    made = views.model_inputs({"frames": frames}, recipe, generator(5), lambda frames: frames[:, :, :2] / 127.5 - 1)
+
+    draws = generator(5)
+    images = views.photometric_augmentation(frames.flatten(0, 1) / 255, draws)
+    valid = [flow_valid_mask(flow[:, k], flow[:, 1 - k]) for k in range(2)]
+    expected = {
+        "pixel_values": TF.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).view(2, 2, 3, 64, 96),
+        "flow": flow,
+        "valid_mask": torch.stack(valid, dim=1),
+        "student_views": views.draw_views((2, 2), 64, 96, draws, paper),
+        "teacher_views": views.draw_views((2, 2), 64, 96, draws, paper),
+        **views.draw_subcrops(flow, 3, draws, (0.1, 0.2), 0.3, follow_flow=paper),
+    }
+    assert 0.1 < expected["valid_mask"].float().mean() < 0.9
+    assert list(made) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name], value, msg=name)
+
+    # The loader's flow, in half the bytes, and its mask take the place of what would be estimated.
+    mask = torch.rand(2, 2, 64, 96, generator=generator(1)) < 0.5
+    given = {"frames": frames, "flow": flow.half(), "valid_mask": mask}
+    made = views.model_inputs(given, recipe, generator(5))
+    assert made["flow"].dtype == torch.float32 and torch.equal(made["flow"], flow.half().float())
+    assert torch.equal(made["valid_mask"], mask) and torch.equal(made["student_views"], expected["student_views"])
+
+
+def test_flow_that_is_not_finite_is_zero_invalid_and_followed_by_no_subcrop():
+    flow = torch.ones(1, 2, 2, 64, 96)
+    flow[0, 0, 0], flow[0, 1, 1, :20, :32] = math.nan, math.inf
+    flow[0, 1, 0, 40:, 64:] = -math.inf
+    batch = {"frames": torch.zeros(1, 2, 3, 64, 96, dtype=torch.uint8), "flow": flow}
+    recipe = Recipe(crop_size=[64, 96], num_subcrops=3, subcrop_size=32)
+    made = views.model_inputs({**batch, "valid_mask": torch.ones(1, 2, 64, 96, dtype=torch.bool)}, recipe, generator())
+    usable = torch.ones(2, 64, 96, dtype=torch.bool)
+    usable[0], usable[1, :20, :32], usable[1, 40:, 64:] = False, False, False
+    assert torch.equal(made["valid_mask"][0], usable)
+    assert torch.equal(made["flow"], torch.where(flow.isfinite(), flow, 0.0))
+    assert not made["matched"][0, 0].any() and made["teacher_box_frames"][0, 0].eq(0).all()
+    for who in ("student", "teacher"):
+        assert made[f"{who}_boxes"].isfinite().all()
+
+
+def test_everything_is_made_on_the_device_of_the_generator():
+    """Where the default device is another one: what is made without a word of its device would not fit its neighbours."""
+    frames, flow = torch.zeros(1, 2, 3, 64, 96, dtype=torch.uint8), torch.zeros(1, 2, 2, 64, 96)
+    recipes = [
+        Recipe(crop_size=[64, 96], num_subcrops=3, subcrop_size=32, affine_views=affine, subcrops_follow_flow=affine)
+        for affine in (True, False)
+    ]
+    with torch.device("meta"):
+        made = [views.model_inputs({"frames": frames, "flow": flow}, recipe, generator()) for recipe in recipes]
+    assert {value.device.type for inputs in made for value in inputs.values()} == {"cpu"}

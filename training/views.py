@@ -127,7 +127,7 @@ def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tens
     factors.append(torch.where(jitter, uniform((n,), -0.2, 0.2, generator), 0.0))
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     # The order comes from the seed, not from a device tensor: reading one back would make the host wait.
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(generator.initial_seed()))
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(generator.initial_seed()), device="cpu")
     for index in order.tolist():
         images = operations[index](images, factors[index])
     images = torch.where(chosen(0.2)[:, None, None, None], _luma(images), images)
