@@ -19,10 +19,10 @@ def filled(values: tuple[float, ...], device=None, dtype=torch.float32) -> Tenso
     return torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
 
 
-def cell_centres(h: int, w: int, device=None, dtype=torch.float32) -> Tensor:
+def cell_centres(h: int, w: int, device=None) -> Tensor:
     """Normalised centres of an h x w grid of cells that tiles the frame. Returns (h, w, 2), x then y."""
-    y = (torch.arange(h, device=device, dtype=dtype) + 0.5) * (2 / h) - 1
-    x = (torch.arange(w, device=device, dtype=dtype) + 0.5) * (2 / w) - 1
+    y = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) * (2 / h) - 1
+    x = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) * (2 / w) - 1
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
 
 

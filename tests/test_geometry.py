@@ -65,6 +65,31 @@ def test_inverse_undoes_the_view():
     )
 
 
+def test_any_affine_map_is_applied_and_inverted():
+    """Views turn about the frame's centre; these also shift, and come as any number of maps."""
+    maps = torch.randn(3, 4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    square = torch.cat([maps, torch.tensor([0.0, 0, 1]).expand(3, 4, 1, 3)], dim=-2)
+    torch.testing.assert_close(invert_affine(maps), torch.linalg.inv(square)[..., :2, :])
+    points = torch.randn(4, 5, 2, dtype=torch.float64)
+    expected = torch.cat([points, torch.ones(4, 5, 1)], dim=-1) @ maps[0].transpose(1, 2)
+    torch.testing.assert_close(apply_affine(maps[0], points), expected)
+
+
+def test_the_frame_s_edge_is_inside():
+    assert inside(torch.tensor([[1.0, -1.0], [1.001, 0.0], [0.0, -1.001]])).tolist() == [True, False, False]
+
+
+def test_flow_in_pixels_and_maps_of_any_precision():
+    flow = torch.randn(2, 2, 3, 7, dtype=torch.float64)
+    expected = torch.stack([flow[:, 0] * 2 / 7, flow[:, 1] * 2 / 3], dim=-1)
+    torch.testing.assert_close(normalise_flow(flow), expected, atol=1e-12, rtol=0)
+    maps, points = torch.rand(2, 3, 4, 5), torch.rand(2, 6, 7, 2) * 3 - 1.5
+    for padding in ("zeros", "border"):
+        read = sample(maps.double(), points, padding)
+        assert read.dtype == torch.float64
+        torch.testing.assert_close(read.float(), sample(maps, points, padding), atol=1e-5, rtol=0)
+
+
 def test_see_through_equals_a_loop():
     images, view = torch.rand(2, 3, 12, 20), random_views(2, 12, 20)
     ours = see_through(images, view)
