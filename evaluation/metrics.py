@@ -90,11 +90,18 @@ def _raise_outside(name: str, value: int, num_classes: int) -> None:
 
 
 def scores(
-    confusion: np.ndarray, classes: Sequence[str] | None = None, groups: Mapping[str, Sequence[str]] | None = None
+    confusion: np.ndarray,
+    classes: Sequence[str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    of_truth: bool = False,
 ) -> dict:
     """
     Figures of a confusion matrix (truth, prediction). A class that occurs in neither truth nor prediction has no IoU (`None`) and
     is left out of every mean; so is, from the mean accuracy, a class without truth.
+
+    Args:
+        of_truth: a class without truth has no IoU either, so that the mean is over the same classes whatever is predicted. Elsewhere
+            (torchmetrics, the hub's mean_iou) one pixel predicted of it is a 0 in the mean.
 
     Returns:
         miou, accuracy, mean_accuracy (floats, 0 to 1, or `None` without a single pixel), per_class {name: IoU or None}, groups
@@ -104,6 +111,8 @@ def scores(
     names = [str(k) for k in range(len(confusion))] if classes is None else list(classes)
     hits, truth, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     union = truth + predicted - hits
+    if of_truth:
+        union[truth == 0] = 0
     with np.errstate(invalid="ignore", divide="ignore"):
         iou, recall = hits / union, hits / truth
     per_class = {name: None if np.isnan(value) else float(value) for name, value in zip(names, iou)}
@@ -159,9 +168,10 @@ class MeanIoU(evaluate.Metric):
         classes: names; their number is the number of classes.
         ignore_index: id in the references that is not counted.
         groups: {name: members}.
+        of_truth: average over the classes of the references alone; see [`scores`].
     """
 
-    def __init__(self, classes: Sequence[str], ignore_index: int = 255, groups=None, **kwargs):
+    def __init__(self, classes: Sequence[str], ignore_index: int = 255, groups=None, of_truth=False, **kwargs):
         if not classes:
             raise ValueError("MeanIoU needs at least one class, got none")
         for name, members in (groups or {}).items():
@@ -170,6 +180,7 @@ class MeanIoU(evaluate.Metric):
                 raise ValueError(f"group {name!r} has members that are no classes: {', '.join(unknown)}")
         super().__init__(**kwargs)
         self.classes, self.ignore_index, self.groups = list(classes), ignore_index, dict(groups or {})
+        self.of_truth = of_truth
         self.confusion = np.zeros((len(self.classes),) * 2, dtype=np.int64)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -194,6 +205,6 @@ class MeanIoU(evaluate.Metric):
         """Figures of all that was added (see [`scores`]); starts anew afterwards, as `evaluate` metrics do."""
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
-        result = scores(self.confusion, self.classes, self.groups)
+        result = scores(self.confusion, self.classes, self.groups, self.of_truth)
         self.confusion = np.zeros_like(self.confusion)
         return result

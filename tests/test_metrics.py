@@ -79,6 +79,20 @@ def test_known_answers():
     json.dumps(empty)
 
 
+def test_a_class_that_is_only_predicted():
+    truth = np.repeat(np.arange(3, dtype=np.uint8), 10)[None]
+    prediction = truth.copy()
+    prediction[0, :5] = 3  # road, five pixels of it taken for a class that is nowhere
+    classes, groups = ["road", "car", "sky", "train"], {"large": ["car", "train"]}
+    usual = MeanIoU(classes, groups=groups).compute(predictions=[prediction], references=[truth])
+    assert usual["per_class"]["train"] == 0 and usual["miou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)
+    assert usual["groups"] == {"large": 0.5}
+    fixed = MeanIoU(classes, groups=groups, of_truth=True).compute(predictions=[prediction], references=[truth])
+    assert fixed["per_class"] == {"road": 0.5, "car": 1, "sky": 1, "train": None}
+    assert fixed["miou"] == pytest.approx(2.5 / 3) and fixed["groups"] == {"large": 1}
+    assert fixed["accuracy"] == usual["accuracy"] == pytest.approx(25 / 30)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 20), width=st.integers(1, 20), classes=st.integers(1, 254))
 def test_properties(seed, height, width, classes):
