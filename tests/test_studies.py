@@ -58,7 +58,7 @@ def test_a_change_reaches_into_mappings_and_leaves_the_base_alone():
 def test_wrong_recipes_and_names_are_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'main'"):
         Study.read("mian")
-    with pytest.raises(ValueError, match="budget of main must be one of cpu, gpu, got 'tpu'"):
+    with pytest.raises(ValueError, match="budget of main must be one of cpu, cpu_long, gpu, got 'tpu'"):
         list(Study.read("main").runs("tpu", [0]))
     with pytest.raises(ValueError, match=r"\$\{POODLE_NOWHERE\}/x needs the environment variable POODLE_NOWHERE"):
         expanded(["${POODLE_NOWHERE}/x"])
