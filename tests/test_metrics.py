@@ -142,13 +142,14 @@ def test_about_as_many_classes_as_a_byte_has_values(classes):
     np.testing.assert_array_equal(confusion_matrix(prediction, truth, classes, ignore_index=-1), expected)
     small = np.uint8(truth % 250), np.uint8(prediction % 250)
     expected = sklearn_confusion(small[0].ravel(), small[1].ravel(), labels=range(classes))
-    np.testing.assert_array_equal(confusion_matrix(small[1], small[0], classes), expected)
+    for ignored in (254, 256):  # neither occurs
+        np.testing.assert_array_equal(confusion_matrix(small[1], small[0], classes, ignored), expected)
 
 
 @pytest.mark.parametrize("ignored", [255, -100])  # counted by OpenCV, by NumPy
 @pytest.mark.parametrize(("ids", "named"), [((7, 0), 7), ((7, 9), 7), ((256, 0), 256), ((-1, 0), -1)])
 def test_the_first_id_outside_the_classes_is_named(ignored, ids, named):
-    inside, outside = np.zeros((2, 3), dtype=np.int64), np.zeros((2, 3), dtype=np.int64)
+    inside, outside = np.zeros((2, 3), dtype=np.uint8), np.zeros((2, 3), dtype=np.int64)
     outside[0, 1], outside[1, 2] = ids
     said = f"has the id {named}, which is outside the 7 classes (0 to 6)"
     with pytest.raises(ValueError, match=re.escape(f"prediction {said}")):
@@ -171,7 +172,7 @@ def test_ids_outside_the_classes_are_named(dtype):
         confusion_matrix(prediction[:5], truth, 7)
     with pytest.raises(ValueError, match="'large' has members that are no classes: sky, sea$"):
         MeanIoU(CLASSES, groups={"large": ["sky", "class 1", "sea"]})
-    with pytest.raises(ValueError, match="needs at least one class, got none"):
+    with pytest.raises(ValueError, match="^MeanIoU needs at least one class, got none$"):
         MeanIoU([])
 
 

@@ -144,10 +144,15 @@ def test_more_centres_than_cells_use_every_cell_before_repeating():
     assert counts.min() == 1 and counts.max() == 2
 
 
+def test_a_frame_lower_or_narrower_than_a_cell_has_one_row_or_column_of_them():
+    low, narrow = (views.grid_centres(50, 2, *size, 50, generator()) for size in ((30, 100), (100, 30)))
+    assert ((low[..., 0] > 50).sum(-1) == 1).all() and ((narrow[..., 1] > 50).sum(-1) == 1).all()
+
+
 def test_subcrop_sizes_aspects_and_areas_match_the_method():
     height, width = 64, 128
     out = views.draw_subcrops(torch.zeros(200, 2, 2, height, width), 6, generator())
-    sizes = {}
+    sizes, aspects = {}, []
     for who in ("student", "teacher"):
         box = out[f"{who}_boxes"]
         assert box.min() >= 0 and box[..., 2].max() <= width + 1e-3 and box[..., 3].max() <= height + 1e-3
@@ -156,6 +161,8 @@ def test_subcrop_sizes_aspects_and_areas_match_the_method():
         aspect = (size[..., 0] / size[..., 1]).flatten()
         assert aspect.min() >= 0.75 - 1e-3 and aspect.max() <= 4 / 3 + 1e-3
         assert aspect.log().mean().item() == pytest.approx(0, abs=0.02)
+        aspects.append(aspect.log())
+    assert torch.corrcoef(torch.stack(aspects))[0, 1].abs() < 0.06
     assert sizes["student"].min() >= 0.05 - 1e-4 and sizes["student"].max() <= 0.3 + 1e-4
     assert sizes["student"].mean().item() == pytest.approx(0.175, abs=0.005)
     assert (sizes["teacher"] >= sizes["student"] - 1e-4).all()
