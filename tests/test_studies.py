@@ -70,6 +70,7 @@ def test_wrong_recipes_and_names_are_explained(tmp_path, monkeypatch):
 
 def test_means_and_spreads_are_those_of_the_seeds():
     assert spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0" and spread([0.1234]) == "12.3" and spread([None]) == "-"
+    assert spread([0.1, None, 0.25]) == "10.0 / 25.0"
     entry = {
         "miou": 0.5,
         "accuracy": 0.75,
@@ -79,12 +80,12 @@ def test_means_and_spreads_are_those_of_the_seeds():
     other = {**entry, "miou": 0.7, "pretraining": {"pairs_per_second": 10.0, "minutes": 4.0}}
     table = {"a": [entry, other], "b": [], "c": [entry]}
     assert markdown(table).splitlines() == [
-        "|   | seeds |        mIoU |   accuracy |      small |",
-        "| - | ----: | ----------: | ---------: | ---------: |",
-        "| a |     2 | 60.0 ± 14.1 | 75.0 ± 0.0 | 25.0 ± 0.0 |",
-        "| c |     1 |        50.0 |       75.0 |       25.0 |",
+        "|   | seeds |        mIoU |    accuracy |       small |",
+        "| - | ----: | ----------: | ----------: | ----------: |",
+        "| a |     2 | 50.0 / 70.0 | 75.0 / 75.0 | 25.0 / 25.0 |",
+        "| c |     1 |        50.0 |        75.0 |        25.0 |",
     ]
-    assert markdown(table, "per_class").splitlines()[2] == "| a |     2 | 50.0 ± 0.0 | 0.0 ± 0.0 |"
+    assert markdown(table, "per_class").splitlines()[2] == "| a |     2 | 50.0 / 50.0 | 0.0 / 0.0 |"
     assert markdown(table, cost=True).splitlines()[2].endswith("|    10.0 |     4.0 |")
 
 
@@ -136,6 +137,7 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     )
     measured = [json.loads(p.read_text()) for p in (tmp_path / "runs/measured").rglob("evaluation.json")]
     assert {round(result["miou"], 4) for result in measured} == {entry["miou"] for entry in entries.values()}
+    assert {entry["commit"] for entry in entries.values()} == {script.where()["commit"]}
     # Nothing is done again: without the launcher the second call changes nothing.
     monkeypatch.setattr(script, "launch", None)
     before = (tmp_path / "results/tiny.json").read_bytes()
@@ -143,6 +145,36 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     assert (tmp_path / "results/tiny.json").read_bytes() == before
     plot(Study.read("tiny"), "cpu", entries, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch):
+    """What `${NAME}` points to, and a command's words, are no part of a key: entries are compared with them."""
+    flow = Study.read("flow")
+    (run,) = (run for run in flow.runs("cpu", [0]) if run.variant == "unflow")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "a"))
+    first = run.weights
+    assert first is not None and first == run.weights
+    monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "b"))
+    assert run.weights != first
+    done = []
+    monkeypatch.setattr(script, "pretrained", lambda run, folder: done.append(run.variant))
+    monkeypatch.setattr(script, "measured", lambda run, *_: {"weights": run.weights} if run.weights else {})
+    monkeypatch.setattr(script, "run_command", lambda words: done.append(words[-1]) or {"result": {}})
+
+    def again() -> list[str]:
+        done.clear()
+        script.run_study(flow, "cpu", [0], None, tmp_path, tmp_path / "results")
+        return list(done)
+
+    assert again() == ["{json}", *(name for name in flow.variants for _ in flow.measures)]
+    assert again() == []
+    monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "a"))
+    assert again() == ["unflow", "unflow"]
+    flow.commands["end-point error"] = [*flow.commands["end-point error"][:-1], "--gaps", "{json}"]
+    assert again() == ["{json}"]
 
 
 def test_two_processes_may_write_the_results_of_one_study(tmp_path):

@@ -5,7 +5,7 @@ Run a study, or write what all studies found.
     python -m evaluation.studies --report
 
 A study pretrains what its recipe lists, measures it, and writes results/NAME.json. What has been measured is not measured again,
-whichever study asked for it; an interrupted run goes on. Two processes may share a study by its seeds. `--report` makes docs/results.md of all of them.
+whichever study asked for it, unless its recipe, its command or the weights of its flow network have changed; an interrupted run goes on. Two processes may share a study by its seeds. `--report` makes docs/results.md of all of them.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from evaluation.outputs import write_aside
 from evaluation.studies.report import write_page
 from evaluation.studies.study import RESULTS, Run, Study, expanded, measured_key, names, read_results, results_of
 from modeling_poodle.recipe_files import nearest, run_script, usable_cores
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path) -> None:
     for name, words in study.commands.items():
         key = f"{study.name}/{name}"
-        if key not in read_results(results):
+        if read_results(results).get(key, {}).get("command") != words[:-1]:
             record(study, results, key, {"command": words[:-1], **run_command(expanded(words))})
     if not study.variants:
         return
@@ -79,7 +80,8 @@ def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Pat
         for measure in study.measures.values():
             measure = {**measure, **run.measure}
             key = measured_key(run, measure)
-            if key not in read_results(results):
+            known = read_results(results).get(key)
+            if known is None or known.get("weights") != run.weights:
                 model = pretrained(run, folder)
                 record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
 
@@ -91,7 +93,7 @@ def record(study: Study, results: Path, key: str, entry: dict) -> None:
 
 def pretrained(run: Run, folder: Path) -> Path:
     """The folder of the run, pretrained to its end; what is there already is not done again."""
-    recipe, output_dir = expanded(run.recipe), folder / run.key
+    recipe, output_dir = expanded(run.recipe), folder / "-".join(filter(None, (run.key, run.weights)))
     if run.untrained:  # one step, for the model's config: `random:` draws its weights anew
         recipe, output_dir = {**recipe, "max_steps": 1, "warmup_steps": 0}, folder / f"{run.key}-untrained"
     finished = output_dir / "finished.json"
@@ -105,7 +107,7 @@ def pretrained(run: Run, folder: Path) -> Path:
         words += ["--resume_from_checkpoint", "latest"]
     logger.info("pretraining %s, seed %d, in %s", run.variant, run.seed, output_dir)
     launch(words, output_dir / "log.txt")
-    finished.write_text(json.dumps(summary(output_dir)))
+    write_aside(finished, json.dumps(summary(output_dir)))
     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)  # gigabytes over all runs; encoder/ and model/ stay
     return output_dir
 
@@ -130,6 +132,7 @@ def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path
     launch(["evaluation/segment.py", *words, "--output_dir", str(output_dir / "evaluation")], output_dir / "log.txt")
     result = json.loads((output_dir / "evaluation" / "evaluation.json").read_text())
     entry = {"variant": run.variant, "seed": run.seed, "budget": budget, "measure": measure, "key": run.key}
+    entry |= {"weights": run.weights} if run.weights else {}
     entry |= {name: _rounded(result[name]) for name in KEPT}
     for name in ("groups", "per_class"):
         entry[name] = {key: _rounded(value) for key, value in result[name].items()}
@@ -166,12 +169,19 @@ def where() -> dict:
         if torch.cuda.is_available()
         else f"{usable_cores()} CPU core(s), {platform.machine()}"
     )
-    return {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or None,
+    }
 
 
 def launch(words: list[str], log: Path) -> None:
     """A script of the project by `accelerate launch`; its output goes to a file, whose end is shown where it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    # One process: on a machine with several GPUs it would be one for each, and another batch.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *words]
     with open(log, "a") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -11,9 +11,9 @@ from evaluation.studies.study import Study, measured_key, names
 
 HEAD = """# Results
 
-Made by `python -m evaluation.studies --report` from the JSON files in `evaluation/studies/results/`; nothing here is typed. Each study is repeated by
-`python -m evaluation.studies NAME` (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures in per cent; with several
-seeds mean ± standard deviation. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
+Made by `python -m evaluation.studies --report` from the JSON files in `evaluation/studies/results/`; no figure of a table is typed. Each study is repeated by
+`python -m evaluation.studies NAME` (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures in per cent; of several
+seeds their mean ± standard deviation, of two both. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
 """
 
 
@@ -44,17 +44,25 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
     entries = [entry for table in tables.values() for found in table.values() for entry in found]
     if not entries:
         return [f"Budget `{budget}`: {study.budgets[budget]['about']}. *Not measured yet.*\n"]
+    own = [variant for variant in study.variants if any(table[variant] for table in tables.values())]
     dates = sorted({entry["date"] for entry in entries})
     devices = ", ".join(sorted({entry["device"] for entry in entries}))
     parts = [
         f"Budget `{budget}`: {study.budgets[budget]['about']}. {devices}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n"
     ]
+    missing = [
+        f"{variant} ({len(found)} of {len(study.seeds)} seeds)" if found else variant
+        for variant, found in next(iter(tables.values())).items()
+        if len(found) < len(study.seeds)
+    ]
+    if missing:
+        parts.append(f"*Not measured yet: {', '.join(missing)}.*\n")
     for measure, table in tables.items():
         if any(table.values()):
             parts.append(f"{measure}:\n\n{markdown(table, cost=study.cost)}\n")
             if study.per_class:
                 parts.append(f"{measure}, IoU by class:\n\n{markdown(table, 'per_class')}\n")
-    if study.plot is not None:
+    if study.plot is not None and len(own) > 1:
         parts.append(f"![{study.title}](studies/{study.name}-{budget}.png)\n")
     return parts
 
@@ -91,10 +99,10 @@ def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool =
 
 
 def spread(values: list[float | None]) -> str:
-    """Mean ± standard deviation over the seeds, per cent; of one seed the figure alone."""
+    """Mean ± standard deviation over the seeds, per cent; of one or two seeds their figures."""
     values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return percent(values[0] if values else None)
+    if len(values) < 3:
+        return " / ".join(map(percent, values)) or percent(None)
     return f"{percent(mean(values))} ± {percent(stdev(values))}"
 
 
@@ -132,8 +140,8 @@ def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> 
 
     tables = {measure: collected(study, budget, measure, results) for measure in study.measures}
     tables = {measure: table for measure, table in tables.items() if any(table.values())}
-    if not tables:
-        return
+    if not tables or sum(any(table[variant] for table in tables.values()) for variant in study.variants) < 2:
+        return path.unlink(missing_ok=True)
     shown = {
         "mIoU": lambda e: e["miou"],
         "small": lambda e: e["groups"]["small"],

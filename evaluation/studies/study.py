@@ -39,7 +39,10 @@ PRETRAINING_RECIPES = HERE.parent.parent / "training" / "recipes"
 
 @dataclass(frozen=True)
 class Run:
-    """One pretraining. `key` is made of all that it depends on, so that studies share what they have in common."""
+    """
+    One pretraining. `key` is made of what its recipe says and of the seed, so that studies share what they have in common; not of the code's
+    defaults, for which there is the commit in each entry. `weights` is the digest of the flow network that it reads, which `${NAME}` may point to.
+    """
 
     variant: str
     seed: int
@@ -52,16 +55,16 @@ class Run:
         kept = {name: value for name, value in self.recipe.items() if name not in NOT_OF_THE_RUN}
         return _digest([kept, self.seed])
 
+    @property
+    def weights(self) -> str | None:
+        if self.recipe.get("flow_model") is None:
+            return None
+        files = sorted(Path(expanded(self.recipe["flow_model"])).rglob("*.safetensors"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
-# Fields that change neither the batches nor the arithmetic.
-NOT_OF_THE_RUN = (
-    "output_dir",
-    "save_steps",
-    "save_total_limit",
-    "panel_steps",
-    "logging_steps",
-    "dataloader_num_workers",
-)
+
+# Fields that change neither the batches nor the arithmetic. The loader's workers do: each makes batches of its own videos.
+NOT_OF_THE_RUN = ("output_dir", "save_steps", "save_total_limit", "panel_steps", "logging_steps")
 
 
 def _digest(value) -> str:
