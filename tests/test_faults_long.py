@@ -132,6 +132,12 @@ def metrics_size(run: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes()[-2000:].split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def footprint(pid: int) -> tuple[int, int, int]:
     """KiB of its own, open files and threads of a process and its children; pages of files are left out, which other processes share."""
     memory = files = threads = 0
@@ -163,8 +169,8 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
         samples = []
         while process.poll() is None:
             time.sleep(1)
-            if metrics_size(tmp_path / "run") == 0:
-                continue  # it is starting
+            if not 0 < last_step(tmp_path / "run") < steps:
+                continue  # it is starting, or ending
             try:
                 samples.append(footprint(process.pid))
             except (FileNotFoundError, ProcessLookupError, IndexError):  # it is ending
