@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from training import pretrain
 from training.checkpoint_files import list_checkpoints
@@ -69,6 +71,33 @@ def at_step(monkeypatch, step: int, action) -> None:
         original(run, *args, **kwargs)
 
     monkeypatch.setattr(pretrain.Run, "accumulate", accumulate)
+
+
+def opened(monkeypatch) -> dict:
+    """Filled once a run is open, before its first step: its `model` and `optimizer` by the names of a checkpoint's tensors, and `sums`."""
+    held, original = {}, pretrain.Run.open
+
+    def open_and_look(run, checkpoint):
+        original(run, checkpoint)
+        names = {parameter: name for name, parameter in run.model.named_parameters()}
+        state = run.optimizer.state.items()
+        moments = {f"{key}.{names[p]}": value.clone() for p, values in state for key, value in values.items()}
+        held["model"] = {name: value.clone() for name, value in run.model.state_dict().items()}
+        held.update(optimizer=moments, sums=run.sums.clone())
+
+    monkeypatch.setattr(pretrain.Run, "open", open_and_look)
+    return held
+
+
+def assert_goes_on_exactly(held: dict, checkpoint: Path) -> None:
+    """What `opened` has seen is the checkpoint's, bit for bit: weights, buffers, moments and their step counts."""
+    for part in ("model", "optimizer"):
+        saved = load_file(checkpoint / f"{part}.safetensors")
+        assert held[part].keys() == saved.keys()
+        assert [name for name, value in saved.items() if not torch.equal(held[part][name], value)] == []
+    assert {name.split(".")[0] for name in saved} == {"exp_avg", "exp_avg_sq", "step"}
+    steps = {value.item() for name, value in saved.items() if name.startswith("step.")}
+    assert steps == {float(checkpoint.name.removeprefix("step-"))}
 
 
 @pytest.fixture(scope="module")

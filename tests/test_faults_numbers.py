@@ -7,7 +7,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from small_runs import EACH_STEP, MODEL, copy_of, flags, metrics, names, train, without_timings
+from small_runs import (
+    EACH_STEP,
+    MODEL,
+    assert_goes_on_exactly,
+    copy_of,
+    flags,
+    metrics,
+    names,
+    opened,
+    train,
+    without_timings,
+)
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import health, pretrain
@@ -131,7 +142,7 @@ def test_no_valid_pixel_for_long_stops_the_run(caplog):
 # --- another number of processes or workers ---
 
 
-def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tmp_path):
+def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tmp_path, monkeypatch):
     run = copy_of(whole, tmp_path)
     shutil.rmtree(run / "checkpoints" / "step-4")
     latest = (*EACH_STEP, "--resume_from_checkpoint", "latest")
@@ -147,7 +158,9 @@ def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tm
     with pytest.raises(ValueError, match=r"2 pairs a step, this one has 4 \(1 processes x 4 pairs x 1 micro-steps\)"):
         prepare_output_dir(accelerator, recipe("--per_device_train_batch_size", "4", "--resume_inexact", "true"))
     AcceleratorState._reset_state(True)
+    held = opened(monkeypatch)
     lines = without_timings(train(drives, run, *latest, *halved, "--resume_inexact", "true", steps=4))
+    assert_goes_on_exactly(held, whole / "checkpoints" / "step-3")
     before = metrics(whole)
     assert lines[:3] == before[:3]
     assert lines[3]["loss"] != before[3]["loss"]  # other pairs

@@ -8,17 +8,21 @@ import sys
 import time
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
-from small_runs import flags, metrics, names, train, without_timings
+from safetensors.torch import load_file
+from small_runs import assert_goes_on_exactly, flags, metrics, names, opened, train, without_timings
 
 from training.checkpoint_files import damage, list_checkpoints
 
 # What a rank does at its own time, and what it was told.
 SCRIPT = """
-import os, signal, sys, time
+import dataclasses, json, os, resource, signal, sys, time
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 from modeling_poodle.recipe_files import run_script
 from training import pretrain
 from training.ranks import on_all, on_main, same_on_all
@@ -56,7 +60,7 @@ def two_ranks(tmp_path, script: str, *arguments: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-def test_ranks_share_errors_and_stop_at_the_same_step(drives, tmp_path):
+def test_ranks_share_errors_and_stop_at_the_same_step(drives, tmp_path, monkeypatch):
     """One video for two ranks of two workers; rank 1 is slow, and gets the SIGTERM; one process goes on with the rest."""
     script = """
 accelerator = Accelerator(cpu=True)
@@ -65,42 +69,86 @@ note("main error", lambda: on_main(accelerator, fail(0, ValueError("no such fold
 note("all error", lambda: on_all(accelerator, fail(1, OSError(28, "No space left on device", "x"))))
 note("same", lambda: same_on_all(accelerator, "videos", 3))
 note("other", lambda: same_on_all(accelerator, "videos", f"{3 + rank} videos"))
-import json
+
+# Rank 1 sees other videos, then none; then its disk takes no byte.
+recipe = pretrain.parse_recipe(sys.argv[1:])
+def videos(*of_rank):
+    mine = dataclasses.replace(recipe, videos=[of_rank[rank]], output_dir=recipe.output_dir + "-failing")
+    return lambda: pretrain.resolve_videos(accelerator, mine)
+(video,) = recipe.videos
+note("other videos", videos(os.path.dirname(video), video))
+note("no videos", videos(video, "/nowhere"))
+failing = dataclasses.replace(recipe, output_dir=recipe.output_dir + "-failing")
+model = pretrain.build_model(accelerator, failing)
+optimizer = pretrain.build_optimizer(accelerator, failing, model)
+def save(step):
+    return pretrain.save_checkpoint(accelerator, failing, step, model, optimizer, {"sums": torch.ones(3)}).name
+note("saved", lambda: save(1))
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft if rank == 0 else 0, hard))
+note("not saved", lambda: save(2))
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def keeping_buffers(accelerator, recipe, step, model, *more, **kwargs):
+    save_file(dict(model.named_buffers()), f"{recipe.output_dir}/buffers-{step}-{rank}.safetensors")
+    return save_checkpoint(accelerator, recipe, step, model, *more, **kwargs)
+save_checkpoint, pretrain.save_checkpoint = pretrain.save_checkpoint, keeping_buffers
 print("told", json.dumps(told), flush=True)
 at_step[1, 2] = lambda: time.sleep(3)
 at_step[1, 3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
 run_script(lambda: pretrain.main(sys.argv[1:]))
 """
     video = next(drives.glob("*.mp4"))
-    run, workers = tmp_path / "run", ("--dataloader_num_workers", "2", "--save_total_limit", "9")
+    run = tmp_path / "run"
+    common = ("--save_total_limit", "9", "--save_steps", "3", "--logging_steps", "2")
+    workers = (*common, "--dataloader_num_workers", "2")
     done = two_ranks(tmp_path, script, *flags(video, run, *workers, "--per_device_train_batch_size", "1", steps=7))
     told = [json.loads(text) for text in re.findall(r"told (\{.*\})", done.stdout)]
-    assert told == 2 * [
-        {
-            "main": "7",
-            "main error": "ValueError: no such folder",
-            "all error": "OSError: [Errno 28] No space left on device: 'x'",
-            "same": "None",
-            "other": "ValueError: all processes must have the same videos, got rank 0: 3 videos; rank 1: 4 videos",
-        }
-    ]
+    assert len(told) == 2 and told[0] == told[1], done.stderr
+    seen = r"ValueError: .* the same videos, got rank 0: 2 videos, checksum \w{8}; rank 1: 1 videos, checksum \w{8}"
+    assert re.fullmatch(seen, told[0].pop("other videos"))
+    assert re.match(r"ValueError: no videos found; tried\s+/nowhere", told[0].pop("no videos"))
+    failed = told[0].pop("not saved")
+    assert re.match(r"OSError: the checkpoint of step 2 could not be written \(.*rank-1.safetensors: .*too large", failed)
+    assert os.listdir(tmp_path / "run-failing" / "checkpoints") == ["step-1"]
+    assert damage(tmp_path / "run-failing" / "checkpoints" / "step-1") is None
+    assert told[0] == {
+        "main": "7",
+        "main error": "ValueError: no such folder",
+        "all error": "OSError: [Errno 28] No space left on device: 'x'",
+        "same": "None",
+        "other": "ValueError: all processes must have the same videos, got rank 0: 3 videos; rank 1: 4 videos",
+        "saved": "'step-1'",
+    }
     assert len(re.findall(r"exitcode *: 75", done.stderr)) >= 1 and "SIGTERM: saved at step" in done.stderr, (
         done.stderr
     )
-    (name,) = names(run)
-    stopped = int(name.removeprefix("step-"))
-    assert 3 <= stopped <= 5 and [line["step"] for line in metrics(run)] == list(range(1, stopped + 1))
-    assert damage(run / "checkpoints" / name) is None
-    before, latest = metrics(run), ("--resume_from_checkpoint", "latest", "--save_total_limit", "9")
+    # The signal came in step 3: of it is the regular checkpoint, in the middle of a log window.
+    stopped = int(names(run)[-1].removeprefix("step-"))
+    assert 3 <= stopped <= 5 and names(run) == [f"step-{step}" for step in sorted({3, stopped})]
+    assert [line["step"] for line in metrics(run)] == list(range(2, stopped + 1, 2))
+    checkpoint = run / "checkpoints" / "step-3"
+    assert damage(checkpoint) is None and damage(run / "checkpoints" / names(run)[-1]) is None
+    before, third = metrics(run)[:1], ("--resume_from_checkpoint", str(checkpoint))
     AcceleratorState._reset_state(True)
     with pytest.raises(
         ValueError, match=r"run on 2 processes, this one has 1: .*--num_processes 2\), or .*inexact true"
     ):
-        train(video, run, *latest, *workers, "--per_device_train_batch_size", "1", steps=7)
+        train(video, run, *third, *workers, "--per_device_train_batch_size", "1", steps=7)
     AcceleratorState._reset_state(True)
+    held = opened(monkeypatch)
     # Two pairs on one process are as many as one on each of two.
-    after = train(video, run, *latest, "--resume_inexact", "true", "--per_device_train_batch_size", "2", steps=7)
-    assert [line["step"] for line in after] == list(range(1, 8)) and without_timings(after)[:stopped] == before
+    more = ("--resume_inexact", "true", "--per_device_train_batch_size", "2")
+    after = train(video, run, *third, *common, *more, steps=7)
+    assert [line["step"] for line in after] == [2, 4, 6, 7] and without_timings(after)[:1] == before
+    assert_goes_on_exactly(held, checkpoint)
+    first, second = (load_file(checkpoint / f"rank-{rank}.safetensors")["sums"] for rank in (0, 1))
+    assert first[0] > 0 and not torch.equal(first, second)
+    torch.testing.assert_close(held["sums"], (first + second) / 2)
+    own, other = (load_file(run / f"buffers-3-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(held["model"][name], buffer) for name, buffer in own.items())
+    means = [name for name in own if name.endswith("running_mean")]
+    assert means and not any(torch.equal(own[name], other[name]) for name in means)  # each rank's own
 
 
 def test_a_killed_rank_ends_the_other_with_the_reason(drives, tmp_path):

@@ -37,7 +37,7 @@ from training.flow_files import precomputed_epochs, read_manifest
 from training.health import Health
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
-from training.ranks import RESUMABLE_EXIT_CODE, StopSignals, on_main, same_on_all
+from training.ranks import RESUMABLE_EXIT_CODE, StopSignals, main_first, on_main, same_on_all
 from training.recipe import Recipe, RunRecipe, parse_recipe
 from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
@@ -69,21 +69,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
-    paths = []
-    cameras = [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]
-    for camera in cameras:
-        with accelerator.main_process_first():  # rank 0 renders, the others find the files there
+
+    def find() -> list[str]:
+        paths = []
+        for camera in [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]:
             paths += street_videos(camera=camera)
-    others = [source for source in recipe.videos if street_camera(source) is None]
-    if others:
-        flow_dir = getattr(recipe, "flow_dir", None)  # recipes of train_flow.py read no flow
-        pins = Path(flow_dir or recipe.output_dir, "revisions.json")
-        with accelerator.main_process_first():  # the others find the commits that rank 0 wrote down
+        others = [source for source in recipe.videos if street_camera(source) is None]
+        if others:
+            flow_dir = getattr(recipe, "flow_dir", None)  # recipes of train_flow.py read no flow
+            pins = Path(flow_dir or recipe.output_dir, "revisions.json")
             new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
             if new and accelerator.is_main_process:
                 pins.unlink(missing_ok=True)
             paths += find_videos(others, pins)
-    check_videos(paths, PairSampling.of(recipe))
+        check_videos(paths, PairSampling.of(recipe))
+        return paths
+
+    # Rank 0 renders the street and writes down commits of the Hub; the others find both there.
+    paths = main_first(accelerator, find)
     names = " ".join(paths).encode(errors="surrogateescape")  # names of files need not be UTF-8
     same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")
     return paths

@@ -42,6 +42,14 @@ def on_main(accelerator: Accelerator, action: Callable):
     return broadcast_object_list(outcome)[0] if accelerator.num_processes > 1 else outcome[0]
 
 
+def main_first(accelerator: Accelerator, action: Callable):
+    """The result of `action`, which the other ranks run after rank 0 has; an error of any rank is raised on all."""
+    found = []
+    for main in (True, False):
+        on_all(accelerator, lambda: found.append(action()) if accelerator.is_main_process is main else None)
+    return found[0]
+
+
 def same_on_all(accelerator: Accelerator, what: str, value) -> None:
     """
     Raises:
