@@ -8,7 +8,7 @@ from PIL import Image
 
 from evaluation.studies.study import read_results
 from training import subcrop_study
-from training.subcrop_study import Tally, find_objects, hits, main, same_instance
+from training.subcrop_study import NO_JITTER, OTHERS, Tally, alone, covered, find_objects, hits, main, same_instance
 
 # A road (0) that a car (1, instance 7) parts in two, a car (instance 9) that touches the first, a speck of a sign (2), and void.
 LABELS = np.zeros((12, 20), np.uint8)
@@ -16,6 +16,10 @@ LABELS[:, 6:12] = 1
 LABELS[0, 18], LABELS[11, :3] = 2, 255
 INSTANCES = np.zeros((12, 20), np.int32)
 INSTANCES[:, 6:9], INSTANCES[:, 9:12], INSTANCES[0, 18] = 7, 9, 5
+
+
+def hit_by(objects, boxes):
+    return hits(objects, covered(objects, np.array(boxes, dtype=float)))
 
 
 def test_objects_are_instances_and_components():
@@ -32,7 +36,7 @@ def test_hits_equal_a_loop_over_pixels():
     objects = find_objects(LABELS, INSTANCES)
     low = np.random.default_rng(0).uniform((-1, -1), (19, 11), (60, 2))
     boxes = np.concatenate([low, low + np.random.default_rng(1).uniform(0, 9, (60, 2))], axis=1)
-    hit = hits(objects, boxes)
+    hit = hit_by(objects, boxes)
     for row, (x0, y0, x1, y1) in enumerate(boxes):
         for number in range(1, 5):
             inside = sum(
@@ -42,7 +46,7 @@ def test_hits_equal_a_loop_over_pixels():
             assert hit[row, number] == (inside / objects.sizes[number] >= 0.1)
     assert not hit[:, 0].any() and 0.2 < hit[:, 1:].mean() < 0.8
     # 4 of 36 pixels are more than a tenth of the car, 3 are not.
-    assert hits(objects, np.array([[6.0, 0, 8, 2], [6.0, 0, 9, 1]]))[:, 3].tolist() == [True, False]
+    assert hit_by(objects, [[6.0, 0, 8, 2], [6.0, 0, 9, 1]])[:, 3].tolist() == [True, False]
 
 
 def test_the_same_instance_by_hand():
@@ -50,11 +54,38 @@ def test_the_same_instance_by_hand():
     later = find_objects(
         np.roll(LABELS, 5, axis=1), np.where(np.roll(INSTANCES, 5, axis=1) == 9, 0, np.roll(INSTANCES, 5, axis=1))
     )
-    boxes = np.array([[6.0, 0, 12, 12]] * 2)  # both cars, instances 7 and 9
-    teacher = np.array([[11.0, 0, 14, 12], [0.0, 0, 6, 12]])  # on instance 7 where it went; on the road
-    both = same_instance(hits(objects, boxes), objects, hits(later, teacher), later)
-    assert both.tolist() == [[False, False, False, True, False], [False] * 5]  # 9 is gone; the road has no identity
-    assert same_instance(hits(objects, boxes), objects, hits(objects, boxes), objects).sum(1).tolist() == [2, 2]
+    hit = hit_by(objects, [[6.0, 0, 12, 12]] * 2)  # both cars, instances 7 and 9
+    teacher = hit_by(later, [[11.0, 0, 14, 12], [0.0, 0, 6, 12]])  # on instance 7 where it went; on the road
+    shown, held = same_instance(hit, objects, teacher, later)
+    assert shown.tolist() == [[False, False, False, True, False]] * 2  # 9 is gone; the road has no identity
+    assert held.tolist() == [[False, False, False, True, False], [False] * 5]
+    assert [part.sum(1).tolist() for part in same_instance(hit, objects, hit, objects)] == [[2, 2], [2, 2]]
+
+
+# A rider (1) on his bicycle (2), one instance of 100 + 60 pixels; a person (3) of 12 and one of 40 pixels.
+CYCLIST = np.zeros((40, 40), np.uint8)
+CYCLIST[:10, :10], CYCLIST[10:16, :10], CYCLIST[20:23, :4], CYCLIST[20:30, 30:34] = 1, 2, 3, 3
+CYCLIST_INSTANCES = np.where(np.isin(CYCLIST, (1, 2)), 4, np.where(CYCLIST == 3, 5 + np.arange(40) // 20, 0))
+
+
+def test_alone_counts_by_instance_and_by_the_size_of_the_others():
+    objects = find_objects(CYCLIST, CYCLIST_INSTANCES)
+    assert objects.classes.tolist() == [-1, 0, 1, 2, 3, 3]
+    assert len(set(objects.groups)) == 5 and objects.groups[2] == objects.groups[3]
+    boxes = np.array([[0, 0, 20, 20], [0, 0, 20, 40], [0, 0, 40, 40], [20, 0, 40, 40]], dtype=float)
+    inside = covered(objects, boxes)
+    hit = hits(objects, inside) & (objects.classes > 0)
+    shares = [[0, 0, 160, 160, 0, 0], [0, 0, 160, 160, 12, 0], [0, 0, 160, 160, 12, 40], [0, 0, 0, 0, 0, 40]]
+    area = np.array([400, 800, 1600, 800])
+    for least in (0, 12 / 800, 0.0151, 40 / 1600, 0.0251, 0.2):
+        expected = [
+            [bool(pixels) and not any(p and p >= least * whole and p != pixels for p in row) for pixels in row]
+            for row, whole in zip(shares, area)
+        ]  # the sizes of the instances tell them apart
+        assert alone(objects, hit, inside, least).tolist() == expected, least
+    without = find_objects(CYCLIST)  # a rider and his bicycle are two where nothing says that they belong together
+    inside = covered(without, boxes[:1])
+    assert not alone(without, hits(without, inside) & (without.classes > 0), inside, 0).any()
 
 
 def test_tally_counts_single_objects_and_pixels():
@@ -62,29 +93,37 @@ def test_tally_counts_single_objects_and_pixels():
     tally = Tally(("road", "car", "sign"), ("car", "sign"), num_subcrops=2)
     # A set of two: one car and road, both cars; a second set: road alone, one car alone.
     boxes = np.array([[0.0, 0, 9, 12], [6.0, 0, 12, 12], [0.0, 0, 6, 12], [6.0, 0, 9, 12]])
-    hit = hits(objects, boxes)
-    tally.add_frame(LABELS, objects, hit, np.random.default_rng(0))
-    tally.add_pairs(
-        "exact", "0.5", objects, hit, same_instance(hit[[0, 3, 2, 3]], objects, hit[[0, 3, 2, 3]], objects)
-    )
+    inside = covered(objects, boxes)
+    tally.add_frame(LABELS, objects, inside)
     result = tally.result()
     assert result["subcrops_with_things"] == {"none": 0.25, "one": 0.5, "several": 0.25}
     road, car = result["classes"]["road"], result["classes"]["car"]
     assert road["pixel_share"] == round((240 - 72 - 3 - 1) / 240, 5) and car["pixel_share"] == 0.3
-    assert (road["hit"], road["hit_in_frame"], road["single_object"], road["same_instance"]) == (0.5, 1, None, None)
-    assert (car["hit"], car["hit_in_frame"], car["single_object"]) == (0.75, 1, round(2 / 3, 5))
-    assert (
-        car["same_instance"] == {"exact": {"0.5": 0.75}} and car["instances_hit"] == 4
-    )  # 3 of the 4 cars that were hit
+    assert (road["hit"], road["hit_in_frame"], road["single"], road["held_of_shown"]) == (0.5, 1, None, None)
+    assert (car["hit"], car["hit_in_frame"], car["lift"]) == (0.75, 1, 2.5)
+    assert car["single"] == [round(2 / 3, 5)] * len(OTHERS)  # the other car is half of the subcrop that hits both
+    # The chance of a random pixel is exact, with no draw.
+    assert car["random_pixel_in_frame"] == 1 - 0.7**2 and result["all_things"] is None
     assert result["classes"]["sign"]["hit"] == 0  # a speck is no object, but has its share of pixels
 
 
-def test_the_random_pixel_is_as_frequent_as_the_class():
-    tally = Tally(("road", "car", "sign"), ("car",), num_subcrops=4)
-    tally.add_frame(LABELS, find_objects(LABELS), np.zeros((40_000, 4), bool), np.random.default_rng(0))
-    for values in tally.result()["classes"].values():
-        assert values["random_pixel"] == pytest.approx(values["pixel_share"], abs=0.01)
-        assert values["random_pixel_in_frame"] == pytest.approx(1 - (1 - values["pixel_share"]) ** 4, abs=0.015)
+def test_pairs_within_a_frame_are_left_out():
+    objects = find_objects(LABELS, INSTANCES)
+    gone = find_objects(LABELS, np.where(INSTANCES == 9, 0, INSTANCES))
+    tally = Tally(("road", "car", "sign"), ("car", "sign"), num_subcrops=1)
+    boxes = [[6.0, 0, 12, 12]] * 4
+    hit = hit_by(objects, boxes)  # both cars, four times
+    teacher = hit_by(gone, [[6.0, 0, 9, 12], [0.0, 0, 5, 12], [6.0, 0, 9, 12], [6.0, 0, 9, 12]])
+    tally.add_frame(LABELS, objects, covered(objects, np.array(boxes)))
+    across, same = np.array([True, True, True, False]), np.array([True, True, False, False])
+    tally.add_pairs("dis", "0.5", objects, hit, *same_instance(hit, objects, teacher, gone), across, same)
+    result = tally.result()
+    # Three pairs across: car 7 is shown in all and held in two; of the same pairs in one of two; with car 9, gone, two of six.
+    assert result["all_things"]["dis"]["0.5"] == {
+        "held_of_shown": round(2 / 3, 5), "held_of_shown_same_pairs": 0.5, "held_of_hit": round(2 / 6, 5), "own_frame": 0.25,
+    }  # fmt: skip
+    car = result["classes"]["car"]
+    assert car["held_of_shown"] == {"dis": {"0.5": round(2 / 3, 5)}} and car["instances_counted"] == 3
 
 
 def test_on_the_street(tmp_path, capsys):
@@ -101,13 +140,29 @@ def test_on_the_street(tmp_path, capsys):
         "person",
         "pole",
     ):  # the paper's argument: small things are hit far more often than their share of pixels
-        assert result["classes"][name]["hit"] > 3 * result["classes"][name]["random_pixel"]
-    same = result["same_instance"]
-    assert set(same) == {"exact", "dis", "none"} and set(same["exact"]) == {"0.25", "1.0"}
-    assert same["exact"]["1.0"] > same["none"]["1.0"] + 0.02 and same["exact"]["0.25"] > same["exact"]["1.0"]
-    car = next(line for line in result["table"] if line[0] == "car")
-    assert result["table"][0][4:6] == ["single", "exact 0.25 s"] and len(car) == 11
-    assert car[5] == round(100 * result["classes"]["car"]["same_instance"]["exact"]["0.25"], 2)
+        assert result["classes"][name]["hit"] > 3 * result["classes"][name]["pixel_share"]
+        assert result["classes"][name]["lift"] > 3 and sorted(result["classes"][name]["single"])[0] > 0
+    pairs = result["all_things"]
+    assert list(pairs) == ["exact", "dis", "none", NO_JITTER] and list(pairs[NO_JITTER]) == ["1.0"]
+    assert set(pairs["exact"]) == {"0.25", "1.0"}
+    held = {flow: by_gap["1.0"]["held_of_shown_same_pairs"] for flow, by_gap in pairs.items()}
+    assert held[NO_JITTER] > held["exact"] > held["none"] + 0.02
+    for by_gap in pairs.values():
+        for shares in by_gap.values():
+            assert shares["held_of_hit"] <= shares["held_of_shown"]
+    assert pairs["exact"]["1.0"]["own_frame"] > pairs["none"]["1.0"]["own_frame"]
+    head, *lines = result["table"]
+    assert head[4:8] == [
+        "single, others of 10 px",
+        "single, others of 0.1 %",
+        "single, others of 0.5 %",
+        "held of shown: exact, 0.25 s",
+    ]
+    assert {len(line) for line in result["table"]} == {14}
+    rows = {line[0]: line for line in lines}
+    assert rows["car"][7] == round(100 * result["classes"]["car"]["held_of_shown"]["exact"]["0.25"], 2)
+    assert rows["car"][4] <= rows["car"][5] <= rows["car"][6]
+    assert rows["pairs within one frame, left out above"][13] == round(100 * pairs[NO_JITTER]["1.0"]["own_frame"], 2)
     assert "traffic light" in capsys.readouterr().out
     assert main([*flags, "--json", str(tmp_path / "b.json")])["classes"] == result["classes"]
 
@@ -120,11 +175,12 @@ def test_on_labels_alone(tmp_path):
         Image.fromarray(label).save(tmp_path / split / "labels" / f"{number}.png")
     flags = ["--dataset", "camvid", "--draws", "5", "--json", str(tmp_path / "out.json")]
     result = main([*flags, "--data_dir", str(tmp_path)])
-    assert result["num_subcrops"] == 2 * 5 * 4 and result["same_instance"] is None
-    assert "neither instances" in result["same_instance_note"]
+    assert result["num_subcrops"] == 2 * 5 * 4 and result["all_things"] is None
+    assert "neither instances" in result["held_note"]
     assert result["classes"]["car"]["pixel_share"] == round(400 / 4800, 5)
     assert result["classes"]["road"]["pixel_share"] == round((4800 - 400 - 600) / 4800, 5)  # void is of no class
-    assert result["classes"]["car"]["single_object"] == 1 and set(result["classes"]) == {"car", "road"}
+    assert result["classes"]["car"]["single"] == [1, 1, 1] and [len(line) for line in result["table"]] == [7, 7, 7]
+    assert set(result["classes"]) == {"car", "road"}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +207,5 @@ def test_the_kept_results_are_of_this_study():
     for name in ("street", "CamVid"):
         result = results[f"subcrops/{name}"]["result"]
         assert result["measures"] == subcrop_study.MEASURES and result["table"] == subcrop_study.table(result)
-        small = [
-            v for v in result["classes"].values() if 0 < v["pixel_share"] < 0.01 and v["single_object"] is not None
-        ]
-        assert small and all(values["hit"] > values["random_pixel"] for values in small)
+        small = [v for v in result["classes"].values() if 0 < v["pixel_share"] < 0.01 and v["single"] is not None]
+        assert small and all(values["lift"] > 1 for values in small)

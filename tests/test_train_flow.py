@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
 from training.flow_objectives import known_motion_loss
-from training.flow_quality import held_out_pairs, measure
+from training.flow_quality import build_estimator, held_out_pairs, measure
 from training.flow_quality import main as flow_quality
 from training.flow_recipe import FLOW_RECIPES, FlowRecipe, parse_flow_recipe
 from training.pretrain import main as pretrain
@@ -163,24 +163,35 @@ def test_measure_of_known_flows():
     assert frames.shape == (2, 3, 48, 96) and exact.shape == (2, 2, 48, 96) and visible.shape == (2, 48, 96)
     perfect = measure(lambda _: exact, pairs)
     assert perfect["epe_mean"] == perfect["epe_median"] == perfect["wrong"] == 0 and 0.3 < perfect["kept"] < 1
+    of_the_name = measure(build_estimator("exact"), pairs)
+    assert {**of_the_name, "ms": 0} == {**perfect, "ms": 0}
     off = measure(lambda _: exact + np.float32([[[4.0]], [[0.0]]]), pairs)
-    assert off["epe_mean"] == pytest.approx(4, rel=1e-4) and off["wrong"] == 1
+    assert off["epe_mean"] == pytest.approx(4, rel=1e-4) and off["wrong"] == off["wrong_seen"] == 1
     zero, lengths = measure(lambda _: 0 * exact, pairs), np.linalg.norm(exact, axis=1)
     assert zero["epe_mean"] == pytest.approx(lengths[visible].mean(), rel=1e-4)
     assert zero["epe_median"] == pytest.approx(np.median(lengths[visible]), rel=1e-4)
     assert zero["kept"] == 1 and zero["wrong"] == pytest.approx((lengths > 3).mean())
     assert zero["hidden"] == pytest.approx(1 - visible.mean())
+    assert zero["wrong_seen"] == pytest.approx((lengths[visible] > 3).mean()) and zero["wrong_seen"] != zero["wrong"]
+    # Wrong where the point is hidden, and nowhere else: occlusion alone.
+    there_and_back = np.zeros_like(exact)
+    there_and_back[:, 0] = np.float32([[[4]], [[-4]]])
+    occluded = measure(lambda _: there_and_back, [(frames, there_and_back * visible[:, None], visible)])
+    assert occluded["wrong"] == occluded["hidden"] > 0 and occluded["wrong_seen"] == 0
 
 
 def test_quality_of_several_flows_in_one_table(flow_run, tmp_path, capsys):
-    arguments = ["--flow", "zero", "--flow", "dis", "--flow", f"unflow:{flow_run}", "--gaps", "0.25", "--drives", "2"]
+    arguments = ["--flow", "zero", "--flow", "exact", "--flow", "dis", "--flow", f"unflow:{flow_run}"]
+    arguments += ["--gaps", "0.25", "--drives", "2"]
     flow_quality([*arguments, "--size", "64", "128", "--json", str(tmp_path / "quality.json")])
     written = json.loads((tmp_path / "quality.json").read_text())
-    zero, dis, unflow = written["results"]
-    assert [r["flow"] for r in written["results"]] == ["zero", "dis", "unflow"]
+    zero, exact, dis, unflow = written["results"]
+    assert [r["flow"] for r in written["results"]] == ["zero", "exact", "dis", "unflow"]
+    assert exact["wrong"] == 0 < dis["wrong_seen"] < dis["wrong"]
     assert dis["epe_median"] < 0.5 * zero["epe_median"] and 0 <= unflow["kept"] < 1
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 5 and f"{dis['epe_mean']:.2f}" in table[3]
+    assert len(table) == 6 and f"{dis['epe_mean']:.2f}" in table[4]
+    assert "wrong of kept and seen, %" in table[0] and f"{100 * dis['wrong_seen']:.1f}" in table[4]
     with pytest.raises(ValueError, match="--flow unflow needs its model"):
         flow_quality(["--flow", "unflow"])
     with pytest.raises(ValueError, match="did you mean 'dis'"):

@@ -5,8 +5,9 @@ What subcrops hold: how often they hit each class, whether alone, and whether th
     python -m training.subcrop_study --dataset camvid --data_dir path/to/camvid --json camvid.json
 
 A subcrop hits an object where it covers at least 10 % of its pixels (arXiv 2408.11208's rule). Beside it, the chance that a random pixel
-lies on the class. Subcrops are those of training (`draw_subcrops`) with the recipe's numbers, on whole frames; street frames have the
-recipe's crop size.
+lies on the class: the class's share of the pixels. Subcrops are those of training (`draw_subcrops`) with the recipe's numbers, on whole
+frames; street frames have the recipe's crop size. Where no try lands inside the other frame, training takes the teacher's subcrop from the
+student's own frame: such pairs are counted apart, as they hold the same in any case.
 """
 
 import argparse
@@ -35,15 +36,21 @@ CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
 CAMVID_THINGS = ("pole", "sign", "car", "pedestrian", "bicyclist")
+OTHERS = (0.0, 0.001, 0.005)  # least share of a subcrop that another thing takes up to count
 MEASURES = {
+    "pixel_share": "share of all pixels that lie on the class: the chance of a random pixel",
     "hit": "share of subcrops that hit an object of the class",
-    "random_pixel": "share of as many random pixels that lie on the class",
-    "hit_in_frame, random_pixel_in_frame": "share of frames, drawn anew with each set, in which one of its subcrops or pixels does",
-    "single_object": "of subcrops that hit a thing of the class, the share that hits no other thing",
-    "same_instance": "of instances hit by a student's subcrop, the share that the teacher's subcrop hits too, by flow and seconds",
-    "instances_hit": "number of these, at the gap with the fewest",
+    "lift": "hit by pixel_share",
+    "hit_in_frame, random_pixel_in_frame": "share of sets of a frame's subcrops or of as many random pixels of which one does; of pixels as expected",
+    "single": "of subcrops that hit a thing of the class, the share that hits no other thing which takes up this share of the subcrop; the parts of one instance (a rider and his bicycle) are no others",
+    "held_of_shown": "of instances hit by a student's subcrop whose teacher's subcrop lies in the other frame, and shown there, the share that the teacher's subcrop hits, by flow and seconds",
+    "held_of_shown_same_pairs": "the same over pairs that lie across the frames with every flow of these seconds",
+    "held_of_hit": "the same with the instances that the other frame does not show, as not held",
+    "own_frame": "share of pairs whose teacher's subcrop lies in the student's own frame, in none of the above",
+    "instances_counted": "number of instances that held_of_shown is a share of, where it is least",
 }
-FLOWS = ("exact", "dis", "none")  # none: the teacher's subcrop stays where the student's is
+NO_JITTER = "exact, no jitter"  # at the longest time only
+FLOWS = ("exact", "dis", "none", NO_JITTER)  # none: the teacher's subcrop stays where the student's is
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,19 @@ class Objects:
     Args:
         index: (H, W) int64, the object of each pixel; 0 where there is none.
         classes, sizes: (n + 1,) class and pixels of each object; of object 0, -1 and 0.
-        keys: (n + 1,) int64, what an instance is known by in all frames; -1 for objects without such identity.
+        keys: (n + 1,) int64, what an instance's pixels of a class are known by in all frames; -1 for objects without such identity.
     """
 
     index: np.ndarray
     classes: np.ndarray
     sizes: np.ndarray
     keys: np.ndarray
+
+    @property
+    def groups(self) -> np.ndarray:
+        """(n + 1,) int64, the same for the objects of one instance; objects without identity are each of their own."""
+        whole = np.where(self.keys < 0, -1 - np.arange(len(self.keys)), self.keys // 256)
+        return np.unique(whole, return_inverse=True)[1]
 
 
 def find_objects(labels: np.ndarray, instances: np.ndarray | None = None) -> Objects:
@@ -89,37 +102,61 @@ def find_objects(labels: np.ndarray, instances: np.ndarray | None = None) -> Obj
     return Objects(index, *np.array(found, np.int64).T)
 
 
-def hits(objects: Objects, boxes: np.ndarray) -> np.ndarray:
+def covered(objects: Objects, boxes: np.ndarray) -> np.ndarray:
     """
-    Which objects each box hits: it covers the centres of at least 10 % of the object's pixels.
+    The pixels of each object whose centres each box covers.
 
     Args:
         boxes: (N, 4) xyxy pixels.
 
     Returns:
-        (N, n + 1) bool; column 0, no object, is False.
+        (N, n + 1) int64; column 0 is what is covered of no object.
     """
     inside = np.zeros((len(boxes), len(objects.sizes)), np.int64)
     for row, (x0, y0, x1, y1) in enumerate(np.ceil(np.maximum(boxes, 0) - 0.5).astype(int)):
         inside[row] = np.bincount(objects.index[y0:y1, x0:x1].ravel(), minlength=len(objects.sizes))
+    return inside
+
+
+def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
+    """Which objects each box hits: it covers at least 10 % of the object's pixels. inside: of [`covered`]; column 0 is False."""
     hit = inside >= HIT_SHARE * objects.sizes
     hit[:, 0] = False
     return hit
 
 
-def same_instance(hit: np.ndarray, objects: Objects, teacher_hit: np.ndarray, teacher_objects: Objects) -> np.ndarray:
+def alone(objects: Objects, hit: np.ndarray, inside: np.ndarray, least: float) -> np.ndarray:
     """
-    Whether the teacher's subcrop hits the instance that the student's does; one that its frame does not show is not hit.
+    Which objects each box hits without another: none of another instance that takes up `least` of what the box covers.
+
+    Args:
+        hit, inside: (N, n + 1), of [`hits`], of things alone, and [`covered`].
+
+    Returns:
+        (N, n + 1) bool.
+    """
+    groups = objects.groups
+    of_group = groups[:, None] == np.arange(groups.max() + 1)  # (n + 1, groups)
+    taken = (hit * inside) @ of_group
+    large = (taken > 0) & (taken >= least * inside.sum(axis=1, keepdims=True))  # (N, groups)
+    return hit & (large.sum(axis=1, keepdims=True) == large[:, groups])
+
+
+def same_instance(
+    hit: np.ndarray, objects: Objects, teacher_hit: np.ndarray, teacher_objects: Objects
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Whether the teacher's frame shows the instance that the student's subcrop hits, and whether the teacher's subcrop hits it.
 
     Args:
         hit, teacher_hit: (N, n + 1) and (N, m + 1), from [`hits`], of the subcrops of N pairs.
 
     Returns:
-        (N, n + 1) bool: hit by both; False for objects without identity.
+        shown, held (N, n + 1) bool: False where the student's does not hit, and for objects without identity.
     """
     where = {key: column for column, key in enumerate(teacher_objects.keys) if key >= 0}
     columns = np.array([where.get(key, 0) for key in objects.keys])  # column 0 is never hit
-    return hit & teacher_hit[:, columns]
+    return hit & (columns > 0), hit & teacher_hit[:, columns]
 
 
 class Tally:
@@ -129,36 +166,44 @@ class Tally:
         self.classes, self.num_subcrops = classes, num_subcrops
         self.is_thing = np.isin(classes, things)
         n = len(classes)
-        self.pixels, self.hit, self.random, self.frame_hit, self.frame_random, self.alone = np.zeros((6, n))
+        self.pixels, self.hit, self.frame_hit, self.frame_random = np.zeros((4, n))
+        self.alone = np.zeros((len(OTHERS), n))
         self.num_pixels = self.num_crops = 0
         self.crops_by_things = np.zeros(3)  # subcrops with no, one and more things
-        self.pairs: dict[
-            tuple[str, str], np.ndarray
-        ] = {}  # (flow, gap): (2, n), instances hit by the student, and by both
+        # (flow, gap): (5, n), of pairs across the frames the instances hit, shown and held, and shown and held of the same pairs
+        self.pairs: dict[tuple[str, str], np.ndarray] = {}
+        self.own_frame: dict[tuple[str, str], np.ndarray] = {}  # (flow, gap): pairs in one frame, all pairs
 
-    def add_frame(self, labels: np.ndarray, objects: Objects, hit: np.ndarray, rng: np.random.Generator) -> None:
-        """hit: (sets * K, n + 1), the subcrops of a frame."""
-        n, k = len(self.classes), self.num_subcrops
-        self.pixels += np.bincount(labels.ravel(), minlength=256)[:n]
+    def add_frame(self, labels: np.ndarray, objects: Objects, inside: np.ndarray) -> None:
+        """inside: (sets * K, n + 1), from [`covered`], of the subcrops of a frame."""
+        n, k, hit = len(self.classes), self.num_subcrops, hits(objects, inside)
+        pixels = np.bincount(labels.ravel(), minlength=256)[:n]
+        self.pixels += pixels
         self.num_pixels += labels.size
         self.num_crops += len(hit)
-        by_class = self._by_class(hit, objects)
-        drawn = labels.ravel()[rng.integers(labels.size, size=len(hit))]
-        on_class = drawn[:, None] == np.arange(n)
-        for crops, frames, one in (
-            (self.hit, self.frame_hit, by_class > 0),
-            (self.random, self.frame_random, on_class),
-        ):
-            crops += one.sum(axis=0)
-            frames += one.reshape(-1, k, n).any(axis=1).sum(axis=0)
-        things = by_class[:, self.is_thing].sum(axis=1)
-        self.crops_by_things += np.bincount(np.minimum(things, 2), minlength=3)
-        self.alone += ((by_class > 0) & (things == 1)[:, None]).sum(axis=0)
+        on_class = self._by_class(hit, objects) > 0
+        self.hit += on_class.sum(axis=0)
+        self.frame_hit += on_class.reshape(-1, k, n).any(axis=1).sum(axis=0)
+        self.frame_random += len(hit) / k * (1 - (1 - pixels / labels.size) ** k)
+        hit_things = hit & np.append(self.is_thing, False)[objects.classes]  # class -1 is none
+        for row, least in enumerate(OTHERS):
+            single = alone(objects, hit_things, inside, least)
+            self.alone[row] += (self._by_class(single, objects) > 0).sum(axis=0)
+            if least == 0:  # all others count
+                number = hit_things.any(axis=1) * 2 - single.any(axis=1)
+                self.crops_by_things += np.bincount(number, minlength=3)
 
-    def add_pairs(self, flow: str, gap: str, objects: Objects, hit: np.ndarray, both: np.ndarray) -> None:
-        known = hit & (objects.keys >= 0)
-        counts = np.stack([self._by_class(known, objects).sum(axis=0), self._by_class(both, objects).sum(axis=0)])
+    def add_pairs(
+        self, flow: str, gap: str, objects: Objects, hit, shown, held, across: np.ndarray, same: np.ndarray
+    ) -> None:
+        """hit, shown, held: (N, n + 1), of [`hits`] and [`same_instance`]. across: (N,) bool; same: (N,), across with every flow."""
+        hit = hit & (objects.keys >= 0)
+        chosen = [hit & across[:, None], shown & across[:, None], held & across[:, None]]
+        chosen += [shown & same[:, None], held & same[:, None]]
+        counts = np.stack([self._by_class(each, objects).sum(axis=0) for each in chosen])
         self.pairs[flow, gap] = self.pairs.get((flow, gap), 0) + counts
+        fell_back = np.array([(~across).sum(), len(across)])
+        self.own_frame[flow, gap] = self.own_frame.get((flow, gap), 0) + fell_back
 
     def _by_class(self, hit: np.ndarray, objects: Objects) -> np.ndarray:
         """(N, n + 1) bool -> (N, classes) number of objects hit."""
@@ -170,27 +215,34 @@ class Tally:
         for c in np.argsort(-self.pixels, kind="stable"):
             if not self.pixels[c]:
                 continue
-            same: dict[str, dict[str, float | None]] = {}
-            for (flow, gap), (known, both) in self.pairs.items():
-                same.setdefault(flow, {})[gap] = _share(both[c], known[c])
+            held: dict[str, dict[str, float | None]] = {}
+            for (flow, gap), counts in self.pairs.items():
+                held.setdefault(flow, {})[gap] = _share(counts[2, c], counts[1, c])
+            thing = bool(self.is_thing[c])
             values[self.classes[c]] = {
                 "pixel_share": _share(self.pixels[c], self.num_pixels),
                 "hit": _share(self.hit[c], self.num_crops),
-                "random_pixel": _share(self.random[c], self.num_crops),
+                "lift": _share(self.hit[c] / self.num_crops, self.pixels[c] / self.num_pixels),
                 "hit_in_frame": _share(self.frame_hit[c], self.num_crops / k),
                 "random_pixel_in_frame": _share(self.frame_random[c], self.num_crops / k),
-                "single_object": _share(self.alone[c], self.hit[c]) if self.is_thing[c] else None,
-                "same_instance": same if self.is_thing[c] and self.pairs else None,
-                "instances_hit": int(min((known[c] for known, _ in self.pairs.values()), default=0)),
+                "single": [_share(number, self.hit[c]) for number in self.alone[:, c]] if thing else None,
+                "held_of_shown": held if thing and held else None,
+                "instances_counted": int(min((counts[1, c] for counts in self.pairs.values()), default=0)),
             }
         none, one, several = (_share(count, self.num_crops) for count in self.crops_by_things)
-        overall: dict[str, dict[str, float | None]] = {}
-        for (flow, gap), (known, both) in self.pairs.items():
-            overall.setdefault(flow, {})[gap] = _share(both.sum(), known.sum())
+        pairs: dict[str, dict[str, dict[str, float | None]]] = {}
+        for (flow, gap), counts in self.pairs.items():
+            hit, shown, held, same_shown, same_held = counts[:, self.is_thing].sum(axis=1)
+            pairs.setdefault(flow, {})[gap] = {
+                "held_of_shown": _share(held, shown),
+                "held_of_shown_same_pairs": _share(same_held, same_shown),
+                "held_of_hit": _share(held, hit),
+                "own_frame": _share(*self.own_frame[flow, gap]),
+            }
         return {
             "num_subcrops": self.num_crops,
             "subcrops_with_things": {"none": none, "one": one, "several": several},
-            "same_instance": overall or None,
+            "all_things": pairs or None,
             "classes": values,
         }
 
@@ -204,8 +256,7 @@ def study_street(
 ) -> tuple[Tally, dict]:
     """Pairs of frames of as many drives, both directions, with each flow."""
     height, width = recipe.crop_size
-    tally, rng, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), np.random.default_rng(seed), DisFlow()
-    unmatched = {}
+    tally, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), DisFlow()
     for number in range(num_frames):
         street, time = Street(seed + number, height, width, camera=camera), 1.0 + 0.37 * (number % 20)
         for place, gap in enumerate(gaps):
@@ -215,34 +266,35 @@ def study_street(
             objects = [find_objects(label, street.instances(t)) for label, t in zip(labels, times)]
             exact = np.stack([street.flow(*times)[0], street.flow(*times[::-1])[0]])
             fields = {"exact": exact, "dis": dis.estimate(frames), "none": np.zeros_like(exact)}
-            for name in FLOWS:
-                # One seed for all flows: they differ in nothing but the flow.
-                generator = torch.Generator().manual_seed((seed + number) * len(gaps) + place)
-                drawn = _draw(recipe, fields[name], draws, generator)
-                source = np.repeat([0, 1], len(drawn["student_boxes"]) // 2)
-                for own in (0, 1):
-                    mine = source == own
-                    hit = hits(objects[own], drawn["student_boxes"][mine])
-                    if name == FLOWS[0]:
-                        tally.add_frame(labels[own], objects[own], hit, rng)
-                    both = np.zeros_like(hit)
-                    for other in (0, 1):
-                        chosen = drawn["teacher_box_frames"][mine] == other
-                        held = hits(objects[other], drawn["teacher_boxes"][mine][chosen])
-                        both[chosen] = same_instance(hit[chosen], objects[own], held, objects[other])
-                    tally.add_pairs(name, str(gap), objects[own], hit, both)
-                counts = unmatched.setdefault(name, {}).setdefault(str(gap), [0, 0])
-                counts[0] += int((~drawn["matched"]).sum())
-                counts[1] += drawn["matched"].size
-    shares = {name: {gap: _share(*c) for gap, c in by_gap.items()} for name, by_gap in unmatched.items()}
-    return tally, {"height": height, "width": width, "no_try_landed_inside": shares}
+            fields |= {NO_JITTER: exact} if gap == max(gaps) else {}
+            # One seed for all flows: the student's subcrops are the same.
+            first = (seed + number) * len(gaps) + place
+            drawn = {
+                name: _draw(recipe, field, draws, torch.Generator().manual_seed(first), jitter=name != NO_JITTER)
+                for name, field in fields.items()
+            }
+            source = np.repeat([0, 1], len(drawn["exact"]["student_boxes"]) // 2)
+            across = {name: each["teacher_box_frames"] != source for name, each in drawn.items()}
+            same = np.all(list(across.values()), axis=0)
+            for own in (0, 1):
+                mine, other = source == own, objects[1 - own]
+                inside = covered(objects[own], drawn["exact"]["student_boxes"][mine])
+                tally.add_frame(labels[own], objects[own], inside)
+                hit = hits(objects[own], inside)
+                for name, each in drawn.items():
+                    teacher_hit = hits(other, covered(other, each["teacher_boxes"][mine]))
+                    shown, held = same_instance(hit, objects[own], teacher_hit, other)
+                    tally.add_pairs(name, str(gap), objects[own], hit, shown, held, across[name][mine], same[mine])
+    return tally, {"height": height, "width": width}
 
 
-def _draw(recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator) -> dict[str, np.ndarray]:
+def _draw(
+    recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jitter: bool = True
+) -> dict[str, np.ndarray]:
     """Subcrops of `draws` sets of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), those of the first frame first."""
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
-    area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
-    drawn = draw_subcrops(many, recipe.num_subcrops, generator, area, recipe.subcrop_jitter, follow_flow=follow)
+    area, follow, jitter = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow, jitter * recipe.subcrop_jitter
+    drawn = draw_subcrops(many, recipe.num_subcrops, generator, area, jitter, follow_flow=follow)
     return {name: value.transpose(0, 1).flatten(0, 2).numpy() for name, value in drawn.items()}
 
 
@@ -275,28 +327,43 @@ def _read_labels(paths: list[Path]) -> Iterator[np.ndarray]:
 
 def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tuple[Tally, dict]:
     """Labelled frames alone: no instances, no pairs."""
-    tally, rng = Tally(CAMVID_CLASSES, CAMVID_THINGS, recipe.num_subcrops), np.random.default_rng(seed)
+    tally = Tally(CAMVID_CLASSES, CAMVID_THINGS, recipe.num_subcrops)
     generator = torch.Generator().manual_seed(seed)
     for labels in _read_labels(paths):
         objects, still = find_objects(labels), np.zeros((2, 2, *labels.shape), np.float32)
         # Sets come for both frames of a pair; here both are this frame.
         boxes = _draw(recipe, still, -(-draws // 2), generator)["student_boxes"][: draws * recipe.num_subcrops]
-        tally.add_frame(labels, objects, hits(objects, boxes), rng)
+        tally.add_frame(labels, objects, covered(objects, boxes))
     height, width = labels.shape
     note = "not available: these frames have neither instances nor neighbours in time; objects are connected components of a class"
-    return tally, {"height": height, "width": width, "same_instance_note": note}
+    return tally, {"height": height, "width": width, "held_note": note}
 
 
 def table(result: dict) -> list[list[str | float | None]]:
-    """A head, and a line a class; per cent. Of flows and seconds: the share of instances that the teacher's subcrop hits too."""
-    same = result["same_instance"] or {}
-    columns = [(flow, gap) for flow, by_gap in same.items() for gap in by_gap]
-    lines = [["", "pixels", "hit", "random pixel", "single", *(f"{flow} {gap} s" for flow, gap in columns)]]
+    """A head, a line a class, and lines of all things; per cent, but for the lift."""
+    pairs = result["all_things"] or {}
+    columns = [(flow, gap) for flow, by_gap in pairs.items() for gap in by_gap]
+    single = [f"single, others of {f'{100 * least:g} %' if least else f'{MIN_PIXELS} px'}" for least in OTHERS]
+    held = [f"held of shown: {flow}, {gap} s" for flow, gap in columns]
+    lines = [["", "pixels", "hit", "lift", *single, *held]]
     for name, values in result["classes"].items():
-        shares = [values[key] for key in ("pixel_share", "hit", "random_pixel", "single_object")]
-        shares += [values["same_instance"] and values["same_instance"][flow][gap] for flow, gap in columns]
-        lines.append([name, *(None if share is None else round(100 * share, 2) for share in shares)])
+        shares = [*(values["single"] or [None] * len(OTHERS))]
+        shares += [values["held_of_shown"] and values["held_of_shown"][flow][gap] for flow, gap in columns]
+        first = [_percent(values["pixel_share"]), _percent(values["hit"]), round(values["lift"], 2)]
+        lines.append([name, *first, *map(_percent, shares)])
+    rows = {
+        "all things": "held_of_shown",
+        "all things, pairs across with every flow": "held_of_shown_same_pairs",
+        "all things, those not shown too": "held_of_hit",
+        "pairs within one frame, left out above": "own_frame",
+    }
+    for title, key in rows.items() if pairs else ():
+        lines.append([title, *[None] * 6, *(_percent(pairs[flow][gap][key]) for flow, gap in columns)])
     return lines
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else round(100 * share, 2)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -348,7 +415,7 @@ def main(arguments: list[str] | None = None) -> dict:
     path.write_text(json.dumps(result, indent=1) + "\n")
     for name, *cells in result["table"]:
         shown = ["-" if cell is None else cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
-        print(f"{name:15}" + "".join(f"{cell:>13}" for cell in shown))
+        print(f"{name:40}" + "".join(f" {cell:>12}" for cell in shown))
     print(f"\n{result['num_subcrops']} subcrops; things in one: {result['subcrops_with_things']}; written to {path}")
     return result
 
