@@ -109,7 +109,9 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     assert re.fullmatch(seen, told[0].pop("other videos"))
     assert re.match(r"ValueError: no videos found; tried\s+/nowhere", told[0].pop("no videos"))
     failed = told[0].pop("not saved")
-    assert re.match(r"OSError: the checkpoint of step 2 could not be written \(.*rank-1.safetensors: .*too large", failed)
+    assert re.match(
+        r"OSError: the checkpoint of step 2 could not be written \(.*rank-1.safetensors: .*too large", failed
+    )
     assert os.listdir(tmp_path / "run-failing" / "checkpoints") == ["step-1"]
     assert damage(tmp_path / "run-failing" / "checkpoints" / "step-1") is None
     assert told[0] == {

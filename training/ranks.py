@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -45,8 +46,13 @@ def on_main(accelerator: Accelerator, action: Callable):
 def main_first(accelerator: Accelerator, action: Callable):
     """The result of `action`, which the other ranks run after rank 0 has; an error of any rank is raised on all."""
     found = []
-    for main in (True, False):
-        on_all(accelerator, lambda: found.append(action()) if accelerator.is_main_process is main else None)
+
+    def turn(of_main: bool):
+        if accelerator.is_main_process is of_main:
+            found.append(action())
+
+    for of_main in (True, False):
+        on_all(accelerator, partial(turn, of_main))
     return found[0]
 
 
