@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 
 from modeling_poodle.locks import lock_output_dir
@@ -35,22 +36,42 @@ def make_accelerator() -> Accelerator:
 def check_output_dir(recipe) -> None:
     """
     Raises:
-        ValueError: the folder is a file, or holds another evaluation.
+        ValueError: the folder is a file, or holds an evaluation of other values, or an interrupted one that is not to be resumed.
     """
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; it must be a folder")
     saved = folder / "config.yaml"
-    if saved.exists() and recipe.resume_from_checkpoint is None and not (folder / "evaluation.json").exists():
-        raise ValueError(
-            f"output_dir {folder} holds an interrupted evaluation: go on with --resume_from_checkpoint latest, or choose another"
-        )
-    if recipe.resume_from_checkpoint and saved.exists():
-        now = recipe.to_yaml().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null")
-        if saved.read_text().replace("resume_from_checkpoint: latest", "resume_from_checkpoint: null") != now:
+    if not saved.exists():
+        return
+    changed = changed_fields(saved.read_text(encoding="utf-8"), recipe)
+    if getattr(recipe, "resume_from_checkpoint", None):
+        if changed:
             raise ValueError(
-                f"{saved} is of another evaluation; resume with its own values, or choose another output_dir"
+                f"{saved} is of another evaluation ({changed}); resume with its own values, or choose another output_dir"
             )
+    elif not (folder / "evaluation.json").exists():
+        if hasattr(recipe, "resume_from_checkpoint"):
+            raise ValueError(
+                f"output_dir {folder} holds an interrupted evaluation: go on with --resume_from_checkpoint latest, or choose another"
+            )
+    elif changed:
+        raise ValueError(
+            f"output_dir {folder} holds a finished evaluation of other values ({changed}); choose another, or delete it first"
+        )
+
+
+def changed_fields(saved: str, recipe) -> str:
+    """The fields in which a kept config.yaml is not this recipe, in words; whether it resumed is no difference."""
+    try:
+        then = yaml.safe_load(saved)
+    except yaml.YAMLError:
+        then = None
+    if not isinstance(then, dict):
+        return "its config.yaml cannot be read"
+    now = yaml.safe_load(recipe.to_yaml())
+    names = [name for name in {**now, **then} if name != "resume_from_checkpoint"]
+    return ", ".join(name for name in names if name not in then or name not in now or then[name] != now[name])
 
 
 def places(recipe, folder: Path) -> list[Path]:
@@ -67,13 +88,13 @@ def left_in(recipe, folder: Path) -> list[str]:
 
 def begin_output_dir(recipe, folder: Path) -> None:
     """
-    On the first process, once all input is checked: a finished evaluation of the same folder is replaced, and the recipe is kept.
+    On the first process, once all input is checked: a finished evaluation of the same values is replaced, and the recipe is kept.
 
     Raises:
         ValueError: another process writes there.
     """
     lock_output_dir(folder)
-    if recipe.resume_from_checkpoint is None:
+    if getattr(recipe, "resume_from_checkpoint", None) is None:
         for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
                 (place / name).unlink(missing_ok=True)

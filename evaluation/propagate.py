@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from evaluation.data import read_image
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
-from evaluation.outputs import make_accelerator, provenance, write_aside
+from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance, write_aside
 from evaluation.recipe import RECIPES
 from evaluation.report import page, palette, percent, picture
 from evaluation.video_masks import (
@@ -35,7 +35,6 @@ from evaluation.video_masks import (
     region_similarity,
     statistics,
 )
-from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
@@ -93,17 +92,15 @@ def parse_propagation(arguments: list[str] | None = None) -> PropagationRecipe:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_propagation(arguments)
+    check_output_dir(recipe)
     output_dir = Path(recipe.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {output_dir} is a file; it must be a folder")
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"propagation runs on one process, not {accelerator.num_processes}; start it with python -m")
     for name in recipe.model:  # a name that is wrong is found before anything is rendered or measured
         build(name, 1, features=recipe.features, seed=recipe.seed)
     sequences = load_sequences(recipe.dataset, recipe.data_dir, recipe.max_sequences)
-    lock_output_dir(output_dir)
-    (output_dir / "evaluation.json").unlink(missing_ok=True)  # a finished evaluation is replaced
+    begin_output_dir(recipe, output_dir)
     results, strips = [], {}
     for name in recipe.model:
         result, strips[name] = measure(accelerator.device, recipe, sequences, name)

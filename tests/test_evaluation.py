@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,17 +95,35 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     capsys.readouterr()
 
 
-def test_a_finished_evaluation_is_replaced_only_once_the_input_is_right(shapes, poodle, tmp_path):
-    main(flags(shapes, tmp_path / "run", poodle, max_steps=2))
-    other = tmp_path / "run" / "other"  # somebody else's, below
+def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_is_right(shapes, poodle, tmp_path):
+    run, model = tmp_path / "run", shutil.copytree(poodle, tmp_path / "model")
+    values = {"max_steps": 2, "save_steps": 1}
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    main(flags(shapes, run, model, **values))
+    other = run / "other"  # somebody else's, below
     main(flags(shapes, other, poodle, readout="knn"))
+    kept = files()
+    with pytest.raises(ValueError, match=r"run holds a finished evaluation of other values \(model\); choose another"):
+        main(flags(shapes, run, tmp_path / "nothing", **values))
+    with pytest.raises(ValueError, match=r"of other values \(max_steps, save_steps, readout\)"):
+        main(flags(shapes, run, model, readout="knn"))
+    moved = model.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="no such model|holds no model"):
-        main(flags(shapes, tmp_path / "run", tmp_path / "nothing", max_steps=2))
-    assert (tmp_path / "run" / "evaluation.json").is_file() and (tmp_path / "run" / "readout").is_dir()
-    main(flags(shapes, tmp_path / "run", poodle, readout="knn"))
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["readout"] == "knn"
-    assert not (tmp_path / "run" / "readout").exists()  # it was the linear one's
+        main(flags(shapes, run, model, **values))
+    moved.rename(model)
+    assert files() == kept
+    before = (run / "evaluation.json").stat().st_ino
+    (run / "readout" / "left").touch()
+    (again,) = main(flags(shapes, run, model, **values))
+    assert (run / "evaluation.json").stat().st_ino != before and not (run / "readout" / "left").exists()
+    assert again["per_class"] == json.loads(kept["evaluation.json"])["per_class"]
     assert (other / "evaluation.json").is_file()
+    (run / "config.yaml").write_text("- no recipe")
+    with pytest.raises(ValueError, match="its config.yaml cannot be read"):
+        main(flags(shapes, run, model, **values))
 
 
 def test_a_second_evaluation_in_the_folder_is_refused_until_the_first_is_gone(shapes, poodle, tmp_path):

@@ -393,10 +393,13 @@ def test_script_on_the_street(tmp_path, encoder):
     report = (tmp_path / "run/report.html").read_text()
     assert report.count("<img") == 6 and "drive-0001" in report and "<script" not in report
     # The same again, bit for bit, from what is rendered already; one model alone is the file itself.
-    again = main(["--model", str(encoder), "--dataset", "davis", "--data_dir", str(tmp_path / "street-sequences-2")]
-                 + ["--features", "stage1", "--output_dir", str(tmp_path / "run")])  # fmt: skip
-    assert again[0]["sequences"] == found[0]["sequences"]
-    assert json.loads((tmp_path / "run/evaluation.json").read_text())["model"] == str(encoder)
+    alone = ["--model", str(encoder), "--dataset", "davis", "--data_dir", str(tmp_path / "street-sequences-2")]
+    with pytest.raises(ValueError, match=r"holds a finished evaluation of other values \(model, dataset, "):
+        main([*alone, "--features", "stage1", "--output_dir", str(tmp_path / "run")])
+    for _ in range(2):
+        again = main([*alone, "--features", "stage1", "--output_dir", str(tmp_path / "alone")])
+        assert again[0]["sequences"] == found[0]["sequences"]
+    assert json.loads((tmp_path / "alone/evaluation.json").read_text())["model"] == str(encoder)
 
 
 def test_script_ends_with_a_sentence(tmp_path, encoder):
