@@ -11,7 +11,8 @@ class FileServer(ThreadingHTTPServer):
     """
     Serves the files below `folder`. `requests` holds (method, path, range header) of each request; `sent` counts body bytes;
     `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403, those in `stalled` send half a body and
-    then nothing until the server ends.
+    then nothing until the server ends. `statuses` maps paths to [status, number of answers that it is given in]; `told` maps paths to headers
+    that stand in the place of the ETag.
     """
 
     daemon_threads = True
@@ -20,6 +21,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler or FileHandler)
         self.folder, self.requests, self.sent, self.drop, self.refused = Path(folder), [], 0, 0, set()
         self.stalled, self.ended = set(), threading.Event()
+        self.statuses, self.told = {}, {}
 
     @property
     def url(self) -> str:
@@ -45,12 +47,18 @@ class FileHandler(BaseHTTPRequestHandler):
         if path in self.server.refused:
             self.reply(403, b"refused", body)  # bytes after a HEAD would be read as the next answer
             return
+        failing = self.server.statuses.get(path, [0, 0])
+        if failing[1] > 0:
+            failing[1] -= 1
+            self.reply(failing[0], b"failed", body)
+            return
         file = (self.server.folder / path.lstrip("/")).resolve()
         if not file.is_relative_to(self.server.folder.resolve()) or not file.is_file():
             self.reply(404, b"not found", body)
             return
         facts = file.stat()
-        self.send_file(file, body, ETag=f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"')
+        told = {"ETag": f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'}
+        self.send_file(file, body, **self.server.told.get(path, told))
 
     def send_file(self, file: Path, body: bool, **headers: str) -> None:
         data = file.read_bytes()

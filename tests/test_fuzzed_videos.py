@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from fuzzed_videos import (
 from training import video_files
 from training.video_decoding import Cut, UnreadableVideo, decode_cuts, index_video
 from training.video_files import MAX_PIXELS, ended_if_stuck
-from training.video_stream import PairLoader, PairSampling, generate_pairs
+from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
 WITHOUT_TIMES = {
     "h264_no_times.h264": "has no frames with time stamps",
@@ -240,6 +241,45 @@ def test_a_decoder_that_never_comes_back_ends_its_worker_and_is_named(capfd):
         logging.getLogger("poodle").removeHandler(errors)
     assert time.monotonic() - start < 30
     assert "/videos/spins.mp4: no end after 0.3 s; its loader worker ends" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 10**9])
+def test_a_worker_is_given_three_times_the_limit_of_an_opening(tmp_path, monkeypatch, size):
+    path, seconds = tmp_path / "sparse.mp4", []
+    path.touch()
+    os.truncate(path, size)
+    timer = threading.Timer
+    monkeypatch.setattr(threading, "Timer", lambda given, end: seconds.append(given) or timer(given, end))
+    with pytest.raises(UnreadableVideo):
+        next(video_pairs(str(path), SAMPLING, 0))
+    assert seconds == [3 * (60 + size / 1e7)]
+
+
+def test_an_empty_file_in_the_place_of_a_video_changes_no_pair_of_the_others(tmp_path, clips):
+    names = ["h264.mp4", "mpeg4.avi", "vp9.webm", "hevc.mp4"]
+    for name in names:
+        (tmp_path / name).write_bytes(clips[name].read_bytes())
+
+    def two_epochs() -> tuple[dict, set]:
+        loader = PairLoader([str(tmp_path / name) for name in names], SAMPLING, 1, num_workers=2)
+        pairs, skipped = {}, set()
+        try:
+            for batch in loader:
+                (path,), epoch = batch["video"], int(batch["epoch"])
+                skipped |= {path for path, _ in batch["skipped"]}
+                if epoch > 5:  # a worker may be some ahead of the other
+                    return pairs, skipped
+                if epoch < 2:
+                    pairs[path, epoch] = batch["frames"].numpy().tobytes()
+        finally:
+            loader.close()
+
+    before, skipped = two_epochs()
+    assert len(before) == 8 and not skipped
+    empty = str(tmp_path / "vp9.webm")
+    (tmp_path / "vp9.webm").write_bytes(b"")
+    after, skipped = two_epochs()
+    assert skipped == {empty} and after == {key: pair for key, pair in before.items() if key[0] != empty}
 
 
 def test_a_file_that_was_replaced_after_it_was_indexed_is_left_out(tmp_path, clips):

@@ -79,6 +79,24 @@ def test_a_stall_or_a_broken_connection_that_passes_is_survived(web, hasty):
     assert file.read(100) == whole[:100]
 
 
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_failing_server_is_asked_again_and_then_given_up(web, hasty, status):
+    whole = (web.folder / "good.mp4").read_bytes()
+    web.statuses["/good.mp4"] = failing = [status, 2 * ATTEMPTS - 1]  # a HEAD and a GET an attempt
+    assert RemoteFile(f"{web.url}/good.mp4").read() == whole and failing[1] == 0
+    failing[1] = 100
+    with pytest.raises(OSError, match=f"{status}.*, tried {ATTEMPTS} times"):
+        RemoteFile(f"{web.url}/good.mp4")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416])
+def test_a_refusal_is_not_asked_again(web, status):
+    web.statuses["/good.mp4"] = [status, 100]
+    with pytest.raises(OSError, match=r"^((?!tried).)*$"):
+        RemoteFile(f"{web.url}/good.mp4")
+    assert len(web.requests) <= 2
+
+
 def test_an_opening_as_a_whole_has_a_time_limit(web, monkeypatch):
     """However many attempts would be left."""
     monkeypatch.setattr(video_files, "REQUEST_SECONDS", 0.3)
@@ -107,6 +125,31 @@ def test_a_file_that_changes_on_its_server_is_left_out(web, hasty):
     # Between two openings.
     with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
         decode_cuts(url, index, [Cut(7, *WHOLE)])
+
+
+@pytest.mark.parametrize("sign", ["size", "ETag", "Last-Modified"])
+def test_each_sign_of_a_change_alone_is_one(web, hasty, sign):
+    url = copy(web, "changes.mp4")
+    web.told["/changes.mp4"] = told = {"Last-Modified": "Wed, 25 Nov 2026 08:00:00 GMT"}
+    if sign == "ETag":
+        told["ETag"] = '"one"'
+    index, file = index_video(url), RemoteFile(url)
+    whole = file.read()
+    if sign == "size":
+        with open(web.folder / "changes.mp4", "ab") as changed:
+            changed.write(bytes(8))
+    else:
+        told[sign] = {"ETag": '"two"', "Last-Modified": "Wed, 25 Nov 2026 08:00:01 GMT"}[sign]
+    file.file = None
+    with pytest.raises(OSError, match="has changed on its server while it was read$"):
+        file.read(1000)
+    with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
+        decode_cuts(url, index, [Cut(7, *WHOLE)])
+    # Told as before, it is the same file again.
+    (web.folder / "changes.mp4").write_bytes(whole)
+    told |= {"Last-Modified": "Wed, 25 Nov 2026 08:00:00 GMT"} | ({"ETag": '"one"'} if sign == "ETag" else {})
+    pictures, _ = decode_cuts(url, index, [Cut(7, *WHOLE)])
+    assert number_of(pictures[0]) == 7
 
 
 # --- tars ---
