@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.numpy import save
 from small_runs import flags as run_flags
 
 from training import flow_writer, pretrain
@@ -258,9 +260,35 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     assert [entry for sample in found for entry in sample["skipped"]] == [
         (str(first), f"its flow in {file} is damaged")
     ]
+    # safetensors files of others, with and without metadata, and one whose flow is shorter than its frames.
+    about = read_about_of(good)
+    short = {"flow.0": np.zeros(8, np.uint8), "flow.1": np.zeros(8, np.uint8)}
+    lies = json.dumps({**about, "crc32": [zlib.crc32(bytes(8))] * len(about["crops"])})
+    for tensors, metadata, reason in [
+        ({}, None, "its flow cannot be read (it was not written by training.flow)"),
+        ({}, {"opening": "[]"}, "its flow cannot be read (it was not written by training.flow)"),
+        ({}, {"opening": "{"}, "its flow cannot be read (Expecting property name"),
+        (
+            {},
+            {"opening": json.dumps({**about, "crc32": 3})},
+            "its flow cannot be read (it was not written by training.flow)",
+        ),
+        ({}, {"opening": json.dumps(about)}, "its flow cannot be read ("),
+        (short, {"opening": lies}, f"its flow in {file} is damaged"),
+    ]:
+        file.write_bytes(save(tensors, metadata=metadata))
+        with pytest.raises(UnreadableVideo, match=re.escape(reason)):
+            FlowFiles(out)(next(video_pairs(str(first), sampling, 0)))
+    file.write_bytes(save({}))
+    assert "is damaged (it was not written by training.flow)" in refused(own, out, *enough)
     file.write_bytes(good[:-7])
     write(own, out, "--epochs", "1")
     assert file.read_bytes() == good
+
+
+def read_about_of(opening: bytes) -> dict:
+    """The metadata in a safetensors file's header, which follows its length in 8 bytes."""
+    return json.loads(json.loads(opening[8 : 8 + int.from_bytes(opening[:8], "little")])["__metadata__"]["opening"])
 
 
 def test_epochs_that_are_missing_are_written_by_the_command_that_is_named(drives, tmp_path):

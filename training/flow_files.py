@@ -114,10 +114,10 @@ def _video_bytes(video: str) -> int | None:
 
 def _difference(about: dict, repeat: int, video: str, size, crop, times=None) -> str | None:
     """Why the flow of an opening's file is none of a pair, or `None` where it is."""
-    if about["video_bytes"] != _video_bytes(video):
-        return f"is that of another file: the video had {about['video_bytes']} bytes, it has {_video_bytes(video)}"
+    if about.get("video_bytes") != _video_bytes(video):
+        return f"is that of another file: the video had {about.get('video_bytes')} bytes, it has {_video_bytes(video)}"
     if about["size"] != list(size):
-        return f"is {about['size'][0]}x{about['size'][1]}, the pairs are {size[0]}x{size[1]}"
+        return f"is {'x'.join(map(str, about['size']))}, the pairs are {size[0]}x{size[1]}"
     if repeat >= len(about["crops"]):
         return f"is that of {len(about['crops'])} pairs an opening"
     if not np.array_equal(about["crops"][repeat], crop):
@@ -135,7 +135,15 @@ def read_about(file: Path) -> dict:
         SafetensorError, OSError, ValueError: the file is damaged, or not there.
     """
     with safe_open(file, framework="numpy") as opened:
-        return json.loads((opened.metadata() or {})["opening"])
+        return _about(opened)
+
+
+def _about(opened) -> dict:
+    about = json.loads((opened.metadata() or {}).get("opening", "null"))
+    lists = [about.get(name) for name in ("size", "crops", "times", "crc32")] if isinstance(about, dict) else [None]
+    if not all(isinstance(value, list) for value in lists) or len({len(value) for value in lists[1:]}) != 1:
+        raise ValueError("it was not written by training.flow")
+    return about
 
 
 class FlowFiles:
@@ -152,14 +160,16 @@ class FlowFiles:
         file = opening_file(self.folder, sample["epoch"], video)
         try:
             with safe_open(file, framework="numpy") as opened:
-                about = json.loads(opened.metadata()["opening"])
+                about = _about(opened)
                 difference = _difference(about, repeat, video, (height, width), sample["crop"], sample["times"])
                 if difference:
                     raise UnreadableVideo(f"its flow in {file} {difference}")
                 data, valid = opened.get_tensor(f"flow.{repeat}"), b""
                 if f"valid.{repeat}" in opened.keys():
                     valid = opened.get_tensor(f"valid.{repeat}")
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except UnreadableVideo:
+            raise
+        except (OSError, SafetensorError, ValueError) as error:
             skipped = file.with_suffix(".skipped")
             if skipped.is_file():
                 raise UnreadableVideo(f"has no flow: {skipped.read_text()}") from None
@@ -169,7 +179,10 @@ class FlowFiles:
         if len(valid):
             bits = np.unpackbits(valid, count=2 * height * width)
             sample["valid_mask"] = bits.astype(bool).reshape(2, height, width)
-        sample["flow"] = decode_flow(data, height, width)
+        try:
+            sample["flow"] = decode_flow(data, height, width)
+        except (OSError, ValueError) as error:  # of another length than it says
+            raise UnreadableVideo(f"its flow in {file} is damaged") from error
 
 
 # --- a folder ---
@@ -278,7 +291,7 @@ def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[s
             continue  # its NAME.skipped is there
         try:
             opening = read_about(file)
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): `{about['command']}` writes it anew") from error
         for repeat, pair in enumerate(pairs):
             times = [index.times[cut.number] for cut in pair] if index.exact else None

@@ -35,7 +35,8 @@ def ssim_distance(first: Tensor, second: Tensor) -> Tensor:
     """
     (1 - SSIM) / 2 of all 3x3 windows that lie inside (Wang et al. 2004), averaged over channels.
 
-    SSIM's constants are 0.01^2 and 0.003^2 of a range of 1. The second is usually 0.03^2, next to which asphalt has no texture.
+    With SSIM's luminance term, which UFlow leaves out. Its constants are 0.01^2 and 0.003^2 of a range of 1. The second is usually
+    0.03^2, next to which asphalt has no texture.
 
     Args:
         first, second: (N, C, H, W) in [0, 1].
