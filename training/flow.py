@@ -5,7 +5,6 @@ Two kinds. A *pair flow* runs in the loader's workers on one sample; a *flow mod
 """
 
 import copy
-import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,11 @@ from torchvision.models import optical_flow
 from torchvision.utils import flow_to_image
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
+from modeling_poodle.recipe_files import nearest
 from training.flow_files import FlowFiles
 from training.raft import GatedUnit, correlation_pyramid, look_up
+from training.recipe import FLOWS
 from training.street import Street
-
-NAMES = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
 
 
 class DisFlow:
@@ -276,9 +275,7 @@ def build_flow(
         return None, RaftFlow(name, weights, num_updates)
     if name == "unflow":
         return None, UnFlow(model)
-    close = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"flow must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    raise ValueError(f"flow must be one of {', '.join(FLOWS)}{nearest(name, FLOWS)}, got {name!r}")
 
 
 def flow_to_rgb(flow: Tensor) -> Tensor:
