@@ -4,9 +4,10 @@ Cost against size: time, FLOPs and memory of a step as one thing at a time is ch
     python benchmarks/cost.py --config street --per_device_train_batch_size 4
     python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 8    # on a GPU
     python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
+    python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --per_device_train_batch_size 1 --count_only
 
 Takes any flag of training/pretrain.py; the first row is that recipe as it is. Every row is a process of its own. Milliseconds are of computing
-(all threads) on a CPU, of time on a GPU.
+(all threads) on a CPU, of time on a GPU. With --count_only one step a row: its FLOPs and memory, no times.
 """
 
 import dataclasses
@@ -49,15 +50,18 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
 
 
 def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
-    contender, pairs = Contender(OurStep, recipe), recipe.per_device_train_batch_size
-    contender.ask("run", warmup)
-    median = medians(contender.ask("run", steps))
-    memory, flops = contender.ask("memory"), contender.ask("flops")
-    flow = medians(contender.ask("exact", min(3, steps)))["flow"]
+    """Of a step; with `steps` 0 without times."""
+    contender, pairs, times = Contender(OurStep, recipe), recipe.per_device_train_batch_size, {}
+    if steps:
+        contender.ask("run", warmup)
+        median = medians(contender.ask("run", steps))
+        flow = medians(contender.ask("exact", min(3, steps)))["flow"]
+        times = {"ms_a_pair": 1000 * median["step"] / pairs, "flow_ms": 1000 * flow / pairs}
+    flops = contender.ask("flops")
+    memory = contender.ask("memory")
     contender.close()
     return {
-        "ms_a_pair": 1000 * median["step"] / pairs,
-        "flow_ms": 1000 * flow / pairs,
+        **times,
         "gflops_a_pair": flops["model"] / pairs / 1e9,
         "flow_gflops": flops["flow"] / pairs / 1e9,
         "peak_gib": memory["peak_bytes"] / 2**30,
@@ -70,7 +74,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="rows that change these, beside the recipe as it is")
     parser.add_argument("--steps", type=int, default=10, help="steps that count")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--count_only", action="store_true", help="one step a row, without times")
     options, flags = parser.parse_known_args()
+    steps = 0 if options.count_only else options.steps
     recipe = parse_recipe(flags)
     wanted = variants(recipe)
     known = sorted({name for name, _, _ in wanted})
@@ -79,11 +85,12 @@ def main() -> None:
     rows = []
     for name, value, variant in wanted:
         if options.only is None or name in ("recipe", *options.only):
-            rows.append({"changed": name, "to": value, **cost(variant, options.steps, options.warmup)})
+            rows.append({"changed": name, "to": value, **cost(variant, steps, options.warmup)})
     print(
         f"{recipe.per_device_train_batch_size} pairs of {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow {recipe.flow}"
     )
-    formats = {"ms_a_pair": ".1f", "flow_ms": ".1f", "gflops_a_pair": ".1f", "flow_gflops": ".1f"}
+    times = {"ms_a_pair": ".1f", "flow_ms": ".1f"} if steps else {}
+    formats = {**times, "gflops_a_pair": ".1f", "flow_gflops": ".1f"}
     print_table(rows, {"changed": "", "to": "", **formats, "peak_gib": ".2f", "step_gib": ".2f"})
     write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
 

@@ -252,6 +252,11 @@ def test_cost_names_what_it_changes(tmp_path):
     assert [row["to"] for row in rows] == ["as it is", "4", "1"]
     # More points at which the loss is taken cost hardly any products: those of moving the points themselves.
     assert 0 < rows[2]["gflops_a_pair"] / rows[0]["gflops_a_pair"] - 1 < 0.01
+    # Counted alone: the same without times.
+    run("cost.py", "--only", "dense_stride", "--count_only", "--json", str(tmp_path / "g.json"), *SMALL)
+    counted = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [row["gflops_a_pair"] for row in counted] == [row["gflops_a_pair"] for row in rows]
+    assert not {"ms_a_pair", "flow_ms"} & counted[0].keys() < rows[0].keys()
 
 
 @pytest.mark.parametrize(
