@@ -381,12 +381,10 @@ def test_a_token_is_in_nothing_that_an_evaluation_leaves(shapes, poodle, tmp_pat
         str(shapes),
         "--readout",
         "knn",
-        "--output_dir",
-        str(tmp_path / "out"),
     ]
-    segment(["--model", str(poodle), *arguments])
+    segment(["--model", str(poodle), *arguments, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="no such model"):
-        segment(["--model", "no/such-model", *arguments])
+        segment(["--model", "no/such-model", *arguments, "--output_dir", str(tmp_path / "other")])
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) >= 3 and not any(TOKEN.encode() in path.read_bytes() for path in files)
     printed = capsys.readouterr()
