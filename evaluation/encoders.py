@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
     def _sliding(self, pixel_values: Tensor) -> Tensor:
         """Windows half overlapping, at multiples of the patch, their features averaged. Small images are padded to one window."""
-        window, patch = self.window, self.patch
+        window = self.window
         height, width = pixel_values.shape[-2:]
         pixel_values = F.pad(pixel_values, (0, max(window - width, 0), 0, max(window - height, 0)))
         tops, lefts = (self._offsets(side) for side in pixel_values.shape[-2:])
@@ -91,14 +91,15 @@ class Encoder(nn.Module):
             for left in lefts:
                 part = self.model.features(pixel_values[..., top : top + window, left : left + window])
                 if total is None:
-                    size = [side // patch for side in pixel_values.shape[-2:]]
+                    cell = window // part.shape[-1]  # pixels: a patch, or the part of one that the SDM resolves
+                    size = [side // cell for side in pixel_values.shape[-2:]]
                     total = part.new_zeros(*part.shape[:2], *size)
                     count = part.new_zeros(1, 1, *size)
-                rows = slice(top // patch, top // patch + part.shape[-2])
-                columns = slice(left // patch, left // patch + part.shape[-1])
+                rows = slice(top // cell, top // cell + part.shape[-2])
+                columns = slice(left // cell, left // cell + part.shape[-1])
                 total[..., rows, columns] += part
                 count[..., rows, columns] += 1
-        return (total / count)[..., : height // patch, : width // patch]
+        return (total / count)[..., : height // cell, : width // cell]
 
     def _offsets(self, side: int) -> list[int]:
         step = max(self.window // 2 // self.patch, 1) * self.patch

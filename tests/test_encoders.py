@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from evaluation.encoders import Encoder, build
-from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 
 # --- encoders ---
 
@@ -83,6 +83,25 @@ def test_vits_are_read_by_sliding_windows(tmp_path):
             count[left // 16 : left // 16 + 4] += 1
     torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
     assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (3, 4)  # smaller than a window: padded
+
+
+def test_the_sdm_of_a_vit_is_read_by_sliding_windows(tmp_path):
+    """Its map is finer than the patches."""
+    torch.manual_seed(0)
+    vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
+    model = PoodleModel(PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=1)).eval()
+    model.save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    assert encoder.features_name == "decoder" and encoder.inference.startswith("sliding window of 64, stride 32")
+    image = torch.rand(1, 3, 64, 112)
+    with torch.no_grad():
+        ours = encoder(image)
+        total, count = torch.zeros(1, 24, 8, 14), torch.zeros(14)
+        for left in (0, 32, 48):
+            total[..., left // 8 : left // 8 + 8] += encoder.model.features(image[..., left : left + 64])
+            count[left // 8 : left // 8 + 8] += 1
+    torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
+    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # of the 48x64 that whole patches take
 
 
 def test_timm(tmp_path):
