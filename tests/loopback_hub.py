@@ -402,6 +402,10 @@ for line in scripts:
         return Path(self.log.name).read_text()
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.process.stdin.close()  # it ends by itself, so that its coverage is counted
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.log.close()
