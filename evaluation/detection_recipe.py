@@ -22,7 +22,7 @@ class DetectionRecipe(FitRecipe):
     num_train_epochs: float = described(12, "Passes over the training images.")
     per_device_train_batch_size: int = described(2, "Images a process and step.")
     learning_rate: float = described(
-        1e-4, "Peak learning rate of AdamW; warm-up over 5 % of the steps, then a cosine to 0."
+        1e-4, "Peak learning rate of AdamW; warm-up over a twentieth of the steps, then a cosine to 0."
     )
     weight_decay: float = described(0.05, "AdamW weight decay.")
     boxes_per_image: int = described(512, "Proposals of an image that the loss of the boxes' head is taken at.")

@@ -34,7 +34,7 @@ class FitRecipe(CheckedRecipe):
     max_steps: int = described(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     per_device_train_batch_size: int = described(8, "Images a process and step.")
     learning_rate: float = described(
-        1e-2, "Peak learning rate of AdamW; warm-up over 5 % of the steps, then a cosine to 0."
+        1e-2, "Peak learning rate of AdamW; warm-up over a twentieth of the steps, then a cosine to 0."
     )
     weight_decay: float = described(1e-4, "AdamW weight decay.")
     seed: int = described(0, "Of new weights, the order of images and what is drawn in them.")

@@ -1,6 +1,7 @@
 """What the documents name is there: tests, files, and each other."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,55 @@ def test_files_of_the_map_exist():
             path = ROOT / name if folder is None or "/" in name.rstrip("/") else folder / name
             assert path.exists(), name
             folder = path.parent
+
+
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/results.md", "docs/reliability.md"),
+    *sorted(
+        str(path.relative_to(ROOT))
+        for folder in ("training", "evaluation", "benchmarks")
+        for kind in ("py", "yaml", "sh")
+        for path in (ROOT / folder).rglob(f"*.{kind}")
+    ),
+]
+TOOL = re.compile(
+    r"(?:python3? -m |python3? |launch (?:--\S+ \S+ )*|--nproc_per_node \S+ )((?:training|evaluation|benchmarks)[./]\w+(?:\.py)?)\b([^`#&]*)"
+)
+
+
+def commands_of(page: str) -> list[tuple[str, str]]:
+    """Tool and arguments of each command of a page; lines that end in a backslash are joined to the next."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"\\\n[# ]*", " ", text)
+    return [
+        (tool.removesuffix(".py").replace("/", "."), rest)
+        for line in text.splitlines()
+        for tool, rest in TOOL.findall(line)
+    ]
+
+
+def help_of(tool: str, monkeypatch, capsys) -> str:
+    monkeypatch.setattr("sys.argv", [tool, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(tool, run_name="__main__", alter_sys=True)
+    assert end.value.code in (0, None)
+    text = capsys.readouterr().out
+    # These hand what they do not know on to the recipe.
+    return text + (
+        help_of("training.pretrain", monkeypatch, capsys)
+        if tool.startswith("benchmarks") or tool in ("training.flow", "training.flow_writer")
+        else ""
+    )
+
+
+def test_every_command_of_the_documents_names_options_that_its_tool_has(monkeypatch, capsys):
+    found = [(page, *command) for page in PAGES for command in commands_of(page)]
+    assert len(found) > 100 and {"training.pretrain", "evaluation.segment", "benchmarks.step"} <= {c[1] for c in found}
+    helps, recipes = {}, {path.stem for path in (ROOT / "training/recipes").rglob("*.yaml")}
+    for page, tool, rest in found:
+        if tool not in helps:
+            helps[tool] = help_of(tool, monkeypatch, capsys)
+        for option in re.findall(r"(?<!\S)\[?(--[a-z][\w.]*)", rest):
+            assert re.search(rf"{re.escape(option)}(?![\w.])", helps[tool]), f"{page}: {tool} has no {option}"
+        for name in re.findall(r"--config (\w+)", rest):
+            assert name == "RECIPE" or name in recipes, f"{page}: no recipe {name}"
