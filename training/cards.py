@@ -6,11 +6,11 @@ import html
 import json
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from training.addresses import public_url
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
@@ -227,16 +227,7 @@ def public_source(source: str) -> str | None:
     if street_camera(source) is not None:
         return source
     if "://" in source:
-        split = urlsplit(source)
-        return urlunsplit(
-            (
-                split.scheme,
-                split.netloc.rsplit("@", 1)[-1] if split.scheme != "hf" else split.netloc,
-                split.path,
-                "",
-                "",
-            )
-        )
+        return public_url(source)
     return f"hf://datasets/{source}" if is_dataset_id(source) else None
 
 

@@ -27,6 +27,7 @@ from safetensors.numpy import save
 
 from training.schedules import count_steps
 from training.video_decoding import UnreadableVideo, is_remote
+from training.video_files import video_name
 from training.video_stream import PairLoader, PairSampling, index_video, plan_pairs
 
 FORMAT = "poodle-flow-1"
@@ -76,6 +77,7 @@ def decode_flow(data, height: int, width: int) -> np.ndarray:
 
 def opening_file(folder: str | Path, epoch: int, video: str) -> Path:
     """Where the flow of an opening is: the name is readable at its begin, and each video's own at its end."""
+    video = video_name(video)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(video).stem)[-40:].strip("-")
     digest = hashlib.blake2s(video.encode(), digest_size=8).hexdigest()
     return Path(folder, f"epoch-{epoch:04d}", f"{stem}-{digest}.safetensors")
@@ -264,7 +266,7 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
         absent = [p for p, n in names.items() if f"{n}.safetensors" not in there and f"{n}.skipped" not in there]
         if epoch == 0 and len(absent) == len(paths) and there:
             raise ValueError(
-                f"flow_dir {folder} has flow of other videos, none of {paths[0]}: pairs are drawn by a video's name, so give videos as they "
+                f"flow_dir {folder} has flow of other videos, none of {video_name(paths[0])}: pairs are drawn by a video's name, so give videos as they "
                 f"were given to `{about['command']}`"
             )
         missing += [(epoch, path) for path in absent]
@@ -272,7 +274,7 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
     if missing:
         again = f", or go through those again and again by --flow_epochs {complete}" if complete else ""
         raise ValueError(
-            f"flow_dir {folder} has {complete} whole epoch(s), {why}: {len(missing)} openings are missing, the first that of {missing[0][1]} "
+            f"flow_dir {folder} has {complete} whole epoch(s), {why}: {len(missing)} openings are missing, the first that of {video_name(missing[0][1])} "
             f"in epoch {missing[0][0]}. Write them by `{about['command']} --epochs {epochs}`{again}"
         )
 
@@ -298,5 +300,5 @@ def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[s
             difference = _difference(opening, repeat, path, sampling.crop_size, pair[0].box, times)
             if difference:
                 raise ValueError(
-                    f"the flow of {path} in {file} {difference}. Delete {folder} and write it anew by `{about['command']}`"
+                    f"the flow of {video_name(path)} in {file} {difference}. Delete {folder} and write it anew by `{about['command']}`"
                 )

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from training.addresses import without_secrets
 from training.assembly import make_accelerator
 from training.flow import build_flow
 from training.flow_files import (
@@ -39,6 +40,7 @@ from training.flow_files import (
 from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, parse_recipe
 from training.video_decoding import UnreadableVideo
+from training.video_files import video_name
 from training.video_stream import PairSampling, start_worker, video_pairs
 
 logger = logging.getLogger("poodle")
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.flow == "precomputed":
         raise ValueError("flow must name the estimator that computes what is written (--flow dis), got 'precomputed'")
     accelerator = make_accelerator(recipe)
-    folder, command = Path(options.out), ["python", "-m", "training.flow", *flags, "--out", options.out]
+    shown = [without_secrets(flag, flag) for flag in flags]
+    folder, command = Path(options.out), ["python", "-m", "training.flow", *shown, "--out", options.out]
     with accelerator.main_process_first():
         write_manifest(folder, recipe, shlex.join(command))
     paths = resolve_videos(accelerator, recipe)
@@ -234,7 +237,7 @@ def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int
             found = str(error)
     skipped = file.with_suffix(".skipped")
     if isinstance(found, str):
-        logger.warning("skipped %s: %s", path, found)
+        logger.warning("skipped %s: %s", video_name(path), found)
         write_file(skipped, found.encode())
         return 0
     write_file(file, found)

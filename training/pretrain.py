@@ -7,6 +7,7 @@ The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, ph
 both objectives, an optimizer step, and one of the teacher.
 """
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.recipe_files import run_script
+from training.addresses import public_value
 from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
@@ -43,6 +45,7 @@ from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
+from training.video_files import video_name
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos
 from training.views import model_inputs
@@ -87,7 +90,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
 
     # Rank 0 renders the street and writes down commits of the Hub; the others find both there.
     paths = main_first(accelerator, find)
-    names = " ".join(paths).encode(errors="surrogateescape")  # names of files need not be UTF-8
+    names = " ".join(map(video_name, paths)).encode(errors="surrogateescape")  # names of files need not be UTF-8
     same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")
     return paths
 
@@ -172,7 +175,8 @@ class Run:
             self.model.compile()
         self.wrapped = self.accelerator.prepare_model(self.model)
         if self.recipe.report_to != "none":
-            self.accelerator.init_trackers("poodle", config={"recipe": self.recipe.to_yaml()})
+            shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
+            self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
         logger.info(
             "%d steps of %d pairs on %d process(es), %s; %d videos",
             self.max_steps,

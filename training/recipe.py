@@ -18,6 +18,7 @@ from modeling_poodle.recipe_files import (
     read_recipe_file,
     shown,
 )
+from training.addresses import without_secrets
 from training.hub import check_repo_id
 from training.street_cameras import street_camera
 
@@ -288,12 +289,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, defaults: tuple[str, str]):
     """A recipe of `kind` from `--config` in `folder` and flags; `defaults` are for the street's videos alone, and for others."""
-    given = parse_flags(kind, arguments, about, json_fields=("model",))
-    config = given.pop("config", None)
-    if config is None:
-        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
-        config = defaults[0 if only_street else 1]
-    return kind(**{**read_recipe_file(kind, config, folder), **given})
+    try:
+        given = parse_flags(kind, arguments, about, json_fields=("model",))
+        config = given.pop("config", None)
+        if config is None:
+            only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
+            config = defaults[0 if only_street else 1]
+        return kind(**{**read_recipe_file(kind, config, folder), **given})
+    except ValueError as error:  # which shows the value that came, and YAML's errors what stands around it
+        raise ValueError(without_secrets(str(error))) from None
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.recipe_files import read_yaml_mapping
+from training.addresses import public_value
 from training.checkpoint_files import damage, list_checkpoints, replace_text
 from training.ranks import on_main
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
@@ -85,10 +86,11 @@ def _latest(output_dir: Path) -> Path | None:
 
 
 def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
-    saved = read_yaml_mapping(saved_config)
+    # A new password or signature of a URL is no other video.
+    saved, own = public_value(read_yaml_mapping(saved_config)), public_value(dataclasses.asdict(recipe))
     changed = {
         name: f"{name}: {saved.get(name)!r} in the run, {value!r} now"
-        for name, value in dataclasses.asdict(recipe).items()
+        for name, value in own.items()
         if name not in FREE_ON_RESUME and saved.get(name) != value
     }
     if recipe.resume_inexact:

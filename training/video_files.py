@@ -14,6 +14,8 @@ import av.error
 import fsspec
 import torch
 
+from training.addresses import public_url, without_secrets
+
 logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 
@@ -35,7 +37,7 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # The name of a member is its tar's word: it is only shown, and nothing in it is taken for a path, an offset or an address.
-_MEMBER = re.compile(r"(.*?\.tar)::(\d+):(\d+):", re.DOTALL)
+_MEMBER = re.compile(r"((?=https?://).*?\.tar(?:\?.*?)?|.*?\.tar)::(\d+):(\d+):", re.DOTALL)
 
 
 class UnreadableVideo(ValueError):
@@ -76,6 +78,15 @@ def time_limit(source: str) -> float:
 
 def is_remote(source: str) -> bool:
     return _REMOTE.match(source) is not None
+
+
+def video_name(source: str) -> str:
+    """
+    What a video is called where it is shown, kept or compared, and what its pairs are drawn by: its path, and of a URL [`public_url`], so
+    that a signature is in no file and a new one changes no pair.
+    """
+    member = _MEMBER.match(source)
+    return public_url(member[1]) + source[member.end(1) :] if member else public_url(source)
 
 
 class _Seekable(io.RawIOBase):
@@ -151,7 +162,7 @@ class RemoteFile(_Seekable):
                         "no answer in time" if isinstance(root, TimeoutError) else str(root) or type(root).__name__
                     )
                     tried = f", tried {attempt + 1} times" if attempt else ""
-                    raise OSError(" ".join(reason.split()) + tried) from error
+                    raise OSError(" ".join(without_secrets(reason, self.source).split()) + tried) from error
             time.sleep(pause)
 
     def read(self, size: int = -1) -> bytes:

@@ -12,9 +12,10 @@ from pathlib import Path
 import fsspec
 from huggingface_hub import HfApi, HfFileSystem
 
+from training.addresses import public_url, without_secrets
 from training.cards import is_dataset_id
 from training.hub import FAILURES, explain
-from training.video_files import RemoteFile, is_remote
+from training.video_files import RemoteFile, is_remote, video_name
 
 logger = logging.getLogger("poodle")
 EXTENSIONS = (
@@ -45,20 +46,31 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
             it began with, and written where it is not.
 
     Raises:
-        ValueError: nothing was found; lists what was tried and what came of it.
+        ValueError: nothing was found; lists what was tried and what came of it. Or two videos have one name ([`video_name`]).
     """
     known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
     commits, found, tried = dict(known), set(), []
     for source in sources:
         videos, outcome = _expand(source, commits)
         found.update(videos)
-        tried.append(f"{source}: {outcome}")
+        tried.append(f"{public_url(source)}: {outcome}")
     if not found:
         raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
+    _refuse_one_name_for_two(found)
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
         pins.write_text(json.dumps(commits, indent=1))
-    return sorted(found)
+    return sorted(found, key=video_name)  # in the same order whatever the signatures
+
+
+def _refuse_one_name_for_two(found: set[str]) -> None:
+    paths: dict[str, str] = {}
+    for path in found:
+        if paths.setdefault(video_name(path), path) != path:
+            raise ValueError(
+                f"two URLs of videos differ by their user or query alone: {video_name(path)}. Videos are known by what stands before the "
+                "query: give this one once, or two videos at paths that differ"
+            )
 
 
 def _is_video(name: str) -> bool:
@@ -109,15 +121,17 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _expand_remote(source: str) -> tuple[list[str], str]:
-    if not glob.has_magic(source):
-        if source.endswith(".tar"):
+    # At http(s) "?" begins a query, and what is in it is no pattern.
+    place = public_url(source) if source.startswith(("http://", "https://")) else source
+    if not glob.has_magic(place):
+        if place.endswith(".tar"):
             return _tar_members(source), "a tar without videos"
         return [source], "a URL"
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
     except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
-        return [], f"cannot be listed ({type(error).__name__}: {error})"
+        return [], f"cannot be listed ({type(error).__name__}: {without_secrets(str(error), source)})"
     return [
         name for name in names if _is_video(name)
     ], f"a pattern that matches {len(names)} remote files, none a video"
@@ -141,8 +155,10 @@ def _tar_members(tar: str) -> list[str]:
                 if m.isreg() and not m.issparse() and _is_video(m.name):
                     members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
     except OSError as error:
-        logger.warning("skipped %s: not a readable tar (%s)", tar, error)
+        logger.warning("skipped %s: not a readable tar (%s)", public_url(tar), error)
         return []  # not a part of them, or a run would see other videos than the next one
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        logger.warning("%s: not a whole tar (%s); the %d videos before that place are used", tar, error, len(members))
+        logger.warning(
+            "%s: not a whole tar (%s); the %d videos before that place are used", public_url(tar), error, len(members)
+        )
     return members

@@ -24,7 +24,7 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
-from training.video_files import ended_if_stuck, time_limit
+from training.video_files import ended_if_stuck, time_limit, video_name
 
 logger = logging.getLogger("poodle")
 OPENINGS_PER_SPAN = 2048
@@ -95,7 +95,7 @@ def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) 
         try:
             plan_pairs(index_video(path), sampling, 0, path)
         except UnreadableVideo as error:
-            failed.append(f"{path}: {error}")
+            failed.append(f"{video_name(path)}: {error}")
     if len(failed) == len(looked_at):
         of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
         raise ValueError(f"no usable video{of}:\n  " + "\n  ".join(failed))
@@ -104,7 +104,7 @@ def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) 
 
 def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
     """
-    Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(path), repeat).
+    Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(video_name(path)), repeat).
 
     The later frame is the one nearest to the drawn gap, never the earlier one itself unless the gap asked for is 0.
 
@@ -117,7 +117,7 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
         raise UnreadableVideo(f"is too short: {index.duration:.2f} s, the smallest frame gap is {low:g} s")
     pairs = []
     for repeat in range(sampling.pairs_per_video):
-        rng = np.random.default_rng([sampling.seed, epoch, _checksum(path), repeat])
+        rng = np.random.default_rng([sampling.seed, epoch, _checksum(video_name(path)), repeat])
         gap = rng.uniform(low, max(low, min(high, index.duration)))
         start = index.times[0] + rng.uniform(0, max(index.duration - gap, 0))
         first = _nearest(index.times, start)
@@ -156,14 +156,14 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
-    with ended_if_stuck(path, 3 * time_limit(path)):  # two openings, and as much again
+    with ended_if_stuck(video_name(path), 3 * time_limit(path)):  # two openings, and as much again
         index = index_video(path)
         pairs = plan_pairs(index, sampling, epoch, path)
         pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
     for repeat, (earlier, _) in enumerate(pairs):
         yield {
             "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
-            "video": path,
+            "video": video_name(path),
             "times": np.array(times[2 * repeat : 2 * repeat + 2]),
             "epoch": epoch,
             "repeat": repeat,
@@ -204,7 +204,8 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None
 
 
 def _shown(path: str) -> str:
-    return path if path.isprintable() else ascii(path)[1:-1]
+    name = video_name(path)
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 _NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
@@ -216,7 +217,7 @@ _REPORTED: dict[str, str] = {}
 
 def _note(path: str) -> None:
     if _NOTES:
-        _NOTES[0].value = path.encode(errors="surrogateescape")[-_NOTE_BYTES + 1 :]
+        _NOTES[0].value = video_name(path).encode(errors="surrogateescape")[-_NOTE_BYTES + 1 :]
 
 
 def collate(samples: list[dict]) -> dict:
@@ -359,8 +360,8 @@ class PairLoader:
             "num_workers": self.num_workers,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
-            "paths": _checksum("\n".join(self.paths)),
-            "first_path": self.paths[0],
+            "paths": _checksum("\n".join(map(video_name, self.paths))),
+            "first_path": video_name(self.paths[0]),
             "estimator": self.estimator,
             "loader": None if self._loader is None else self._loader.state_dict(),
         }
@@ -421,5 +422,5 @@ def _first_reason(paths: Sequence[str], sampling: PairSampling) -> str:
         try:
             plan_pairs(index_video(path), sampling, 0, path)
         except UnreadableVideo as error:
-            return f"{path}: {error}"
+            return f"{video_name(path)}: {error}"
     return "frames that could not be decoded"

@@ -1,0 +1,44 @@
+"""URLs as logs, errors and files may show them: without user, password and query, which can be secrets."""
+
+import re
+
+# The second kind of user: a password with a "/", "?" or "#" in it makes no valid URL, and is a secret all the same.
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*@|[^/?#:@\[]*:(?!\d*(?:[/?#]|\Z)).*@)?(.*)",
+    re.DOTALL,
+)
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
+
+
+def public_url(source: str) -> str:
+    """
+    A URL without user, password, query and fragment; any other text as it is. Twice is as once.
+
+    Beyond http(s) "@" and "?" mean other things too (a container, a revision, one character of a pattern): what is left out there is a user
+    with a password, and a query with a "=".
+    """
+    found = _URL.fullmatch(source)
+    if found is None:
+        return source
+    scheme, user, place = found[1], found[2] or "", found[3]
+    if scheme.lower() in ("http", "https"):
+        return f"{scheme}://{re.split('[?#]', place, maxsplit=1)[0]}"
+    if ":" in user and scheme not in ("hf", "github"):  # github://ORGANISATION:REPOSITORY@REVISION/PATH
+        user = ""
+    return f"{scheme}://{user}{re.split(r'[?][^/?=]*=', place, maxsplit=1)[0]}"
+
+
+def public_value(value):
+    """What JSON or YAML holds, such as a recipe's fields, with its URLs as of [`public_url`]."""
+    if isinstance(value, dict):
+        return {name: public_value(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public_value(item) for item in value]
+    return public_url(value) if isinstance(value, str) else value
+
+
+def without_secrets(text: str, url: str = "") -> str:
+    """A text, such as another library's error, with all URLs in it as of [`public_url`]; `url` is one that may hold spaces or quotes."""
+    if url:
+        text = text.replace(url, public_url(url))
+    return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)
