@@ -1,11 +1,12 @@
 """
-When precomputed flow pays: milliseconds to compute, to write and to read the flow of a pair, both directions, and its bytes.
+When precomputed flow pays: milliseconds to decode a pair, to compute, write and read its flow, both directions, and its bytes.
 
     python benchmarks/precomputed.py                                                  # DIS on the street, 128x256 and 512x1024
     python benchmarks/precomputed.py --videos path/to/videos --raft raft_large        # and RAFT, on the device
 
-Milliseconds are processor time of this one process, of RAFT on a GPU time; files are read from the page cache. `passes`: how often a run must go
-through the pairs that were written until writing and reading them costs less than computing them each time, (compute + write) / (compute - read).
+Milliseconds are processor time of this one process, of RAFT on a GPU time; files are read from the page cache. `passes`: how often runs must go
+through the pairs that were written until writing and reading them costs less than computing them each time: the writer decodes every pair once
+more, so (decode + compute + write) / (compute - read).
 `mb_a_second`: what storage must deliver for each core that would compute otherwise (for RAFT: for the device), bytes / (compute - read); below it
 reading takes longer than computing. RAFT without `--flow_weights` has random weights: its time is right, and size, writing and reading are those of DIS.
 """
@@ -31,17 +32,21 @@ from training.video_stream import PairSampling, video_pairs
 SIZES = ((128, 256), (512, 1024))
 
 
-def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[list[dict]]:
-    """Pairs of two an opening, of the first videos, then of their next epochs."""
+def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[tuple[list[dict], float]]:
+    """Pairs of two an opening, of the first videos, then of their next epochs, and the seconds that they took."""
     sampling = PairSampling(size, (1.0, 1.25), None, (0.5, 1.5), pairs_per_video=2)
-    count = max(1, pairs // 2)
-    return [list(video_pairs(paths[n % len(paths)], sampling, n // len(paths))) for n in range(count)]
+    groups = []
+    for n in range(max(1, pairs // 2)):
+        began = time.process_time()
+        samples = list(video_pairs(paths[n % len(paths)], sampling, n // len(paths)))
+        groups.append((samples, time.process_time() - began))
+    return groups
 
 
-def keep(groups: list[list[dict]], folder: Path, compute) -> dict[str, float]:
-    """Medians over openings of milliseconds a pair to compute, write and read, and KiB."""
+def keep(groups: list[tuple[list[dict], float]], folder: Path, compute) -> dict[str, float]:
+    """Medians over openings of milliseconds a pair to decode, compute, write and read, and KiB."""
     rows, reader = [], FlowFiles(folder)
-    for samples in groups:
+    for samples, decoding in groups:
         marks = [time.process_time()]
         for sample in samples:
             compute(sample)
@@ -52,16 +57,17 @@ def keep(groups: list[list[dict]], folder: Path, compute) -> dict[str, float]:
         for sample in samples:
             reader(sample)
         marks.append(time.process_time())
-        seconds = dict(zip(("compute_ms", "write_ms", "read_ms"), (b - a for a, b in zip(marks, marks[1:]))))
+        parts = [decoding, *(b - a for a, b in zip(marks, marks[1:]))]
+        seconds = dict(zip(("decode_ms", "compute_ms", "write_ms", "read_ms"), parts))
         rows.append(
             {**{name: 1000 * s / len(samples) for name, s in seconds.items()}, "kib": size / len(samples) / 1024}
         )
     return medians(rows[1:] or rows)  # the first also opens the libraries
 
 
-def raft_ms(module: RaftFlow, groups: list[list[dict]], device: torch.device, repeats: int) -> float:
+def raft_ms(module: RaftFlow, groups: list[tuple[list[dict], float]], device: torch.device, repeats: int) -> float:
     """The fastest of `repeats` calls on one pair after one."""
-    frames, seconds, now = torch.from_numpy(groups[0][0]["frames"])[None].to(device), [], Clock(device).now
+    frames, seconds, now = torch.from_numpy(groups[0][0][0]["frames"])[None].to(device), [], Clock(device).now
     for _ in range(repeats + 1):
         began = now()
         module(frames)
@@ -75,7 +81,8 @@ def paying(row: dict) -> dict:
     saved = row["compute_ms"] - row["read_ms"]
     if saved <= 0:
         return {**row, "passes": None, "mb_a_second": None}  # never
-    return {**row, "passes": (row["compute_ms"] + row["write_ms"]) / saved, "mb_a_second": row["kib"] * 1.024 / saved}
+    writing = row["decode_ms"] + row["compute_ms"] + row["write_ms"]
+    return {**row, "passes": writing / saved, "mb_a_second": row["kib"] * 1.024 / saved}
 
 
 def main() -> None:
@@ -107,7 +114,14 @@ def main() -> None:
                     row = {**row, **keep(groups, Path(folder, "raft"), compute)}
                 time_of = raft_ms(module, groups, device, options.repeats)
                 rows.append(paying({**row, "flow": f"{options.raft}, {options.flow_updates}", "compute_ms": time_of}))
-    formats = {"compute_ms": ".1f", "write_ms": ".1f", "read_ms": ".1f", "kib": ".0f", "passes": ".2f"}
+    formats = {
+        "decode_ms": ".1f",
+        "compute_ms": ".1f",
+        "write_ms": ".1f",
+        "read_ms": ".1f",
+        "kib": ".0f",
+        "passes": ".2f",
+    }
     print_table(rows, {"size": "", "flow": "", **formats, "mb_a_second": ".1f"})
     write_json(options.json, {"rows": rows})
 

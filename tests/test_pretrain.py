@@ -14,7 +14,9 @@ from small_runs import MODEL, RESNET, flags, train
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from modeling_poodle import PoodleForPreTraining, PoodleModel
+from training.assembly import computes_in_bfloat16, make_accelerator
 from training.pretrain import main
+from training.recipe import Recipe
 from training.schedules import teacher_momentum
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -211,6 +213,19 @@ def test_tensorboard_through_accelerate(drives, tmp_path):
     reader.Reload()
     values = [event.value for event in reader.Scalars("loss")]
     assert values == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_bfloat16_that_a_processor_does_not_have_is_a_warning(tmp_path, monkeypatch, caplog, capability, slow):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    for bf16 in (True, False):
+        caplog.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        make_accelerator(Recipe(output_dir=str(tmp_path), bf16=bf16))
+        assert any("this processor has no AVX-512" in m for m in caplog.messages) == (bf16 and slow)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert computes_in_bfloat16()
 
 
 def test_a_tracker_that_is_not_installed_is_refused(drives, tmp_path, monkeypatch):

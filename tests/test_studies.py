@@ -147,8 +147,9 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch):
+def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog):
     """What `${NAME}` points to, and a command's words, are no part of a key: entries are compared with them."""
+    caplog.set_level("INFO", "poodle")
     flow = Study.read("flow")
     (run,) = (run for run in flow.runs("cpu", [0]) if run.variant == "unflow")
     for name in "ab":
@@ -172,7 +173,12 @@ def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch):
     assert again() == ["{json}", *(name for name in flow.variants for _ in flow.measures)]
     assert again() == []
     monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "a"))
-    assert again() == ["unflow", "unflow"]
+    assert again() == ["{json}", "unflow", "unflow"]
+    monkeypatch.delenv("POODLE_FLOW")  # what was measured stands; only what was not needs the variable
+    assert again() == [] and "not compared with what was measured: unflow:${POODLE_FLOW} needs" in caplog.text
+    with pytest.raises(ValueError, match="needs the environment variable POODLE_FLOW"):
+        script.run_study(flow, "cpu", [0], None, tmp_path, tmp_path / "elsewhere")
+    monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "a"))
     flow.commands["end-point error"] = [*flow.commands["end-point error"][:-1], "--gaps", "{json}"]
     assert again() == ["{json}"]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import platform
 import warnings
 from datetime import timedelta
 
@@ -15,6 +16,8 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.loading_poodle import load_encoder
 from modeling_poodle.recipe_files import usable_cores
 from training.recipe import Recipe, RunRecipe
+
+logger = logging.getLogger("poodle")
 
 
 def make_accelerator(recipe: RunRecipe) -> Accelerator:
@@ -48,10 +51,22 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("httpx", "httpx2"):  # the Hub client's, by its version
         logging.getLogger(name).setLevel(logging.WARNING)
+    if recipe.bf16 and accelerator.device.type == "cpu" and not computes_in_bfloat16():
+        logger.warning(
+            "bf16: this processor has no AVX-512 and computes bfloat16 about ten times as slowly as float32; leave it out"
+        )
     warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
     transformers.utils.logging.disable_progress_bar()
     set_seed(recipe.seed)  # the same weights on every rank
     return accelerator
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether bfloat16 convolutions are no slower than float32 ones here: on x86 oneDNN has none below AVX-512, and ATen's own are slow."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() not in (
+        "DEFAULT",
+        "AVX2",
+    )
 
 
 def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:

@@ -26,7 +26,17 @@ import yaml
 
 from evaluation.outputs import write_aside
 from evaluation.studies.report import write_page
-from evaluation.studies.study import RESULTS, Run, Study, expanded, measured_key, names, read_results, results_of
+from evaluation.studies.study import (
+    RESULTS,
+    Run,
+    Study,
+    expanded,
+    measured_key,
+    names,
+    read_results,
+    results_of,
+    weights_of,
+)
 from modeling_poodle.recipe_files import nearest, run_script, usable_cores
 
 logger = logging.getLogger("poodle")
@@ -70,8 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
 def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path) -> None:
     for name, words in study.commands.items():
         key = f"{study.name}/{name}"
-        if read_results(results).get(key, {}).get("command") != words[:-1]:
-            record(study, results, key, {"command": words[:-1], **run_command(expanded(words))})
+        known = read_results(results).get(key)
+        if known is None or known["command"] != words[:-1] or other_weights(name, known, words):
+            weights = weights_of(words)
+            entry = {
+                "command": words[:-1],
+                **({"weights": weights} if weights else {}),
+                **run_command(expanded(words)),
+            }
+            record(study, results, key, entry)
     if not study.variants:
         return
     for run in study.runs(budget, seeds):
@@ -81,9 +98,18 @@ def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Pat
             measure = {**measure, **run.measure}
             key = measured_key(run, measure)
             known = read_results(results).get(key)
-            if known is None or known.get("weights") != run.weights:
+            if known is None or other_weights(run.variant, known, run.flow_words):
                 model = pretrained(run, folder)
                 record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
+
+
+def other_weights(name: str, known: dict, words: list[str]) -> bool:
+    """Whether a figure is of other weights than those that `${NAME}` leads to now; where it is unset, what was measured stands."""
+    try:
+        return known.get("weights") != weights_of(words)
+    except ValueError as error:
+        logger.info("%s: not compared with what was measured: %s", name, error)
+        return False
 
 
 def record(study: Study, results: Path, key: str, entry: dict) -> None:

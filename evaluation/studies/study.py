@@ -56,11 +56,24 @@ class Run:
         return _digest([kept, self.seed])
 
     @property
+    def flow_words(self) -> list[str]:
+        return [self.recipe.get("flow_model") or ""]
+
+    @property
     def weights(self) -> str | None:
-        if self.recipe.get("flow_model") is None:
-            return None
-        files = sorted(Path(expanded(self.recipe["flow_model"])).rglob("*.safetensors"))
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+        return weights_of(self.flow_words)
+
+
+def weights_of(words: list[str]) -> str | None:
+    """
+    Digest of the models in the folders that `${NAME}` leads to in `words` (`ESTIMATOR:${NAME}` too); None where it leads to none.
+
+    Raises:
+        ValueError: an unset variable.
+    """
+    folders = [Path(expanded(word).rpartition(":")[2]) for word in words if "${" in word]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else None
 
 
 # Fields that change neither the batches nor the arithmetic. The loader's workers do: each makes batches of its own videos.
