@@ -152,17 +152,21 @@ def test_on_the_street(tmp_path, capsys):
             assert shares["held_of_hit"] <= shares["held_of_shown"]
     assert pairs["exact"]["1.0"]["own_frame"] > pairs["none"]["1.0"]["own_frame"]
     head, *lines = result["table"]
-    assert head[4:8] == [
+    assert head[4:11] == [
+        "hit in 6",
+        "in 6 pixels",
         "single, others of 10 px",
         "single, others of 0.1 %",
         "single, others of 0.5 %",
+        "instances",
         "held of shown: exact, 0.25 s",
     ]
-    assert {len(line) for line in result["table"]} == {14}
+    assert {len(line) for line in result["table"]} == {17}
     rows = {line[0]: line for line in lines}
-    assert rows["car"][7] == round(100 * result["classes"]["car"]["held_of_shown"]["exact"]["0.25"], 2)
-    assert rows["car"][4] <= rows["car"][5] <= rows["car"][6]
-    assert rows["pairs within one frame, left out above"][13] == round(100 * pairs[NO_JITTER]["1.0"]["own_frame"], 2)
+    assert rows["car"][10] == round(100 * result["classes"]["car"]["held_of_shown"]["exact"]["0.25"], 2)
+    assert rows["car"][6] <= rows["car"][7] <= rows["car"][8]
+    assert rows["car"][5] < rows["car"][4]
+    assert rows["pairs within one frame, left out above"][16] == round(100 * pairs[NO_JITTER]["1.0"]["own_frame"], 2)
     assert "traffic light" in capsys.readouterr().out
     assert main([*flags, "--json", str(tmp_path / "b.json")])["classes"] == result["classes"]
 
@@ -176,10 +180,19 @@ def test_on_labels_alone(tmp_path):
     flags = ["--dataset", "camvid", "--draws", "5", "--json", str(tmp_path / "out.json")]
     result = main([*flags, "--data_dir", str(tmp_path)])
     assert result["num_subcrops"] == 2 * 5 * 4 and result["all_things"] is None
-    assert "neither instances" in result["held_note"]
+    assert "no instances" in result["held_note"] and result["notes"][0].startswith(
+        "40 subcrops in 2 frames of 60x80. Of all"
+    )
+    # Each hit holds the car, or nothing that is a thing.
+    one, none = (100 * result["subcrops_with_things"][name] for name in ("one", "none"))
+    assert f"{one:.1f} % hit one thing alone, 0.0 % several, {none:.1f} % none" in result["notes"][0]
+    scatter = result["scatter"]
+    car = scatter["names"].index("car")
+    assert scatter["series"]["a random pixel"][car] == scatter["x"][car] == round(100 * 400 / 4800, 2)
+    assert scatter["series"]["a subcrop"][car] == round(100 * result["classes"]["car"]["hit"], 2)
     assert result["classes"]["car"]["pixel_share"] == round(400 / 4800, 5)
     assert result["classes"]["road"]["pixel_share"] == round((4800 - 400 - 600) / 4800, 5)  # void is of no class
-    assert result["classes"]["car"]["single"] == [1, 1, 1] and [len(line) for line in result["table"]] == [7, 7, 7]
+    assert result["classes"]["car"]["single"] == [1, 1, 1] and [len(line) for line in result["table"]] == [10, 10, 10]
     assert set(result["classes"]) == {"car", "road"}
 
 

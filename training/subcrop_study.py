@@ -335,8 +335,8 @@ def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tu
         boxes = _draw(recipe, still, -(-draws // 2), generator)["student_boxes"][: draws * recipe.num_subcrops]
         tally.add_frame(labels, objects, covered(objects, boxes))
     height, width = labels.shape
-    note = "not available: these frames have neither instances nor neighbours in time; objects are connected components of a class"
-    return tally, {"height": height, "width": width, "held_note": note}
+    note = "what the teacher's subcrop holds is not available: these labels have no instances; objects are connected components of a class."
+    return tally, {"frames": len(paths), "height": height, "width": width, "held_note": note}
 
 
 def table(result: dict) -> list[list[str | float | None]]:
@@ -345,12 +345,15 @@ def table(result: dict) -> list[list[str | float | None]]:
     columns = [(flow, gap) for flow, by_gap in pairs.items() for gap in by_gap]
     single = [f"single, others of {f'{100 * least:g} %' if least else f'{MIN_PIXELS} px'}" for least in OTHERS]
     held = [f"held of shown: {flow}, {gap} s" for flow, gap in columns]
-    lines = [["", "pixels", "hit", "lift", *single, *held]]
+    count = result["subcrops_a_frame"]
+    lines = [["", "pixels", "hit", "lift", f"hit in {count}", f"in {count} pixels", *single, "instances", *held]]
     for name, values in result["classes"].items():
         shares = [*(values["single"] or [None] * len(OTHERS))]
         shares += [values["held_of_shown"] and values["held_of_shown"][flow][gap] for flow, gap in columns]
         first = [_percent(values["pixel_share"]), _percent(values["hit"]), round(values["lift"], 2)]
-        lines.append([name, *first, *map(_percent, shares)])
+        first += [_percent(values["hit_in_frame"]), _percent(values["random_pixel_in_frame"])]
+        cells = list(map(_percent, shares))
+        lines.append([name, *first, *cells[: len(OTHERS)], values["instances_counted"] or None, *cells[len(OTHERS) :]])
     rows = {
         "all things": "held_of_shown",
         "all things, pairs across with every flow": "held_of_shown_same_pairs",
@@ -358,8 +361,34 @@ def table(result: dict) -> list[list[str | float | None]]:
         "pairs within one frame, left out above": "own_frame",
     }
     for title, key in rows.items() if pairs else ():
-        lines.append([title, *[None] * 6, *(_percent(pairs[flow][gap][key]) for flow, gap in columns)])
+        lines.append(
+            [
+                title,
+                *[None] * (len(lines[0]) - 1 - len(columns)),
+                *(_percent(pairs[flow][gap][key]) for flow, gap in columns),
+            ]
+        )
     return lines
+
+
+def notes(result: dict) -> list[str]:
+    """What the table has no room for."""
+    none, one, several = (f"{100 * result['subcrops_with_things'][name]:.1f} %" for name in ("none", "one", "several"))
+    facts = (
+        f"{result['num_subcrops']:,} subcrops in {result['frames']} {'drives' if result['all_things'] else 'frames'} of "
+        f"{result['height']}x{result['width']}. Of all of them {one} hit one thing alone, {several} several, {none} none."
+    )
+    held = result.get("held_note") or "instances: that the shares to the right of it rest on, where they are fewest."
+    return [facts, held[0].upper() + held[1:]]
+
+
+def scatter(result: dict) -> dict:
+    """Hits by a class's share of the pixels, per cent, beside those of a random pixel."""
+    shown = {name: values for name, values in result["classes"].items() if values["hit"] and values["pixel_share"]}
+    pixels = [_percent(values["pixel_share"]) for values in shown.values()]
+    series = {"a random pixel": pixels, "a subcrop": [_percent(values["hit"]) for values in shown.values()]}
+    labels = {"xlabel": "share of the pixels, %", "ylabel": "hits an object of the class, %"}
+    return {"names": list(shown), "x": pixels, "series": series, **labels}
 
 
 def _percent(share: float | None) -> float | None:
@@ -409,7 +438,7 @@ def main(arguments: list[str] | None = None) -> dict:
         **facts,
         **tally.result(),
     }
-    result["table"] = table(result)
+    result |= {"table": table(result), "notes": notes(result), "scatter": scatter(result)}
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

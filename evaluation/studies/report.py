@@ -14,6 +14,7 @@ HEAD = """# Results
 Made by `python -m evaluation.studies --report` from the JSON files in `evaluation/studies/results/`; no figure of a table is typed. Each study is repeated by
 `python -m evaluation.studies NAME` (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures in per cent; of several
 seeds their mean ± standard deviation, of two both. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
+Spread is the teacher's `feature_std` when pretraining ended: 0 where the features have collapsed, 1 at most.
 """
 
 
@@ -47,8 +48,9 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
     own = [variant for variant in study.variants if any(table[variant] for table in tables.values())]
     dates = sorted({entry["date"] for entry in entries})
     devices = ", ".join(sorted({entry["device"] for entry in entries}))
+    commits = sorted({entry.get("commit") or "not recorded" for entry in entries})
     parts = [
-        f"Budget `{budget}`: {study.budgets[budget]['about']}. {devices}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n"
+        f"Budget `{budget}`: {study.budgets[budget]['about']}. {devices}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; commit {', '.join(commits)}.\n"
     ]
     missing = [
         f"{variant} ({len(found)} of {len(study.seeds)} seeds)" if found else variant
@@ -78,12 +80,18 @@ def collected(study: Study, budget: str, measure: str, results: Mapping[str, dic
 
 
 def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool = False) -> str:
-    """A line a variant: mIoU, accuracy and the groups' means (with `cost` the pretraining's speed), or IoU by class."""
+    """
+    A line a variant: mIoU, accuracy, the groups' means and `feature_std` at the end of the pretraining (with `cost` its speed), or IoU by class.
+    """
     found = [entry for entries in table.values() for entry in entries]
     names = GROUPS if part == "groups" else found[0][part]
     columns = [name for name in names if any(entry[part].get(name) is not None for entry in found)]
     head = ["", "seeds", *(["mIoU", "accuracy"] if part == "groups" else []), *columns]
-    head += ["pairs/s", "minutes"] if cost else []
+    shown = {}
+    if part == "groups" and any("pretraining" in entry for entry in found):
+        shown = {"feature_std": ("spread", ".2f")}
+        shown |= {"pairs_per_second": ("pairs/s", ".1f"), "minutes": ("minutes", ".1f")} if cost else {}
+    head += [title for title, _ in shown.values()]
     body = []
     for variant, entries in table.items():
         if not entries:
@@ -91,9 +99,8 @@ def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool =
         figures = [[e[key] for e in entries] for key in ("miou", "accuracy")] if part == "groups" else []
         figures += [[e[part].get(column) for e in entries] for column in columns]
         row = [variant, str(len(entries)), *(spread(values) for values in figures)]
-        if cost:
-            trained = [e["pretraining"] for e in entries if "pretraining" in e]
-            row += [f"{mean(t[k] for t in trained):.1f}" if trained else "" for k in ("pairs_per_second", "minutes")]
+        trained = [e["pretraining"] for e in entries if "pretraining" in e]
+        row += [f"{mean(t[key] for t in trained):{form}}" if trained else "" for key, (_, form) in shown.items()]
         body.append(row)
     return aligned([head, *body], markdown=True, words=1)
 
@@ -114,7 +121,15 @@ def command_section(study: Study, name: str, entry: dict | None) -> str:
         [f"{cell:.3g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
         for row in rows
     ]
-    return f"{name} ({entry['device']}, {entry['date']}):\n\n{aligned(shown, markdown=True, words=1)}\n"
+    parts = [f"{name} ({entry['device']}, {entry['date']}, commit {entry.get('commit') or 'not recorded'}):"]
+    parts += [aligned(shown, markdown=True, words=1), *entry["result"].get("notes", [])]
+    if "scatter" in entry["result"]:
+        parts.append(f"![{study.title}: {name}](studies/{scatter_name(study, name)})")
+    return "\n\n".join(parts) + "\n"
+
+
+def scatter_name(study: Study, command: str) -> str:
+    return f"{study.name}-{command.lower().replace(' ', '-')}.png"
 
 
 # --- plots ---
@@ -132,6 +147,35 @@ def write_page(docs: Path, results: Mapping[str, dict]) -> None:
         study = Study.read(name)
         for budget in study.budgets if study.plot is not None else ():
             plot(study, budget, results, docs / "studies" / f"{name}-{budget}.png")
+        for command in study.commands:
+            result = results.get(f"{name}/{command}", {}).get("result", {})
+            if "scatter" in result:
+                plot_scatter(
+                    result["scatter"], f"{study.title}: {command}", docs / "studies" / scatter_name(study, command)
+                )
+
+
+def plot_scatter(scatter: dict, title: str, path: Path) -> None:
+    """Named points of several series over the same x, both axes logarithmic; the last series' points have the names."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for label, values in scatter["series"].items():
+        axis.scatter(scatter["x"], values, label=label, s=16)
+    for name, x, y in zip(scatter["names"], scatter["x"], values):
+        axis.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", yscale="log", xlabel=scatter["xlabel"], ylabel=scatter["ylabel"])
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+    saved(figure, path)
+
+
+def saved(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> None:
@@ -176,6 +220,4 @@ def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> 
         axis.set_title(measure, fontsize=10)
         axis.set_ylabel("IoU, %")
         axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
+    saved(figure, path)
