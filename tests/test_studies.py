@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.studies import __main__ as script
 from evaluation.studies import study as studies
-from evaluation.studies.report import markdown, page, plot, spread
+from evaluation.studies.report import command_section, markdown, page, plot, plot_scatter, spread
 from evaluation.studies.study import Study, changed, expanded, names, read_results, results_of
 from training.recipe import Recipe
 from training.street_files import write_videos
@@ -77,16 +77,29 @@ def test_means_and_spreads_are_those_of_the_seeds():
         "groups": {"small": 0.25, "large": None},
         "per_class": {"car": 0.5, "pole": 0.0},
     }
-    other = {**entry, "miou": 0.7, "pretraining": {"pairs_per_second": 10.0, "minutes": 4.0}}
+    other = {**entry, "miou": 0.7, "pretraining": {"pairs_per_second": 10.0, "minutes": 4.0, "feature_std": 0.625}}
     table = {"a": [entry, other], "b": [], "c": [entry]}
     assert markdown(table).splitlines() == [
-        "|   | seeds |        mIoU |    accuracy |       small |",
-        "| - | ----: | ----------: | ----------: | ----------: |",
-        "| a |     2 | 50.0 / 70.0 | 75.0 / 75.0 | 25.0 / 25.0 |",
-        "| c |     1 |        50.0 |        75.0 |        25.0 |",
+        "|   | seeds |        mIoU |    accuracy |       small | spread |",
+        "| - | ----: | ----------: | ----------: | ----------: | -----: |",
+        "| a |     2 | 50.0 / 70.0 | 75.0 / 75.0 | 25.0 / 25.0 |   0.62 |",
+        "| c |     1 |        50.0 |        75.0 |        25.0 |        |",
     ]
     assert markdown(table, "per_class").splitlines()[2] == "| a |     2 | 50.0 / 50.0 | 0.0 / 0.0 |"
-    assert markdown(table, cost=True).splitlines()[2].endswith("|    10.0 |     4.0 |")
+    assert markdown(table, cost=True).splitlines()[2].endswith("|   0.62 |    10.0 |     4.0 |")
+
+
+def test_what_a_command_says_beside_its_table_is_shown(tmp_path):
+    study = Study.read("subcrops")
+    scatter = {"names": ["a", "b"], "x": [1.0, 10.0], "series": {"one": [2.0, 20.0]}, "xlabel": "x", "ylabel": "y"}
+    entry = {"device": "d", "date": "2026-01-01", "result": {"table": [["", "n"], ["a", 1.5]], "notes": ["So it is."]}}
+    text = command_section(study, "street", {**entry, "commit": "abc"})
+    assert text.startswith("street (d, 2026-01-01, commit abc):\n\n|") and text.endswith("|\n\nSo it is.\n")
+    entry["result"]["scatter"] = scatter
+    text = command_section(study, "street", entry)
+    assert "commit not recorded" in text and text.endswith("![Subcrops: street](studies/subcrops-street.png)\n")
+    plot_scatter(scatter, "title", tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 TINY = """
