@@ -23,9 +23,10 @@ from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train
 from modeling_poodle.locks import lock_output_dir
 from training import pretrain
 from training.checkpoint_files import damage, finish, list_checkpoints, rotate, sweep, write_text
-from training.ranks import RESUMABLE_EXIT_CODE, StopSignals
+from training.ranks import StopSignals
 from training.recipe import parse_recipe
 from training.resume import find_checkpoint
+from training.stopping import RESUMABLE_EXIT_CODE, SIGNALS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -35,14 +36,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_the_rest_is_the_same(drives, whole, tmp_path, monkeypatch, number):
-    before = [signal.getsignal(each) for each in StopSignals.SIGNALS]
+    before = [signal.getsignal(each) for each in SIGNALS]
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: signal.raise_signal(number))
         with pytest.raises(SystemExit) as ended:
             train(drives, tmp_path / "run", steps=4)
     assert ended.value.code == RESUMABLE_EXIT_CODE == 75
     assert names(tmp_path / "run") == ["step-2"] and len(metrics(tmp_path / "run")) == 2
-    assert [signal.getsignal(each) for each in StopSignals.SIGNALS] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
     AcceleratorState._reset_state(True)
     resumed = train(drives, tmp_path / "run", "--resume_from_checkpoint", "latest", steps=4)
     assert without_timings(resumed) == metrics(whole)

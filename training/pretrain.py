@@ -21,6 +21,11 @@ from pathlib import Path
 # `accelerate launch training/pretrain.py` puts training/ on the path; its siblings live one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training import stopping
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    stopping.end_on_signals()
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -37,7 +42,7 @@ from training.flow_files import precomputed_epochs, read_manifest
 from training.health import Health
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
-from training.ranks import RESUMABLE_EXIT_CODE, StopSignals, main_first, on_main, same_on_all
+from training.ranks import StopSignals, main_first, on_main, same_on_all
 from training.recipe import Recipe, RunRecipe, parse_recipe
 from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
@@ -148,7 +153,7 @@ class Run:
                 self.loader.close()
             self.close()
         if self.step < self.max_steps:
-            raise SystemExit(RESUMABLE_EXIT_CODE)
+            raise SystemExit(stopping.RESUMABLE_EXIT_CODE)
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
@@ -165,6 +170,7 @@ class Run:
             for name in ("metrics.jsonl", "probe.jsonl"):
                 cut_metrics(self.output_dir / name, self.step)
             if self.recipe.push_to_hub:
+            stopping.mark_begun()
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
                 )
