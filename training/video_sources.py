@@ -13,6 +13,7 @@ import fsspec
 from huggingface_hub import HfApi, HfFileSystem
 
 from training.cards import is_dataset_id
+from training.checkpoint_files import replace_text
 from training.hub import FAILURES, explain
 from training.video_files import RemoteFile, is_remote
 
@@ -57,7 +58,7 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
         raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
-        pins.write_text(json.dumps(commits, indent=1))
+        replace_text(pins, json.dumps(commits, indent=1))
     return sorted(found)
 
 
