@@ -170,6 +170,70 @@ def test_latest_goes_back_to_the_last_whole_checkpoint(drives, whole, tmp_path, 
         find_checkpoint(recipe)
 
 
+def test_a_checkpoint_without_its_state_is_named_too(drives, whole, tmp_path, caplog):
+    run = copy_of(whole, tmp_path)
+    (run / "checkpoints" / "step-4" / "state.json").unlink()
+    for path in (run / "checkpoints" / "step-3").iterdir():
+        path.unlink()
+    recipe = parse_recipe(flags(drives, run, *EACH_STEP, "--resume_from_checkpoint", "latest", steps=4))
+    assert find_checkpoint(recipe) == run / "checkpoints" / "step-2"
+    assert "step-4 is damaged: state.json cannot be read (No such file" in caplog.text
+    assert "step-3 is damaged: SHA256SUMS cannot be read (No such file" in caplog.text
+
+
+@pytest.mark.parametrize("unmounted", [False, True])  # a mount point stays, empty
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(drives, whole, tmp_path, caplog, unmounted):
+    run = copy_of(whole, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    if unmounted:
+        (run / "checkpoints").mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    latest = (*EACH_STEP, "--resume_from_checkpoint", "latest")
+    said = r"no checkpoint in .*checkpoints, but encoder/, model/, metrics.jsonl up to step 4 of .*: mount or restore checkpoints/"
+    with pytest.raises(ValueError, match=said + ", choose another --output_dir, or remove the folder"):
+        train(drives, run, *latest, steps=4)
+    assert {path: path.read_bytes() for path in before} == before
+    recipe = parse_recipe(flags(drives, run, *latest, steps=4))
+    shutil.rmtree(run / "encoder")
+    with pytest.raises(ValueError, match="but model/, metrics.jsonl"):
+        find_checkpoint(recipe)
+    shutil.rmtree(run / "model")
+    with pytest.raises(ValueError, match="but metrics.jsonl up to step 4 of"):
+        find_checkpoint(recipe)
+    # Killed before the checkpoint of step 1 had its name: nothing was saved.
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(lines[0] + lines[1][:9])
+    assert find_checkpoint(recipe) is None and "starting from the beginning" in caplog.text
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_where_it_began(drives, whole, tmp_path, monkeypatch):
+    def gone():
+        raise KeyboardInterrupt
+
+    latest = ("--resume_from_checkpoint", "latest")
+    second = ("--resume_from_checkpoint", str(whole / "checkpoints" / "step-2"))
+    for number, begin in enumerate([(), second]):
+        run = tmp_path / str(number)
+        for flag in (begin, latest, latest):
+            AcceleratorState._reset_state(True)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                at_step(patch, 4, gone)
+                train(drives, run, *flag, "--save_steps", "6", steps=4)
+            assert [line["step"] for line in metrics(run)] == ([3] if begin else [1, 2, 3])
+        AcceleratorState._reset_state(True)
+        ended = without_timings(train(drives, run, *latest, "--save_steps", "6", steps=4))
+        assert ended == metrics(whole)[2 if begin else 0 :]
+    AcceleratorState._reset_state(True)
+    shutil.rmtree(tmp_path / "1" / "checkpoints")
+    for name in ("encoder", "model"):
+        shutil.rmtree(tmp_path / "1" / name)
+    (tmp_path / "1" / "config.yaml").write_text(
+        (tmp_path / "1" / "config.yaml").read_text().replace(str(whole), str(tmp_path / "nowhere"))
+    )
+    with pytest.raises(ValueError, match="began at .*nowhere/checkpoints/step-2, which is damaged"):
+        train(drives, tmp_path / "1", *latest, "--save_steps", "6", steps=4)
+
+
 def test_no_whole_checkpoint_is_an_error_that_names_each(drives, whole, tmp_path):
     run = copy_of(whole, tmp_path)
     for checkpoint in list_checkpoints(run):

@@ -157,20 +157,24 @@ class Run:
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"], self.recipe.resume_inexact)
+            own, inexact = self.rank_state(), self.recipe.resume_inexact
+            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
+            self.loader.load_state_dict(state["loader"], inexact)
             self.sums.copy_(state["sums"])
             self.health.load_state_dict(state)
-            torch.set_rng_state(state["rng"])
+            try:
+                torch.set_rng_state(state["rng"])
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {checkpoint}: rng is no state of torch's generator ({error})") from error
             self.skipped = dict(state["skipped"])
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            stopping.mark_begun()
             replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
             for name in ("metrics.jsonl", "probe.jsonl"):
                 cut_metrics(self.output_dir / name, self.step)
             if self.recipe.push_to_hub:
-            stopping.mark_begun()
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
                 )
@@ -349,12 +353,14 @@ class Run:
     def save(self) -> None:
         self.health.stop_if_not_finite()
         on_main(self.accelerator, self.before_saving)
-        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
-        state |= {"skipped": self.skipped, **self.health.state_dict()}
-        save_checkpoint(
-            self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=self.health.doubtful
-        )
+        state, doubtful = self.rank_state(), self.health.doubtful
+        save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
         self.hand_out()
+
+    def rank_state(self) -> dict:
+        """What this rank needs, besides weights and moments, to go on."""
+        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
+        return state | {"skipped": self.skipped, **self.health.state_dict()}
 
     def before_saving(self) -> None:
         self.health.refuse_bad_weights(self.model, self.optimizer)
