@@ -60,7 +60,7 @@ class CheckedRecipe:
         """Each value is of its field's declared type."""
         # Not by dataclasses.fields, whose types HfArgumentParser changes.
         for name, kind in get_type_hints(type(self)).items():
-            self.need(_fits(getattr(self, name), kind), name, _in_words(kind))
+            self.need(fits(getattr(self, name), kind), name, in_words(kind))
 
     def need_integers(self, *names: str, low: int = 1) -> None:
         for name in names:
@@ -97,20 +97,21 @@ _WORDS = {
 }
 
 
-def _in_words(kind) -> str:
+def in_words(kind) -> str:
     """A declared type as errors have it."""
     if isinstance(kind, UnionType):
-        return " or ".join(_in_words(part) for part in get_args(kind))
+        return " or ".join(in_words(part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return f"a list, each {_in_words(get_args(kind)[0])}"
+        return f"a list, each {in_words(get_args(kind)[0])}"
     return _WORDS[get_origin(kind) or kind]
 
 
-def _fits(value, kind) -> bool:
+def fits(value, kind) -> bool:
+    """The value is of a declared type; numbers that are whole are floats too, True and False are no numbers."""
     if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
+        return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is dict:  # what a model's config is made of
         return isinstance(value, dict) and all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if kind is float:

@@ -74,7 +74,7 @@ def at_step(monkeypatch, step: int, action) -> None:
 
 
 def opened(monkeypatch) -> dict:
-    """Filled once a run is open, before its first step: its `model` and `optimizer` by the names of a checkpoint's tensors, and `sums`."""
+    """Filled once a run is open, before its first step: its `model` and `optimizer` by the names of a checkpoint's tensors, `sums`, and the `span` of its videos."""
     held, original = {}, pretrain.Run.open
 
     def open_and_look(run, checkpoint):
@@ -83,7 +83,7 @@ def opened(monkeypatch) -> dict:
         state = run.optimizer.state.items()
         moments = {f"{key}.{names[p]}": value.clone() for p, values in state for key, value in values.items()}
         held["model"] = {name: value.clone() for name, value in run.model.state_dict().items()}
-        held.update(optimizer=moments, sums=run.sums.clone())
+        held.update(optimizer=moments, sums=run.sums.clone(), span=run.loader.span)
 
     monkeypatch.setattr(pretrain.Run, "open", open_and_look)
     return held

@@ -23,9 +23,10 @@ from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train
 from modeling_poodle.locks import lock_output_dir
 from training import pretrain
 from training.checkpoint_files import damage, finish, list_checkpoints, rotate, sweep, write_text
-from training.ranks import RESUMABLE_EXIT_CODE, StopSignals
+from training.ranks import StopSignals
 from training.recipe import parse_recipe
 from training.resume import find_checkpoint
+from training.stopping import RESUMABLE_EXIT_CODE, SIGNALS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -35,14 +36,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_the_rest_is_the_same(drives, whole, tmp_path, monkeypatch, number):
-    before = [signal.getsignal(each) for each in StopSignals.SIGNALS]
+    before = [signal.getsignal(each) for each in SIGNALS]
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: signal.raise_signal(number))
         with pytest.raises(SystemExit) as ended:
             train(drives, tmp_path / "run", steps=4)
     assert ended.value.code == RESUMABLE_EXIT_CODE == 75
     assert names(tmp_path / "run") == ["step-2"] and len(metrics(tmp_path / "run")) == 2
-    assert [signal.getsignal(each) for each in StopSignals.SIGNALS] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
     AcceleratorState._reset_state(True)
     resumed = train(drives, tmp_path / "run", "--resume_from_checkpoint", "latest", steps=4)
     assert without_timings(resumed) == metrics(whole)
@@ -167,6 +168,70 @@ def test_latest_goes_back_to_the_last_whole_checkpoint(drives, whole, tmp_path, 
     recipe.resume_from_checkpoint = str(last)
     with pytest.raises(ValueError, match=f"step-4 is damaged: .*{said.split()[0]}.*name another"):
         find_checkpoint(recipe)
+
+
+def test_a_checkpoint_without_its_state_is_named_too(drives, whole, tmp_path, caplog):
+    run = copy_of(whole, tmp_path)
+    (run / "checkpoints" / "step-4" / "state.json").unlink()
+    for path in (run / "checkpoints" / "step-3").iterdir():
+        path.unlink()
+    recipe = parse_recipe(flags(drives, run, *EACH_STEP, "--resume_from_checkpoint", "latest", steps=4))
+    assert find_checkpoint(recipe) == run / "checkpoints" / "step-2"
+    assert "step-4 is damaged: state.json cannot be read (No such file" in caplog.text
+    assert "step-3 is damaged: SHA256SUMS cannot be read (No such file" in caplog.text
+
+
+@pytest.mark.parametrize("unmounted", [False, True])  # a mount point stays, empty
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(drives, whole, tmp_path, caplog, unmounted):
+    run = copy_of(whole, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    if unmounted:
+        (run / "checkpoints").mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    latest = (*EACH_STEP, "--resume_from_checkpoint", "latest")
+    said = r"no checkpoint in .*checkpoints, but encoder/, model/, metrics.jsonl up to step 4 of .*: mount or restore checkpoints/"
+    with pytest.raises(ValueError, match=said + ", choose another --output_dir, or remove the folder"):
+        train(drives, run, *latest, steps=4)
+    assert {path: path.read_bytes() for path in before} == before
+    recipe = parse_recipe(flags(drives, run, *latest, steps=4))
+    shutil.rmtree(run / "encoder")
+    with pytest.raises(ValueError, match="but model/, metrics.jsonl"):
+        find_checkpoint(recipe)
+    shutil.rmtree(run / "model")
+    with pytest.raises(ValueError, match="but metrics.jsonl up to step 4 of"):
+        find_checkpoint(recipe)
+    # Killed before the checkpoint of step 1 had its name: nothing was saved.
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(lines[0] + lines[1][:9])
+    assert find_checkpoint(recipe) is None and "starting from the beginning" in caplog.text
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_where_it_began(drives, whole, tmp_path, monkeypatch):
+    def gone():
+        raise KeyboardInterrupt
+
+    latest = ("--resume_from_checkpoint", "latest")
+    second = ("--resume_from_checkpoint", str(whole / "checkpoints" / "step-2"))
+    for number, begin in enumerate([(), second]):
+        run = tmp_path / str(number)
+        for flag in (begin, latest, latest):
+            AcceleratorState._reset_state(True)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                at_step(patch, 4, gone)
+                train(drives, run, *flag, "--save_steps", "6", steps=4)
+            assert [line["step"] for line in metrics(run)] == ([3] if begin else [1, 2, 3])
+        AcceleratorState._reset_state(True)
+        ended = without_timings(train(drives, run, *latest, "--save_steps", "6", steps=4))
+        assert ended == metrics(whole)[2 if begin else 0 :]
+    AcceleratorState._reset_state(True)
+    shutil.rmtree(tmp_path / "1" / "checkpoints")
+    for name in ("encoder", "model"):
+        shutil.rmtree(tmp_path / "1" / name)
+    (tmp_path / "1" / "config.yaml").write_text(
+        (tmp_path / "1" / "config.yaml").read_text().replace(str(whole), str(tmp_path / "nowhere"))
+    )
+    with pytest.raises(ValueError, match="began at .*nowhere/checkpoints/step-2, which is damaged"):
+        train(drives, tmp_path / "1", *latest, "--save_steps", "6", steps=4)
 
 
 def test_no_whole_checkpoint_is_an_error_that_names_each(drives, whole, tmp_path):

@@ -1,5 +1,6 @@
 """Numbers that are not finite, collapse, and resumption with other numbers of processes or workers."""
 
+import json
 import shutil
 
 import pytest
@@ -22,6 +23,8 @@ from small_runs import (
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import health, pretrain
+from training.checkpoint_files import finish
+from training.checkpoints import rank_state
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint, prepare_output_dir
 from training.video_sources import find_videos
@@ -168,6 +171,33 @@ def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tm
         assert lines[3][same] == before[3][same]
     # The run now has this configuration: from here on it is exact again.
     assert "resume_inexact" not in str(find_checkpoint(recipe(*halved)))
+
+
+def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_path, monkeypatch):
+    """Rank 1 skipped videos, so that its openings are two spans further than those of rank 0."""
+    run = copy_of(whole, tmp_path)
+    checkpoint, partial = run / "checkpoints" / "step-3", run / "checkpoints" / ".step-3.partial"
+    shutil.rmtree(checkpoint.with_name("step-4"))
+    checkpoint.rename(partial)
+    (partial / "SHA256SUMS").unlink()
+    shutil.copy(partial / "rank-0.safetensors", partial / "rank-1.safetensors")
+    rank = json.loads((partial / "rank-0.json").read_text())
+    size = rank["loader"]["openings"]  # of a span of one process
+    for number, span in enumerate((1, 3)):
+        rank["loader"].update(span=span, openings=(span + 1) * 2 * size, world_size=2)
+        (partial / f"rank-{number}.json").write_text(json.dumps(rank))
+    state = json.loads((partial / "state.json").read_text())
+    (partial / "state.json").write_text(json.dumps({**state, "num_processes": 2}))
+    finish(partial, checkpoint)
+    held = opened(monkeypatch)
+    train(drives, run, *EACH_STEP, "--resume_from_checkpoint", "latest", "--resume_inexact", "true", steps=4)
+    assert held["span"] == 8
+    # Two ranks with other workers go on at one place too, and an exact resumption of each where it was.
+    places = [
+        [rank_state(checkpoint, 2, rank, 2, {}, inexact)["loader"] for rank in (0, 1)] for inexact in (True, False)
+    ]
+    assert [place["openings"] for place in places[0]] == [8 * size, 8 * size]
+    assert [place["span"] for place in places[1]] == [1, 3]
 
 
 def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives):

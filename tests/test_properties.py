@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -15,7 +15,7 @@ from evaluation.explore import ExploreRecipe
 from evaluation.metrics import confusion_matrix, scores
 from evaluation.propagate import PropagationRecipe
 from evaluation.recipe import EvaluationRecipe
-from modeling_poodle import PoodleConfig
+from modeling_poodle import PoodleConfig, PoodleFlowConfig
 from modeling_poodle.geometry_poodle import (
     affine_view,
     alignment_grids,
@@ -25,7 +25,8 @@ from modeling_poodle.geometry_poodle import (
     invert_affine,
 )
 from modeling_poodle.recipe_files import read_recipe_file
-from training.recipe import Recipe
+from training.flow_recipe import FlowRecipe
+from training.recipe import Recipe, RunRecipe
 from training.views import draw_subcrops
 
 
@@ -211,9 +212,14 @@ plain = st.recursive(
     max_leaves=6,
 )
 pairs = st.lists(st.integers(0, 512), min_size=2, max_size=2) | st.lists(st.floats(0, 2), min_size=2, max_size=2)
-networks = st.dictionaries(
-    st.sampled_from(sorted({*PoodleConfig.__dataclass_fields__, "dtype", "num_labels", "out_features", "out_indices"})), plain, max_size=2
-) | st.builds(
+
+
+def fields_of(config):
+    names = {*config.__dataclass_fields__, "dtype", "id2label", "num_labels", "out_features", "out_indices"}
+    return st.dictionaries(st.sampled_from(sorted(names)), plain, max_size=2)
+
+
+networks = fields_of(PoodleConfig) | st.builds(
     lambda kind, inner: {"backbone_config": {"model_type": kind, **inner}},
     st.sampled_from(["resnet", "vit", "convnext", "dinov2", "timm_backbone", "bert", "none"]) | plain,
     st.dictionaries(st.sampled_from(["depths", "hidden_sizes", "num_hidden_layers", "out_features", "layer_type", "self"]), plain, max_size=2),
@@ -224,23 +230,35 @@ def any_mapping(kind):
     names = sorted(kind.__dataclass_fields__)
     keys = st.sampled_from(names) | st.sampled_from(names) | texts
     mappings = st.dictionaries(keys, plain | numbers | pairs, max_size=3)
-    if kind is not Recipe:
+    if not issubclass(kind, RunRecipe):
         return mappings.map(lambda values: {"model": ["random:x"], **values})
-    return mappings | st.builds(lambda values, model: {**values, "model": model}, mappings, networks)
+    models = networks
+    if kind is FlowRecipe:  # its border is of larger frames than the crop that all runs begin with
+        models = fields_of(PoodleFlowConfig)
+        mappings = mappings.map(lambda values: {"crop_border": 16, **values})
+    return mappings | st.builds(lambda values, model: {**values, "model": model}, mappings, models)
 
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [(Recipe, 150), (EvaluationRecipe, 60), (DetectionRecipe, 40), (PropagationRecipe, 40), (ExploreRecipe, 40)],
+    [
+        (Recipe, 150),
+        (FlowRecipe, 100),
+        (EvaluationRecipe, 60),
+        (DetectionRecipe, 40),
+        (PropagationRecipe, 40),
+        (ExploreRecipe, 40),
+    ],
 )
 def test_any_mapping_is_a_recipe_or_an_error_that_names_the_field(kind, count, tmp_path):
     outcomes = {"recipe": 0, "error": 0}
-    names = re.compile(
-        "|".join((*map(re.escape, kind.__dataclass_fields__), "PoodleConfig", "out_features", "out_indices"))
-    )
+    configs = ("PoodleConfig", "PoodleFlowConfig", "out_features", "out_indices")
+    names = re.compile("|".join((*map(re.escape, kind.__dataclass_fields__), *configs)))
 
     @examples(count)
     @given(any_mapping(kind))
+    @example({"model": {"id2label": [1, 0]}})
+    @example({"model": {"id2label": {"Âï": {}}}})
     def check(values):
         unknown = [name for name in values if name not in kind.__dataclass_fields__]
         try:

@@ -1,23 +1,29 @@
 """Files of checkpoints: found, written whole or not at all, checked against their checksums, rotated. safetensors and JSON, no pickle."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from modeling_poodle.recipe_files import fits, in_words, shown
+
 CHECKSUMS = "SHA256SUMS"  # lines of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a checkpoint too
 _NAME = re.compile(r"step-(\d+)")
+_FILE = re.compile(r"\w[\w.-]*", re.ASCII)  # a file of a checkpoint: no folder, no control character
+_STATE = {"step": int, "num_processes": int, "pairs_per_step": int}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first. Unfinished ones (written aside, not renamed) do not count."""
+    """Checkpoints of a run, whole or damaged, oldest first. Unfinished ones (written aside, not renamed) do not count."""
     found = [path for path in Path(output_dir, "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / "state.json").is_file()), key=step_of)
+    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -70,13 +76,25 @@ def finish(partial: Path, final: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files: one is missing, or its bytes are not those that were written. `None`: nothing."""
+    """
+    What is wrong with a checkpoint's files: one is missing, or its bytes are not those that were written. `None`: nothing.
+
+    Nothing else than regular files that lie in it is opened: a checkpoint from elsewhere could name a device, or lead to one.
+    """
     try:
+        found = sorted(path.name for path in checkpoint.iterdir())
+        for name in found:
+            if not stat.S_ISREG(os.lstat(checkpoint / name).st_mode):
+                return f"{name!r} is not a regular file"
         lines = (checkpoint / CHECKSUMS).read_text().splitlines()
         expected = dict(reversed(line.split("  ", 1)) for line in lines)
-        missing = {"state.json", "model.safetensors", "optimizer.safetensors"} - expected.keys()
+        for name in expected:
+            if not _FILE.fullmatch(name):
+                return f"{CHECKSUMS} names {shown(name)}, which is no file of a checkpoint"
+        read = {name for name in found if name.endswith((".json", ".safetensors"))}
+        missing = {"state.json", "model.safetensors", "optimizer.safetensors", *read} - expected.keys()
         if missing:
-            return f"{CHECKSUMS} does not name {', '.join(sorted(missing))}"
+            return f"{CHECKSUMS} does not name {', '.join(map(repr, sorted(missing)))}"
         for name, digest in expected.items():
             if _digest(checkpoint / name) != digest:
                 return f"{name} is not what was written (its SHA-256 differs)"
@@ -85,6 +103,43 @@ def damage(checkpoint: Path) -> str | None:
     except ValueError:
         return f"{CHECKSUMS} is not a list of checksums"
     return None
+
+
+def read_state(checkpoint: Path) -> dict:
+    """`state.json`. Raises as [`read_fields`]."""
+    return read_fields(checkpoint / "state.json", _STATE)
+
+
+def read_fields(path: Path, kinds: dict) -> dict:
+    """
+    A JSON file of a checkpoint, which may come from elsewhere.
+
+    Args:
+        kinds: the fields that it must hold, with the type of each, or with a mapping of the fields within. Integers are not negative.
+
+    Raises:
+        ValueError: names the file, and the field that is missing or of another type.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    _check_fields(values, kinds, f"{path}:")
+    return values
+
+
+def _check_fields(values, kinds: dict, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} expected a mapping with {', '.join(kinds)}, got {shown(values)}")
+    for name, kind in kinds.items():
+        if name not in values:
+            raise ValueError(f"{where} {name} is missing")
+        value = values[name]
+        if isinstance(kind, dict):
+            _check_fields(value, kind, f"{where} {name}:")
+        elif not fits(value, kind) or (kind is int and value < 0):
+            expected = "an integer of at least 0" if kind is int else in_words(kind)
+            raise ValueError(f"{where} {name} must be {expected}, got {shown(value)}")
 
 
 def _digest(path: Path) -> str:

@@ -16,7 +16,17 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.recipe_files import read_yaml_mapping, usable_cores
 from training.cards import Facts, flow_card, run_card
-from training.checkpoint_files import finish, list_checkpoints, rotate, sweep, write_tensors, write_text
+from training.checkpoint_files import (
+    damage,
+    finish,
+    list_checkpoints,
+    read_fields,
+    read_state,
+    rotate,
+    sweep,
+    write_tensors,
+    write_text,
+)
 from training.ranks import on_all, on_main
 from training.recipe import Recipe, RunRecipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
@@ -82,29 +92,60 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, model: PreTrainedModel, optimizer) -> tuple[int, dict]:
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, model: PreTrainedModel, optimizer, like: dict, inexact: bool = False
+) -> tuple[int, dict]:
     """
     Load what [`save_checkpoint`] wrote, in place. Returns the step and this rank's state.
+
+    Args:
+        like: this rank's state as it is now: that of the checkpoint has the same tensors, by name, shape and type.
+        inexact: other workers or batches than the run's: the stream begins anew, on all ranks at one place.
 
     Raises:
         ValueError: unreadable files.
     """
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = read_state(checkpoint)
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         _load_optimizer_tensors(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        if state["num_processes"] == accelerator.num_processes:
-            return state["step"], _read_rank(checkpoint, accelerator.process_index)
-        return state["step"], _merged([_read_rank(checkpoint, rank) for rank in range(state["num_processes"])])
-    except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, KeyError) as error:
+        rank, saved = accelerator.process_index, state["num_processes"]
+        return state["step"], rank_state(checkpoint, saved, rank, accelerator.num_processes, like, inexact)
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"checkpoint {checkpoint} cannot be read ({error}); name an earlier one with --resume_from_checkpoint PATH"
         ) from error
 
 
-def _read_rank(checkpoint: Path, rank: int) -> dict:
-    tensors = load_file(checkpoint / f"rank-{rank}.safetensors")
-    return {**tensors, **json.loads((checkpoint / f"rank-{rank}.json").read_text())}
+def rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: dict, inexact: bool) -> dict:
+    """What rank `rank` of `ranks` goes on from, in a checkpoint of `saved` ranks; arguments as of [`load_checkpoint`]."""
+    if ranks == saved and not inexact:
+        return _read_rank(checkpoint, rank, like)
+    states = [_read_rank(checkpoint, number, like) for number in range(saved)]
+    state = states[rank] if ranks == saved else _merged(states)
+    # Ranks do not enter a span together (one that skips videos is done sooner): none may begin what any has read.
+    openings = max(other["loader"]["openings"] for other in states)
+    return {**state, "loader": {**state["loader"], "openings": openings}}
+
+
+_LOADER = {
+    "span": int, "openings": int, "num_workers": int, "world_size": int, "batch_size": int, "paths": int, "first_path": str,
+    "estimator": dict | None, "loader": dict | None,
+}  # fmt: skip
+_RANK = {"loader": _LOADER, "skipped": dict[str, str], "streaks": {"feature_std": int, "valid_fraction": int}}
+
+
+def _read_rank(checkpoint: Path, rank: int, like: dict) -> dict:
+    path = checkpoint / f"rank-{rank}.safetensors"
+    tensors = load_file(path)
+    for name, expected in like.items():
+        if not isinstance(expected, torch.Tensor):
+            continue
+        found = tensors.get(name)
+        if found is None or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            got = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise ValueError(f"{path}: {name} must be {expected.dtype} {tuple(expected.shape)}, got {got}")
+    return {**tensors, **read_fields(path.with_suffix(".json"), _RANK)}
 
 
 def _merged(ranks: list[dict]) -> dict:
@@ -128,6 +169,10 @@ def _load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) 
                 continue  # it never had a gradient (a ViT's mask token)
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 value = tensors[f"{key}.{names[parameter]}"]
+                if value.shape != (parameter.shape if key != "step" else ()):
+                    raise ValueError(
+                        f"optimizer.safetensors: {key}.{names[parameter]} is of shape {tuple(value.shape)}"
+                    )
                 # preserve the parameter's memory format; the step counter lives where the optimizer made it
                 like = (
                     torch.empty_like(parameter)
@@ -153,21 +198,26 @@ def export_network(run: str | Path, output_dir: Path, network: str) -> None:
     Write `encoder/` and `model/` of the student (or teacher) of a run's last checkpoint.
 
     Raises:
-        ValueError: the run has no finished checkpoint, or an unreadable one.
+        ValueError: the run has no finished checkpoint, or its last is damaged or unreadable.
     """
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise ValueError(f"{run}: no finished checkpoint there, and the {network}'s weights are only in checkpoints")
     folder = checkpoints[-1]
+    wrong = damage(folder)
+    if wrong:
+        raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = read_state(folder)
         model = PoodleModel(PoodleConfig.from_pretrained(folder))
         weights, prefix = load_file(folder / "model.safetensors"), f"{network}."
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({error})") from error
     fields = {**dataclasses.asdict(Recipe()), **read_yaml_mapping(Path(run, "config.yaml"))}
-    facts = Facts(state["step"], network, state.get("hardware", "not recorded"), state["num_processes"], Path(run))
+    facts = Facts(
+        state["step"], network, str(state.get("hardware", "not recorded")), state["num_processes"], Path(run)
+    )
     write_folders(model, output_dir, lambda part: run_card(part, model.config.to_dict(), fields, facts))
 
 

@@ -57,7 +57,7 @@ class FlowRecipe(RunRecipe):
         )
 
     def flow_config(self) -> PoodleFlowConfig:
-        return PoodleFlowConfig(**self.model)
+        return self.model_config()
 
 
 def parse_flow_recipe(arguments: list[str] | None = None) -> FlowRecipe:

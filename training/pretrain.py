@@ -22,6 +22,11 @@ from pathlib import Path
 # `accelerate launch training/pretrain.py` puts training/ on the path; its siblings live one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training import stopping
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    stopping.end_on_signals()
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -39,7 +44,7 @@ from training.flow_files import precomputed_epochs, read_manifest
 from training.health import Health
 from training.panels import save_panel
 from training.publish import BackgroundPublisher
-from training.ranks import RESUMABLE_EXIT_CODE, StopSignals, main_first, on_main, same_on_all
+from training.ranks import StopSignals, main_first, on_main, same_on_all
 from training.recipe import Recipe, RunRecipe, parse_recipe
 from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
@@ -151,19 +156,24 @@ class Run:
                 self.loader.close()
             self.close()
         if self.step < self.max_steps:
-            raise SystemExit(RESUMABLE_EXIT_CODE)
+            raise SystemExit(stopping.RESUMABLE_EXIT_CODE)
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"], self.recipe.resume_inexact)
+            own, inexact = self.rank_state(), self.recipe.resume_inexact
+            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
+            self.loader.load_state_dict(state["loader"], inexact)
             self.sums.copy_(state["sums"])
             self.health.load_state_dict(state)
-            torch.set_rng_state(state["rng"])
+            try:
+                torch.set_rng_state(state["rng"])
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {checkpoint}: rng is no state of torch's generator ({error})") from error
             self.skipped = dict(state["skipped"])
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            stopping.mark_begun()
             replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
             for name in ("metrics.jsonl", "probe.jsonl"):
                 cut_metrics(self.output_dir / name, self.step)
@@ -347,12 +357,14 @@ class Run:
     def save(self) -> None:
         self.health.stop_if_not_finite()
         on_main(self.accelerator, self.before_saving)
-        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
-        state |= {"skipped": self.skipped, **self.health.state_dict()}
-        save_checkpoint(
-            self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=self.health.doubtful
-        )
+        state, doubtful = self.rank_state(), self.health.doubtful
+        save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
         self.hand_out()
+
+    def rank_state(self) -> dict:
+        """What this rank needs, besides weights and moments, to go on."""
+        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
+        return state | {"skipped": self.skipped, **self.health.state_dict()}
 
     def before_saving(self) -> None:
         self.health.refuse_bad_weights(self.model, self.optimizer)

@@ -1,9 +1,7 @@
 """What the processes of a run decide together: shared outcomes, shared errors, and when to stop on a signal."""
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed
 
-# EX_TEMPFAIL of sysexits.h, "try again later": the run was asked to stop, has saved, and can be resumed.
-RESUMABLE_EXIT_CODE = 75
+from training.stopping import SIGNALS, stop_with_the_launcher
 
 
 def on_all(accelerator: Accelerator, action: Callable[[], None]) -> None:
@@ -77,8 +74,6 @@ class StopSignals:
     number between the hosts and reads that of the step before, so that neither the device nor (in step) the host waits.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
         self.received, self.name, self._work, self._group = 0, None, None, None
         self._speaks = accelerator.is_main_process
@@ -88,8 +83,8 @@ class StopSignals:
     def __enter__(self):
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # handlers can be set there alone
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-            _stop_with_the_launcher()
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            stop_with_the_launcher()
         return self
 
     def __exit__(self, kind, *_):
@@ -121,11 +116,3 @@ class StopSignals:
         if number:
             self.name = signal.Signals(number).name
         return number != 0
-
-
-def _stop_with_the_launcher() -> None:
-    """`accelerate launch` forwards no signal to its one process: let Linux send SIGTERM when the launcher ends."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        if sys.platform == "linux":
-            set_parent_death_signal = 1
-            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -174,6 +174,20 @@ class RunRecipe(CheckedRecipe):
         self.need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
         self.need_integers("dataloader_num_workers", "seed", low=0)
 
+    def model_config(self):
+        """`model` as a `config_class`. Raises ValueError for each field that does not fit."""
+        try:
+            return self.config_class(**self.model)
+        except ValueError as error:  # some of transformers' name no field
+            raise ValueError(f"model: {error}") from error
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+            StrictDataclassError,
+        ) as error:  # transformers', of its own fields
+            raise ValueError(f"model holds a value that its config cannot have: {error}") from error
+
     @property
     def pairs_per_process(self) -> int:
         """Pairs that a process sees in an optimizer step."""
@@ -259,15 +273,7 @@ class Recipe(RunRecipe):
             )
 
     def poodle_config(self) -> PoodleConfig:
-        try:
-            return PoodleConfig(**self.model)
-        except (
-            TypeError,
-            AttributeError,
-            KeyError,
-            StrictDataclassError,
-        ) as error:  # transformers', of its own fields
-            raise ValueError(f"model holds a value that its config cannot have: {error}") from error
+        return self.model_config()
 
 
 _AT_LEAST_ONE = (

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from modeling_poodle.locks import lock_output_dir
-from modeling_poodle.recipe_files import read_yaml_mapping
+from modeling_poodle.recipe_files import is_int, read_yaml_mapping
 from training.addresses import public_value
-from training.checkpoint_files import damage, list_checkpoints, replace_text
+from training.checkpoint_files import damage, list_checkpoints, read_state, replace_text
 from training.ranks import on_main
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
@@ -36,7 +37,7 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
 
 
 def find_checkpoint(recipe: RunRecipe) -> Path | None:
-    """Raises as [`prepare_output_dir`]."""
+    """Raises as [`prepare_output_dir`]. A run that began at another run's checkpoint and has none yet begins there again."""
     output_dir, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     saved_config = output_dir / "config.yaml"
     if resume is None:
@@ -65,8 +66,42 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
     if saved_config.is_file():
         _refuse_other_configuration(recipe, saved_config)
     if checkpoint is None:
-        logger.warning("no finished checkpoint in %s: starting from the beginning", output_dir)
+        checkpoint = _origin(recipe, read_yaml_mapping(saved_config) if saved_config.is_file() else {})
     return checkpoint
+
+
+def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
+    """
+    Where a run without a checkpoint begins again: where it once did. Only one that had saved nothing may: it writes over what is there.
+
+    Args:
+        saved: the run's `config.yaml`.
+    """
+    output_dir, began = Path(recipe.output_dir), saved.get("resume_from_checkpoint")
+    began = None if not isinstance(began, str) or began == "latest" else began
+    results = [f"{name}/" for name in ("encoder", "model") if (output_dir / name).exists()]
+    steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
+    save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
+    first = steps[0] if steps and began else 0
+    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # a line after the first save
+        results.append(f"metrics.jsonl up to step {steps[-1]}")
+    if results:
+        raise ValueError(
+            f"no checkpoint in {output_dir / 'checkpoints'}, but {', '.join(results)} of a run that had saved some: mount or restore "
+            "checkpoints/, choose another --output_dir, or remove the folder to start from the beginning"
+        )
+    if began is None:
+        logger.warning("no finished checkpoint in %s: starting from the beginning", output_dir)
+        return None
+    wrong = damage(Path(began))
+    if wrong:
+        raise ValueError(
+            f"the run in {output_dir} has no checkpoint yet and began at {began}, which is damaged: {wrong}; restore that, or choose "
+            "another --output_dir"
+        )
+    logger.warning("no finished checkpoint in %s: starting again from %s", output_dir, began)
+    recipe.resume_from_checkpoint = began  # as the run's config.yaml is to have it: it may be stopped again
+    return Path(began)
 
 
 def _latest(output_dir: Path) -> Path | None:
@@ -110,7 +145,7 @@ _INEXACT = (
 
 
 def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint: Path) -> None:
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_state(checkpoint)
     was, now = state["num_processes"], accelerator.num_processes
     if was != now and not recipe.resume_inexact:
         raise ValueError(
@@ -130,11 +165,13 @@ def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    replace_text(path, "".join(line + "\n" for at, line in _lines(path) if at <= step))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of metrics.jsonl with their steps, whole ones alone; none where there is no such file."""
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            yield int(json.loads(line)["step"]), line
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
-    replace_text(path, "".join(kept))

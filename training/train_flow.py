@@ -13,6 +13,11 @@ from pathlib import Path
 # `accelerate launch training/train_flow.py` puts training/ on the path; its siblings live one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training import stopping
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    stopping.end_on_signals()
+
 import torch
 from PIL import Image
 from torch.nn import functional as F

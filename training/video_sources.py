@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from training.addresses import public_url, without_secrets
 from training.cards import is_dataset_id
+from training.checkpoint_files import replace_text
 from training.hub import FAILURES, explain
 from training.video_files import RemoteFile, is_remote, video_name
 
@@ -59,7 +60,7 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     _refuse_one_name_for_two(found)
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
-        pins.write_text(json.dumps(commits, indent=1))
+        replace_text(pins, json.dumps(commits, indent=1))
     return sorted(found, key=video_name)  # in the same order whatever the signatures
 
 

@@ -342,7 +342,14 @@ class PairLoader:
             if self._restored is not None:
                 self._loader.load_state_dict(self._restored)
             resumed, self._restored, count = self._restored is not None, None, 0
-            self._iterator = iter(self._loader)
+            try:
+                self._iterator = iter(self._loader)
+            except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
+                if not resumed:
+                    raise
+                raise ValueError(
+                    f"cannot resume the stream: the checkpoint's loader.loader is no state of one ({error!r})"
+                ) from error
             for batch in self._iterator:
                 count += 1
                 yield batch

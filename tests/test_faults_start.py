@@ -1,0 +1,92 @@
+"""Signals to the script outside of the steps: while it imports, while it prepares the run, and while it closes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from conftest import REPOSITORY
+from forks import in_child, wait_for
+from small_runs import flags, metrics, names
+
+from training import stopping
+from training.checkpoint_files import damage
+from training.recipe import parse_recipe
+from training.resume import prepare_output_dir
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def catches(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def signalled(arguments: list[str], moment, number: int) -> tuple[int, str]:
+    """Exit code of the script that gets the signal at its moment, `moment(pid)`, and what it has said."""
+    process = subprocess.Popen(
+        [sys.executable, "training/pretrain.py", *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        wait_for(lambda: process.poll() is not None or moment(process.pid), seconds=120)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when the handler is there")
+def test_a_signal_while_the_script_imports(drives, tmp_path):
+    code, said = signalled(flags(drives, tmp_path / "run"), lambda pid: catches(pid, signal.SIGTERM), signal.SIGINT)
+    assert code == stopping.RESUMABLE_EXIT_CODE == 75
+    assert said == "\nSIGINT: the run stops outside of its steps; nothing is done yet, repeat the command\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_the_run_is_prepared(drives, tmp_path):
+    """The folder is locked first; indices of the videos, the network and the checkpoint follow."""
+    run = tmp_path / "run"
+    code, said = signalled(flags(drives, run), lambda pid: (run / ".lock").exists(), signal.SIGTERM)
+    assert code == 75 and "Traceback" not in said
+    assert said.endswith("\nSIGTERM: the run stops outside of its steps; nothing is done yet, repeat the command\n")
+    assert not (run / "config.yaml").exists()
+    for more in ((), ("--resume_from_checkpoint", "latest")):  # both commands start it
+        assert prepare_output_dir(Accelerator(cpu=True), parse_recipe(flags(drives, run, *more))) is None
+
+
+def test_a_signal_during_the_steps_of_the_script(drives, tmp_path):
+    run = tmp_path / "run"
+    code, said = signalled(flags(drives, run, steps=500), lambda pid: (run / "metrics.jsonl").exists(), signal.SIGTERM)
+    assert code == 75 and "Traceback" not in said
+    assert "SIGTERM: the run saves and stops after this step" in said and "outside of its steps" not in said
+    (checkpoint,) = names(run)
+    assert checkpoint == f"step-{metrics(run)[-1]['step']}" and damage(run / "checkpoints" / checkpoint) is None
+    recipe = parse_recipe(flags(drives, run, "--resume_from_checkpoint", "latest", steps=500))
+    assert prepare_output_dir(Accelerator(cpu=True), recipe) == run / "checkpoints" / checkpoint
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_once_the_run_has_its_folder(capfd, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+
+    def close() -> None:
+        stopping.end_on_signals()
+        stopping.mark_begun()
+        child = os.fork()
+        if child == 0:  # a process of its own, for which the handler is not meant
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(9)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _, status = os.waitpid(in_child(close), 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    words = "\nSIGTERM: the run stops outside of its steps; go on with --resume_from_checkpoint latest\n"
+    assert capfd.readouterr().err == (words if rank == "0" else "")
