@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from training.cards import is_dataset_id
 from training.hub import FAILURES, explain
-from training.video_files import RemoteFile, is_remote
+from training.video_files import RemoteFile, is_remote, printable
 
 logger = logging.getLogger("poodle")
 EXTENSIONS = (
@@ -52,7 +52,7 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     for source in sources:
         videos, outcome = _expand(source, commits)
         found.update(videos)
-        tried.append(f"{source}: {outcome}")
+        tried.append(printable(f"{source}: {outcome}"))
     if not found:
         raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
     if pins is not None and commits != known:
@@ -141,8 +141,11 @@ def _tar_members(tar: str) -> list[str]:
                 if m.isreg() and not m.issparse() and _is_video(m.name):
                     members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
     except OSError as error:
-        logger.warning("skipped %s: not a readable tar (%s)", tar, error)
+        logger.warning("skipped %s: not a readable tar (%s)", printable(tar), printable(str(error)))
         return []  # not a part of them, or a run would see other videos than the next one
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        logger.warning("%s: not a whole tar (%s); the %d videos before that place are used", tar, error, len(members))
+        reason = printable(str(error))
+        logger.warning(
+            "%s: not a whole tar (%s); the %d videos before that place are used", printable(tar), reason, len(members)
+        )
     return members
