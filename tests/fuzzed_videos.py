@@ -267,11 +267,66 @@ def declared_png(path: Path, height: int, width: int) -> Path:
     return path
 
 
-def declared_samples(path: Path, count: int) -> Path:
-    """A raw video in MOV whose tables declare `count` frames of one size in one chunk."""
+def declared_samples(path: Path, count: int, tracks: int = 1, edits: int | None = None) -> Path:
+    """A raw video in MOV whose tables declare `count` frames of one size in one chunk, in each of its tracks; all shown by each of `edits`."""
     data = bytearray(write_clip(path, Kind(path.name, "rawvideo", "rgb24", (16, 16))).read_bytes())
-    for box, place in (("stts", 12), ("stsz", 12), ("stsc", 16)):  # sample_count, sample_count, samples_per_chunk
-        begin = data.index(box.encode()) + place
+    for name, place in ((b"stts", 12), (b"stsz", 12), (b"stsc", 16)):  # sample_count, sample_count, samples_per_chunk
+        begin = data.index(name) + place
         data[begin : begin + 4] = count.to_bytes(4, "big")
-    path.write_bytes(bytes(data))
+    movie, track = (_box_at(data, name) for name in (b"moov", b"trak"))
+    if edits is not None:
+        parts = [part for part in _boxes(track[8:]) if part[4:8] != b"edts"]
+        shown = box(b"elst", bytes(4) + edits.to_bytes(4, "big") + (b"\x7f" * 4 + bytes(4) + b"\0\1\0\0") * edits)
+        track = box(b"trak", parts[0] + box(b"edts", shown) + b"".join(parts[1:]))
+    parts = [part for part in _boxes(movie[8:]) if part[4:8] != b"trak"]
+    path.write_bytes(data.replace(movie, box(b"moov", parts[0] + track * tracks + b"".join(parts[1:]))))
+    return path
+
+
+def declared_fragment(path: Path, count: int) -> Path:
+    """A fragmented MP4, the first fragment of which declares `count` more samples in a run that has no byte for any of them."""
+    kind = BY_NAME["h264_fragments.mp4"]
+    data = write_clip(path, kind).read_bytes()
+    fragment = _box_at(data, b"moof")
+    head, track = _boxes(fragment[8:])
+    longer = box(b"traf", track[8:] + box(b"trun", bytes(4) + count.to_bytes(4, "big")))
+    path.write_bytes(data.replace(fragment, box(b"moof", head + longer)))
+    return path
+
+
+def box(name: bytes, contents: bytes) -> bytes:
+    return (8 + len(contents)).to_bytes(4, "big") + name + contents
+
+
+def _box_at(data: bytes, name: bytes) -> bytes:
+    begin = data.index(name) - 4
+    return bytes(data[begin : begin + int.from_bytes(data[begin : begin + 4], "big")])
+
+
+def _boxes(data: bytes) -> list[bytes]:
+    boxes = []
+    while data:
+        length = int.from_bytes(data[:4], "big")
+        boxes.append(data[:length])
+        data = data[length:]
+    return boxes
+
+
+def with_sound(path: Path, codec: str, seconds: int) -> Path:
+    """Two seconds of video, and as many of silence as asked for, 48,000 samples each."""
+    kind = Kind(path.name, "mpeg4")
+    with av.open(str(path), "w") as container:
+        stream, sound = container.add_stream("mpeg4", rate=RATE), container.add_stream(codec, rate=48000)
+        (stream.height, stream.width), stream.pix_fmt, sound.layout = kind.size, kind.pix_fmt, "mono"
+        for number in range(kind.frames):
+            frame = av.VideoFrame.from_ndarray(picture(number, *kind.size), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for second in range(seconds):
+            silence = np.zeros((1, 48000), np.uint8 if codec == "pcm_u8" else np.int16)
+            frame = av.AudioFrame.from_ndarray(silence, format="u8" if codec == "pcm_u8" else "s16", layout="mono")
+            frame.sample_rate, frame.pts = 48000, second * 48000
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
     return path

@@ -138,8 +138,11 @@ def last_step(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def footprint(pid: int) -> tuple[int, int, int]:
-    """KiB of its own, open files and threads of a process and its children; pages of files are left out, which other processes share."""
+def footprint(pid: int) -> tuple[int, int, int, tuple[str, ...]]:
+    """
+    KiB of its own, open files and threads of a process and its children, and who these are; pages of files are left out, which other
+    processes share.
+    """
     memory = files = threads = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for each in [str(pid), *children]:
@@ -147,7 +150,17 @@ def footprint(pid: int) -> tuple[int, int, int]:
         memory += int(rollup.split("Pss_Anon:")[1].split()[0])
         files += len(os.listdir(f"/proc/{each}/fd"))
         threads += len(os.listdir(f"/proc/{each}/task"))
-    return memory, files, threads
+    return memory, files, threads, tuple(children)
+
+
+# A span of the loader ends after 24 openings, and its workers with it.
+SHORT_SPANS = """
+import sys
+from modeling_poodle.recipe_files import run_script
+from training import pretrain, video_stream
+video_stream.OPENINGS_PER_SPAN = 24
+run_script(lambda: pretrain.main(sys.argv[1:]))
+"""
 
 
 def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
@@ -160,33 +173,39 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
     began = time.monotonic()
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "training/pretrain.py", *arguments],
+            [sys.executable, "-c", SHORT_SPANS, *arguments],
             cwd=REPOSITORY,
             env=ENVIRONMENT,
             stdout=log,
             stderr=log,
         )
-        samples = []
+        samples, seen = [], set()
         while process.poll() is None:
             time.sleep(1)
             if not 0 < last_step(tmp_path / "run") < steps:
                 continue  # it is starting, or ending
             try:
-                samples.append(footprint(process.pid))
+                *figures, workers = footprint(process.pid)
             except (FileNotFoundError, ProcessLookupError, IndexError):  # it is ending
                 continue
+            if workers:  # or it is between two spans
+                samples.append(figures)
+                seen.update(workers)
     assert process.returncode == 0, (tmp_path / "log.txt").read_text()[-3000:]
     quarter = len(samples) // 4
-    # Of files the fewest: each batch on its way from the worker is some open files more.
+    # Of files and threads few, but not the fewest: each batch on its way from the worker is some open files more, and a worker that has
+    # just begun has not all of them.
     (early, late) = (
-        [statistics.median(memory), min(files), min(threads)]
+        [statistics.median(memory), *(sorted(counts)[len(counts) // 5] for counts in (files, threads))]
         for memory, files, threads in (zip(*part) for part in (samples[quarter : 2 * quarter], samples[-quarter:]))
     )
     print(
-        f"{steps} steps in {time.monotonic() - began:.0f} s, {len(samples)} samples of KiB, files, threads: {early} -> {late}"
+        f"{steps} steps in {time.monotonic() - began:.0f} s, {len(samples)} samples of KiB, files, threads: {early} -> {late}; "
+        f"{len(seen)} workers"
     )
     assert late[0] <= 1.02 * early[0]
     assert late[1:] == early[1:]
+    assert len(seen) > 50  # one after the other: a span is 24 x 16 steps
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, steps + 1, 10))
     assert all(0 < line["loss"] < 4 and line["skipped_updates"] == 0 for line in lines)

@@ -61,6 +61,14 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert int(guard.skipped_updates) == 1 and int(guard.skipped_running) == 0
 
 
+def test_the_videos_of_a_loss_that_is_not_finite_are_named_in_one_line():
+    watcher = health.Health(Accelerator(cpu=True))
+    watcher.watch(torch.tensor(float("nan")), 1, ["b.mp4", "a\x1b[31m\n.mp4"])
+    with pytest.raises(FloatingPointError, match=r"on this rank: a\\x1b\[31m\\n\.mp4, b\.mp4\. The") as stopped:
+        watcher.stop_if_not_finite()
+    assert str(stopped.value).isprintable()
+
+
 def test_skipped_updates_are_counted_and_ten_running_stop_the_run(drives, tmp_path, monkeypatch):
     original = pretrain.Run.accumulate
 

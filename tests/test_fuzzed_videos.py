@@ -5,10 +5,14 @@ import json
 import logging
 import os
 import select
+import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,17 +26,22 @@ from fuzzed_videos import (
     KINDS,
     RATE,
     Kind,
+    box,
     damaged,
+    declared_fragment,
     declared_h264,
     declared_png,
     declared_samples,
     number_of,
+    with_sound,
     write_clip,
 )
+from loopback import serve
 
-from training import video_files
-from training.video_decoding import Cut, UnreadableVideo, decode_cuts, index_video
-from training.video_files import MAX_PIXELS, ended_if_stuck
+from training import video_decoding, video_files
+from training.video_decoding import Cut, UnreadableVideo, _estimate_pts, decode_cuts, index_video
+from training.video_files import MAX_ENTRIES, MAX_PIXELS, Deadline, ended_if_stuck
+from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
 WITHOUT_TIMES = {
@@ -85,13 +94,13 @@ class Reader:
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
 
-    def read(self, path: Path, limit: float) -> dict:
+    def read(self, path: Path | str, limit: float) -> dict:
         self.process.stdin.write(f"{path}\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], limit)
-        assert ready, f"{path.name}: no end after {limit} s"
+        assert ready, f"{path}: no end after {limit} s"
         line = self.process.stdout.readline()
-        assert line, f"{path.name}: ended its reader ({self.process.wait()})"
+        assert line, f"{path}: ended its reader ({self.process.wait()})"
         return json.loads(line)
 
 
@@ -117,32 +126,80 @@ def fuzz(folder: Path, clips: dict[str, Path], count: int):
         yield damage, path
 
 
-def named_once(report: dict, path: Path) -> bool:
-    """Whether a video was skipped, after checking that it then was named once, though it was opened in two epochs."""
-    assert len(report["log"]) <= 1, report
-    assert report["log"] or report["pairs"] == 4, report
-    assert all(
-        line.startswith(f"skipped {path}: ") and len(line) > len(f"skipped {path}: ") + 8 for line in report["log"]
-    )
-    return bool(report["log"])
+def skipped(report: dict, source: Path | str) -> bool:
+    """Whether a video was skipped, after checking that this has a reason, and that all its pairs are there where it was not."""
+    found = report["skipped"]
+    assert 2 * len(found) + report["pairs"] == 4, report  # two pairs in each of two epochs
+    assert all(path == str(source) and len(reason) > 8 for path, reason in found), report
+    return bool(found)
 
 
-def test_damaged_clips_are_skipped_and_named_once_or_read(tmp_path, clips):
+def test_damaged_clips_are_skipped_with_a_reason_or_read(tmp_path, clips):
     with reading() as reader:
         for name, path in clips.items():
-            assert named_once(reader.read(path, 30), path) == (name in WITHOUT_TIMES)
-        skipped = 0
+            assert skipped(reader.read(path, 30), path) == (name in WITHOUT_TIMES)
+        left_out = 0
         for damage, path in fuzz(tmp_path, clips, 60):
             report = reader.read(path, 30)
-            skipped += named_once(report, path)
+            left_out += skipped(report, path)
             assert report["mib"] < 64, (damage, report)
-        assert 15 <= skipped <= 55  # the damage is neither none nor total
+        assert 15 <= left_out <= 55  # the damage is neither none nor total
+
+
+def test_damaged_clips_on_a_server(tmp_path, clips):
+    """Of remote files the frames' times are estimated from the header, whatever that says."""
+    damages = [path for _, path in fuzz(tmp_path, clips, 40)]
+    giant = bytearray(clips["vp9.webm"].read_bytes())
+    place = giant.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in ms
+    giant[place : place + 8] = struct.pack(">d", 4_900_000 / RATE * 1000)
+    for number in range(3):
+        (tmp_path / f"giant_{number}.webm").write_bytes(giant)
+    with reading() as reader, serve(tmp_path) as server:
+        left_out = 0
+        for path in damages:
+            report = reader.read(f"{server.url}/{path.name}", 30)
+            left_out += skipped(report, f"{server.url}/{path.name}")
+            assert report["mib"] < 64, report
+        assert 10 <= left_out <= 35
+        for number in range(3):
+            report = reader.read(f"{server.url}/giant_{number}.webm", 60)
+            assert report["mib"] < 200 and report["seconds"] < 30, report  # the third in the place of the first
+
+
+def test_estimated_times_are_those_of_fractions_and_end_at_the_deadline():
+    class Stream:
+        guessed_rate, container, start_time = None, None, 7
+
+        def __init__(self, rate, time_base):
+            self.average_rate, self.time_base = Fraction(rate), Fraction(1, time_base)
+            self.duration = int(200 / self.average_rate / self.time_base)
+
+    for rate, time_base in (("30000/1001", 90000), (16, 1000), (25, 1000), ("24000/1001", 1000), (3, 7)):
+        stream = Stream(rate, time_base)
+        expected = [7 + round(i / stream.average_rate / stream.time_base) for i in range(199)]
+        assert _estimate_pts(stream, Deadline())[:199].tolist() == expected
+        with pytest.raises(UnreadableVideo, match="takes longer than -1 s"):
+            _estimate_pts(stream, Deadline(-1))
+
+
+def test_indices_are_kept_by_their_frames(clips, monkeypatch):
+    monkeypatch.setattr(video_decoding, "FRAMES_KEPT", 2 * (1000 + 2 * FRAMES))
+    read = []
+    kept = video_decoding._KeptIndices(lambda source: read.append(source) or index_video.__wrapped__(source))
+    a, b, c = (str(clips[name]) for name in ("h264.mp4", "mpeg4.avi", "hevc.mp4"))
+    for source in (a, b, a, c, a, b):
+        assert len(kept(source).pts) == FRAMES
+    assert read == [a, b, c, b] and list(kept.kept) == [a, b]
+    monkeypatch.setattr(video_decoding, "FRAMES_KEPT", 1)
+    assert len(kept(c).pts) == FRAMES and list(kept.kept) == [c]
+    assert kept.frames == 1000 + FRAMES + len(kept(c).keyframes)
 
 
 def test_declared_and_edge_sizes(tmp_path, clips):
     beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more than the limit
     large = f"has frames of 8192x{beyond}, larger than 8192x4352 in all"
     sized = "cannot be decoded (Invalid data found"  # FFmpeg's word for a size over the limit inside the stream
+    of_all = "frames and samples of all its tracks, the most is 10000000"
     header = bytearray(write_clip(tmp_path / "header.mov", Kind("", "rawvideo", "rgb24", (16, 16))).read_bytes())
     place = header.index(b"raw ", header.index(b"stsd")) + 28
     header[place : place + 4] = b"\xff" * 4
@@ -154,6 +211,9 @@ def test_declared_and_edge_sizes(tmp_path, clips):
         declared_h264(tmp_path / "beyond.mkv", 16384, 16384, 16): sized,
         declared_png(tmp_path / "beyond.mov", 65000, 65000): sized,
         declared_samples(tmp_path / "samples.mov", 6_000_000): "has by its header 6000000 frames, the most is 5000000",
+        declared_samples(tmp_path / "tracks.mov", 30_000_000, 4): f"declares 120000000 {of_all}",
+        declared_samples(tmp_path / "edits.mov", 4_000_000, 1, 20): f"declares 80000000 {of_all}",
+        declared_fragment(tmp_path / "fragment.mp4", 50_000_000): f"declares 50000024 {of_all}",
         write_clip(tmp_path / "1x1.mkv", Kind("", "ffv1", "yuv444p", (1, 1))): "has frames of 1x1, 2x2 is the least",
         write_clip(
             tmp_path / "one.mp4", Kind("", "mpeg4", frames=1)
@@ -170,11 +230,56 @@ def test_declared_and_edge_sizes(tmp_path, clips):
     with reading() as reader:
         for path, reason in hostile.items():
             report = reader.read(path, 60)
-            assert named_once(report, path) and report["log"][0].startswith(f"skipped {path}: {reason}"), report
+            assert skipped(report, path) and report["skipped"][0][1].startswith(reason), report
             assert report["mib"] < 400, report
         for path, bound in usable.items():
             report = reader.read(path, 60)
-            assert not named_once(report, path) and report["mib"] < bound, report
+            assert not skipped(report, path) and report["mib"] < bound, report
+
+
+def test_giant_indices_are_found_wherever_they_are_declared(tmp_path):
+    """In a tar, on a server, in a compressed header, behind a head of 64 bits, in a box that FFmpeg looks into for a lost movie."""
+    path = declared_samples(tmp_path / "tracks.mov", 6_000_000, 2)
+    data, told = path.read_bytes(), "declares 12000000 frames and samples of all its tracks"
+    begin = data.index(b"moov") - 4
+    movie = data[begin : begin + int.from_bytes(data[begin : begin + 4], "big")]
+    assert data.endswith(movie)
+    packed = box(b"dcom", b"zlib") + box(b"cmvd", len(movie).to_bytes(4, "big") + zlib.compress(movie))
+    places = {
+        "compressed.mov": box(b"moov", box(b"cmov", packed)),
+        "wide.mov": (1).to_bytes(4, "big") + b"moov" + (len(movie) + 8).to_bytes(8, "big") + movie[8:],
+        "endless.mov": bytes(4) + movie[4:],
+        "lost.mov": movie.replace(b"moov", b"hoov", 1),
+        "freed.mov": movie.replace(b"moov", b"free", 1),
+        "unknown.mov": box(b"abcd", b"") + movie,
+        "sized.mov": movie.replace(b"\0\0\0\x14stsz", b"\0\0\0\1stsz\0\0\0\0\0\0\0\x14"),
+        "fours.mov": movie.replace(b"stsz", b"stz2"),
+    }
+    for name, place in places.items():
+        (tmp_path / name).write_bytes(data[:begin] + place)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(path, arcname="tracks.mov")
+    with serve(tmp_path) as server:
+        sources = [*(str(tmp_path / name) for name in places), f"{server.url}/tracks.mov"]
+        sources += [*find_videos([str(tmp_path / "a.tar")]), *find_videos([f"{server.url}/a.tar"])]
+        for source in sources:
+            with pytest.raises(UnreadableVideo, match=told):
+                index_video(source)
+
+
+def test_hours_of_plain_sound_are_no_giant_index(tmp_path):
+    """More samples than the limit, which FFmpeg indexes a thousand at once: only where nothing says that they could be frames."""
+    for name, codec in (("a.mov", "pcm_u8"), ("b.mp4", "pcm_s16le"), ("c.mov", "adpcm_ima_qt")):
+        path = with_sound(tmp_path / name, codec, 220)
+        assert 220 * 48000 > MAX_ENTRIES and len(index_video(str(path)).pts) == FRAMES
+    data = (tmp_path / "a.mov").read_bytes()
+    sound = data.index(b"soun")
+    handler, runs = data.index(b"url ", sound), data.index(b"stsc", sound) + 16
+    times = data.index(b"stts", sound) + 16
+    for place, new in ((handler, b"vide"), (runs, b"\x7f\xff\xff\xff"), (times, b"\0\0\0\2")):
+        path.write_bytes(data[:place] + new + data[place + 4 :])
+        with pytest.raises(UnreadableVideo, match=r"declares \d+ frames and samples of all its tracks"):
+            index_video.__wrapped__(str(path))
 
 
 @pytest.mark.long
@@ -184,21 +289,22 @@ def test_five_hundred_damaged_clips_and_the_largest_declared_sizes(tmp_path, cli
     with reading() as reader:
         for damage, path in fuzz(tmp_path, clips, 500):
             report = reader.read(path, 30)
-            named_once(report, path)
+            skipped(report, path)
             groups.setdefault(damage, []).append(report)
         # Within the limits, and so decoded: as slow and as large as a file of a few KB can be.
         for references in (1, 16):
             for name in ("within.ts", "within.mkv", "within.flv"):
                 path = declared_h264(tmp_path / f"{references}_{name}", 4352, 8192, references)
                 groups.setdefault("8192x4352 declared", []).append(reader.read(path, 120))
-        path = declared_samples(tmp_path / "samples.mov", 80_000_000)
-        groups["80 million frames declared"] = [reader.read(path, 300)]
+        for number, (count, tracks, edits) in enumerate(((80_000_000, 1, 1), (5_000_000, 2, None), (5_000_000, 1, 2))):
+            path = declared_samples(tmp_path / f"{number}_samples.mov", count, tracks, edits)
+            groups.setdefault("5 to 80 million frames declared", []).append(reader.read(path, 300))
     print("\n| damage | files | skipped | most seconds | most MiB |\n|---|---|---|---|---|")
     for damage, reports in sorted(groups.items()):
-        skipped, seconds = sum(bool(r["log"]) for r in reports), max(r["seconds"] for r in reports)
-        print(f"| {damage} | {len(reports)} | {skipped} | {seconds:.2f} | {max(r['mib'] for r in reports):.0f} |")
-    assert sum(len(reports) for reports in groups.values()) == 507
-    assert max(r["mib"] for reports in groups.values() for r in reports) < 3072
+        left_out, seconds = sum(bool(r["skipped"]) for r in reports), max(r["seconds"] for r in reports)
+        print(f"| {damage} | {len(reports)} | {left_out} | {seconds:.2f} | {max(r['mib'] for r in reports):.0f} |")
+    assert sum(len(reports) for reports in groups.values()) == 509
+    assert max(r["mib"] for reports in groups.values() for r in reports) < 1024
 
 
 # --- limits, names, other files ---
@@ -224,7 +330,7 @@ class Stuck(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, _):
-        with ended_if_stuck("/videos/spins.mp4", 0.3):
+        with ended_if_stuck("/videos/\x1b[31mspins.mp4", 0.3):
             time.sleep(60)
 
 
@@ -240,7 +346,7 @@ def test_a_decoder_that_never_comes_back_ends_its_worker_and_is_named(capfd):
     finally:
         logging.getLogger("poodle").removeHandler(errors)
     assert time.monotonic() - start < 30
-    assert "/videos/spins.mp4: no end after 0.3 s; its loader worker ends" in capfd.readouterr().err
+    assert r"/videos/\x1b[31mspins.mp4: no end after 0.3 s; its loader worker ends" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("size", [0, 10**9])
@@ -309,7 +415,7 @@ def test_lists_of_other_files_are_no_videos(tmp_path, clips):
             index_video(str(script))
 
 
-def test_any_file_name_is_a_file(tmp_path, clips, monkeypatch, caplog):
+def test_any_file_name_is_a_file(tmp_path, clips, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = clips["h264.mp4"].read_bytes()
     for name in ("12:30.mp4", "a::b.mp4", "x.tar::b.mp4", "pipe:0", "%03d.mp4", "öü 視.mp4"):
@@ -324,4 +430,4 @@ def test_any_file_name_is_a_file(tmp_path, clips, monkeypatch, caplog):
     samples = list(generate_pairs([((0, unprintable), (1, unprintable)), ((0, "öü 視.mp4"),)], SAMPLING))
     (path, reason), again = samples[0]["skipped"]
     assert path == r"\udcff\x1b[31m\n.mp4" and "cannot be opened" in reason and again == (path, reason)
-    assert caplog.messages == [f"skipped {path}: {reason}"] and caplog.messages[0].isascii()
+    assert reason.isprintable()

@@ -14,10 +14,12 @@ from small_runs import MODEL, RESNET, flags, train
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from modeling_poodle import PoodleForPreTraining, PoodleModel
+from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
 from training.pretrain import main
 from training.recipe import Recipe
 from training.schedules import teacher_momentum
+from training.video_stream import PairLoader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -202,6 +204,31 @@ def test_a_video_that_cannot_be_used_is_counted_once_and_named_at_the_end(drives
     resumed = train(folder, output_dir, *arguments, "--resume_from_checkpoint", "latest", steps=6)
     assert [line["skipped_videos"] for line in resumed] == [line["skipped_videos"] for line in lines]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
+
+
+def test_a_skipped_video_is_named_once_by_workers_of_many_spans(drives, tmp_path, caplog, monkeypatch):
+    spans, original = [], PairLoader._make_loader
+    monkeypatch.setattr(video_stream, "OPENINGS_PER_SPAN", 4)
+    monkeypatch.setattr(PairLoader, "_make_loader", lambda self: spans.append(self.span) or original(self))
+    folder, output_dir = tmp_path / "videos", tmp_path / "run"
+    shutil.copytree(drives, folder)
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).write_bytes(b"no video")
+    arguments = ("--save_steps", "6", "--pairs_per_video", "1", "--dataloader_num_workers", "2")
+    assert train(folder, output_dir, *arguments, steps=12)[-1]["skipped_videos"] == 2
+    assert max(spans) >= 3
+    named = [
+        f"skipped {folder / name}: cannot be opened as a video (Invalid data found when processing input)"
+        for name in ("a.mp4", "b.mp4")
+    ]
+    assert [caplog.messages.count(line) for line in named] == [2, 2] and caplog.messages[
+        -2:
+    ] == named  # and at the end
+    AcceleratorState._reset_state(True)
+    caplog.clear()
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    train(folder, output_dir, *arguments, "--resume_from_checkpoint", "latest", steps=12)
+    assert [caplog.messages.count(line) for line in named] == [1, 1] and caplog.messages[-2:] == named
 
 
 def test_tensorboard_through_accelerate(drives, tmp_path):

@@ -1,8 +1,14 @@
 """Pairs from videos whose frames carry their own number, sharding, and exact resume."""
 
+import ctypes
 import dataclasses
+import io
 import json
+import multiprocessing
 import os
+import signal
+import tarfile
+import time
 from fractions import Fraction
 
 import av
@@ -12,6 +18,7 @@ import pytest
 import torch
 from loopback import serve
 
+from training import video_sources, video_stream
 from training.video_decoding import UnreadableVideo, VideoIndex, cut_frame, index_video
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
@@ -210,8 +217,6 @@ def test_audio_only_is_named(tmp_path):
 
 
 def test_sources(tmp_path, videos):
-    import tarfile
-
     folder = str(tmp_path.parent / videos[0]).rsplit("/", 1)[0]
     assert find_videos([folder]) == sorted(videos) == find_videos([folder + "/*.mp4", videos[0]])
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
@@ -297,3 +302,69 @@ def test_epochs_seen_are_those_of_the_pairs(videos, batch_size, workers, batches
     taken = -(-(-(-batches // lanes) * batch_size) // (len(shards[0]) * SAMPLING.pairs_per_video))  # shards of a lane
     epochs = {epoch for lane in range(lanes) for shard in shards[lane::lanes][:taken] for epoch, _ in shard}
     assert loader.epochs_seen(batches) == max(epochs) + 1
+
+
+def segfault():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def spin():
+    ctypes.PyDLL(None).sleep(60)  # as a decoder that never comes back: no thread of Python goes on
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (segfault, r"ended its reader \(SIGSEGV\)"),
+        (spin, "no end after 0.4 s"),
+        (lambda: os._exit(3), r"ended its reader \(exit code 3\)"),
+    ],
+)
+def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeypatch, act, said):
+    def look(path):
+        if path == videos[2]:
+            act()
+        return index_video(path)
+
+    look.keep = index_video.keep
+    monkeypatch.setattr(video_stream, "index_video", look)
+    monkeypatch.setattr(video_stream, "time_limit", lambda path: 0.4 / 3 if path == videos[2] else 60)
+    index_video.cache_clear()
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"{videos[2]}: {said}, as it would end the run. Remove it, or put an empty"):
+        check_videos(videos, SAMPLING)
+    assert time.monotonic() - start < 30 and list(index_video.kept) == videos[:2]
+    assert not multiprocessing.active_children()
+
+
+def test_the_first_look_is_not_taken_twice(videos):
+    index_video.cache_clear()
+    assert check_videos(videos, SAMPLING) == [] and list(index_video.kept) == videos
+    kept = index_video(videos[0])
+    assert kept is index_video.kept[videos[0]] and kept.pts == index_video.__wrapped__(videos[0]).pts
+
+
+def test_names_of_videos_are_of_one_line_in_logs_and_errors(tmp_path, videos, caplog):
+    name, shown = "x\x1b[31m\n.mp4", r"x\x1b[31m\n.mp4"
+    tar = tmp_path / "\x1b[31m.tar"
+    with tarfile.open(tar, "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = 5
+        archive.addfile(member, io.BytesIO(b"video"))
+    paths = find_videos([str(tar)])
+    with pytest.raises(ValueError, match="no usable video") as error:
+        check_videos(paths, SAMPLING)
+    assert error.value.args[0].count("\n") == 1 and "\x1b" not in str(error.value) and shown in str(error.value)
+    with pytest.raises(ValueError, match="none of the 1 videos gave a full batch, for example") as error:
+        next(iter(PairLoader(paths, SAMPLING, 4)))
+    assert str(error.value).isprintable() and shown in str(error.value)
+    member.size = 10**6
+    tar.write_bytes(member.tobuf())
+    assert find_videos([str(tar), videos[0]]) == [videos[0]]
+    tar.unlink()
+    tar.mkdir()
+    assert video_sources._tar_members(str(tar)) == []
+    assert len(caplog.messages) == 2
+    assert all(line.isprintable() and r"/\x1b[31m.tar" in line for line in caplog.messages)
+    with pytest.raises(ValueError, match=r"tried\n  nowhere\\x1b31m: no such file or folder\n"):
+        find_videos(["nowhere\x1b31m"])

@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from training.schedules import count_steps
 from training.video_decoding import UnreadableVideo, is_remote
 from training.video_files import video_name
-from training.video_stream import PairLoader, PairSampling, index_video, plan_pairs
+from training.video_stream import PairLoader, PairSampling, indices_apart, plan_pairs
 
 FORMAT = "poodle-flow-1"
 STEPS_PER_PIXEL = 16
@@ -281,11 +281,13 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
 
 def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[str], epochs: int, about: dict) -> None:
     count = len(paths) * epochs
-    for number in np.unique(np.linspace(0, count - 1, min(_LOOKED_AT, count)).round().astype(int)):
-        epoch, path = number // len(paths), paths[number % len(paths)]
+    numbers = np.unique(np.linspace(0, count - 1, min(_LOOKED_AT, count)).round().astype(int))
+    looked_at = indices_apart([paths[number % len(paths)] for number in numbers])
+    for epoch, (path, index) in zip(numbers // len(paths), looked_at):
         file = opening_file(folder, epoch, path)
         try:
-            index = index_video(path)
+            if isinstance(index, UnreadableVideo):
+                raise index
             pairs = plan_pairs(index, sampling, epoch, path)
         except UnreadableVideo:
             continue  # it gives no pairs, and is named when it is skipped

@@ -40,7 +40,7 @@ from training.flow_files import (
 from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, parse_recipe
 from training.video_decoding import UnreadableVideo
-from training.video_files import video_name
+from training.video_files import printable, video_name
 from training.video_stream import PairSampling, start_worker, video_pairs
 
 logger = logging.getLogger("poodle")
@@ -237,7 +237,7 @@ def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int
             found = str(error)
     skipped = file.with_suffix(".skipped")
     if isinstance(found, str):
-        logger.warning("skipped %s: %s", video_name(path), found)
+        logger.warning("skipped %s: %s", printable(video_name(path)), printable(found))
         write_file(skipped, found.encode())
         return 0
     write_file(file, found)

@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from training.video_files import printable
+
 logger = logging.getLogger("poodle")
 SKIPS_ALLOWED = 10  # updates running
 LINES_ALLOWED = 20  # lines of metrics.jsonl running
@@ -68,7 +70,7 @@ class Health:
             bad = int(steps[steps >= 0].min())
             videos = sorted({name for step, names in self.videos if step == bad for name in names})
             raise FloatingPointError(
-                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(videos) or '-'}. "
+                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(map(printable, videos)) or '-'}. "
                 "The checkpoints up to the last save are kept. Look at these videos, or lower learning_rate"
             )
         if skipped >= SKIPS_ALLOWED:

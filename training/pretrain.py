@@ -280,14 +280,25 @@ class Run:
         values = torch.stack([zero if value is None else value.detach().float() for value in values])
         self.sums += values / self.recipe.gradient_accumulation_steps
         self.health.watch(output.loss.detach(), self.step + 1, batch["video"])
-        for path, reason in batch["skipped"]:
-            self.skipped.setdefault(path, reason)
+        self.name_skipped(batch["skipped"])
+
+    def name_skipped(self, found: list[tuple[str, str]]) -> None:
+        """A file is named once in a run, by its first reason: other frames of it can be damaged otherwise."""
+        for path, reason in found:
+            if path not in self.skipped:
+                self.skipped[path] = reason
+                if self.accelerator.is_main_process:
+                    logger.warning("skipped %s: %s", path, reason)
+
+    def share_skipped(self) -> None:
+        """Each rank's workers skip files of their own; from here on every rank knows of all."""
+        if self.accelerator.num_processes > 1:
+            self.name_skipped([entry for found in gather_object([self.skipped]) for entry in found.items()])
 
     @torch.no_grad()
     def log(self, output, progress) -> None:
         self.health.stop_if_not_finite()
-        if self.accelerator.num_processes > 1:  # each rank's workers skip files of their own
-            self.skipped = {path: reason for found in gather_object([self.skipped]) for path, reason in found.items()}
+        self.share_skipped()
         metrics = {"step": self.step, "epoch": self.epoch(), **self.figures(output)}
         self.sums.zero_()
         elapsed = time.perf_counter() - self.started
@@ -357,6 +368,7 @@ class Run:
     def save(self) -> None:
         self.health.stop_if_not_finite()
         on_main(self.accelerator, self.before_saving)
+        self.share_skipped()  # what a checkpoint has is not named again
         state, doubtful = self.rank_state(), self.health.doubtful
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
         self.hand_out()

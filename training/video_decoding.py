@@ -4,7 +4,10 @@ import bisect
 import contextlib
 import functools
 import itertools
+from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import av.error
@@ -13,7 +16,9 @@ import numpy as np
 
 from training.video_files import MAX_PIXELS, Deadline, UnreadableVideo, is_remote, open_video, words
 
-MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second; an index takes some 100 bytes of memory a frame
+MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
+# Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
+FRAMES_KEPT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class VideoIndex:
         version: what tells the file from a later one in its place (size and time, or what the server says of it).
     """
 
-    pts: tuple[int, ...]
+    pts: array
     times: np.ndarray
-    keyframes: tuple[int, ...]
-    seek_points: tuple[int, ...]
+    keyframes: array
+    seek_points: array
     exact: bool
     height: int
     width: int
@@ -82,7 +87,41 @@ def _check_size(picture) -> None:
         raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
 
 
-@functools.lru_cache(maxsize=4096)
+class _KeptIndices:
+    """A function from a source to its index that keeps those asked for last, up to FRAMES_KEPT frames in all."""
+
+    def __init__(self, make):
+        functools.update_wrapper(self, make)
+        self.kept: OrderedDict[str, VideoIndex] = OrderedDict()
+        self.frames = 0
+
+    def __call__(self, source: str) -> VideoIndex:
+        if source not in self.kept:
+            self.keep(source, self.__wrapped__(source))
+        self.kept.move_to_end(source)
+        return self.kept[source]
+
+    def keep(self, source: str, index: VideoIndex) -> None:
+        self.drop(source)
+        self.kept[source] = index
+        self.frames += _weight(index)
+        while self.frames > FRAMES_KEPT and len(self.kept) > 1:
+            self.drop(next(iter(self.kept)))
+
+    def drop(self, source: str) -> None:
+        if source in self.kept:
+            self.frames -= _weight(self.kept.pop(source))
+
+    def cache_clear(self) -> None:
+        self.kept.clear()
+        self.frames = 0
+
+
+def _weight(index: VideoIndex) -> int:
+    return 1000 + len(index.pts) + len(index.keyframes)  # and what an index takes without them
+
+
+@_KeptIndices
 def index_video(source: str) -> VideoIndex:
     """
     Index of a video. Local files are demuxed once (no decoding) for their exact time stamps; of remote ones only the
@@ -94,7 +133,7 @@ def index_video(source: str) -> VideoIndex:
     with open_video(source) as (container, deadline, version), _explained():
         stream = _video_stream(container)
         if is_remote(source):
-            pts, keyframes = _estimate_pts(stream), {}
+            pts, keyframes = _estimate_pts(stream, deadline), {}
         else:
             pts, keyframes = _read_pts(container, stream, deadline)
         # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
@@ -112,10 +151,10 @@ def index_video(source: str) -> VideoIndex:
         turns = round(first.rotation / 90) % 4
         height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
         return VideoIndex(
-            tuple(pts),
+            pts,
             times,
-            tuple(keyframes),
-            tuple(keyframes.values()),
+            array("q", keyframes),
+            array("q", keyframes.values()),
             not is_remote(source),
             height,
             width,
@@ -124,7 +163,7 @@ def index_video(source: str) -> VideoIndex:
         )
 
 
-def _read_pts(container, stream, deadline: Deadline) -> tuple[list[int], dict[int, int]]:
+def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
     """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
     # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
     by_pts = container.format.name.startswith(("mov", "matroska"))
@@ -141,10 +180,10 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[list[int], dict[in
     if not pts:
         raise UnreadableVideo("has no frames with time stamps")
     container.seek(0)
-    return sorted(pts), dict(sorted(keyframes.items()))
+    return array("q", sorted(pts)), dict(sorted(keyframes.items()))
 
 
-def _estimate_pts(stream) -> list[int]:
+def _estimate_pts(stream, deadline: Deadline) -> array:
     rate = stream.average_rate or stream.guessed_rate
     duration = (
         stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / av.time_base
@@ -155,7 +194,14 @@ def _estimate_pts(stream) -> list[int]:
     frames = max(1, int(duration * rate))
     if frames > MAX_FRAMES:
         raise UnreadableVideo(f"has by its header {frames} frames, the most is {MAX_FRAMES}")
-    return [start + round(i / rate / stream.time_base) for i in range(frames)]
+    step, pts = 1 / (Fraction(rate) * stream.time_base), array("q")
+    for number in range(frames):
+        if number % 65536 == 0:
+            deadline.check()
+        # round(number * step), in whole numbers: fractions take ten times as long
+        whole, rest = divmod(number * step.numerator, step.denominator)
+        pts.append(start + whole + (2 * rest > step.denominator or (2 * rest == step.denominator and whole % 2)))
+    return pts
 
 
 @dataclass(frozen=True)

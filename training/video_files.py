@@ -15,6 +15,7 @@ import fsspec
 import torch
 
 from training.addresses import public_url, without_secrets
+from training.mov_tables import index_entries
 
 logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
@@ -22,6 +23,9 @@ av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in ou
 # The largest picture of any level of H.264, HEVC, VP9 and AV1 (8192x4352: 8K and DCI 8K are within). Larger ones are refused before
 # memory is taken for them: a file of a few bytes can declare 65536x65536.
 MAX_PIXELS = 35_651_584
+# Of all tracks of a MOV or MP4, for each of which FFmpeg takes up to 70 bytes before anything can be asked of it. A day of 60 frames a
+# second and of AAC has 9 million.
+MAX_ENTRIES = 10_000_000
 # Time that one opening of a video may take, for its index or for all its pairs: fixed, and for a local file more by its size, since
 # its index is read from end to end.
 SECONDS = 60.0
@@ -74,6 +78,11 @@ def time_limit(source: str) -> float:
         with contextlib.suppress(OSError):  # what is not there is found out on opening
             size = os.path.getsize(source)
     return SECONDS + size / BYTES_PER_SECOND
+
+
+def printable(text: str) -> str:
+    """A name or a reason for logs and errors, of one line: what files are called is the word of those who made them."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def is_remote(source: str) -> bool:
@@ -219,19 +228,31 @@ def open_video(source: str):
             else:
                 facts = os.stat(path)
                 version = (facts.st_size, facts.st_mtime_ns)
-                # "file:", or FFmpeg would take what stands before a colon for a protocol.
-                file = stack.enter_context(open(path, "rb")) if member else f"file:{path}"
+                file = stack.enter_context(open(path, "rb"))
             if member:
                 file = _Part(file, int(member[2]), int(member[3]))
+            _refuse_giant_index(
+                file, file.size if member or is_remote(path) else facts.st_size, is_remote(path), deadline
+            )
             container = av.open(
-                file,
+                # "file:", or FFmpeg would take what stands before a colon for a protocol.
+                file if member or is_remote(path) else f"file:{path}",
                 options={"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)},
                 metadata_errors="replace",  # tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out
                 timeout=deadline.seconds,
             )
+        except UnreadableVideo:
+            raise
         except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise UnreadableVideo(f"cannot be opened as a video ({words(error)})") from error
         yield stack.enter_context(container), deadline, version
+
+
+def _refuse_giant_index(file, size: int, remote: bool, deadline: Deadline) -> None:
+    entries = index_entries(file, size, remote, deadline.check)
+    if entries > MAX_ENTRIES:
+        raise UnreadableVideo(f"declares {entries} frames and samples of all its tracks, the most is {MAX_ENTRIES}")
+    file.seek(0)
 
 
 def words(error: Exception) -> str:
@@ -248,7 +269,9 @@ def ended_if_stuck(path: str, seconds: float):
     """
 
     def end():
-        logger.error("%s: no end after %g s; its loader worker ends. Remove this file, and resume", path, seconds)
+        logger.error(
+            "%s: no end after %g s; its loader worker ends. Remove this file, and resume", printable(path), seconds
+        )
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

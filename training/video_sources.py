@@ -16,7 +16,7 @@ from training.addresses import public_url, without_secrets
 from training.cards import is_dataset_id
 from training.checkpoint_files import replace_text
 from training.hub import FAILURES, explain
-from training.video_files import RemoteFile, is_remote, video_name
+from training.video_files import RemoteFile, is_remote, printable, video_name
 
 logger = logging.getLogger("poodle")
 EXTENSIONS = (
@@ -54,7 +54,7 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     for source in sources:
         videos, outcome = _expand(source, commits)
         found.update(videos)
-        tried.append(f"{public_url(source)}: {outcome}")
+        tried.append(printable(f"{public_url(source)}: {outcome}"))
     if not found:
         raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
     _refuse_one_name_for_two(found)
@@ -156,10 +156,11 @@ def _tar_members(tar: str) -> list[str]:
                 if m.isreg() and not m.issparse() and _is_video(m.name):
                     members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
     except OSError as error:
-        logger.warning("skipped %s: not a readable tar (%s)", public_url(tar), error)
+        logger.warning("skipped %s: not a readable tar (%s)", printable(public_url(tar)), printable(str(error)))
         return []  # not a part of them, or a run would see other videos than the next one
     except (tarfile.TarError, ValueError, OverflowError) as error:
+        shown, reason = printable(public_url(tar)), printable(str(error))
         logger.warning(
-            "%s: not a whole tar (%s); the %d videos before that place are used", public_url(tar), error, len(members)
+            "%s: not a whole tar (%s); the %d videos before that place are used", shown, reason, len(members)
         )
     return members

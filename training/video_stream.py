@@ -8,7 +8,6 @@ than videos all have work); each shard belongs to one worker of one rank, so no 
 """
 
 import functools
-import logging
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -24,9 +23,8 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
-from training.video_files import ended_if_stuck, time_limit, video_name
+from training.video_files import ended_if_stuck, printable, time_limit, video_name
 
-logger = logging.getLogger("poodle")
 OPENINGS_PER_SPAN = 2048
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
 
@@ -85,21 +83,82 @@ def check_videos(paths: Sequence[str], sampling: PairSampling, limit: int = 64) 
         "path: reason" of those that will be skipped.
 
     Raises:
-        ValueError: none of them can be used; each is named with its reason.
+        ValueError: none of them can be used; each is named with its reason. Or one of them ends or stops whoever reads it.
     """
     looked_at = [
         paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int))
     ]
-    failed = []
-    for path in looked_at:
-        try:
-            plan_pairs(index_video(path), sampling, 0, path)
-        except UnreadableVideo as error:
-            failed.append(f"{video_name(path)}: {error}")
+    failed = list(_reasons(looked_at, sampling))
     if len(failed) == len(looked_at):
         of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
         raise ValueError(f"no usable video{of}:\n  " + "\n  ".join(failed))
     return failed
+
+
+def _reasons(paths: Sequence[str], sampling: PairSampling) -> Iterator[str]:
+    for path, found in indices_apart(paths):
+        try:
+            if isinstance(found, UnreadableVideo):
+                raise found
+            plan_pairs(found, sampling, 0, path)
+        except UnreadableVideo as error:
+            yield printable(f"{video_name(path)}: {error}")
+
+
+def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
+    """
+    Each path with its index or the reason why it has none, read in a process of its own, as in a loader's worker: what a decoder
+    does to it, it does not do to this one. The indices are kept, for the workers to be forked with.
+
+    Raises:
+        ValueError: a video ended its reader, or did not let it come back; named.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    reader = fork.Process(target=_send_indices, args=(paths, receiver, sender), daemon=True)
+    reader.start()
+    sender.close()
+    try:
+        for path in paths:
+            try:
+                found = receiver.recv()
+            except EOFError:
+                reader.join()
+                raise ValueError(
+                    f"{printable(video_name(path))}: {_end_of_reader(path, reader.exitcode)}, as it would end the run. "
+                    "Remove it, or put an empty file in its place, which is skipped"
+                ) from None
+            if isinstance(found, VideoIndex):
+                index_video.keep(path, found)
+            yield path, found
+    finally:
+        reader.kill()
+        reader.join()
+        receiver.close()
+
+
+def _send_indices(paths: Sequence[str], receiver, sender) -> None:
+    receiver.close()  # or it would wait for ever for itself, should the run be gone
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    for path in paths:
+        signal.setitimer(signal.ITIMER_REAL, _patience(path))  # by the system, which a decoder cannot keep from it
+        try:
+            found = index_video(path)
+        except UnreadableVideo as error:
+            found = error
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sender.send(found)
+
+
+def _end_of_reader(path: str, code: int) -> str:
+    if code == -signal.SIGALRM:
+        return f"no end after {_patience(path):g} s"
+    return f"ended its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+def _patience(path: str) -> float:
+    return 3 * time_limit(path)  # two openings, and as much again
 
 
 def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
@@ -156,7 +215,7 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
-    with ended_if_stuck(video_name(path), 3 * time_limit(path)):  # two openings, and as much again
+    with ended_if_stuck(video_name(path), _patience(path)):
         index = index_video(path)
         pairs = plan_pairs(index, sampling, epoch, path)
         pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
@@ -187,7 +246,7 @@ def generate_pairs(
 
 
 def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None) -> Iterator[dict]:
-    """The pairs of one opening with their flow; a bad file, of the video or of its flow, ends it, is logged and counted."""
+    """The pairs of one opening with their flow; a bad file, of the video or of its flow, ends it, and is handed on with the next sample."""
     _note(path)
     try:
         for sample in video_pairs(path, sampling, epoch):
@@ -196,23 +255,13 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None
                 pair_flow(sample)
             yield sample
     except UnreadableVideo as error:
-        shown = _shown(path)
-        if shown not in _REPORTED:
-            _REPORTED[shown] = str(error)
-            logger.warning("skipped %s: %s", shown, error)
-        _PENDING.append((shown, _REPORTED[shown]))
-
-
-def _shown(path: str) -> str:
-    name = video_name(path)
-    return name if name.isprintable() else ascii(name)[1:-1]
+        # Not logged: workers are many, and begin anew at each span. The run names what it has not named yet.
+        _PENDING.append((printable(video_name(path)), printable(str(error))))
 
 
 _NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
 _NOTE_BYTES = 1024
 _PENDING: list[tuple[str, str]] = []
-# Of this process: a file is named once, not once an epoch, by its first reason (other frames of it can be damaged otherwise).
-_REPORTED: dict[str, str] = {}
 
 
 def _note(path: str) -> None:
@@ -337,6 +386,7 @@ class PairLoader:
         )
 
     def __iter__(self) -> Iterator[dict]:
+        _PENDING.clear()  # of another stream in this process
         while True:
             self._loader = self._make_loader()
             if self._restored is not None:
@@ -354,10 +404,8 @@ class PairLoader:
                 count += 1
                 yield batch
             if count == 0 and not resumed:
-                raise ValueError(
-                    f"none of the {len(self.paths)} videos gave a full batch; the log names each with its reason, "
-                    f"for example {_first_reason(self.paths, self.sampling)}"
-                )
+                reason = next(_reasons(self.paths, self.sampling), "frames that could not be decoded")
+                raise ValueError(f"none of the {len(self.paths)} videos gave a full batch, for example {reason}")
             self.span += 1
 
     def state_dict(self) -> dict:
@@ -408,7 +456,7 @@ class PairLoader:
         # One that has just crashed closes its connections a moment before the system reports its end.
         multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.3)
         self._died_at = [
-            f"{_shown(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
+            f"{printable(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
             for worker, note in zip(workers, self._notes)
             if (worker.exitcode or 0) < 0 and note.value
         ]
@@ -422,12 +470,3 @@ class PairLoader:
     def died_at(self) -> list[str]:
         """After `close()`: "video (signal)" of each worker that a signal had ended before."""
         return self._died_at
-
-
-def _first_reason(paths: Sequence[str], sampling: PairSampling) -> str:
-    for path in paths:
-        try:
-            plan_pairs(index_video(path), sampling, 0, path)
-        except UnreadableVideo as error:
-            return f"{video_name(path)}: {error}"
-    return "frames that could not be decoded"
