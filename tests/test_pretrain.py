@@ -71,10 +71,16 @@ def test_bf16_follows_fp32(drives, tmp_path):
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
 
 
-def test_torch_compile_follows_eager(drives, tmp_path):
+# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with the graphs alone.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
+    compile_module, used = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: used.append(m) or compile_module(m, backend=backend))
     plain = train(drives, tmp_path / "plain", steps=2)
     AcceleratorState._reset_state(True)
+    assert used == []
     compiled = train(drives, tmp_path / "compiled", "--torch_compile", "true", steps=2)
+    assert len(used) == 1
     for ours, theirs in zip(compiled, plain):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     names = load_file(tmp_path / "compiled" / "model" / "model.safetensors").keys()
