@@ -148,10 +148,10 @@ def test_damaged_clips_are_skipped_with_a_reason_or_read(tmp_path, clips):
 
 def test_damaged_clips_on_a_server(tmp_path, clips):
     """Of remote files the frames' times are estimated from the header, whatever that says."""
-    damages = [path for _, path in fuzz(tmp_path, clips, 40)]
+    damages = [path for _, path in fuzz(tmp_path, clips, 24)]
     giant = bytearray(clips["vp9.webm"].read_bytes())
     place = giant.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in ms
-    giant[place : place + 8] = struct.pack(">d", 4_900_000 / RATE * 1000)
+    giant[place : place + 8] = struct.pack(">d", 2_400_000 / RATE * 1000)
     for number in range(3):
         (tmp_path / f"giant_{number}.webm").write_bytes(giant)
     with reading() as reader, serve(tmp_path) as server:
@@ -160,10 +160,10 @@ def test_damaged_clips_on_a_server(tmp_path, clips):
             report = reader.read(f"{server.url}/{path.name}", 30)
             left_out += skipped(report, f"{server.url}/{path.name}")
             assert report["mib"] < 64, report
-        assert 10 <= left_out <= 35
+        assert 6 <= left_out <= 21
         for number in range(3):
             report = reader.read(f"{server.url}/giant_{number}.webm", 60)
-            assert report["mib"] < 200 and report["seconds"] < 30, report  # the third in the place of the first
+            assert report["mib"] < 100 and report["seconds"] < 30, report  # the third in the place of the first
 
 
 def test_estimated_times_are_those_of_fractions_and_end_at_the_deadline():
