@@ -18,7 +18,7 @@ import pytest
 import torch
 from loopback import serve
 
-from training import video_sources, video_stream
+from training import first_look, video_sources
 from training.video_decoding import UnreadableVideo, VideoIndex, cut_frame, index_video
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
@@ -327,8 +327,8 @@ def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeyp
         return index_video(path)
 
     look.keep = index_video.keep
-    monkeypatch.setattr(video_stream, "index_video", look)
-    monkeypatch.setattr(video_stream, "time_limit", lambda path: 0.4 / 3 if path == videos[2] else 60)
+    monkeypatch.setattr(first_look, "index_video", look)
+    monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 3 if path == videos[2] else 60)
     index_video.cache_clear()
     start = time.monotonic()
     with pytest.raises(ValueError, match=f"{videos[2]}: {said}, as it would end the run. Remove it, or put an empty"):

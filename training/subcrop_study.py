@@ -26,17 +26,16 @@ from training.flow import DisFlow
 from training.recipe import Recipe, read_yaml
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import street_camera
+from training.subcrop_table import MIN_PIXELS, OTHERS, notes, scatter, table
 from training.views import draw_subcrops
 
 HIT_SHARE = 0.1
-MIN_PIXELS = 10  # of an object: the rule's 10 % is at least a pixel
 VOID = 255
 STREET_THINGS = ("pole", "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "bicycle")
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
 CAMVID_THINGS = ("pole", "sign", "car", "pedestrian", "bicyclist")
-OTHERS = (0.0, 0.001, 0.005)  # least share of a subcrop that another thing takes up to count
 MEASURES = {
     "pixel_share": "share of all pixels that lie on the class: the chance of a random pixel",
     "hit": "share of subcrops that hit an object of the class",
@@ -337,62 +336,6 @@ def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tu
     height, width = labels.shape
     note = "what the teacher's subcrop holds is not available: these labels have no instances; objects are connected components of a class."
     return tally, {"frames": len(paths), "height": height, "width": width, "held_note": note}
-
-
-def table(result: dict) -> list[list[str | float | None]]:
-    """A head, a line a class, and lines of all things; per cent, but for the lift."""
-    pairs = result["all_things"] or {}
-    columns = [(flow, gap) for flow, by_gap in pairs.items() for gap in by_gap]
-    single = [f"single, others of {f'{100 * least:g} %' if least else f'{MIN_PIXELS} px'}" for least in OTHERS]
-    held = [f"held of shown: {flow}, {gap} s" for flow, gap in columns]
-    count = result["subcrops_a_frame"]
-    lines = [["", "pixels", "hit", "lift", f"hit in {count}", f"in {count} pixels", *single, "instances", *held]]
-    for name, values in result["classes"].items():
-        shares = [*(values["single"] or [None] * len(OTHERS))]
-        shares += [values["held_of_shown"] and values["held_of_shown"][flow][gap] for flow, gap in columns]
-        first = [_percent(values["pixel_share"]), _percent(values["hit"]), round(values["lift"], 2)]
-        first += [_percent(values["hit_in_frame"]), _percent(values["random_pixel_in_frame"])]
-        cells = list(map(_percent, shares))
-        lines.append([name, *first, *cells[: len(OTHERS)], values["instances_counted"] or None, *cells[len(OTHERS) :]])
-    rows = {
-        "all things": "held_of_shown",
-        "all things, pairs across with every flow": "held_of_shown_same_pairs",
-        "all things, those not shown too": "held_of_hit",
-        "pairs within one frame, left out above": "own_frame",
-    }
-    for title, key in rows.items() if pairs else ():
-        lines.append(
-            [
-                title,
-                *[None] * (len(lines[0]) - 1 - len(columns)),
-                *(_percent(pairs[flow][gap][key]) for flow, gap in columns),
-            ]
-        )
-    return lines
-
-
-def notes(result: dict) -> list[str]:
-    """What the table has no room for."""
-    none, one, several = (f"{100 * result['subcrops_with_things'][name]:.1f} %" for name in ("none", "one", "several"))
-    facts = (
-        f"{result['num_subcrops']:,} subcrops in {result['frames']} {'drives' if result['all_things'] else 'frames'} of "
-        f"{result['height']}x{result['width']}. Of all of them {one} hit one thing alone, {several} several, {none} none."
-    )
-    held = result.get("held_note") or "instances: that the shares to the right of it rest on, where they are fewest."
-    return [facts, held[0].upper() + held[1:]]
-
-
-def scatter(result: dict) -> dict:
-    """Hits by a class's share of the pixels, per cent, beside those of a random pixel."""
-    shown = {name: values for name, values in result["classes"].items() if values["hit"] and values["pixel_share"]}
-    pixels = [_percent(values["pixel_share"]) for values in shown.values()]
-    series = {"a random pixel": pixels, "a subcrop": [_percent(values["hit"]) for values in shown.values()]}
-    labels = {"xlabel": "share of the pixels, %", "ylabel": "hits an object of the class, %"}
-    return {"names": list(shown), "x": pixels, "series": series, **labels}
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2)
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -22,8 +22,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from training.first_look import indices_apart, patience
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
-from training.video_files import ended_if_stuck, printable, time_limit, video_name
+from training.video_files import ended_if_stuck, printable, video_name
 
 OPENINGS_PER_SPAN = 2048
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
@@ -105,62 +106,6 @@ def _reasons(paths: Sequence[str], sampling: PairSampling) -> Iterator[str]:
             yield printable(f"{video_name(path)}: {error}")
 
 
-def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
-    """
-    Each path with its index or the reason why it has none, read in a process of its own, as in a loader's worker: what a decoder
-    does to it, it does not do to this one. The indices are kept, for the workers to be forked with.
-
-    Raises:
-        ValueError: a video ended its reader, or did not let it come back; named.
-    """
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    reader = fork.Process(target=_send_indices, args=(paths, receiver, sender), daemon=True)
-    reader.start()
-    sender.close()
-    try:
-        for path in paths:
-            try:
-                found = receiver.recv()
-            except EOFError:
-                reader.join()
-                raise ValueError(
-                    f"{printable(video_name(path))}: {_end_of_reader(path, reader.exitcode)}, as it would end the run. "
-                    "Remove it, or put an empty file in its place, which is skipped"
-                ) from None
-            if isinstance(found, VideoIndex):
-                index_video.keep(path, found)
-            yield path, found
-    finally:
-        reader.kill()
-        reader.join()
-        receiver.close()
-
-
-def _send_indices(paths: Sequence[str], receiver, sender) -> None:
-    receiver.close()  # or it would wait for ever for itself, should the run be gone
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    for path in paths:
-        signal.setitimer(signal.ITIMER_REAL, _patience(path))  # by the system, which a decoder cannot keep from it
-        try:
-            found = index_video(path)
-        except UnreadableVideo as error:
-            found = error
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sender.send(found)
-
-
-def _end_of_reader(path: str, code: int) -> str:
-    if code == -signal.SIGALRM:
-        return f"no end after {_patience(path):g} s"
-    return f"ended its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-
-
-def _patience(path: str) -> float:
-    return 3 * time_limit(path)  # two openings, and as much again
-
-
 def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
     """
     Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(video_name(path)), repeat).
@@ -215,7 +160,7 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
-    with ended_if_stuck(video_name(path), _patience(path)):
+    with ended_if_stuck(video_name(path), patience(path)):
         index = index_video(path)
         pairs = plan_pairs(index, sampling, epoch, path)
         pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])

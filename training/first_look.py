@@ -1,0 +1,64 @@
+"""The first look at videos: their indices, read in a process that a decoder may end or keep."""
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+
+from training.video_decoding import UnreadableVideo, VideoIndex, index_video
+from training.video_files import printable, time_limit, video_name
+
+
+def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
+    """
+    Each path with its index or the reason why it has none, read in a process of its own, as in a loader's worker: what a decoder
+    does to it, it does not do to this one. The indices are kept, for the workers to be forked with.
+
+    Raises:
+        ValueError: a video ended its reader, or did not let it come back; named.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    reader = fork.Process(target=_send_indices, args=(paths, receiver, sender), daemon=True)
+    reader.start()
+    sender.close()
+    try:
+        for path in paths:
+            try:
+                found = receiver.recv()
+            except EOFError:
+                reader.join()
+                raise ValueError(
+                    f"{printable(video_name(path))}: {_end_of_reader(path, reader.exitcode)}, as it would end the run. "
+                    "Remove it, or put an empty file in its place, which is skipped"
+                ) from None
+            if isinstance(found, VideoIndex):
+                index_video.keep(path, found)
+            yield path, found
+    finally:
+        reader.kill()
+        reader.join()
+        receiver.close()
+
+
+def _send_indices(paths: Sequence[str], receiver, sender) -> None:
+    receiver.close()  # or it would wait for ever for itself, should the run be gone
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    for path in paths:
+        signal.setitimer(signal.ITIMER_REAL, patience(path))  # by the system, which a decoder cannot keep from it
+        try:
+            found = index_video(path)
+        except UnreadableVideo as error:
+            found = error
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sender.send(found)
+
+
+def _end_of_reader(path: str, code: int) -> str:
+    if code == -signal.SIGALRM:
+        return f"no end after {patience(path):g} s"
+    return f"ended its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+def patience(path: str) -> float:
+    return 3 * time_limit(path)  # two openings, and as much again
