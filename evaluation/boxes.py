@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.data import _spread, read_image, street_folder, within
+from evaluation.data import STREETS, _spread, read_image, street_folder, within
 
-BOX_DATASETS = ("street", "bdd100k", "coco_folder")
+BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
 BDD100K_CLASSES = (
     "pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light", "traffic sign",
 )  # fmt: skip
@@ -23,7 +23,7 @@ BDD100K_SIZE = (720, 1280)  # of all its images, which its labels do not say
 ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
 
 _LAYOUTS = {
-    "street": "Expected: what `python -m training.street --labelled` writes.",
+    **dict.fromkeys(STREETS, "Expected: what `python -m training.street --labelled` writes."),
     "bdd100k": "Expected: images/100k/{train,val}/*.jpg and labels/det_20/det_{train,val}.json, from bdd-data.berkeley.edu.",
     "coco_folder": "Expected: train/ and val/, each with images/ and annotations.json in COCO's format "
     "(images, annotations with bbox [x, y, width, height], categories).",
@@ -94,8 +94,8 @@ def load_boxes(name: str, data_dir: str | None = None) -> BoxImages:
     Raises:
         ValueError: files that are missing, boxes that are none, ids that do not fit; says which and what the layout should be.
     """
-    if name == "street":
-        return _coco_splits(name, street_folder(data_dir))
+    if name in STREETS:
+        return _coco_splits(name, street_folder(data_dir, name))
     if name not in BOX_DATASETS:
         raise ValueError(f"unknown data set {name!r}: one of {', '.join(BOX_DATASETS)}")
     if data_dir is None:

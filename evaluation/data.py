@@ -18,9 +18,9 @@ from modeling_poodle.recipe_files import cache_root
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.
 STREET_CAMERAS = ("walking", "static", "aerial")
+STREETS = ("street", *(f"street:{camera}" for camera in STREET_CAMERAS))
 DATASETS = (
-    "street",
-    *(f"street:{camera}" for camera in STREET_CAMERAS),
+    *STREETS,
     "camvid",
     "cityscapes",
     "bdd100k",
@@ -180,8 +180,8 @@ def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
     Raises:
         ValueError: an unknown name, or files that are missing; says which and what the layout should be.
     """
-    if name in DATASETS and name.startswith("street"):
-        return _folder(street_folder(data_dir, name.partition(":")[2] or "driving"), name)
+    if name in STREETS:
+        return _folder(street_folder(data_dir, name), name)
     if name in DATASETS:
         if data_dir is None:
             raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it. {_LAYOUTS[name]}")
@@ -350,8 +350,14 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
     return LabelledImages(name, classes, train, test, table)
 
 
-def street_folder(data_dir: str | None = None, camera: str = "driving") -> Path:
-    """The street's labelled frames; rendered by the street's own command where they are missing."""
+def camera_of(street: str) -> str:
+    """The camera that one of `STREETS` names."""
+    return street.partition(":")[2] or "driving"
+
+
+def street_folder(data_dir: str | None = None, name: str = "street") -> Path:
+    """Labelled frames of one of `STREETS`; rendered by the street's own command where they are missing."""
+    camera = camera_of(name)
     cache = cache_root() / ("street-labelled" if camera == "driving" else f"street-labelled-{camera}")
     folder = (Path(data_dir).expanduser() if data_dir is not None else cache).resolve()
     for split, (count, seed) in STREET.items():

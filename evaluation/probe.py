@@ -9,7 +9,7 @@ this way the probe is segment.py's own k-NN readout, and gives its figure.
 import torch
 from accelerate import Accelerator
 
-from evaluation.data import load_dataset
+from evaluation.data import STREETS, load_dataset
 from evaluation.encoders import Encoder
 from evaluation.engine import evaluate
 from evaluation.readouts import KnnReadout
@@ -20,16 +20,16 @@ from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleM
 class Probe:
     """
     Args:
-        source: `street`, or `folder:PATH` (images/, labels/, classes.json).
+        source: one of `STREETS`, or `folder:PATH` (images/, labels/, classes.json).
 
     Raises:
         ValueError: another source, or a folder that does not hold such a data set.
     """
 
     def __init__(self, source: str):
-        name, _, folder = source.partition(":")
-        if not (source == "street" or (name == "folder" and folder)):
-            raise ValueError(f"probe must be 'street' or 'folder:PATH', got {source!r}")
+        name, _, folder = (source, "", "") if source in STREETS else source.partition(":")
+        if source not in STREETS and not (name == "folder" and folder):
+            raise ValueError(f"probe must be one of {', '.join(STREETS)}, or folder:PATH, got {source!r}")
         self.data = load_dataset(name, folder or None)
         self.data.check()
         self.data = self.data.with_groups()

@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from evaluation.data import file_size, read_label, within
+from evaluation.data import STREETS, camera_of, file_size, read_label, within
 from modeling_poodle.recipe_files import cache_root
 
-VIDEO_DATASETS = ("davis", "street")
+VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12
 VOID = 255  # not annotated; the toolkit counts it as background
 BOUND = 0.008  # of the diagonal: how far a contour may be off
@@ -42,7 +42,7 @@ class Sequence:
 
 def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int | None = None) -> list[Sequence]:
     """
-    The sequences of `davis` (its val.txt) or of the rendered street.
+    The sequences of `davis` (its val.txt) or of one of the rendered `STREETS`.
 
     Args:
         max_sequences: of davis so many, evenly spread; of the street so many are rendered.
@@ -50,8 +50,8 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
     Raises:
         ValueError: a missing folder or mask, sizes that differ, a sequence of fewer than three frames or without an object.
     """
-    if dataset == "street":
-        folder = street_sequences(data_dir, max_sequences or STREET_SEQUENCES)
+    if dataset in STREETS:
+        folder = street_sequences(data_dir, max_sequences or STREET_SEQUENCES, camera_of(dataset))
     elif data_dir is None:
         raise ValueError(f"--dataset {dataset} needs --data_dir, the folder that holds it. {LAYOUT}")
     else:
@@ -96,12 +96,16 @@ def _sequence(folder: Path, name: str) -> Sequence:
     return sequence
 
 
-def street_sequences(data_dir: str | None, count: int) -> Path:
+def street_sequences(data_dir: str | None, count: int, camera: str) -> Path:
     """The street's sequences; rendered by the street's own command where they are missing."""
-    folder = Path(data_dir).expanduser() if data_dir is not None else cache_root() / f"street-sequences-{count}"
+    cache = cache_root() / (
+        f"street-sequences-{count}" if camera == "driving" else f"street-sequences-{camera}-{count}"
+    )
+    folder = Path(data_dir).expanduser() if data_dir is not None else cache
     # A process of its own: evaluation does not import training. It leaves alone what is there already.
+    command = [sys.executable, "-m", "training.street"]
     done = subprocess.run(
-        [sys.executable, "-m", "training.street", "--output_dir", str(folder.resolve()), "--sequences", str(count)],
+        [*command, "--output_dir", str(folder.resolve()), "--sequences", str(count), "--camera", camera],
         cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,

@@ -337,7 +337,10 @@ def test_wrong_folders_are_explained(tmp_path):
     [
         (["--dataset", "street"], "model must be at least one model"),
         (["--model", "a", "--model", "a"], "models that differ"),
-        (["--model", "a", "--dataset", "davies"], r"dataset must be one of davis, street \(did you mean 'davis'\?\)"),
+        (
+            ["--model", "a", "--dataset", "davies"],
+            r"dataset must be one of davis, street, .* \(did you mean 'davis'\?\)",
+        ),
         (["--model", "a", "--top_k", "0"], "top_k must be an integer of at least 1, got 0"),
         (["--model", "a", "--temperature", "-1"], "temperature must be above 0"),
         (["--model", "a", "--topk", "5"], r"unknown recipe field 'topk' \(did you mean 'top_k'\?\)"),

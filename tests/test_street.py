@@ -6,7 +6,7 @@ import pytest
 
 from training.street import CLASS, FIRST_ITEM, STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, street_camera
-from training.street_files import DEFAULTS, HELD_OUT_SEED, main, write_folder, write_videos
+from training.street_files import DEFAULTS, HELD_OUT_SEED, SEQUENCE_SEED, main, write_folder, write_videos
 
 PINNED = (
     (0, [[108.312, 146.469, 121.412, 63.236], [51.138, 62.648, 65.904, 55.597]], (2409, 1769, 1474)),
@@ -217,10 +217,24 @@ def test_a_camera_is_a_source_of_videos_with_a_cache_of_its_own(tmp_path, monkey
     assert street_camera("streets/a.mp4") is None and street_camera("street:driving") == street_camera("street")
 
 
+def test_sequences_of_a_camera(tmp_path, monkeypatch):
+    from evaluation.video_masks import load_sequences
+
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path))
+    (sequence,) = load_sequences("street:aerial", max_sequences=1)
+    assert sequence.frames[0].is_relative_to(tmp_path / "street-sequences-aerial-1")
+    drawn = Street(SEQUENCE_SEED, 192, 384, camera="aerial").instances(1.0)
+    for index in sequence.objects():
+        keys = np.unique(drawn[sequence.mask(0) == index])
+        assert len(keys) == 1 and keys[0] > 0
+
+
 def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
     from PIL import Image
 
     from evaluation import data
+    from evaluation.boxes import load_boxes
+    from evaluation.probe import Probe
     from evaluation.recipe import EvaluationRecipe
 
     assert ("driving", *data.STREET_CAMERAS) == tuple(CAMERAS)
@@ -233,6 +247,9 @@ def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
     assert np.array_equal(found.label(found.test[0]), street.labels(1.0))
     made = json.loads((tmp_path / "street-labelled-static" / "val" / "classes.json").read_text())["street"]
     assert made["camera"] == "static"
+    boxes = load_boxes("street:static")
+    assert boxes.name == "street:static" and boxes.test[0].image.samefile(found.test[0].image)
+    assert Probe("street:static").data.name == "street:static"
     with pytest.raises(
         ValueError, match="dataset must be one of street, street:walking, .*did you mean 'street:walking'"
     ):

@@ -234,7 +234,7 @@ class Recipe(RunRecipe):
     # Running
     probe: str | None = described(
         None,
-        "Log a k-NN readout of the teacher on labelled images: 'street' or 'folder:PATH' (images/, labels/, classes.json).",
+        "Log a k-NN readout of the teacher on labelled images: street, street:CAMERA or folder:PATH (images/, labels/, classes.json).",
     )
     probe_steps: int = described(500, "Steps between probes.")
 
