@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -8,6 +11,7 @@ from training.street import CLASS, FIRST_ITEM, STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, street_camera
 from training.street_files import DEFAULTS, HELD_OUT_SEED, SEQUENCE_SEED, main, write_folder, write_videos
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 PINNED = (
     (0, [[108.312, 146.469, 121.412, 63.236], [51.138, 62.648, 65.904, 55.597]], (2409, 1769, 1474)),
     (3, [[60.93, 78.922, 77.837, 52.036], [36.755, 34.294, 32.543, 25.083]], (2768, 2011, 710)),
@@ -293,3 +297,10 @@ def test_wrong_parameters(tmp_path, capsys):
             main(["--output_dir", str(tmp_path / "none"), *flags])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_who_renders_needs_neither_torch_nor_transformers():
+    """They take seconds to import, in the command and in each process that it renders with."""
+    code = "import sys, training.street_files; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

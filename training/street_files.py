@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from modeling_poodle.recipe_files import cache_root
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, check_camera
 
@@ -37,6 +36,9 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
     if cache_dir is None:
         name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
         camera = "" if parameters["camera"] == "driving" else f"-{parameters['camera']}"
+        # Here alone, since it brings torch and transformers: seconds, in each process that renders too.
+        from modeling_poodle.recipe_files import cache_root
+
         cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
     return write_videos(cache_dir, **parameters)
 
