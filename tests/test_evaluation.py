@@ -34,6 +34,7 @@ from evaluation.recipe import parse_recipe
 from evaluation.segment import main
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.locks import lock_output_dir
+from modeling_poodle.recipe_files import run_script
 from training.street_files import write_folder
 
 # --- the script ---
@@ -260,23 +261,30 @@ def test_an_interrupted_upernet_goes_on_bit_for_bit(shapes, tmp_path, monkeypatc
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_wrong_input_ends_the_script_with_a_sentence(shapes, poodle, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "evaluation/segment.py", *flags(shapes, tmp_path / "run", poodle, "no/such-model")],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1 and re.search("error: .*(no such model|cannot be loaded)", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--readout", "linar"], "did you mean 'linear'"),
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["--dataset", "cityscapes"], "there is no folder .*leftImg8bit.* Expected"),
-        (["--model", "no/such-model"], "no such model|cannot be loaded"),
         (["--features", "stage7"], "--features stage7"),
     ],
 )
 def test_wrong_input_is_a_sentence(shapes, poodle, tmp_path, change, message):
-    done = subprocess.run(
-        [sys.executable, "evaluation/segment.py", *flags(shapes, tmp_path / "run", poodle), *change],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 1 and re.search(message, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "evaluation.json").exists()
+    """As the script runs it, in this process: to start one takes seconds."""
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main([*flags(shapes, tmp_path / "run", poodle), *change]))
+    assert ended.value.code.startswith("error: ") and re.search(message, ended.value.code)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 def test_recipes_say_how_to_launch(tmp_path):

@@ -1,8 +1,7 @@
 """Studies: recipes that fit, results that are found again, and a page that says what the results say."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -197,12 +196,18 @@ def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog)
 
 
 def test_two_processes_may_write_the_results_of_one_study(tmp_path):
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom evaluation.studies.study import results_of\n"
-        "for k in range(20):\n    with results_of('both', Path(sys.argv[1])) as entries:\n        entries[f'{sys.argv[2]}{k}'] = {'k': k}\n"
-    )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), who], cwd=ROOT) for who in "ab"]
-    assert [process.wait() for process in running] == [0, 0]
+    def write(who: str) -> None:
+        for k in range(20):
+            with results_of("both", tmp_path) as entries:
+                entries[f"{who}{k}"] = {"k": k}
+
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=write, args=(who,)) for who in "ab"]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
     assert len(read_results(tmp_path)) == 40
     with results_of("both", tmp_path) as entries:
         entries.clear()
