@@ -95,7 +95,7 @@ def load_boxes(name: str, data_dir: str | None = None) -> BoxImages:
         ValueError: files that are missing, boxes that are none, ids that do not fit; says which and what the layout should be.
     """
     if name in STREETS:
-        return _coco_splits(name, street_folder(data_dir, name))
+        return _coco_splits(name, street_folder(name, data_dir))
     if name not in BOX_DATASETS:
         raise ValueError(f"unknown data set {name!r}: one of {', '.join(BOX_DATASETS)}")
     if data_dir is None:

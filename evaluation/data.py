@@ -181,7 +181,7 @@ def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
         ValueError: an unknown name, or files that are missing; says which and what the layout should be.
     """
     if name in STREETS:
-        return _folder(street_folder(data_dir, name), name)
+        return _folder(street_folder(name, data_dir), name)
     if name in DATASETS:
         if data_dir is None:
             raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it. {_LAYOUTS[name]}")
@@ -350,27 +350,37 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
     return LabelledImages(name, classes, train, test, table)
 
 
-def camera_of(street: str) -> str:
-    """The camera that one of `STREETS` names."""
-    return street.partition(":")[2] or "driving"
+def street_place(name: str, what: str, data_dir: str | None) -> Path:
+    """Where `what` of one of `STREETS` lies: `data_dir`, by default a folder in the cache."""
+    if data_dir is not None:
+        return Path(data_dir).expanduser().resolve()
+    return (cache_root() / f"street-{what}{name.removeprefix('street').replace(':', '-')}").resolve()
 
 
-def street_folder(data_dir: str | None = None, name: str = "street") -> Path:
-    """Labelled frames of one of `STREETS`; rendered by the street's own command where they are missing."""
-    camera = camera_of(name)
-    cache = cache_root() / ("street-labelled" if camera == "driving" else f"street-labelled-{camera}")
-    folder = (Path(data_dir).expanduser() if data_dir is not None else cache).resolve()
+def render_street(name: str, what: str, folder: Path, *words: str) -> None:
+    """
+    Render one of `STREETS` by the street's own command, which leaves alone what is there already.
+
+    Raises:
+        ValueError: it could not be done; says what was to be rendered and why not.
+    """
+    # A process of its own: evaluation does not import training.
+    command = [sys.executable, "-m", "training.street", "--camera", name.partition(":")[2] or "driving"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(folder), *words],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(f"the street's {what} could not be rendered: {done.stderr.strip()}")
+
+
+def street_folder(name: str, data_dir: str | None = None) -> Path:
+    """Labelled frames of one of `STREETS`, rendered where they are missing."""
+    folder = street_place(name, "labelled", data_dir)
     for split, (count, seed) in STREET.items():
-        command = [sys.executable, "-m", "training.street", "--output_dir", str(folder / split)]
-        # A process of its own: evaluation does not import training. It leaves alone what is there already.
-        done = subprocess.run(
-            [*command, "--labelled", str(count), "--seed", str(seed), "--camera", camera],
-            cwd=Path(__file__).resolve().parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ValueError(f"the street's labelled frames could not be rendered: {done.stderr.strip()}")
+        render_street(name, "labelled frames", folder / split, "--labelled", str(count), "--seed", str(seed))
     listed, text = folder / "classes.json", (folder / "train" / "classes.json").read_text()
     if not listed.is_file() or listed.read_text() != text:  # others may be reading it
         write_aside(listed, text)

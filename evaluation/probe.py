@@ -27,8 +27,10 @@ class Probe:
     """
 
     def __init__(self, source: str):
-        name, _, folder = (source, "", "") if source in STREETS else source.partition(":")
-        if source not in STREETS and not (name == "folder" and folder):
+        name, _, folder = source.partition(":")
+        if source in STREETS:
+            name, folder = source, ""
+        elif not (name == "folder" and folder):
             raise ValueError(f"probe must be one of {', '.join(STREETS)}, or folder:PATH, got {source!r}")
         self.data = load_dataset(name, folder or None)
         self.data.check()

@@ -1,16 +1,13 @@
 """Videos with object masks in the layout of DAVIS 2017, and its measures: region similarity J and contour accuracy F."""
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from evaluation.data import STREETS, camera_of, file_size, read_label, within
-from modeling_poodle.recipe_files import cache_root
+from evaluation.data import STREETS, file_size, read_label, render_street, street_place, within
 
 VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12
@@ -51,7 +48,7 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
         ValueError: a missing folder or mask, sizes that differ, a sequence of fewer than three frames or without an object.
     """
     if dataset in STREETS:
-        folder = street_sequences(data_dir, max_sequences or STREET_SEQUENCES, camera_of(dataset))
+        folder = street_sequences(dataset, data_dir, max_sequences or STREET_SEQUENCES)
     elif data_dir is None:
         raise ValueError(f"--dataset {dataset} needs --data_dir, the folder that holds it. {LAYOUT}")
     else:
@@ -96,22 +93,10 @@ def _sequence(folder: Path, name: str) -> Sequence:
     return sequence
 
 
-def street_sequences(data_dir: str | None, count: int, camera: str) -> Path:
-    """The street's sequences; rendered by the street's own command where they are missing."""
-    cache = cache_root() / (
-        f"street-sequences-{count}" if camera == "driving" else f"street-sequences-{camera}-{count}"
-    )
-    folder = Path(data_dir).expanduser() if data_dir is not None else cache
-    # A process of its own: evaluation does not import training. It leaves alone what is there already.
-    command = [sys.executable, "-m", "training.street"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(folder.resolve()), "--sequences", str(count), "--camera", camera],
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise ValueError(f"the street's sequences could not be rendered: {done.stderr.strip()}")
+def street_sequences(name: str, data_dir: str | None, count: int) -> Path:
+    """Sequences of one of `STREETS`, rendered where they are missing."""
+    folder = street_place(name, f"sequences-{count}", data_dir)
+    render_street(name, "sequences", folder, "--sequences", str(count))
     return folder
 
 

@@ -310,7 +310,7 @@ def test_same_seed_same_bytes_also_when_resumed(street_boxes, resnet, tmp_path, 
         (["--detecter", "fpn"], "did you mean 'detector'"),
         (
             ["--dataset", "camvid"],
-            "dataset must be one of street, street:walking, .*, bdd100k, coco_folder, which have boxes",
+            "dataset must be one of street, street:walking, street:static, street:aerial, bdd100k, coco_folder, which have boxes",
         ),
         (["--image_size", "400", "300"], "image_size must be a shorter and a longer side"),
         (["--boxes_per_image", "0"], "boxes_per_image must be an integer of at least 1"),

@@ -89,7 +89,10 @@ def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("streets", "probe must be one of street, street:walking, .*, or folder:PATH, got 'streets'"),
+        (
+            "streets",
+            "probe must be one of street, street:walking, street:static, street:aerial, or folder:PATH, got 'streets'",
+        ),
         ("folder:", "probe must be"),
         ("street:", "probe must be"),
     ],

@@ -339,7 +339,7 @@ def test_wrong_folders_are_explained(tmp_path):
         (["--model", "a", "--model", "a"], "models that differ"),
         (
             ["--model", "a", "--dataset", "davies"],
-            r"dataset must be one of davis, street, .* \(did you mean 'davis'\?\)",
+            r"dataset must be one of davis, street, street:walking, street:static, street:aerial \(did you mean 'davis'\?\)",
         ),
         (["--model", "a", "--top_k", "0"], "top_k must be an integer of at least 1, got 0"),
         (["--model", "a", "--temperature", "-1"], "temperature must be above 0"),

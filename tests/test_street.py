@@ -226,7 +226,7 @@ def test_sequences_of_a_camera(tmp_path, monkeypatch):
 
     monkeypatch.setenv("POODLE_CACHE", str(tmp_path))
     (sequence,) = load_sequences("street:aerial", max_sequences=1)
-    assert sequence.frames[0].is_relative_to(tmp_path / "street-sequences-aerial-1")
+    assert sequence.frames[0].is_relative_to(tmp_path / "street-sequences-1-aerial")
     drawn = Street(SEQUENCE_SEED, 192, 384, camera="aerial").instances(1.0)
     for index in sequence.objects():
         keys = np.unique(drawn[sequence.mask(0) == index])
