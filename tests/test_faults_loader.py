@@ -1,8 +1,11 @@
 """Workers of the loader that die, and torch's messages of such faults in words."""
 
+import multiprocessing.connection
 import os
+import re
 import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -54,6 +57,21 @@ def test_a_worker_that_crashes_is_named_with_its_video(drives):
     ) as error:
         read_all(loader_of(drives, crash))
     assert f"while it read {video} (SIGSEGV)" in str(error.value)
+
+
+def test_a_death_that_torch_reports_while_workers_are_ended_is_named_too(drives, monkeypatch):
+    loader, said, wait = loader_of(drives, crash), [], multiprocessing.connection.wait
+
+    def interrupted(*arguments, **options):  # as by torch's handler of SIGCHLD, which raises wherever the process is
+        if sys._getframe(1).f_code.co_name == "_end_workers" and not said:
+            said.append(True)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+        return wait(*arguments, **options)
+
+    monkeypatch.setattr(multiprocessing.connection, "wait", interrupted)
+    with pytest.raises(ChildProcessError, match=rf"while it read {re.escape(loader.paths[0])} \(SIGSEGV\)"):
+        read_all(loader)
+    assert said
 
 
 def test_a_worker_without_shared_memory_is_named(drives):

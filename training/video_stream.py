@@ -397,19 +397,30 @@ class PairLoader:
 
     def close(self) -> None:
         """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
+        try:
+            self._end_workers()
+        except RuntimeError:
+            # torch's handler of SIGCHLD says once that a worker died, wherever this process is by then.
+            self._end_workers()
+
+    def _end_workers(self) -> None:
         workers = getattr(self._iterator, "_workers", [])
-        # One that has just crashed closes its connections a moment before the system reports its end.
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.3)
-        self._died_at = [
-            f"{printable(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
-            for worker, note in zip(workers, self._notes)
-            if (worker.exitcode or 0) < 0 and note.value
-        ]
+        # One that has just crashed closes its connections, then its sentinel, and only then has an exit code, for which `join` waits.
+        for sentinel in multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.3):
+            next(worker for worker in workers if worker.sentinel == sentinel).join()
+        ended = [worker.exitcode is not None for worker in workers]
         if workers:
             self._iterator._shutdown_workers()
         for worker in workers:
             worker.kill()
             worker.join()
+        # On a busy machine a crash can take longer than that; its own signal stays the exit code, whatever is sent after it.
+        ours = (-signal.SIGTERM, -signal.SIGKILL)
+        self._died_at = [
+            f"{printable(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
+            for worker, before, note in zip(workers, ended, self._notes)
+            if worker.exitcode < 0 and (before or worker.exitcode not in ours) and note.value
+        ]
         self._iterator = self._loader = None
 
     def died_at(self) -> list[str]:
