@@ -32,11 +32,11 @@ quickstart: install
 	@echo "  $(BIN)/accelerate launch training/pretrain.py --videos path/to/my/videos --output_dir runs/mine"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # With the oldest versions that setup.cfg admits, in an environment of its own.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .venv-oldest/installed: setup.cfg pyproject.toml requirements/oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -46,7 +46,7 @@ test-oldest: .venv-oldest/installed
 # Lines that tests run, in their processes and in those that these start.
 coverage: install
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

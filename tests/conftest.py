@@ -28,6 +28,25 @@ from modeling_poodle import PoodleConfig, PoodleModel
 from training.street_files import write_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Most seconds first: pytest-xdist hands files out in this order, and those of a few seconds fill the end.
+LONGEST = (
+    "cli",
+    "pretrain",
+    "detect",
+    "evaluation",
+    "studies",
+    "explore_page",
+    "faults",
+    "benchmarks",
+    "faults_ranks",
+    "flow_files",
+    "propagate",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

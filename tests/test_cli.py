@@ -41,9 +41,11 @@ def drives(tmp_path_factory) -> Path:
     return folder
 
 
-def command(drives, output_dir, *flags, processes=1, workers=2):
+def command(drives, output_dir, *flags, processes=1, workers=2, launcher=True):
     # On CPUs `accelerate launch` starts one process (more only under MPI); torchrun starts what Accelerate then finds.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    if not launcher:
+        launch = [sys.executable]
     if processes > 1:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [
@@ -63,6 +65,15 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def refusal(drives, output_dir, *flags) -> str:
+    """What the script ends with, run in this process: to start one takes seconds."""
+    words = command(drives, output_dir, *flags, launcher=False)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main(words[2:]))
+    assert ended.value.code.startswith("error: ")
+    return ended.value.code
 
 
 def metrics(output_dir) -> list[dict]:
@@ -126,11 +137,14 @@ def kill_run(output_dir) -> None:
 
 @pytest.mark.parametrize(("moment", "processes"), [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2)])
 def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
-    """SIGKILL in the middle of a step after the first checkpoint, and while the second is being written."""
+    """
+    SIGKILL in the middle of a step after the first checkpoint, and while the second is being written. One process is started without
+    the launcher, which the whole run had: to import it takes as long as the run.
+    """
     output_dir, whole = tmp_path / "killed", whole_run if processes == 1 else whole_run_of_two
     flags = ("--max_steps", "8", "--save_steps", "3")
     process = subprocess.Popen(
-        command(drives, output_dir, *flags, processes=processes), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command(drives, output_dir, *flags, processes=processes, launcher=False), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log, deadline = output_dir / "metrics.jsonl", time.monotonic() + 120
@@ -146,7 +160,9 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of
     process.wait()
     assert (output_dir / "checkpoints" / "step-3").is_dir()
     assert not (output_dir / "checkpoints" / "step-8").exists()
-    resumed = run(drives, output_dir, *flags, "--resume_from_checkpoint", "latest", processes=processes)
+    resumed = run(
+        drives, output_dir, *flags, "--resume_from_checkpoint", "latest", processes=processes, launcher=False
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(output_dir) == metrics(whole)
     for name in ("encoder", "model"):
@@ -154,19 +170,15 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_another_number_of_processes_is_refused_with_the_command_that_works(drives, whole_run_of_two):
     assert len(metrics(whole_run_of_two)) == 8
     flags = ("--max_steps", "8", "--save_steps", "3", "--resume_from_checkpoint", "latest")
-    alone = run(drives, whole_run_of_two, *flags)
-    assert alone.returncode != 0 and "2 processes, this one has 1" in alone.stderr
+    assert "2 processes, this one has 1" in refusal(drives, whole_run_of_two, *flags)
 
 
 def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
-    direct = command(drives, tmp_path / "run", "--max_steps", "1", "--videos", "/nowhere/at/all")
-    done = subprocess.run(
-        [sys.executable, *direct[direct.index(str(REPOSITORY / "training" / "pretrain.py")) :]],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run(drives, tmp_path / "run", "--max_steps", "1", "--videos", "/nowhere/at/all", launcher=False)
     assert done.returncode == 1 and "error: no videos found; tried" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -186,15 +198,13 @@ def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_wrong_input_is_a_sentence_not_a_stack_trace(drives, tmp_path, flags, message):
-    """As the script runs it, in this process: to start one takes seconds."""
-    direct = command(drives, tmp_path / "run", "--max_steps", "1", *flags)
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: main(direct[direct.index(str(REPOSITORY / "training" / "pretrain.py")) + 1 :]))
-    assert ended.value.code.startswith("error: ") and message in ended.value.code
+    assert message in refusal(drives, tmp_path / "run", "--max_steps", "1", *flags)
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_a_folder_with_another_run_is_refused(drives, whole_run):
-    done = run(drives, whole_run, "--max_steps", "8")
-    assert done.returncode != 0 and "holds another run" in done.stderr
-    done = run(drives, whole_run, "--max_steps", "8", "--learning_rate", "0.5", "--resume_from_checkpoint", "latest")
-    assert done.returncode != 0 and "another configuration" in done.stderr and "learning_rate" in done.stderr
+    assert "holds another run" in refusal(drives, whole_run, "--max_steps", "8")
+    said = refusal(
+        drives, whole_run, "--max_steps", "8", "--learning_rate", "0.5", "--resume_from_checkpoint", "latest"
+    )
+    assert "another configuration" in said and "learning_rate" in said

@@ -205,11 +205,10 @@ def where() -> dict:
 
 
 def launch(words: list[str], log: Path) -> None:
-    """A script of the project by `accelerate launch`; its output goes to a file, whose end is shown where it fails."""
-    # One process: on a machine with several GPUs it would be one for each, and another batch.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *words]
+    """A script of the project; its output goes to a file, whose end is shown where it fails."""
+    # In one process, hence without `accelerate launch`: with several GPUs it would be one for each, and another batch.
     with open(log, "a") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise ValueError(f"{' '.join(words)} ended with code {done.returncode}; the end of {log}:\n{end}")
