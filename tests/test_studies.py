@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_run_of_every_study_is_a_recipe_that_training_accepts(name, monkeypatch):
     monkeypatch.setenv("POODLE_DATA", "data")
     monkeypatch.setenv("POODLE_FLOW", "flow/model")
+    monkeypatch.setenv("POODLE_FLOW_DIR", "flow/street")
     study = Study.read(name)
     for budget in study.budgets:
         for run in study.runs(budget, [0]):
@@ -159,6 +160,16 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_an_unset_variable_is_an_error_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("POODLE_FLOW_DIR", raising=False)
+    begun = []
+    monkeypatch.setattr(script, "pretrained", lambda run, folder: begun.append(run.variant))
+    chosen = ["DIS", "DIS, 2 epochs again and again"]
+    with pytest.raises(ValueError, match=r"\$\{POODLE_FLOW_DIR\} needs the environment variable POODLE_FLOW_DIR"):
+        script.run_study(Study.read("flow"), "cpu", [0], chosen, tmp_path, tmp_path / "results")
+    assert not begun
+
+
 def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog):
     """What `${NAME}` points to, and a command's words, are no part of a key: entries are compared with them."""
     caplog.set_level("INFO", "poodle")
@@ -172,6 +183,7 @@ def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog)
     assert first is not None and first == run.weights
     monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "b"))
     assert run.weights != first
+    monkeypatch.setenv("POODLE_FLOW_DIR", str(tmp_path))
     done = []
     monkeypatch.setattr(script, "pretrained", lambda run, folder: done.append(run.variant))
     monkeypatch.setattr(script, "measured", lambda run, *_: {"weights": run.weights} if run.weights else {})

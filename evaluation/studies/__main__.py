@@ -78,6 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path) -> None:
+    chosen = study.runs(budget, seeds) if study.variants else []
+    wanted = [
+        (run, {**measure, **run.measure})
+        for run in chosen
+        if not variants or run.variant in variants
+        for measure in study.measures.values()
+    ]
+    done = read_results(results)
+    for run, measure in wanted:
+        if measured_key(run, measure) not in done:
+            expanded([run.recipe, measure])  # an unset variable is an error now, not after the hours of the others
     for name, words in study.commands.items():
         key = f"{study.name}/{name}"
         known = read_results(results).get(key)
@@ -89,18 +100,12 @@ def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Pat
                 **run_command(expanded(words)),
             }
             record(study, results, key, entry)
-    if not study.variants:
-        return
-    for run in study.runs(budget, seeds):
-        if variants and run.variant not in variants:
-            continue
-        for measure in study.measures.values():
-            measure = {**measure, **run.measure}
-            key = measured_key(run, measure)
-            known = read_results(results).get(key)
-            if known is None or other_weights(run.variant, known, run.flow_words):
-                model = pretrained(run, folder)
-                record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
+    for run, measure in wanted:
+        key = measured_key(run, measure)
+        known = read_results(results).get(key)
+        if known is None or other_weights(run.variant, known, run.flow_words):
+            model = pretrained(run, folder)
+            record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
 
 
 def other_weights(name: str, known: dict, words: list[str]) -> bool:

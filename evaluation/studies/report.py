@@ -58,7 +58,7 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
         if len(found) < len(study.seeds)
     ]
     if missing:
-        parts.append(f"*Not measured yet: {', '.join(missing)}.*\n")
+        parts.append(f"*Not measured yet: {'; '.join(missing)}.*\n")
     for measure, table in tables.items():
         if any(table.values()):
             parts.append(f"{measure}:\n\n{markdown(table, cost=study.cost)}\n")
