@@ -63,9 +63,10 @@ def invert_affine(view: Tensor) -> Tensor:
 
 def apply_affine(view: Tensor, points: Tensor) -> Tensor:
     """Map points (N, ..., 2) by affine maps (N, 2, 3)."""
-    flat = points.flatten(1, -2)  # (N, P, 2)
-    moved = torch.baddbmm(view[:, None, :, 2], flat, view[:, :, :2].transpose(1, 2))
-    return moved.view_as(points)
+    # Number by number: under autocast a product of matrices comes in bfloat16, which at 1024 pixels is off by up to 2.
+    a, b, tx, c, d, ty = view.reshape(-1, 6, *[1] * (points.ndim - 2)).unbind(1)
+    x, y = points.unbind(-1)
+    return torch.stack([a * x + b * y + tx, c * x + d * y + ty], dim=-1)
 
 
 def inside(points: Tensor) -> Tensor:
@@ -74,8 +75,15 @@ def inside(points: Tensor) -> Tensor:
 
 
 def sample(maps: Tensor, points: Tensor, padding_mode: str = "zeros") -> Tensor:
-    """Read maps (N, C, H, W) bilinearly at normalised points (N, h, w, 2). Returns (N, C, h, w)."""
-    return F.grid_sample(maps, points.to(maps.dtype), mode="bilinear", padding_mode=padding_mode, align_corners=False)
+    """
+    Read maps (N, C, H, W) bilinearly at normalised points (N, h, w, 2), in the wider of their types. Returns (N, C, h, w).
+
+    bfloat16 knows normalised points to 2 pixels of 1024 only: maps are widened, never points narrowed.
+    """
+    kind = torch.promote_types(maps.dtype, points.dtype)
+    return F.grid_sample(
+        maps.to(kind), points.to(kind), mode="bilinear", padding_mode=padding_mode, align_corners=False
+    )
 
 
 def normalise_flow(flow: Tensor) -> Tensor:
@@ -145,7 +153,9 @@ def alignment_grids(
 
 def see_through(images: Tensor, view: Tensor) -> Tensor:
     """What a view (N, 2, 3) shows of images (N, C, H, W): same size, zeros (the mean colour) outside the frame."""
-    return sample(images, F.affine_grid(view.to(images.dtype), list(images.shape), align_corners=False))
+    n, _, height, width = images.shape
+    centres = cell_centres(height, width, images.device).expand(n, height, width, 2)
+    return sample(images, apply_affine(view.float(), centres)).to(images.dtype)
 
 
 def resize_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:

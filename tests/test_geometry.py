@@ -99,6 +99,30 @@ def test_see_through_equals_a_loop():
         torch.testing.assert_close(ours[n, :, row, column], bilinear(images[n], x, y), atol=1e-4, rtol=0)
 
 
+def test_autocast_leaves_the_geometry_as_it_is():
+    """Matrix products come in bfloat16 there, and bfloat16 knows a point of a frame 1,024 pixels wide to 2 pixels only."""
+    height, width = 32, 1024
+    # A ramp shows where it was read: its value is the pixel's column.
+    images = torch.arange(width, dtype=torch.float32).expand(2, 3, height, width).contiguous()
+    student, teacher = random_views(2, height, width, 1), random_views(2, height, width, 2)
+    flow, mask = torch.full((2, 2, height, width), 3.7), torch.ones(2, height, width, dtype=torch.bool)
+    points = torch.rand(2, 8, 9, 2) * 1.8 - 0.9
+    calls = (
+        lambda: see_through(images, student),
+        lambda: alignment_grids(flow, mask, student, teacher, (8, 128)),
+        lambda: sample(images, points),
+    )
+    expected = [call() for call in calls]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call, plain in zip(calls, expected):
+            torch.testing.assert_close(call(), plain, atol=0, rtol=0)
+        columns = torch.linspace(-1, 1, 65).bfloat16().expand(2, 3, height, 65).contiguous()
+        read = sample(columns, points)  # a prediction's map
+        assert read.dtype == torch.float32
+        torch.testing.assert_close(read, sample(columns.float(), points), atol=0, rtol=0)
+    assert see_through(images.bfloat16(), student).dtype == torch.bfloat16  # a model that is in it as a whole
+
+
 @pytest.mark.parametrize("size", [(24, 40), (3, 5), (6, 11)])
 def test_alignment_grids_equal_a_loop(size):
     height, width, n = 24, 40, 2
