@@ -379,9 +379,14 @@ def render_street(name: str, what: str, folder: Path, *words: str) -> None:
 def street_folder(name: str, data_dir: str | None = None) -> Path:
     """Labelled frames of one of `STREETS`, rendered where they are missing."""
     folder = street_place(name, "labelled", data_dir)
+    listed = folder / "classes.json"
+    if listed.is_file() and '"street"' not in listed.read_text(errors="replace"):
+        raise ValueError(
+            f"{listed} is not the street's: data_dir is where {name} is rendered; for data of your own give --dataset folder"
+        )
     for split, (count, seed) in STREET.items():
         render_street(name, "labelled frames", folder / split, "--labelled", str(count), "--seed", str(seed))
-    listed, text = folder / "classes.json", (folder / "train" / "classes.json").read_text()
+    text = (folder / "train" / "classes.json").read_text()
     if not listed.is_file() or listed.read_text() != text:  # others may be reading it
         write_aside(listed, text)
     return folder

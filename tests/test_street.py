@@ -7,9 +7,19 @@ import av
 import numpy as np
 import pytest
 
+from evaluation.data import street_folder
+from training import street_files
 from training.street import CLASS, FIRST_ITEM, STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, street_camera
-from training.street_files import DEFAULTS, HELD_OUT_SEED, SEQUENCE_SEED, main, write_folder, write_videos
+from training.street_files import (
+    DEFAULTS,
+    HELD_OUT_SEED,
+    SEQUENCE_SEED,
+    main,
+    write_folder,
+    write_sequences,
+    write_videos,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PINNED = (
@@ -268,6 +278,48 @@ def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
     assert np.asarray(Image.open(tmp_path / "old" / "images" / "00000.png")).max() == 0
     write_folder(tmp_path / "old", 1, 32, 64, num_processes=1, camera="aerial")
     assert np.asarray(Image.open(tmp_path / "old" / "images" / "00000.png")).max() > 0
+
+
+def test_a_folder_of_other_files_is_not_rendered_into(tmp_path):
+    own = tmp_path / "own"
+    (own / "val" / "images").mkdir(parents=True)
+    (own / "val" / "annotations.json").write_text("[1]")
+    (own / "val" / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(
+        ValueError, match=r"val holds files that the street is not made of.*dataset names data of your own"
+    ):
+        write_folder(own / "val", 1, 32, 64, num_processes=1)
+    with pytest.raises(ValueError, match="own holds files that the street is not made of"):
+        write_sequences(own, 1, 96, 192, num_processes=1)
+    (own / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(ValueError, match=r"classes.json is not the street's: .*--dataset folder"):
+        street_folder("street", str(own))
+    assert sorted(path.name for path in own.rglob("*")) == [
+        "annotations.json",
+        "classes.json",
+        "classes.json",
+        "images",
+        "val",
+    ]
+    assert (own / "val" / "annotations.json").read_text() == "[1]"
+
+
+def test_an_interrupted_folder_is_gone_on_with_and_a_larger_one_leaves_nothing(tmp_path, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_):
+        (tmp_path / "images" / "00000.png").touch()
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(street_files, "_write_labelled", stop)
+        with pytest.raises(Stopped):
+            write_folder(tmp_path, 1, 32, 64, num_processes=1)
+    write_folder(tmp_path, 3, 32, 64, num_processes=1)
+    write_folder(tmp_path, 2, 32, 64, num_processes=1)
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000.png"] * 2 + ["00001.png"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.json", "classes.json", "images", "labels"]
 
 
 def test_labelled_folder(tmp_path):

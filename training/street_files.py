@@ -108,12 +108,35 @@ def _is_complete(path: Path, sidecar: dict) -> bool:
         return False
 
 
-def _is_made_of(marker: Path, made_of: dict) -> bool:
-    """Whether a folder's marker says that it is whole and made of this; one without a camera was made by a driving one."""
-    if not marker.is_file():
-        return False
-    stored = json.loads(marker.read_text())
-    return {"camera": "driving", **stored.get("street", stored)} == made_of
+def made_of_street(marker: Path) -> dict | None:
+    """
+    What a folder's marker, written last, says that the folder was rendered of; `None` where there is none, or another's file of that
+    name. One without a camera was made by a driving one.
+    """
+    try:
+        stored = json.loads(marker.read_text())
+    except (OSError, ValueError):
+        return None
+    stored = stored.get("street", stored) if isinstance(stored, dict) else {}
+    return {"camera": "driving", **stored} if "format" in stored else None
+
+
+def _begin(folder: Path, marker: Path) -> Path:
+    """
+    Make ready a folder that is to be rendered. The file that is returned says that it is one of ours, and half done.
+
+    Raises:
+        ValueError: it has files of another origin.
+    """
+    begun = folder / ".rendering"
+    if folder.exists() and made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files that the street is not made of, and that rendering could replace: give a new or an empty folder (an "
+            "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    return begun
 
 
 def write_video(path: str, sidecar: dict) -> None:
@@ -162,10 +185,14 @@ def write_folder(
     made_of["camera"] = camera
     classes = {"classes": list(STREET_CLASSES), "ignore_index": 255, "street": made_of}
     listed = output_dir / "classes.json"
-    if _is_made_of(listed, made_of):
+    if made_of_street(listed) == made_of:
         return output_dir
+    begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
-        (output_dir / name).mkdir(parents=True, exist_ok=True)
+        (output_dir / name).mkdir(exist_ok=True)
+        for file in (output_dir / name).glob("[0-9]*.png"):  # of a larger one, which would be read as if of this
+            if file.stem.isdecimal() and int(file.stem) >= num_images:
+                file.unlink()
     streets = [Street(HELD_OUT_SEED + seed + number, height, width, camera=camera) for number in range(num_images)]
     jobs = [(str(output_dir), number, street) for number, street in enumerate(streets)]
     boxes = list(_over_processes(_write_labelled, jobs, num_processes))
@@ -183,6 +210,7 @@ def write_folder(
     }
     (output_dir / "annotations.json").write_text(json.dumps(coco))
     listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is whole
+    begun.unlink(missing_ok=True)
     return output_dir
 
 
@@ -229,8 +257,9 @@ def write_sequences(
     made_of = {"format": FORMAT, "num_sequences": num_sequences, "height": height, "width": width, "seed": seed}
     made_of["camera"] = camera
     marker = output_dir / "street.json"
-    if _is_made_of(marker, made_of):
+    if made_of_street(marker) == made_of:
         return output_dir
+    begun = _begin(output_dir, marker)
     streets = [Street(SEQUENCE_SEED + seed + number, height, width, camera=camera) for number in range(num_sequences)]
     jobs = [(str(output_dir), street) for street in streets]
     names = list(_over_processes(_write_sequence, jobs, num_processes))
@@ -238,6 +267,7 @@ def write_sequences(
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text("\n".join(names) + "\n")
     marker.write_text(json.dumps(made_of))  # last: with it the folder is whole
+    begun.unlink(missing_ok=True)
     return output_dir
 
 
