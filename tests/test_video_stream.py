@@ -83,6 +83,29 @@ def test_the_frames_of_a_pair_are_those_asked_for(tmp_path, name, times, kwargs)
         assert 0.3 - 0.11 <= gap <= 0.9 + 0.11  # within half a frame of the range
 
 
+@pytest.mark.parametrize("gop", [12, 250])
+def test_frames_before_a_cut_without_encoding_are_never_asked_for(tmp_path, gop):
+    """`ffmpeg -ss X -i IN -c copy OUT` keeps the frames from the keyframe before X, and an edit list that hides them."""
+    whole, path, hidden = numbered_video(tmp_path / "whole.mp4", CFR, gop=gop), str(tmp_path / "cut.mp4"), 40
+    with (
+        av.open(whole) as reader,
+        av.open(path, "w", options={"avoid_negative_ts": "disabled", "use_editlist": "1"}) as writer,
+    ):
+        source = reader.streams.video[0]
+        stream, shift = writer.add_stream_from_template(source), round(CFR[hidden] / source.time_base)
+        for packet in reader.demux(source):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                writer.mux(packet)
+    index = index_video(path)
+    assert len(index.pts) == len(CFR) - hidden and index.times[0] == 0
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.3, 0.9), pairs_per_video=40)
+    plans = plan_pairs(index, sampling, 0, path)
+    assert min(cut.number for plan in plans for cut in plan) < 10  # these follow from hidden ones
+    for sample, plan in zip(video_pairs(path, sampling, 0), plans, strict=True):
+        assert [number_of(frame) for frame in sample["frames"]] == [hidden + cut.number for cut in plan]
+
+
 def test_one_frame_a_second_gives_neighbours_never_the_same_frame(tmp_path):
     path = numbered_video(tmp_path / "slow.mp4", list(range(10)))
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.1, 0.6), pairs_per_video=20)
@@ -99,6 +122,15 @@ def test_crop_first_equals_convert_turn_crop_resize(turns):
     expected = cv2.resize(np.ascontiguousarray(shown[12:76, 8:72]), (32, 32), interpolation=cv2.INTER_AREA)
     ours = cut_frame(frame, box, (32, 32), turns).transpose(1, 2, 0)
     assert np.abs(ours.astype(int) - expected).mean() < 2.5
+
+
+def test_a_cut_with_odd_sides_is_whole():
+    """Flow that is computed for the box (`exact`) must fit the picture to its edge."""
+    column = (3 * np.arange(80)).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(np.broadcast_to(column[None, :, None], (96, 80, 3)).copy(), format="rgb24")
+    for x1 in (71, 72):
+        ours = cut_frame(frame.reformat(format="yuv420p"), (8, 12, x1, 75), (63, x1 - 8), 0)
+        np.testing.assert_allclose(ours[0, 30], column[8:x1], atol=1.5)
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,10 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         deadline.check()
         if packet.pts is None or not packet.size:
             continue
-        pts.add(packet.pts)
+        if (
+            not packet.is_discard
+        ):  # before the cut of `ffmpeg -ss … -c copy`: decoded for the frames after it, and never shown
+            pts.add(packet.pts)
         if packet.is_keyframe:
             keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts
         if len(pts) > MAX_FRAMES:
@@ -318,7 +321,7 @@ def cut_frame(
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or av.time_base
     )
-    crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}")
+    crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}:exact=1")  # or odd sides would lose a pixel
     scale = graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int")
     convert = graph.add("format", "rgb24")
     sink = graph.add("buffersink")
