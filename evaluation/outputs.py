@@ -36,13 +36,25 @@ def make_accelerator() -> Accelerator:
 def check_output_dir(recipe) -> None:
     """
     Raises:
-        ValueError: the folder is a file, or holds an evaluation of other values, or an interrupted one that is not to be resumed.
+        ValueError: the folder is a file, or holds an evaluation of other values, another run, an interrupted evaluation that is not to be
+            resumed, or files of another origin that have an evaluation's names; or two models would share one folder in it.
     """
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; it must be a folder")
+    by_folder: dict[str, str] = {}
+    for model in recipe.model:
+        if by_folder.setdefault(slug(model), model) != model:
+            raise ValueError(
+                f"model: {by_folder[slug(model)]} and {model} would both be written to {folder / slug(model)}; give one by its absolute path"
+            )
     saved = folder / "config.yaml"
     if not saved.exists():
+        if left := left_in(recipe, folder):
+            raise ValueError(
+                f"output_dir {folder} holds {', '.join(left)}, which are no evaluation's that could be replaced (there is no config.yaml); "
+                "choose another"
+            )
         return
     changed = changed_fields(saved.read_text(encoding="utf-8"), recipe)
     if getattr(recipe, "resume_from_checkpoint", None):
@@ -51,6 +63,10 @@ def check_output_dir(recipe) -> None:
                 f"{saved} is of another evaluation ({changed}); resume with its own values, or choose another output_dir"
             )
     elif not (folder / "evaluation.json").exists():
+        if changed:
+            raise ValueError(
+                f"output_dir {folder} holds a run, or an interrupted evaluation, of other values ({changed}); choose another"
+            )
         if hasattr(recipe, "resume_from_checkpoint"):
             raise ValueError(
                 f"output_dir {folder} holds an interrupted evaluation: go on with --resume_from_checkpoint latest, or choose another"
@@ -71,7 +87,8 @@ def changed_fields(saved: str, recipe) -> str:
         return "its config.yaml cannot be read"
     now = yaml.safe_load(recipe.to_yaml())
     names = [name for name in {**now, **then} if name != "resume_from_checkpoint"]
-    return ", ".join(name for name in names if name not in then or name not in now or then[name] != now[name])
+    changed = [str(name) for name in names if name not in then or name not in now or then[name] != now[name]]
+    return ", ".join([*changed[:8], *([f"{len(changed) - 8} more"] if len(changed) > 8 else [])])
 
 
 def places(recipe, folder: Path) -> list[Path]:
@@ -94,7 +111,7 @@ def begin_output_dir(recipe, folder: Path) -> None:
         ValueError: another process writes there.
     """
     lock_output_dir(folder)
-    if getattr(recipe, "resume_from_checkpoint", None) is None:
+    if getattr(recipe, "resume_from_checkpoint", None) is None and (folder / "config.yaml").exists():
         for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
                 (place / name).unlink(missing_ok=True)

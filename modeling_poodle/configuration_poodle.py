@@ -48,7 +48,7 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
             if name in ("id2label", "label2id"):  # names of classes; as many as the file has lines
                 return
             layers = [item for item in value if isinstance(item, int)] if isinstance(value, (list, tuple)) else []
-            if _LAYERS.search(name) and sum(layers) > MAX_LAYERS:
+            if _counts_layers(name) and sum(layers) > MAX_LAYERS:
                 raise ValueError(f"{path} must be at most {MAX_LAYERS} together, got {reprlib.repr(list(value))}")
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 inner = f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]"
@@ -56,7 +56,7 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
                     raise ValueError(f"{inner} names code to be run, which only a config as a whole may do")
                 look(item, inner, str(key) if isinstance(value, dict) else name)
         elif isinstance(value, int):
-            limit = MAX_LAYERS if _LAYERS.search(name) else MAX_SIZE
+            limit = MAX_LAYERS if _counts_layers(name) else MAX_SIZE
             if abs(value) > limit:
                 raise ValueError(f"{path} must be at most {limit}, got {reprlib.repr(value)}")
         elif isinstance(value, str) and "_implementation" in path and "/" in value:
@@ -66,7 +66,11 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
     look(dict(values), where, "")
 
 
-_LAYERS = re.compile("depth|layer|block|stage")
+def _counts_layers(name: str) -> bool:
+    """`depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
+    return bool(re.search("depth|layer|block|stage", name)) and not re.search(
+        "channel|size|stride|kernel|config", name
+    )
 
 
 def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:

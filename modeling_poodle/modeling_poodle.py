@@ -154,6 +154,8 @@ def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> No
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
     backbone_config = type(config.backbone_config).from_dict(config.backbone_config.to_dict())
+    # That of the whole model, not that in which the encoder's own checkpoint is stored.
+    backbone_config.dtype = torch.get_default_dtype()
     auto = auto_class(backbone_config)
     refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))
     if backbone_config.model_type in PLAIN_VITS:

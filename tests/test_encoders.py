@@ -24,6 +24,24 @@ from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleM
 # --- encoders ---
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
+    """Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with."""
+    resnet = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
+    resnet.save_pretrained(tmp_path / "half")
+    encoder = build(str(tmp_path / "half"), 3)
+    assert {value.dtype for value in encoder.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert encoder(torch.rand(1, 3, 64, 64)).dtype == torch.float32
+    embedder = encoder.model.poodle.encoder.embedder.embedder.convolution.weight
+    assert torch.equal(embedder, resnet.resnet.embedder.embedder.convolution.weight.float())
+    config = PoodleConfig(backbone_config=ResNetConfig.from_pretrained(tmp_path / "half"), decoder_reduction=2)
+    assert {parameter.dtype for parameter in PoodleModel(config).parameters()} == {torch.float32}
+    PoodleModel(config).to(dtype).save_pretrained(tmp_path / "poodle")
+    whole = PoodleModel.from_pretrained(tmp_path / "poodle", dtype=dtype)
+    assert {parameter.dtype for parameter in whole.parameters()} == {dtype}
+    assert build(str(tmp_path / "poodle"), 3)(torch.rand(1, 3, 64, 64)).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("model", "channels", "name"),
     [

@@ -1,5 +1,6 @@
 """evaluation/segment.py as a user runs it: figures, files, interruptions, processes, and wrong input."""
 
+import dataclasses
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from transformers import (
 from evaluation import data as data_module
 from evaluation.data import load_dataset
 from evaluation.encoders import Encoder
+from evaluation.outputs import check_output_dir
+from evaluation.propagate import PropagationRecipe
 from evaluation.readouts import LinearReadout, UperNetReadout
 from evaluation.recipe import parse_recipe
 from evaluation.segment import main
@@ -125,6 +128,28 @@ def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_
     (run / "config.yaml").write_text("- no recipe")
     with pytest.raises(ValueError, match="its config.yaml cannot be read"):
         main(flags(shapes, run, model, **values))
+
+
+def test_an_evaluation_writes_over_no_other_run_and_no_other_files(shapes, poodle, tmp_path):
+    run, values = tmp_path / "run", parse_recipe(flags(shapes, tmp_path / "run", poodle))
+    run.mkdir()
+    (run / "readout").mkdir()
+    with pytest.raises(ValueError, match=r"holds readout/, which are no evaluation's .*\(there is no config.yaml\)"):
+        check_output_dir(values)
+    (run / "readout").rmdir()
+    check_output_dir(values)
+    (run / "config.yaml").write_text("videos: [clips]\nflow: dis\n")  # of a pretraining run
+    propagation = PropagationRecipe(model=[str(poodle)], output_dir=str(run))
+    for kind in (values, propagation):
+        with pytest.raises(
+            ValueError, match=r"holds a run, or an interrupted evaluation, of other values \(model, .* more\)"
+        ):
+            check_output_dir(kind)
+    two = dataclasses.replace(values, model=["runs/mine", "../runs/mine"], output_dir=str(tmp_path / "new"))
+    with pytest.raises(
+        ValueError, match="runs/mine and ../runs/mine would both be written to .*new/runs-mine; give one"
+    ):
+        check_output_dir(two)
 
 
 def test_a_second_evaluation_in_the_folder_is_refused_until_the_first_is_gone(shapes, poodle, tmp_path):

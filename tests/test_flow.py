@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import optical_flow
 
-from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, flow_to_rgb
+from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, check_sidecars, flow_to_rgb
 from training.street import Street
 
 
@@ -17,6 +17,13 @@ def smooth_frames(height, width, shift, seed=0):
     wide = cv2.resize(noise, (width + 64, height), interpolation=cv2.INTER_CUBIC)
     pair = [wide[:, 32:-32], wide[:, 32 - shift : width + 32 - shift]]
     return np.stack([(np.clip(p, 0, 1) * 255).astype(np.uint8).transpose(2, 0, 1) for p in pair])
+
+
+def test_exact_flow_of_other_videos_is_refused_at_the_start(tmp_path):
+    (tmp_path / "a.json").touch()
+    check_sidecars([str(tmp_path / "a.mp4")])
+    with pytest.raises(ValueError, match="flow exact exists only for the street, and .*b.mp4 has no sidecar"):
+        check_sidecars([str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")])
 
 
 def test_dis_finds_a_shift_in_both_directions():

@@ -14,6 +14,9 @@ from published import REPOSITORY, flags
 from safetensors.torch import load_file
 from test_video_stream import CFR, numbered_video
 
+from training import pretrain
+from training.assembly import make_accelerator
+from training.recipe import Recipe
 from training.street_files import write_videos
 from training.video_decoding import UnreadableVideo, index_video
 from training.video_files import ATTEMPTS, RemoteFile
@@ -154,3 +157,16 @@ main(%r)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     card = (tmp_path / "whole" / "encoder" / "README.md").read_text()
     assert "datasets:\n- org/streets\n" in card and "hf://datasets/org/streets" in card
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp_path, monkeypatch):
+    (tmp_path / "first" / "checkpoints" / "step-3").mkdir(parents=True)
+    (tmp_path / "first" / "revisions.json").write_text('{"datasets/org/streets@main": "abc"}')
+    seen = []
+    monkeypatch.setattr(pretrain, "find_videos", lambda sources, pins: seen.append(pins.read_text()) or [])
+    monkeypatch.setattr(pretrain, "check_videos", lambda *_: [])
+    checkpoint = str(tmp_path / "first" / "checkpoints" / "step-3")
+    recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint)
+    pretrain.resolve_videos(make_accelerator(recipe), recipe)
+    assert seen == ['{"datasets/org/streets@main": "abc"}']

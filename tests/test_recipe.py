@@ -1,5 +1,7 @@
 import pytest
 
+from modeling_poodle import PoodleConfig
+from training.assembly import check_crop_size
 from training.recipe import RECIPES, Recipe, parse_recipe, read_yaml
 
 NAMES = {
@@ -20,6 +22,25 @@ def test_every_recipe_reads_and_says_how_to_launch_it():
         assert Recipe(**read_yaml(path)).to_yaml()
         head = path.read_text()
         assert "Launch:" in head and "Hardware:" in head
+
+
+@pytest.mark.parametrize("config", [[], ["--config", "street"], ["--config", "bdd100k_r50"]])
+def test_the_encoder_to_start_from_goes_before_that_of_a_recipe_file(config):
+    plain = parse_recipe([*config, "--videos", "clips"])
+    recipe = parse_recipe([*config, "--videos", "clips", "--init_encoder", "converted/encoder"])
+    assert "backbone_config" not in recipe.model
+    assert recipe.model == {name: value for name, value in plain.model.items() if name != "backbone_config"}
+    given = ["--model", '{"backbone_config": {"model_type": "resnet"}}']
+    assert "backbone_config" in parse_recipe([*config, "--init_encoder", "converted/encoder", *given]).model
+
+
+def test_the_crop_fits_the_encoder_that_a_run_starts_from():
+    recipe = Recipe(init_encoder="facebook/dinov2-small", crop_size=[252, 504])
+    check_crop_size(PoodleConfig(backbone_config={"model_type": "dinov2", "patch_size": 14}), recipe.crop_size)
+    with pytest.raises(ValueError, match=r"crop_size must be multiples of the resnet encoder's 32, got \[252, 504\]"):
+        check_crop_size(PoodleConfig(), recipe.crop_size)
+    with pytest.raises(ValueError, match="crop_size must be multiples of the encoder's stride 32"):
+        Recipe(crop_size=[252, 504])
 
 
 def test_bdd100k_has_the_papers_numbers():

@@ -18,6 +18,7 @@ from labelled_shapes import RESNET
 from loopback_hub import TOKEN
 from PIL import Image
 from transformers import AutoBackbone, AutoConfig, ResNetBackbone, ResNetConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from evaluation import propagate, report
 from evaluation.boxes import load_boxes
@@ -31,6 +32,7 @@ from evaluation.outputs import slug
 from evaluation.segment import main as segment
 from evaluation.video_masks import load_sequences
 from modeling_poodle import PoodleConfig, PoodleModel
+from modeling_poodle.configuration_poodle import check_config
 from modeling_poodle.loading_poodle import load_encoder
 from training import cards
 from training.convert import convert, read_checkpoint
@@ -389,3 +391,9 @@ def test_a_token_is_in_nothing_that_an_evaluation_leaves(shapes, poodle, tmp_pat
     assert len(files) >= 3 and not any(TOKEN.encode() in path.read_bytes() for path in files)
     printed = capsys.readouterr()
     assert TOKEN not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_BACKBONE_MAPPING_NAMES))
+def test_no_backbone_of_transformers_is_taken_for_a_giant(kind):
+    """Lists of widths are named by their stage or block as well."""
+    check_config(AutoConfig.for_model(kind).to_dict(), kind)

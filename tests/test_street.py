@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,24 @@ def test_an_interrupted_folder_is_gone_on_with_and_a_larger_one_leaves_nothing(t
     write_folder(tmp_path, 2, 32, 64, num_processes=1)
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000.png"] * 2 + ["00001.png"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.json", "classes.json", "images", "labels"]
+
+
+def test_who_wants_what_is_being_rendered_waits_for_it(tmp_path):
+    def render() -> None:
+        write_videos(tmp_path / "drives", 2, 0.5, 4, 32, 64, num_processes=1)
+        write_folder(tmp_path / "labelled", 2, 32, 64, num_processes=1)
+
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=render) for _ in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0, 0]
+    assert sorted(path.name for path in (tmp_path / "drives").iterdir()) == [
+        "drive-0000.json", "drive-0000.mp4", "drive-0001.json", "drive-0001.mp4",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "labelled" / "images").iterdir())) == 2
 
 
 def test_labelled_folder(tmp_path):

@@ -263,6 +263,11 @@ def test_sources(tmp_path, videos):
         ValueError, match=r"(?s)no videos found; tried.*nowhere: no such file.*\*\.xyz: a pattern that matches 0"
     ):
         find_videos([str(tmp_path / "nowhere"), str(tmp_path / "*.xyz")])
+    # One that is misspelt beside others would be a run on fewer videos than was meant.
+    with pytest.raises(
+        ValueError, match=r"(?s)in some sources; tried\n  .*shard.tar: 2 videos\n  .*nowhere: no such file"
+    ):
+        find_videos([str(tmp_path / "shard.tar"), str(tmp_path / "nowhere")])
 
 
 def test_real_clips(poodle_data):
@@ -392,7 +397,11 @@ def test_names_of_videos_are_of_one_line_in_logs_and_errors(tmp_path, videos, ca
     assert str(error.value).isprintable() and shown in str(error.value)
     member.size = 10**6
     tar.write_bytes(member.tobuf())
-    assert find_videos([str(tar), videos[0]]) == [videos[0]]
+    with pytest.raises(
+        ValueError, match=r"in some sources; tried\n  .*/\\x1b\[31m.tar: a tar without videos\n"
+    ) as error:
+        find_videos([str(tar), videos[0]])
+    assert "\x1b" not in str(error.value)
     tar.unlink()
     tar.mkdir()
     assert video_sources._tar_members(str(tar)) == []

@@ -97,7 +97,8 @@ def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
         ValueError: a patch embedding or a stage would cut off the crop's edge, and its map would be taken for one of the whole crop.
     """
     encoder = config.backbone_config
-    patch = getattr(encoder, "patch_size", None)
+    # A ResNet halves twice before its first stage.
+    patch = 4 if encoder.model_type == "resnet" else getattr(encoder, "patch_size", None)
     if not isinstance(patch, int):
         return
     stride = patch * 2 ** (len(encoder.depths) - 1) if hasattr(encoder, "depths") else patch

@@ -6,7 +6,7 @@ Two kinds. A *pair flow* runs in the loader's workers on one sample; a *flow mod
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -25,6 +25,7 @@ from training.flow_files import FlowFiles
 from training.raft import GatedUnit, correlation_pyramid, look_up
 from training.recipe import FLOWS
 from training.street import Street
+from training.video_files import printable, video_name
 
 
 class DisFlow:
@@ -104,6 +105,15 @@ class ExactFlow:
                 ) from None
             self._streets[video] = Street.from_json(parameters)
         return self._streets[video]
+
+
+def check_sidecars(paths: Sequence[str]) -> None:
+    """Raises ValueError where a video has no sidecar of the street's beside it: exact flow is computed from what was rendered."""
+    for path in paths:
+        if not Path(path).with_suffix(".json").is_file():
+            raise ValueError(
+                f"flow exact exists only for the street, and {printable(video_name(path))} has no sidecar. Use --flow dis"
+            )
 
 
 class RaftFlow(nn.Module):

@@ -221,7 +221,7 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
             free = shutil.disk_usage(folder).free / 2**30
             logger.info("%d of %d openings; about %.2f GiB in all, %.2f GiB are free", done, len(shards), whole, free)
     progress.close()
-    accelerator.wait_for_everyone()
+    # No barrier: a process with shorter videos would wait longer for the others than a process group's timeout allows.
     per_pair = written / max(len(shards) * recipe.pairs_per_video, 1) / 1024
     logger.info(
         "%s: flow of %d epoch(s); this process wrote %d openings, %.1f KiB a pair", folder, epochs, done, per_pair

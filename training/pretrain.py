@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 import zlib
@@ -39,7 +40,7 @@ from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
-from training.flow import build_flow
+from training.flow import build_flow, check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
 from training.health import Health
 from training.panels import save_panel
@@ -89,8 +90,16 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
             if new and accelerator.is_main_process:
                 pins.unlink(missing_ok=True)
+            if not (new or flow_dir or pins.exists()) and accelerator.is_main_process:
+                # The checkpoint of another run: its stream goes on with the commits that it had.
+                origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
+                if origin.is_file():
+                    pins.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(origin, pins)
             paths += find_videos(others, pins)
         check_videos(paths, PairSampling.of(recipe))
+        if getattr(recipe, "flow", None) == "exact":
+            check_sidecars(paths)
         return paths
 
     # Rank 0 renders the street and writes down commits of the Hub; the others find both there.

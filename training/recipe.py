@@ -261,7 +261,10 @@ class Recipe(RunRecipe):
             is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
         )
         config = self.poodle_config()  # raises for each field that does not fit
-        stride = 2 ** len(config.backbone_config.depths) * 2 if config.backbone_config.model_type == "resnet" else 1
+        resnet = config.backbone_config.model_type == "resnet"
+        if self.init_encoder is not None and "backbone_config" not in self.model:
+            resnet = False  # that of the encoder is not known yet; `check_crop_size` holds the crop to it
+        stride = 2 ** len(config.backbone_config.depths) * 2 if resnet else 1
         self.need(
             all(side % stride == 0 for side in self.crop_size),
             "crop_size",
@@ -301,7 +304,10 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         if config is None:
             only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
             config = defaults[0 if only_street else 1]
-        return kind(**{**read_recipe_file(kind, config, folder), **given})
+        values = {**read_recipe_file(kind, config, folder), **given}
+        if given.get("init_encoder") is not None and "model" not in given:  # the flag's encoder, not that of the file
+            values["model"] = {name: v for name, v in (values.get("model") or {}).items() if name != "backbone_config"}
+        return kind(**values)
     except ValueError as error:  # which shows the value that came, and YAML's errors what stands around it
         raise ValueError(without_secrets(str(error))) from None
 
@@ -310,7 +316,8 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """
     Recipe from the command line: `--config FILE` first, then flags.
 
-    Without `--config` the recipe is `street`, or `own_videos` where `--videos` names something else.
+    Without `--config` the recipe is `street`, or `own_videos` where `--videos` names something else. With `--init_encoder` the encoder
+    is that one, whatever `backbone_config` a recipe file has; only `--model` may name another, which must fit.
 
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.

@@ -1,12 +1,14 @@
 """The street as files: H.264 videos with sidecars, and a labelled folder data set."""
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +45,21 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
     return write_videos(cache_dir, **parameters)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: as safe as its users are apart
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 def _check(num_videos: int, duration: float, fps: int, height: int, width: int) -> None:
     if height % 2 or width % 2:
         raise ValueError(f"height and width must be even (4:2:0 video), got {height}x{width}")
@@ -72,21 +89,22 @@ def write_videos(
     _check(num_videos, duration, fps, height, width)
     check_camera(camera, "camera")
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    jobs = []
+    drives = []
     for number in range(num_videos):
         street = Street(seed + number, height, width, camera=camera)
         sidecar = {"format": FORMAT, "street": street.to_json(), "fps": fps, "num_frames": round(duration * fps)}
-        path = output_dir / f"drive-{number:04d}.mp4"
-        if not _is_complete(path, sidecar):
-            jobs.append((str(path), sidecar))
-    if jobs:
-        done = _over_processes(write_video, jobs, num_processes)
-        bar = tqdm(done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty())
-        for count, _ in enumerate(bar, 1):
-            if bar.disable:
-                print(f"rendered drive {count}/{len(jobs)}", flush=True)
-    return [str(output_dir / f"drive-{number:04d}.mp4") for number in range(num_videos)]
+        drives.append((output_dir / f"drive-{number:04d}.mp4", sidecar))
+    if not all(_is_complete(*drive) for drive in drives):
+        with _alone(output_dir):
+            jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
+            done = _over_processes(write_video, jobs, num_processes) if jobs else ()
+            bar = tqdm(
+                done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty()
+            )
+            for count, _ in enumerate(bar, 1):
+                if bar.disable:
+                    print(f"rendered drive {count}/{len(jobs)}", flush=True)
+    return [str(path) for path, _ in drives]
 
 
 def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
@@ -129,12 +147,11 @@ def _begin(folder: Path, marker: Path) -> Path:
         ValueError: it has files of another origin.
     """
     begun = folder / ".rendering"
-    if folder.exists() and made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
+    if made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} holds files that the street is not made of, and that rendering could replace: give a new or an empty folder (an "
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     begun.touch()
     return begun
 
@@ -187,13 +204,25 @@ def write_folder(
     listed = output_dir / "classes.json"
     if made_of_street(listed) == made_of:
         return output_dir
+    with _alone(output_dir):
+        if made_of_street(listed) != made_of:
+            _render_folder(output_dir, listed, classes, num_processes)
+    return output_dir
+
+
+def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes: int | None) -> None:
+    made_of = classes["street"]
+    num_images, height, width = (made_of[name] for name in ("num_images", "height", "width"))
     begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
         (output_dir / name).mkdir(exist_ok=True)
         for file in (output_dir / name).glob("[0-9]*.png"):  # of a larger one, which would be read as if of this
             if file.stem.isdecimal() and int(file.stem) >= num_images:
                 file.unlink()
-    streets = [Street(HELD_OUT_SEED + seed + number, height, width, camera=camera) for number in range(num_images)]
+    streets = [
+        Street(HELD_OUT_SEED + made_of["seed"] + number, height, width, camera=made_of["camera"])
+        for number in range(num_images)
+    ]
     jobs = [(str(output_dir), number, street) for number, street in enumerate(streets)]
     boxes = list(_over_processes(_write_labelled, jobs, num_processes))
     annotations = [
@@ -211,7 +240,6 @@ def write_folder(
     (output_dir / "annotations.json").write_text(json.dumps(coco))
     listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is whole
     begun.unlink(missing_ok=True)
-    return output_dir
 
 
 def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
@@ -259,15 +287,20 @@ def write_sequences(
     marker = output_dir / "street.json"
     if made_of_street(marker) == made_of:
         return output_dir
-    begun = _begin(output_dir, marker)
-    streets = [Street(SEQUENCE_SEED + seed + number, height, width, camera=camera) for number in range(num_sequences)]
-    jobs = [(str(output_dir), street) for street in streets]
-    names = list(_over_processes(_write_sequence, jobs, num_processes))
-    listed = output_dir / "ImageSets" / "2017" / "val.txt"
-    listed.parent.mkdir(parents=True, exist_ok=True)
-    listed.write_text("\n".join(names) + "\n")
-    marker.write_text(json.dumps(made_of))  # last: with it the folder is whole
-    begun.unlink(missing_ok=True)
+    with _alone(output_dir):
+        if made_of_street(marker) == made_of:
+            return output_dir
+        begun = _begin(output_dir, marker)
+        streets = [
+            Street(SEQUENCE_SEED + seed + number, height, width, camera=camera) for number in range(num_sequences)
+        ]
+        jobs = [(str(output_dir), street) for street in streets]
+        names = list(_over_processes(_write_sequence, jobs, num_processes))
+        listed = output_dir / "ImageSets" / "2017" / "val.txt"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("\n".join(names) + "\n")
+        marker.write_text(json.dumps(made_of))  # last: with it the folder is whole
+        begun.unlink(missing_ok=True)
     return output_dir
 
 

@@ -233,6 +233,7 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
     times = [0.0] * len(cuts)
     with open_video(source) as (container, deadline, version), _explained():
         if version != index.version:
+            index_video.drop(source)  # its next opening reads it anew
             raise UnreadableVideo("has changed since it was first read")
         stream = _video_stream(container)
         for pts, frame in _decode_frames(container, stream, index, sorted(wanted), deadline):

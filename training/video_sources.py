@@ -47,16 +47,18 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
             it began with, and written where it is not.
 
     Raises:
-        ValueError: nothing was found; lists what was tried and what came of it. Or two videos have one name ([`video_name`]).
+        ValueError: a source has no video; lists what was tried and what came of it. Or two videos have one name ([`video_name`]).
     """
     known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
-    commits, found, tried = dict(known), set(), []
+    commits, found, tried, empty = dict(known), set(), [], False
     for source in sources:
         videos, outcome = _expand(source, commits)
         found.update(videos)
-        tried.append(printable(f"{public_url(source)}: {outcome}"))
-    if not found:
-        raise ValueError("no videos found; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
+        empty = empty or not videos
+        tried.append(printable(f"{public_url(source)}: {f'{len(videos)} videos' if videos else outcome}"))
+    if empty or not found:
+        some = "no videos found in some sources" if found else "no videos found"
+        raise ValueError(f"{some}; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
     _refuse_one_name_for_two(found)
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
