@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from evaluation.data import STREETS, _spread, read_image, street_folder, within
 
+logger = logging.getLogger("poodle")
 BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
 BDD100K_CLASSES = (
     "pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light", "traffic sign",
@@ -192,7 +194,7 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         images[image["id"]] = (image["file_name"], size)
     files = {identity: within(folder / "images", file, path) for identity, (file, _) in images.items()}
     _need_images(name, folder / "images", list(files.values()))
-    found = {identity: [] for identity in images}
+    found, flat = {identity: [] for identity in images}, []
     for annotation in values["annotations"]:
         where = f"{path}, annotation {annotation.get('id')!r}"
         identity = annotation.get("image_id")
@@ -204,10 +206,15 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
             raise ValueError(f"{where} has the category_id {annotation.get('category_id')!r}; categories are {ids}")
         box = annotation.get("bbox")
         if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
+            if min(box[2:]) == 0:  # COCO's own train2017 has two
+                flat.append(where)
+                continue
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         label = order.index(annotation["category_id"])
         entry = (box, label, bool(annotation.get("iscrowd", 0)), annotation.get("area"), where)
         found[annotation["image_id"]].append(entry)
+    if flat:
+        logger.warning("%d boxes without width or height are left out, the first is %s", len(flat), flat[0])
     examples = [_example(file, files[identity], size, found[identity]) for identity, (file, size) in images.items()]
     return tuple(categories[i] for i in order), tuple(sorted(examples, key=lambda e: e.name))
 

@@ -206,8 +206,8 @@ _LAYOUTS = {
     "wt_sem": "Expected: images/{train,val}/ and annotations/{train,val}/ of the same stems (subfolders allowed), and classes.json "
     "or objectInfo150.txt; labels as in ADE20K (0 is not counted).",
     "folder": "Expected: images/ and labels/ of the same stems and classes.json, a list of names or "
-    '{"classes": [...], "ignore_index": 255}; with train/ and val/ (each with images/ and labels/), or without, where every '
-    "third image by name is held out.",
+    '{"classes": [...], "ignore_index": 255}; with train/ and val/ (each with images/ and labels/), or without, where the '
+    "last third of the images by name is held out.",
 }
 
 
@@ -345,8 +345,10 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
     else:
         every = _pairs("folder", folder / "images", folder / "labels")
         if len(every) < 3:
-            raise ValueError(f"{folder} has {len(every)} images; at least 3 are needed to hold every third one out")
-        train, test = tuple(e for i, e in enumerate(every) if i % 3 != 2), every[2::3]
+            raise ValueError(f"{folder} has {len(every)} images; at least 3 are needed to hold the last third out")
+        # In one block: of a drive's frames each looks like its neighbours, which must not be trained on.
+        cut = len(every) - len(every) // 3
+        train, test = every[:cut], every[cut:]
     return LabelledImages(name, classes, train, test, table)
 
 

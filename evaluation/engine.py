@@ -51,7 +51,9 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     begin, curve = (0, [])
     if resume:
-        begin, curve = load_fit(folder, identity, parameters, moving(readout), optimizer)
+        begin, curve = load_fit(
+            folder, identity, steps, accelerator.num_processes, parameters, moving(readout), optimizer
+        )
     wrapped = accelerator.prepare_model(readout)
     warmup = max(1, round(0.05 * steps))
     readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
@@ -82,7 +84,8 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {step + 1}; lower learning_rate")
             curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
         if saving and accelerator.is_main_process:
-            save_fit(folder, identity, step + 1, curve, parameters, moving(readout), optimizer)
+            of = (steps, accelerator.num_processes)
+            save_fit(folder, identity, *of, step + 1, curve, parameters, moving(readout), optimizer)
     readout.eval()
     return curve
 
@@ -113,7 +116,9 @@ def moving(readout: nn.Module) -> dict[str, torch.Tensor]:
     return dict(readout.named_buffers()) if readout.trains_encoder else {}
 
 
-def save_fit(folder: Path, identity: str, step: int, curve: list[dict], parameters, buffers: dict, optimizer) -> None:
+def save_fit(
+    folder: Path, identity: str, steps: int, processes: int, step: int, curve, parameters, buffers, optimizer
+) -> None:
     """Written aside, then renamed: a half one is never read."""
     tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in buffers.items()}
     for index, parameter in enumerate(parameters):
@@ -121,11 +126,14 @@ def save_fit(folder: Path, identity: str, step: int, curve: list[dict], paramete
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{index}"] = value.detach().cpu().contiguous()
     partial = folder / "fit.partial"
-    save_file(tensors, partial, metadata={"step": str(step), "curve": json.dumps(curve), "encoder": identity})
+    metadata = {"step": str(step), "curve": json.dumps(curve), "encoder": identity, "of": f"{steps} {processes}"}
+    save_file(tensors, partial, metadata=metadata)
     os.replace(partial, folder / "fit.safetensors")
 
 
-def load_fit(folder: Path, identity: str, parameters, buffers: dict, optimizer) -> tuple[int, list[dict]]:
+def load_fit(
+    folder: Path, identity: str, steps: int, processes: int, parameters, buffers, optimizer
+) -> tuple[int, list]:
     path = folder / "fit.safetensors"
     if not path.is_file():
         return 0, []
@@ -134,6 +142,12 @@ def load_fit(folder: Path, identity: str, parameters, buffers: dict, optimizer) 
     if metadata["encoder"] != identity:
         raise ValueError(
             f"{path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
+        )
+    if metadata.get("of") != f"{steps} {processes}":  # the schedule, and what is drawn in a step, follow from both
+        then = metadata.get("of", "unknown unknown").split()
+        raise ValueError(
+            f"{path} is the fit of {then[0]} steps on {then[1]} process(es), this one is of {steps} on {processes}: go on with "
+            f"--num_processes {then[1]}, or remove it and begin anew"
         )
     tensors = load_file(path)
     with torch.no_grad():

@@ -139,7 +139,7 @@ def write_coco(folder: Path, **changes) -> None:
     [
         ({"annotation": {"category_id": 4}}, r"annotation 7 has the category_id 4; categories are 3"),
         ({"annotation": {"image_id": 5}}, r"annotation 7: there is no image with the id 5"),
-        ({"annotation": {"bbox": [2, 2, 5, 0]}}, r"annotation 7: the box from \(2, 2\) to \(7, 2\) has no extent"),
+        ({"annotation": {"bbox": [2, 2, 5, -1]}}, r"annotation 7: the box from \(2, 2\) to \(7, 1\) has no extent"),
         ({"annotation": {"bbox": [12, 2, 10, 5]}}, r"annotation 7: the box .* is outside its image a.png, 20x10"),
         ({"annotation": {"bbox": [30, 2, 1, 1]}}, r"outside its image"),
         ({"annotation": {"bbox": [2, 2, float("nan"), 5]}}, r"4 finite numbers"),
@@ -155,6 +155,19 @@ def test_wrong_boxes_are_named(tmp_path, changes, message):
     write_coco(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         load_boxes("coco_folder", str(tmp_path)).check()
+
+
+def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, caplog):
+    """As two of COCO's train2017."""
+    write_coco(tmp_path)
+    annotations = tmp_path / "train" / "annotations.json"
+    coco = json.loads(annotations.read_text())
+    coco["annotations"] += [{**coco["annotations"][0], "id": 8, "bbox": [3, 3, 4, 0]}]
+    annotations.write_text(json.dumps(coco))
+    assert load_boxes("coco_folder", str(tmp_path)).train[0].boxes.tolist() == [[2, 2, 7, 7]]
+    assert caplog.messages == [
+        f"1 boxes without width or height are left out, the first is {annotations}, annotation 8"
+    ]
 
 
 def test_missing_files_are_explained(tmp_path):

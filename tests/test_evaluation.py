@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from forks import in_child, wait_for
 from labelled_shapes import RESNET, squares
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_readouts import recipe
 from transformers import (
@@ -90,6 +91,13 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
         main(flags(shapes, tmp_path / "c", poodle, **options))
     with pytest.raises(ValueError, match="is of another evaluation"):
         main(flags(shapes, tmp_path / "c", poodle, **{**options, "seed": 2}, resume_from_checkpoint="latest"))
+    with safe_open(tmp_path / "c" / "fit.safetensors", "pt") as file:
+        identity = file.metadata()["encoder"]
+    with pytest.raises(
+        ValueError,
+        match=r"the fit of 45 steps on 1 process\(es\), this one is of 22 on 2: go on with --num_processes 1",
+    ):
+        engine.load_fit(tmp_path / "c", identity, 22, 2, [], {}, None)
     starts = []
     load = engine.load_fit
     monkeypatch.setattr(engine, "load_fit", lambda *a: (starts.append(load(*a)), starts[-1])[1])
