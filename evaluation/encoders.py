@@ -29,16 +29,20 @@ class Encoder(nn.Module):
         name: of the model, as the user gave it.
         model: a PoodleForSemanticSegmentation whose `poodle` is the encoder; its classifier is the readout.
         mean, std: of the model's own preprocessing.
+        whole: also a ViT whose positions have one size reads whole images, with positions interpolated: as it was pretrained on PooDLe's
+            crops. Otherwise it is read in windows of that size.
     """
 
-    def __init__(self, name: str, model: PoodleForSemanticSegmentation, mean=IMAGENET[0], std=IMAGENET[1]):
+    def __init__(
+        self, name: str, model: PoodleForSemanticSegmentation, mean=IMAGENET[0], std=IMAGENET[1], whole: bool = False
+    ):
         super().__init__()
         self.name, self.model, self.mean, self.std = name, model, tuple(mean), tuple(std)
         encoder_config = model.config.backbone_config
         patch = getattr(encoder_config, "patch_size", None)
         isotropic = encoder_config.model_type in WINDOWED or "dinov2" in encoder_config.model_type
         self.patch = patch if isinstance(patch, int) and (isotropic or "vit" in encoder_config.model_type) else 1
-        self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED else None
+        self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED and not whole else None
         embed = getattr(getattr(getattr(model.poodle.encoder, "_backbone", None), "model", None), "patch_embed", None)
         if getattr(embed, "strict_img_size", False):  # timm's ViTs of one image size
             self.patch, self.window = embed.patch_size[0], embed.img_size[0]
@@ -154,7 +158,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         wrong = [key for key in missing if "hidden_states_norms." not in key]
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
-    return Encoder(name, model.eval(), *_preprocessing(source))
+    return Encoder(name, model.eval(), *_preprocessing(source), whole=model_type == "poodle")
 
 
 @torch.no_grad()

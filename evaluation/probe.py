@@ -63,4 +63,4 @@ class Probe:
         with torch.device("meta"):  # all but the classifier, which k-NN does not use, is the model's own
             wrapper = PoodleForSemanticSegmentation(config)
         wrapper.poodle = model
-        return Encoder("probe", wrapper)
+        return Encoder("probe", wrapper, whole=True)

@@ -103,15 +103,19 @@ def test_vits_are_read_by_sliding_windows(tmp_path):
     assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (3, 4)  # smaller than a window: padded
 
 
-def test_the_sdm_of_a_vit_is_read_by_sliding_windows(tmp_path):
-    """Its map is finer than the patches."""
+def test_a_vit_of_poodle_s_is_read_whole_as_it_was_pretrained_or_by_windows(tmp_path):
+    """The SDM's map is finer than the patches."""
     torch.manual_seed(0)
     vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
     model = PoodleModel(PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=1)).eval()
     model.save_pretrained(tmp_path)
-    encoder = build(str(tmp_path), 3)
-    assert encoder.features_name == "decoder" and encoder.inference.startswith("sliding window of 64, stride 32")
-    image = torch.rand(1, 3, 64, 112)
+    whole, image = build(str(tmp_path), 3), torch.rand(1, 3, 64, 112)
+    assert whole.features_name == "decoder" and whole.inference == "whole image"
+    with torch.no_grad():
+        torch.testing.assert_close(whole(image), model.decode(model.encode(image)), rtol=1e-5, atol=1e-5)
+        assert whole(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # resized to 48x64
+    encoder = Encoder("x", whole.model)
+    assert encoder.inference.startswith("sliding window of 64, stride 32")
     with torch.no_grad():
         ours = encoder(image)
         total, count = torch.zeros(1, 24, 8, 14), torch.zeros(14)

@@ -167,7 +167,14 @@ def test_an_unset_variable_is_an_error_before_the_first_run(tmp_path, monkeypatc
     chosen = ["DIS", "DIS, 2 epochs again and again"]
     with pytest.raises(ValueError, match=r"\$\{POODLE_FLOW_DIR\} needs the environment variable POODLE_FLOW_DIR"):
         script.run_study(Study.read("flow"), "cpu", [0], chosen, tmp_path, tmp_path / "results")
+    monkeypatch.setenv("POODLE_DATA", str(tmp_path))
+    values = (Study.read("main"), "cpu", [0], ["PooDLe"], tmp_path, tmp_path / "results")
+    with pytest.raises(ValueError, match=r"\$\{POODLE_DATA\}/camvid: there is no folder .*/camvid"):
+        script.run_study(*values)
     assert not begun
+    monkeypatch.setattr(script, "measured", lambda *_: {})
+    script.run_study(*values, measures=["street, linear"])
+    assert begun == ["PooDLe"]
 
 
 def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog):

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", default="cpu", help="one of the recipe's budgets (cpu, gpu)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
     parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--measures", nargs="+", help="only these readouts, such as 'street, linear'")
     parser.add_argument("--runs", default="runs/studies", help="folder of the pretrained encoders")
     parser.add_argument("--results", default=str(RESULTS), help="folder of the JSON files")
     options = parser.parse_args(arguments)
@@ -60,11 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     results = Path(options.results)
     if options.study is not None:
         study = Study.read(options.study)
-        for name in options.variants or ():
-            if name not in study.variants:
-                raise ValueError(
-                    f"variants must be of {', '.join(study.variants)}, got {name!r}{nearest(name, study.variants)}"
-                )
+        for field in ("variants", "measures"):
+            known = getattr(study, field)
+            for name in getattr(options, field) or ():
+                if name not in known:
+                    raise ValueError(f"{field} must be of {'; '.join(known)}, got {name!r}{nearest(name, known)}")
         run_study(
             study,
             options.budget,
@@ -72,23 +73,31 @@ def main(arguments: list[str] | None = None) -> None:
             options.variants,
             Path(options.runs).resolve(),
             results,
+            options.measures,
         )
     if options.report:
         write_page(ROOT / "docs", read_results(results))
 
 
-def run_study(study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path) -> None:
+def run_study(
+    study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path, measures=None
+) -> None:
+    """What of a study is not measured yet. `variants` and `measures` are names, or `None` for all."""
     chosen = study.runs(budget, seeds) if study.variants else []
     wanted = [
         (run, {**measure, **run.measure})
         for run in chosen
         if not variants or run.variant in variants
-        for measure in study.measures.values()
+        for name, measure in study.measures.items()
+        if not measures or name in measures
     ]
     done = read_results(results)
     for run, measure in wanted:
         if measured_key(run, measure) not in done:
-            expanded([run.recipe, measure])  # an unset variable is an error now, not after the hours of the others
+            # An unset variable, or a folder that is not there, is an error now and not after the hours of the others.
+            _, found = expanded([run.recipe, measure])
+            if "data_dir" in found and not Path(found["data_dir"]).is_dir():
+                raise ValueError(f"{measure['data_dir']}: there is no folder {found['data_dir']}")
     for name, words in study.commands.items():
         key = f"{study.name}/{name}"
         known = read_results(results).get(key)
