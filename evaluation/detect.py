@@ -63,7 +63,7 @@ def measure(
     if name.startswith("random:"):
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
-    identity = fingerprint(encoder.model.poodle)
+    identity, weights = fingerprint(encoder.model.poodle), encoder.weights_sha256
     del encoder  # the readout has a copy of its own
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
@@ -77,6 +77,7 @@ def measure(
         **coco_scores(data.test, found, data.classes),
         "dataset": data.name,
         "encoder_sha256": identity,
+        "weights_sha256": weights,
         "detector": recipe.detector,
         "inference": "their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}",
         "num_train_images": len(data.train),

@@ -1,5 +1,6 @@
 """Any encoder, read in one way: image in, dense features out."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.name, self.model, self.mean, self.std = name, model, tuple(mean), tuple(std)
+        self.weights_sha256: str | None = None  # of the files of a folder that was loaded
         encoder_config = model.config.backbone_config
         patch = getattr(encoder_config, "patch_size", None)
         isotropic = encoder_config.model_type in WINDOWED or "dinov2" in encoder_config.model_type
@@ -128,6 +130,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     source = name.removeprefix("random:")
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
+    digest = _digest(Path(source))  # before they are read: of what a run that goes on puts in their place it is not
     classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
     model_type = _model_type(source)
@@ -158,7 +161,15 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         wrong = [key for key in missing if "hidden_states_norms." not in key]
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
-    return Encoder(name, model.eval(), *_preprocessing(source), whole=model_type == "poodle")
+    encoder = Encoder(name, model.eval(), *_preprocessing(source), whole=model_type == "poodle")
+    encoder.weights_sha256 = None if untrained else digest
+    return encoder
+
+
+def _digest(folder: Path) -> str | None:
+    """SHA-256 of a folder's weights, for those who publish them with what was measured."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else None
 
 
 @torch.no_grad()

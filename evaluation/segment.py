@@ -77,6 +77,7 @@ def measure(
         "dataset": data.name,
         "readout": recipe.readout,
         "encoder_sha256": before,
+        "weights_sha256": encoder.weights_sha256,
         "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
         "inference": encoder.inference,
         "num_train_images": len(data.train),

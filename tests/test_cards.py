@@ -79,8 +79,9 @@ def test_sources_and_carbon_in_a_card(tmp_path):
         ({"model": "org/other"}, "is of org/other, not of"),
         ({"seed": None, "model": None}, "is no evaluation.json"),
         ({}, "was measured before the weights"),
+        ({"weights_sha256": "0" * 64}, "was measured on other weights than those in"),
     ],
-    ids=["another model", "not an evaluation", "older than the weights"],
+    ids=["another model", "not an evaluation", "older than the weights", "other weights in the same place"],
 )
 def test_what_was_not_measured_is_refused(own_hub, published_run, tmp_path, change, message):
     file = tmp_path / "evaluation.json"

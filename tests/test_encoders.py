@@ -1,5 +1,7 @@
 """Any encoder read in one way."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,8 @@ def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
     resnet = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
     resnet.save_pretrained(tmp_path / "half")
     encoder = build(str(tmp_path / "half"), 3)
+    assert encoder.weights_sha256 == hashlib.sha256((tmp_path / "half" / "model.safetensors").read_bytes()).hexdigest()
+    assert build(f"random:{tmp_path / 'half'}", 3).weights_sha256 is None
     assert {value.dtype for value in encoder.state_dict().values() if value.is_floating_point()} == {torch.float32}
     assert encoder(torch.rand(1, 3, 64, 64)).dtype == torch.float32
     embedder = encoder.model.poodle.encoder.embedder.embedder.convolution.weight

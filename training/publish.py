@@ -9,6 +9,7 @@ folders encoder/, model/, readout/ or detector/. Sent are safetensors, configs, 
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import logging
 import os
@@ -139,7 +140,7 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
     Results by the folder that they were measured on: those of `files`, and those of readouts beside themselves.
 
     Raises:
-        ValueError: not an evaluation.json, one of other weights, or one measured before these weights were written.
+        ValueError: not an evaluation.json, or one of another model or of other weights.
     """
     results: dict[Path, list[dict]] = {source: [] for source in sources}
     for source in sources:
@@ -150,10 +151,18 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
         entries = _results_in(file)
         for source in sources:
             fitting = [entry for entry in entries if _measured_on(entry["model"]) == source.resolve()]
-            if fitting and file.stat().st_mtime < max(path.stat().st_mtime for path in source.glob("*.safetensors")):
-                raise ValueError(
-                    f"{file} was measured before the weights in {source} were written: evaluate them again"
-                )
+            weights = sorted(source.glob("*.safetensors"))
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest() if fitting else None
+            for entry in fitting:
+                known = entry.get(
+                    "weights_sha256"
+                )  # without it (other versions of this project) the files' times must do
+                if known is None and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
+                    raise ValueError(
+                        f"{file} was measured before the weights in {source} were written: evaluate them again"
+                    )
+                if known not in (None, digest):
+                    raise ValueError(f"{file} was measured on other weights than those in {source}: evaluate these")
             results[source] += fitting
         if not any(_measured_on(entry["model"]) == source.resolve() for entry in entries for source in sources):
             raise ValueError(
