@@ -178,6 +178,8 @@ def test_measure_of_known_flows():
     there_and_back[:, 0] = np.float32([[[4]], [[-4]]])
     occluded = measure(lambda _: there_and_back, [(frames, there_and_back * visible[:, None], visible)])
     assert occluded["wrong"] == occluded["hidden"] > 0 and occluded["wrong_seen"] == 0
+    assert occluded["motion"] == pytest.approx(4) and occluded["not_affine"] < 1e-5
+    assert zero["not_affine"] > 1
 
 
 def test_quality_of_several_flows_in_one_table(flow_run, tmp_path, capsys):
@@ -196,6 +198,8 @@ def test_quality_of_several_flows_in_one_table(flow_run, tmp_path, capsys):
         flow_quality(["--flow", "unflow"])
     with pytest.raises(ValueError, match="did you mean 'dis'"):
         flow_quality(["--flow", "diss"])
+    with pytest.raises(ValueError, match="--camera must be one of driving, walking, static, aerial, got 'drone'"):
+        flow_quality(["--flow", "dis", "--camera", "drone"])
 
 
 def test_others_load_the_flow_from_the_hub(flow_run, bare_hub, tmp_path):

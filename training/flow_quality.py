@@ -1,7 +1,7 @@
 """
 How good an estimator's flow is, against the street's exact one.
 
-    python -m training.flow_quality --flow dis --flow unflow:DIR [--gaps 0.25 0.5 1.0] [--drives 24] [--size 128 256] [--json FILE]
+    python -m training.flow_quality --flow dis --flow unflow:DIR [--gaps 0.25 0.5 1.0] [--drives 24] [--size 128 256] [--camera NAME] [--json FILE]
 
 Flows: zero, exact (what the check does with the street's own flow), dis, raft_large, raft_small (with a file of weights: raft_small:FILE), unflow:DIR. Both directions of one pair of each held-out
 drive, all pixels together:
@@ -10,6 +10,9 @@ drive, all pixels together:
 - `kept`: share of all pixels that PooDLe's forward-backward check keeps;
 - `wrong`: share of the kept ones whose error is above 3 px; `hidden`: whose point is not seen in the other frame;
 - `wrong_seen`: share of the kept and seen ones whose error is above 3 px: wrong matches, apart from occlusion.
+
+And of the exact flow, where its point is seen: `motion`, its mean length in pixels, and `not_affine`, how far it is on average from the affine map
+of the whole frame that fits it best.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from modeling_poodle.geometry_poodle import flow_valid_mask
 from modeling_poodle.recipe_files import run_script
 from training.flow import DisFlow, build_flow
 from training.street import Street
+from training.street_cameras import CAMERAS, check_camera
 from training.street_files import HELD_OUT_SEED
 
 WRONG = 3.0  # pixels
@@ -36,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flow", action="append", required=True, metavar="NAME[:FILE]", help="Estimator; repeatable.")
     parser.add_argument("--gaps", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Seconds between the frames.")
     parser.add_argument("--drives", type=int, default=24, help="Held-out drives, one pair of each.")
+    parser.add_argument("--camera", default="driving", help=f"One of {', '.join(CAMERAS)}.")
     parser.add_argument("--size", type=int, nargs=2, default=[128, 256], help="Height and width of the frames.")
     parser.add_argument("--json", type=Path, help="Write the figures there as well.")
     options = parser.parse_args(arguments)
@@ -43,20 +48,22 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(
             f"--drives must be at least 1 and --gaps not negative, got {options.drives} and {options.gaps}"
         )
+    check_camera(options.camera, "--camera")
     estimators = {spec: build_estimator(spec) for spec in dict.fromkeys(options.flow)}
     names = [spec.partition(":")[0] for spec in estimators]
     # A file's path is in the table only where the name alone would not tell two estimators apart.
     shown = {spec: spec if names.count(name) > 1 else name for spec, name in zip(estimators, names)}
     results = []
     for gap in options.gaps:
-        pairs = held_out_pairs(options.drives, *options.size, gap)
+        pairs = held_out_pairs(options.drives, *options.size, gap, options.camera)
         results += [{"flow": shown[spec], "gap": gap, **measure(each, pairs)} for spec, each in estimators.items()]
     table = [["flow", "gap, s", "mean error, px", "median", "kept, %", "of these wrong, %"]]
-    table[0] += ["hidden, %", "wrong of kept and seen, %", "ms a pair"]
+    table[0] += ["hidden, %", "wrong of kept and seen, %", "motion, px", "not affine, px", "ms a pair"]
     for r in results:
         shares = [f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden", "wrong_seen")]
         errors = [f"{r['epe_mean']:.2f}", f"{r['epe_median']:.2f}"]
-        table.append([r["flow"], f"{r['gap']:g}", *errors, *shares, f"{r['ms']:.0f}"])
+        motion = [f"{r['motion']:.2f}", f"{r['not_affine']:.2f}"]
+        table.append([r["flow"], f"{r['gap']:g}", *errors, *shares, *motion, f"{r['ms']:.0f}"])
     print("\n".join(f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]))
     if options.json is not None:
         measured = {"drives": options.drives, "size": options.size, "first_seed": HELD_OUT_SEED, "wrong_above": WRONG}
@@ -88,12 +95,12 @@ def build_estimator(spec: str):
 
 
 def held_out_pairs(
-    drives: int, height: int, width: int, gap: float
+    drives: int, height: int, width: int, gap: float, camera: str = "driving"
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each drive frames (2, 3, H, W) uint8, exact flow (2, 2, H, W), and where its point is seen in the other frame (2, H, W)."""
     pairs = []
     for number in range(drives):
-        street, begin = Street(HELD_OUT_SEED + number, height, width), 1.0 + 0.37 * (number % 20)
+        street, begin = Street(HELD_OUT_SEED + number, height, width, camera=camera), 1.0 + 0.37 * (number % 20)
         frames = np.stack([street.frame(begin), street.frame(begin + gap)]).transpose(0, 3, 1, 2)
         flows, seen = zip(street.flow(begin, begin + gap), street.flow(begin + gap, begin))
         pairs.append((np.ascontiguousarray(frames), np.stack(flows), np.stack(seen)))
@@ -102,15 +109,17 @@ def held_out_pairs(
 
 def measure(estimate, pairs) -> dict[str, float]:
     """The figures of one estimator (`None`: the exact flow) over all pairs, as named at the top, and `ms`, milliseconds a pair."""
-    errors, seen, kept, seconds = [], [], [], 0.0
+    errors, seen, kept, motion, seconds = [], [], [], [], 0.0
     for frames, exact, visible in pairs:
         began = time.perf_counter()
         flow = np.ascontiguousarray(exact if estimate is None else estimate(frames), dtype=np.float32)
         seconds += time.perf_counter() - began
         errors.append(np.linalg.norm(flow - exact, axis=1))
         seen.append(visible)
+        motion += [_motion(*one) for one in zip(exact, visible) if one[1].any()]
         both = torch.from_numpy(flow)
         kept.append(flow_valid_mask(both, both.flip(0)).numpy())
+    lengths, rests = np.mean(motion, axis=0) if motion else (0.0, 0.0)
     errors, seen, kept = (np.concatenate(parts).ravel() for parts in (errors, seen, kept))
     return {
         "epe_mean": float(errors[seen].mean()),
@@ -119,8 +128,19 @@ def measure(estimate, pairs) -> dict[str, float]:
         "wrong": float((errors[kept] > WRONG).mean()) if kept.any() else 0.0,
         "hidden": float((~seen[kept]).mean()) if kept.any() else 0.0,
         "wrong_seen": float((errors[kept & seen] > WRONG).mean()) if (kept & seen).any() else 0.0,
+        "motion": float(lengths),
+        "not_affine": float(rests),
         "ms": 1000 * seconds / len(pairs),
     }
+
+
+def _motion(flow: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+    """Mean length of flow (2, H, W) where seen (H, W), and its mean distance from its best affine fit, pixels."""
+    rows, columns = np.nonzero(seen)
+    own = flow[:, rows, columns].T
+    places = np.stack([np.ones(len(rows)), rows, columns], axis=1)
+    rest = own - places @ np.linalg.lstsq(places, own, rcond=None)[0]
+    return float(np.linalg.norm(own, axis=1).mean()), float(np.linalg.norm(rest, axis=1).mean())
 
 
 if __name__ == "__main__":
