@@ -257,8 +257,8 @@ def test_cost_names_what_it_changes(tmp_path):
     run("cost.py", "--only", "dense_stride", *figures, *SMALL)
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["to"] for row in rows] == ["as it is", "4", "1"]
-    # More points at which the loss is taken cost hardly any products: those of moving the points themselves.
-    assert 0 < rows[2]["gflops_a_pair"] / rows[0]["gflops_a_pair"] - 1 < 0.01
+    # More points at which the loss is taken cost no products.
+    assert rows[2]["gflops_a_pair"] == rows[1]["gflops_a_pair"] == rows[0]["gflops_a_pair"] > 0
     # Counted alone: the same without times.
     run("cost.py", "--only", "dense_stride", "--count_only", "--json", str(tmp_path / "g.json"), *SMALL)
     counted = json.loads((tmp_path / "g.json").read_text())["rows"]

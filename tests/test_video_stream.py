@@ -374,6 +374,17 @@ def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeyp
     assert not multiprocessing.active_children()
 
 
+def test_the_first_look_ends_without_a_word_where_its_run_is_gone(videos):
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    reader = fork.Process(target=first_look._send_indices, args=(videos[:1] * 2000, receiver, sender))
+    reader.start()
+    receiver.close()
+    sender.close()
+    reader.join(60)
+    assert reader.exitcode == 0  # 1 after a stack trace
+
+
 def test_the_first_look_is_not_taken_twice(videos):
     index_video.cache_clear()
     assert check_videos(videos, SAMPLING) == [] and list(index_video.kept) == videos

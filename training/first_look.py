@@ -51,7 +51,10 @@ def _send_indices(paths: Sequence[str], receiver, sender) -> None:
         except UnreadableVideo as error:
             found = error
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sender.send(found)
+        try:
+            sender.send(found)
+        except BrokenPipeError:  # the run is gone, and has said why
+            return
 
 
 def _end_of_reader(path: str, code: int) -> str:

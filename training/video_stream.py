@@ -397,11 +397,14 @@ class PairLoader:
 
     def close(self) -> None:
         """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
-        try:
-            self._end_workers()
-        except RuntimeError:
-            # torch's handler of SIGCHLD says once that a worker died, wherever this process is by then.
-            self._end_workers()
+        for _ in range(3):
+            try:
+                return self._end_workers()
+            except (
+                RuntimeError
+            ):  # torch's handler of SIGCHLD says that a worker died, wherever this process is by then
+                continue
+        self._end_workers()
 
     def _end_workers(self) -> None:
         workers = getattr(self._iterator, "_workers", [])
