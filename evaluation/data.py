@@ -378,11 +378,20 @@ def render_street(name: str, what: str, folder: Path, *words: str) -> None:
         raise ValueError(f"the street's {what} could not be rendered: {done.stderr.strip()}")
 
 
+def _is_the_street_s(listed: Path) -> bool:
+    """Whether the street's command wrote this classes.json: it says there what it rendered."""
+    try:
+        values = json.loads(listed.read_text())
+    except ValueError:
+        return False
+    return isinstance(values, dict) and isinstance(values.get("street"), dict)
+
+
 def street_folder(name: str, data_dir: str | None = None) -> Path:
     """Labelled frames of one of `STREETS`, rendered where they are missing."""
     folder = street_place(name, "labelled", data_dir)
     listed = folder / "classes.json"
-    if listed.is_file() and '"street"' not in listed.read_text(errors="replace"):
+    if listed.is_file() and not _is_the_street_s(listed):
         raise ValueError(
             f"{listed} is not the street's: data_dir is where {name} is rendered; for data of your own give --dataset folder"
         )

@@ -130,7 +130,8 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     source = name.removeprefix("random:")
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
-    digest = _digest(Path(source))  # before they are read: of what a run that goes on puts in their place it is not
+    # Before they are read: it is not that of what a run that goes on puts in their place.
+    digest = None if untrained else _digest(Path(source))
     classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
     model_type = _model_type(source)
@@ -162,7 +163,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     encoder = Encoder(name, model.eval(), *_preprocessing(source), whole=model_type == "poodle")
-    encoder.weights_sha256 = None if untrained else digest
+    encoder.weights_sha256 = digest
     return encoder
 
 

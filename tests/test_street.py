@@ -292,9 +292,11 @@ def test_a_folder_of_other_files_is_not_rendered_into(tmp_path):
         write_folder(own / "val", 1, 32, 64, num_processes=1)
     with pytest.raises(ValueError, match="own holds files that the street is not made of"):
         write_sequences(own, 1, 96, 192, num_processes=1)
-    (own / "classes.json").write_text('["a", "b"]')
-    with pytest.raises(ValueError, match=r"classes.json is not the street's: .*--dataset folder"):
-        street_folder("street", str(own))
+    for text in ('["a", "street"]', '{"classes": ["street"], "street": 1}', "{"):
+        (own / "classes.json").write_text(text)
+        with pytest.raises(ValueError, match=r"classes.json is not the street's: .*--dataset folder"):
+            street_folder("street", str(own))
+        assert (own / "classes.json").read_text() == text
     assert sorted(path.name for path in own.rglob("*")) == [
         "annotations.json",
         "classes.json",

@@ -172,9 +172,8 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         deadline.check()
         if packet.pts is None or not packet.size:
             continue
-        if (
-            not packet.is_discard
-        ):  # before the cut of `ffmpeg -ss … -c copy`: decoded for the frames after it, and never shown
+        # Before the cut of `ffmpeg -ss … -c copy` packets are to be discarded: decoded for the frames after it, and never shown.
+        if not packet.is_discard:
             pts.add(packet.pts)
         if packet.is_keyframe:
             keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts

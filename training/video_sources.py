@@ -50,13 +50,14 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
         ValueError: a source has no video; lists what was tried and what came of it. Or two videos have one name ([`video_name`]).
     """
     known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
-    commits, found, tried, empty = dict(known), set(), [], False
-    for source in sources:
-        videos, outcome = _expand(source, commits)
-        found.update(videos)
-        empty = empty or not videos
-        tried.append(printable(f"{public_url(source)}: {f'{len(videos)} videos' if videos else outcome}"))
-    if empty or not found:
+    commits = dict(known)
+    expanded = [(source, *_expand(source, commits)) for source in sources]
+    found = {video for _, videos, _ in expanded for video in videos}
+    if not found or not all(videos for _, videos, _ in expanded):
+        tried = [
+            printable(f"{public_url(source)}: {f'{len(videos)} videos' if videos else outcome}")
+            for source, videos, outcome in expanded
+        ]
         some = "no videos found in some sources" if found else "no videos found"
         raise ValueError(f"{some}; tried\n  " + "\n  ".join(tried) + f"\nExtensions: {' '.join(EXTENSIONS)}")
     _refuse_one_name_for_two(found)

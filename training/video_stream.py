@@ -400,10 +400,8 @@ class PairLoader:
         for _ in range(3):
             try:
                 return self._end_workers()
-            except (
-                RuntimeError
-            ):  # torch's handler of SIGCHLD says that a worker died, wherever this process is by then
-                continue
+            except RuntimeError:
+                continue  # torch's handler of SIGCHLD says that a worker died, wherever this process is by then
         self._end_workers()
 
     def _end_workers(self) -> None:
