@@ -144,7 +144,9 @@ def load_fit(
             f"{path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
         )
     if metadata.get("of") != f"{steps} {processes}":  # the schedule, and what is drawn in a step, follow from both
-        then = metadata.get("of", "unknown unknown").split()
+        if "of" not in metadata:
+            raise ValueError(f"{path} is the fit of an earlier version, which did not note its steps: remove it")
+        then = metadata["of"].split()
         raise ValueError(
             f"{path} is the fit of {then[0]} steps on {then[1]} process(es), this one is of {steps} on {processes}: go on with "
             f"--num_processes {then[1]}, or remove it and begin anew"
