@@ -69,9 +69,20 @@ def test_frames_times_and_colours_of_every_kind(clips, name):
     np.testing.assert_allclose(shown, index.times, atol=1e-6)
     for cut in whole:  # by a seek of its own
         pictures += decode_cuts(path, index, [cut])[0]
+        assert np.array_equal(pictures[-1], pictures[cut.number])
     # A player turns the coded picture counter-clockwise by `turns`; here it is turned back.
     numbers = [number_of(np.rot90(picture, -(kind.turns or 0), axes=(1, 2))) for picture in pictures]
     assert numbers == [*range(FRAMES), *range(FRAMES)]
+
+
+@pytest.mark.parametrize(
+    "name", ["h264.mp4", "h264_fragments.mp4", "hevc.mp4", "av1.mp4", "prores.mov", "mpeg4_b_frames.mp4"]
+)
+def test_a_movie_is_opened_without_decoding_unless_its_header_has_no_size(clips, name):
+    with video_files.open_video(str(clips[name])) as (container, _, _):
+        context = container.streams.video[0].codec_context
+        assert (context.height, context.width) == BY_NAME[name].size
+        assert (context.pix_fmt is None) == (name != "mpeg4_b_frames.mp4")  # FFmpeg knows it from a frame alone
 
 
 @pytest.mark.parametrize("name", WITHOUT_TIMES)
@@ -206,7 +217,7 @@ def test_declared_and_edge_sizes(tmp_path, clips):
     (tmp_path / "header.mov").write_bytes(header)
     hostile = {
         write_clip(tmp_path / "large.mkv", Kind("", "libx264", size=(beyond, 8192), options=FAST, frames=1)): large,
-        tmp_path / "header.mov": "has frames of no known size, or larger than 8192x4352 in all",
+        tmp_path / "header.mov": "has frames of 65535x65535, larger than 8192x4352 in all",
         declared_h264(tmp_path / "beyond.ts", beyond, 8192, 16): sized,
         declared_h264(tmp_path / "beyond.mkv", 16384, 16384, 16): sized,
         declared_png(tmp_path / "beyond.mov", 65000, 65000): sized,

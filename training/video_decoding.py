@@ -137,7 +137,8 @@ def index_video(source: str) -> VideoIndex:
         else:
             pts, keyframes = _read_pts(container, stream, deadline)
         # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
-        shown = list(itertools.islice(container.decode(stream), 8 if container.format.name == "avi" else 1))
+        avi = container.format.name == "avi"
+        shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
         if not shown:
             raise UnreadableVideo("has no frame that can be decoded")
         if any(a.pts is None or b.pts is None or a.pts >= b.pts for a, b in itertools.pairwise(shown)):
@@ -161,6 +162,18 @@ def index_video(source: str) -> VideoIndex:
             turns,
             version,
         )
+
+
+def _first_frame(container, stream) -> list[av.VideoFrame]:
+    """The first frame, or none. A keyframe at the start is enough for it: a decoder else waits for the frames that could be shown before."""
+    packet = next(container.demux(stream))
+    frames = packet.decode()
+    if not frames and packet.is_keyframe:
+        frames = stream.codec_context.decode(None)
+    if not frames:
+        container.seek(0)
+        frames = list(itertools.islice(container.decode(stream), 1))
+    return frames[:1]
 
 
 def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
@@ -255,18 +268,18 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
     Yield (asked-for pts, frame). Seeks to the last keyframe before a wanted frame where that lies ahead of the position.
 
     On the way, frames that no other frame refers to are not decoded (skip_frame="NONREF": half the time of a seek on
-    long groups of pictures); a wanted frame's own packet always is.
+    long groups of pictures); a wanted frame's own packet always is. Before a seek, and at the end, the decoder is asked for what it
+    holds: else it is given frame after frame until it is sure that none comes before the wanted one.
     """
     context = stream.codec_context
     # libdav1d (AV1) reads skip_frame once, when it is opened: it would go on leaving out frames that are wanted later.
     everything = not index.exact or context.codec.name.startswith("lib")
+    # Packets hold whole frames: elsewhere they may be fields, two of which make a frame.
+    whole_frames = index.exact and container.format.name.startswith(("mov", "matroska"))
     asked, pending, position, packets, damaged = set(wanted), list(wanted), None, None, False
     while pending:
         target = pending[0]
-        keyframe = seek_point = target
-        if index.keyframes:
-            number = max(bisect.bisect_right(index.keyframes, target) - 1, 0)
-            keyframe, seek_point = index.keyframes[number], index.seek_points[number]
+        keyframe, seek_point = _entry(index, target)
         if position is None or keyframe > position:
             container.seek(min(seek_point, target), stream=stream, backward=True)
             packets, damaged = container.demux(stream), False
@@ -275,7 +288,17 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
             deadline.check()
             whole = everything or packet.pts in asked or packet.pts is None
             context.skip_frame = "DEFAULT" if whole else "NONREF"
-            for frame in packet.decode():
+            frames = packet.decode()
+            # Not where the decoder is needed for the next wanted frame, which has no keyframe of its own behind this one.
+            drained = (
+                whole_frames and packet.pts == target and all(_entry(index, pts)[0] > target for pts in pending[1:2])
+            )
+            if drained:
+                frames += context.decode(None)
+                if any(frame.interlaced_frame for frame in frames):
+                    whole_frames, position = False, None  # once more, in case its other field follows
+                    break
+            for frame in frames:
                 if frame.pts is None:
                     continue
                 position = frame.pts
@@ -289,10 +312,22 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
                     found = True
                 if pending and index.exact and frame.pts > pending[0]:
                     raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
+            if drained:
+                position = None  # a decoder that was asked for the rest takes nothing more before a seek
+                if not found:
+                    raise UnreadableVideo(f"skips the frame at {_seconds(index, target):.2f} s")
             if found:
                 break
         else:
             return
+
+
+def _entry(index: VideoIndex, target: int) -> tuple[int, int]:
+    """The last keyframe up to a frame, and where to seek to for it."""
+    if not index.keyframes:
+        return target, target
+    number = max(bisect.bisect_right(index.keyframes, target) - 1, 0)
+    return index.keyframes[number], index.seek_points[number]
 
 
 def _seconds(index: VideoIndex, pts: int) -> float:
@@ -323,7 +358,7 @@ def cut_frame(
     )
     crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}:exact=1")  # or odd sides would lose a pixel
     scale = graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int")
-    convert = graph.add("format", "rgb24")
+    convert = graph.add("format", "gbrp")  # planes: rgb24 to one level of 255, in a third to a half of the time
     sink = graph.add("buffersink")
     source.link_to(crop)
     crop.link_to(scale)
@@ -331,8 +366,13 @@ def cut_frame(
     convert.link_to(sink)
     graph.configure()
     source.push(frame)
-    picture = np.rot90(sink.pull().to_ndarray(), quarter_turns)
-    return np.ascontiguousarray(picture.transpose(2, 0, 1))
+    planes = sink.pull().planes
+    picture = np.stack([_plane(planes[channel], height, width) for channel in (2, 0, 1)])
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns, axes=(1, 2)))
+
+
+def _plane(plane, height: int, width: int) -> np.ndarray:
+    return np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, :width]
 
 
 def _to_coded(box, width: int, height: int, quarter_turns: int) -> tuple[int, int, int, int]:

@@ -231,16 +231,11 @@ def open_video(source: str):
                 file = stack.enter_context(open(path, "rb"))
             if member:
                 file = _Part(file, int(member[2]), int(member[3]))
-            _refuse_giant_index(
+            entries = _index_entries(
                 file, file.size if member or is_remote(path) else facts.st_size, is_remote(path), deadline
             )
-            container = av.open(
-                # "file:", or FFmpeg would take what stands before a colon for a protocol.
-                file if member or is_remote(path) else f"file:{path}",
-                options={"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)},
-                metadata_errors="replace",  # tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out
-                timeout=deadline.seconds,
-            )
+            # "file:", or FFmpeg would take what stands before a colon for a protocol.
+            container = _open(file if member or is_remote(path) else f"file:{path}", entries > 0, deadline)
         except UnreadableVideo:
             raise
         except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -248,11 +243,31 @@ def open_video(source: str):
         yield stack.enter_context(container), deadline, version
 
 
-def _refuse_giant_index(file, size: int, remote: bool, deadline: Deadline) -> None:
+def _open(file, described: bool, deadline: Deadline):
+    """
+    The container of `file`. `described`: a MOV or MP4, whose header tells what FFmpeg else decodes frames for: without decoders it opens in
+    a tenth of the time (8 and 0.4 ms at 1280x720).
+    """
+    options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
+    if described:
+        options["codec_whitelist"] = "none"  # of the container's own look at its streams, not of what is decoded later
+    # Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out.
+    container = av.open(file, options=options, metadata_errors="replace", timeout=deadline.seconds)
+    # The header of MPEG-4 Part 2 does not count for FFmpeg.
+    if described and any(not stream.codec_context.width for stream in container.streams.video if stream.codec_context):
+        container.close()
+        if not isinstance(file, str):
+            file.seek(0)
+        return _open(file, False, deadline)
+    return container
+
+
+def _index_entries(file, size: int, remote: bool, deadline: Deadline) -> int:
     entries = index_entries(file, size, remote, deadline.check)
     if entries > MAX_ENTRIES:
         raise UnreadableVideo(f"declares {entries} frames and samples of all its tracks, the most is {MAX_ENTRIES}")
     file.seek(0)
+    return entries
 
 
 def words(error: Exception) -> str:
