@@ -161,7 +161,7 @@ def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, An
         ValueError: no such file, not YAML, or an unknown field (the nearest name is suggested).
     """
     path = Path(path)
-    if not path.exists() and (folder / f"{path.stem}.yaml").exists() and path.parent == Path("."):
+    if not path.is_file() and (folder / f"{path.stem}.yaml").exists() and path.parent == Path("."):
         path = folder / f"{path.stem}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))

@@ -182,6 +182,13 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
         train(
             drives, tmp_path / "b", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"), steps=1
         )
+    (tmp_path / "b" / "config.yaml").unlink()  # a copy without it, or what training.convert has written
+    before = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    for more in ((), ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))):
+        AcceleratorState._reset_state(True)
+        with pytest.raises(ValueError, match="holds encoder, model, metrics.jsonl, checkpoints/step-1, but no config"):
+            train(drives, tmp_path / "b", *more, steps=1)
+    assert {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()} == before
 
 
 def test_crops_must_be_whole_patches(drives, tmp_path):

@@ -24,6 +24,19 @@ def test_every_recipe_reads_and_says_how_to_launch_it():
         assert "Launch:" in head and "Hardware:" in head
 
 
+def test_folders_named_as_recipes_are_no_recipes(tmp_path, monkeypatch):
+    """Clips in `own_videos/`, and a street rendered to `street/`, beside which the commands are given."""
+    found = [parse_recipe(flags) for flags in ([], ["--config", "street"], ["--videos", "own_videos"])]
+    for name in ("street", "own_videos"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    again = [parse_recipe(flags) for flags in ([], ["--config", "street"], ["--videos", "own_videos"])]
+    assert again == found
+    (tmp_path / "street").rmdir()
+    (tmp_path / "street").write_text("notes: of mine")  # which no one has asked for
+    assert parse_recipe([]) == found[0]
+
+
 @pytest.mark.parametrize("config", [[], ["--config", "street"], ["--config", "bdd100k_r50"]])
 def test_the_encoder_to_start_from_goes_before_that_of_a_recipe_file(config):
     plain = parse_recipe([*config, "--videos", "clips"])

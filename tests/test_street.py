@@ -186,8 +186,68 @@ def test_files_hold_the_frames_and_are_made_once(tmp_path):
     write_videos(tmp_path, num_videos=1, duration=1.0, fps=5, height=64, width=128, seed=4, num_processes=1)
     assert open(paths[0], "rb").read() == before
     (tmp_path / "drive-0000.json").unlink()
+    (tmp_path / "drive-0000.mp4").unlink()
     write_videos(tmp_path, num_videos=1, duration=1.0, fps=5, height=64, width=128, seed=4, num_processes=1)
     assert open(paths[0], "rb").read() == before  # the same bytes when rendered anew
+
+
+def test_drives_are_never_rendered_over_other_files_and_leave_nothing_of_another_street(tmp_path, monkeypatch):
+    size = {"duration": 0.5, "fps": 4, "height": 32, "width": 64, "num_processes": 1}
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, text in {
+        "drive-0000.mp4": "mine",
+        "drive-0000.json": '{"gps": []}',
+        "drive-home.mp4": "mine too",
+    }.items():
+        (own / name).write_text(text)
+    for name in ("drive-0000.json", "drive-0000.mp4"):  # without a sidecar, too, it is nobody's but theirs
+        with pytest.raises(
+            ValueError, match="drive-0000.mp4 is no drive of the street, and rendering could replace it"
+        ):
+            write_videos(own, num_videos=1, **size)
+        assert (own / "drive-0000.mp4").read_text() == "mine"
+        (own / name).unlink()
+        if name == "drive-0000.mp4":
+            write_videos(own, num_videos=1, **size)
+    assert (own / "drive-home.mp4").read_text() == "mine too"
+
+    folder = tmp_path / "street"
+    kept = write_videos(folder, num_videos=3, **size)
+    write_videos(folder, num_videos=1, **size)  # the same street: nothing is rendered, and nothing goes
+    assert sorted(map(str, folder.glob("*.mp4"))) == kept
+    write_videos(folder, num_videos=1, seed=5, **size)
+    assert sorted(path.name for path in folder.iterdir()) == ["drive-0000.json", "drive-0000.mp4"]
+
+    def killed(path, sidecar):
+        Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(street_files, "write_video", killed)
+        write_videos(folder, num_videos=1, seed=6, **size)
+    assert not (folder / "drive-0000.json").exists()
+    (path,) = write_videos(folder, num_videos=1, seed=6, **size)
+    with av.open(path) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 2
+
+
+def test_a_street_whose_rendering_was_stopped_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
+    size = {"num_images": 2, "height": 32, "width": 64, "num_processes": 1}
+    before = write_folder(tmp_path / "images", **size)
+    whole = {path.relative_to(before): path.read_bytes() for path in before.rglob("*.*") if path.is_file()}
+    original = street_files._write_labelled
+
+    def stopped(output_dir, number, street):
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(output_dir, number, street)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(street_files, "_write_labelled", stopped)
+        write_folder(tmp_path / "images", **size, camera="walking")
+    write_folder(tmp_path / "images", **size)
+    assert {path.relative_to(before): path.read_bytes() for path in before.rglob("*.*") if path.is_file()} == whole
 
 
 def test_sidecars_carry_the_camera(tmp_path):

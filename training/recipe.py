@@ -303,7 +303,7 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         config = given.pop("config", None)
         if config is None:
             only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
-            config = defaults[0 if only_street else 1]
+            config = folder / f"{defaults[0 if only_street else 1]}.yaml"
         values = {**read_recipe_file(kind, config, folder), **given}
         if given.get("init_encoder") is not None and "model" not in given:  # the flag's encoder, not that of the file
             values["model"] = {name: v for name, v in (values.get("model") or {}).items() if name != "backbone_config"}

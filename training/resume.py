@@ -46,6 +46,7 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
                 f"output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
                 "or choose another --output_dir"
             )
+        _refuse_other_files(output_dir)
         return None
     if resume == "latest":
         checkpoint = _latest(output_dir)
@@ -53,10 +54,12 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
         checkpoint = Path(resume)
         if not (checkpoint / "state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
-        if output_dir.resolve() != checkpoint.resolve().parent.parent and saved_config.exists():
-            raise ValueError(
-                f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
-            )
+        if output_dir.resolve() != checkpoint.resolve().parent.parent:
+            if saved_config.exists():
+                raise ValueError(
+                    f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+                )
+            _refuse_other_files(output_dir)
         wrong = damage(checkpoint)
         if wrong:
             raise ValueError(
@@ -68,6 +71,18 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
     if checkpoint is None:
         checkpoint = _origin(recipe, read_yaml_mapping(saved_config) if saved_config.is_file() else {})
     return checkpoint
+
+
+def _refuse_other_files(output_dir: Path) -> None:
+    """A new run would write over what another command, or a run whose config.yaml is lost, has left."""
+    names = ("encoder", "model", "metrics.jsonl", "probe.jsonl", "evaluation.json")
+    found = [name for name in names if (output_dir / name).exists()]
+    found += [f"checkpoints/{checkpoint.name}" for checkpoint in list_checkpoints(output_dir)]
+    if found:
+        raise ValueError(
+            f"output_dir {output_dir} holds {', '.join(found)}, but no config.yaml of a run, and a new run would write over them: "
+            "choose another --output_dir"
+        )
 
 
 def _origin(recipe: RunRecipe, saved: dict) -> Path | None:

@@ -89,13 +89,16 @@ def write_videos(
     _check(num_videos, duration, fps, height, width)
     check_camera(camera, "camera")
     output_dir = Path(output_dir)
-    drives = []
-    for number in range(num_videos):
+
+    def drive(number: int) -> tuple[Path, dict]:
         street = Street(seed + number, height, width, camera=camera)
         sidecar = {"format": FORMAT, "street": street.to_json(), "fps": fps, "num_frames": round(duration * fps)}
-        drives.append((output_dir / f"drive-{number:04d}.mp4", sidecar))
-    if not all(_is_complete(*drive) for drive in drives):
+        return output_dir / f"drive-{number:04d}.mp4", sidecar
+
+    drives = [drive(number) for number in range(num_videos)]
+    if not all(_is_complete(path, sidecar) for path, sidecar in drives):
         with _alone(output_dir):
+            begun = _begin_videos(output_dir, drive)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
             done = _over_processes(write_video, jobs, num_processes) if jobs else ()
             bar = tqdm(
@@ -104,7 +107,42 @@ def write_videos(
             for count, _ in enumerate(bar, 1):
                 if bar.disable:
                     print(f"rendered drive {count}/{len(jobs)}", flush=True)
+            begun.unlink(missing_ok=True)
     return [str(path) for path, _ in drives]
+
+
+def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -> Path:
+    """
+    Make ready a folder in which drives are to be rendered: those of another street go, since who reads the folder reads them all. The
+    file that is returned says that drives may be half done.
+
+    Raises:
+        ValueError: a file of the name of a drive is none of ours.
+    """
+    begun, others = output_dir / ".rendering", []
+    for video in sorted(
+        {file.with_suffix(".mp4") for kind in ("mp4", "json") for file in output_dir.glob(f"drive-*.{kind}")}
+    ):
+        number = video.stem.removeprefix("drive-")
+        if number.isdecimal() and not _is_complete(*drive(int(number))):
+            others.append(video)
+            if not begun.exists() and not _is_sidecar(video.with_suffix(".json")):
+                raise ValueError(
+                    f"{video} is no drive of the street, and rendering could replace it: give a new or an empty folder"
+                )
+    begun.touch()
+    for video in others:
+        video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without it is not whole
+        video.unlink(missing_ok=True)
+    return begun
+
+
+def _is_sidecar(path: Path) -> bool:
+    try:
+        stored = json.loads(path.read_text())
+        return {"format", "street", "fps", "num_frames"} <= stored.keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
@@ -153,6 +191,7 @@ def _begin(folder: Path, marker: Path) -> Path:
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
     begun.touch()
+    marker.unlink(missing_ok=True)  # until the folder is whole again: what it said is of files that are being replaced
     return begun
 
 
