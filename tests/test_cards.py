@@ -1,17 +1,27 @@
 """Model cards: what was done and measured, and nothing else."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
+import shutil
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from packaging.version import Version
-from published import EVALUATION, publish, python
+from published import EVALUATION, RESNET, publish, python
+from transformers import AutoBackbone
 
+from modeling_poodle import PoodleBackbone, PoodleConfig, PoodleModel
 from training import cards
+from training.checkpoints import write_folders
+from training.publish import main as publish_main
+from training.publish import parts_of, read_evaluations
+from training.recipe import Recipe
 
 # --- cards ---
 
@@ -62,7 +72,8 @@ def test_sources_and_carbon_in_a_card(tmp_path):
         {"step": 20, "pairs_per_second": 8.0},
         {"step": 30, "pairs_per_second": 1.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    # The last line is half written, as a kill leaves it.
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"step": 40, "pairs_per']))
     config = {"backbone_config": {"model_type": "resnet"}, "num_decoder_blocks": 0, "output_stride": 8}
     card = ModelCard(cards.run_card("encoder", config, recipe, cards.Facts(20, "teacher", "2 x GPU", 2, tmp_path)))
     assert card.data.datasets == ["org/drives"] and card.data.base_model == "microsoft/resnet-50"
@@ -73,15 +84,57 @@ def test_sources_and_carbon_in_a_card(tmp_path):
     assert "secret" not in str(card) and "/home" not in str(card)
 
 
+@pytest.mark.parametrize("stride", [8, None])
+def test_a_network_without_decoder_is_shown_and_measured_as_what_it_is(tmp_path, monkeypatch, stride):
+    """Dilated, it goes to the Hub beside its encoder, with code that loads it; else it is its encoder, and a run's figures are that one's."""
+    torch.manual_seed(0)
+    run, said = tmp_path / "run", {}
+    config = PoodleConfig(backbone_config=RESNET, num_decoder_blocks=0, output_stride=stride)
+    recipe = {**dataclasses.asdict(Recipe()), "model": config.to_dict()}
+    facts = cards.Facts(2, "teacher", "2 x GPU", 2, run)
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    write_folders(PoodleModel(config), run, lambda part: cards.run_card(part, config.to_dict(), recipe, facts))
+    parts = {name: folder.name for folder, name in parts_of(run, "org/p")}
+    assert parts == ({"org/p": "encoder", "org/p-sdm": "model"} if stride else {"org/p": "encoder"})
+    digest = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    result = {**EVALUATION, "model": str(run), "weights_sha256": digest}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    found = read_evaluations([tmp_path / "evaluation.json"], [folder for folder, _ in parts_of(run, "org/p")])
+    assert {folder.name: len(results) for folder, results in found.items()} == (
+        {"encoder": 0, "model": 1} if stride else {"encoder": 1}
+    )
+    code = re.search(r"```python\n(.*?)```", (run / "model" / "README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.setattr(AutoBackbone, "from_pretrained", lambda _, **how: said.update(how))
+    exec(code.replace('"ORG/NAME"', repr(str(run / "model"))), {})
+    assert said == {"out_features": ["stage4"], "trust_remote_code": True}
+    PoodleBackbone.from_pretrained(run / "model", out_features=said["out_features"])
+
+
+def test_a_folder_given_as_here_is_known_by_its_name(tmp_path, monkeypatch, poodle):
+    shutil.copytree(poodle / "model", tmp_path / "run" / "readout")
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "org/other"}))
+    monkeypatch.chdir(tmp_path / "run" / "readout")
+    publish_main([".", "--repo_id", "org/p", "--dry_run"])
+    assert "mIoU 25.0 %" in (tmp_path / "run" / "hub" / "readout" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": "org/other"}, "is of org/other, not of"),
         ({"seed": None, "model": None}, "is no evaluation.json"),
+        ({"num_sequences": 3}, "is of evaluation.propagate, whose figures a card has no place for"),
         ({}, "was measured before the weights"),
         ({"weights_sha256": "0" * 64}, "was measured on other weights than those in"),
     ],
-    ids=["another model", "not an evaluation", "older than the weights", "other weights in the same place"],
+    ids=[
+        "another model",
+        "not an evaluation",
+        "of propagation",
+        "older than the weights",
+        "other weights in the same place",
+    ],
 )
 def test_what_was_not_measured_is_refused(own_hub, published_run, tmp_path, change, message):
     file = tmp_path / "evaluation.json"

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torchvision.models import optical_flow
 
 from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, check_sidecars, flow_to_rgb
+from training.flow_quality import build_estimator
 from training.street import Street
 
 
@@ -86,6 +87,8 @@ def test_raft_weights_from_files(tmp_path):
 def test_unknown_names_and_small_frames():
     with pytest.raises(ValueError, match="did you mean 'raft_large'"):
         build_flow("raft_larg")
+    with pytest.raises(ValueError, match="--flow precomputed is of other pairs: name the estimator"):
+        build_estimator("precomputed")
     with pytest.raises(ValueError, match="at least 128x128"):
         RaftFlow("raft_small", "random", 1)(torch.zeros(1, 2, 3, 64, 128, dtype=torch.uint8))
 

@@ -170,3 +170,9 @@ def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint)
     pretrain.resolve_videos(make_accelerator(recipe), recipe)
     assert seen == ['{"datasets/org/streets@main": "abc"}']
+    # "latest" is no checkpoint of another run: commits that lie where the command is given are none of its own.
+    monkeypatch.chdir(tmp_path / "first")
+    monkeypatch.setattr(pretrain, "find_videos", lambda sources, pins: seen.append(pins.exists()) or [])
+    recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "third"), resume_from_checkpoint="latest")
+    pretrain.resolve_videos(make_accelerator(recipe), recipe)
+    assert seen[1:] == [False]

@@ -1,6 +1,7 @@
 """Random draws against torchvision, naive twins and the method's statistics."""
 
 import colorsys
+import dataclasses
 import math
 
 import pytest
@@ -282,6 +283,16 @@ def test_model_inputs_are_the_parts_in_their_order(paper):
     assert list(made) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(made[name], value, msg=name)
+
+    # FlowE's bound is the same everywhere.
+    made = views.model_inputs(
+        {"frames": frames, "flow": flow}, dataclasses.replace(recipe, flow_max_error=0.9), generator(5)
+    )
+    error = [flow_valid_mask(flow[:, k], flow[:, 1 - k], 0.0, 0.81) for k in range(2)]
+    assert torch.equal(made["valid_mask"], torch.stack(error, dim=1))
+    assert 0.1 < made["valid_mask"].float().mean() < 0.9 and not torch.equal(
+        made["valid_mask"], expected["valid_mask"]
+    )
 
     # The loader's flow, in half the bytes, and its mask take the place of what would be estimated.
     mask = torch.rand(2, 2, 64, 96, generator=generator(1)) < 0.5

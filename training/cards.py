@@ -74,7 +74,7 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
         "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that is equivariant to "
         "optical flow,\nand a pooled loss on subcrops that follow the flow."
     )
-    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind), _training(rows, recipe))
+    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind, config), _training(rows, recipe))
 
 
 def _rows(recipe: dict, facts: Facts) -> dict:
@@ -103,7 +103,11 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
     data = _data(kind, "image-feature-extraction", license=None)
     what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
     return _card(
-        data, f"PooDLe {kind}: {part}, converted", what, _load(part, kind), "See the publication of the checkpoint."
+        data,
+        f"PooDLe {kind}: {part}, converted",
+        what,
+        _load(part, kind, config),
+        "See the publication of the checkpoint.",
     )
 
 
@@ -135,7 +139,11 @@ def folder_card(config: dict, results: list[dict]) -> str:
         inner = config["backbone_config"]["model_type"] if kind == "poodle" else kind
         data = _data(inner, "image-feature-extraction", license=None)
         return _card(
-            data, f"{inner}: {part}", _part_in_words(part, inner, config), _load(part, inner), "Nothing was recorded."
+            data,
+            f"{inner}: {part}",
+            _part_in_words(part, inner, config),
+            _load(part, inner, config),
+            "Nothing was recorded.",
         )
     result = results[0] if results else {}
     task = "object-detection" if kind == "detector" else "image-segmentation"
@@ -300,9 +308,11 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 }
 
 
-def _load(part: str, kind: str) -> str:
+def _load(part: str, kind: str, config: dict) -> str:
     if part == "encoder" and kind in ("vit", "deit"):
         return _LOAD["plain vit"]
+    if part == "model" and not config["num_decoder_blocks"]:
+        return _LOAD[part].replace('["stage4", "decoder"]', '["stage4"]')
     return _LOAD[part]
 
 
@@ -379,7 +389,9 @@ def _time(facts: Facts, recipe: dict) -> str | None:
     path = facts.output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
+    ]  # a kill may halve the last
     pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
     seconds, before = 0.0, 0
     for line in lines:

@@ -247,7 +247,9 @@ class UnFlow(nn.Module):
                 f"flow_model {model} is of type {kind!r}, expected {PoodleFlowConfig.model_type!r}; {advice}"
             )
         try:
-            self.model = PoodleFlowModel.from_pretrained(folder)
+            self.model = PoodleFlowModel.from_pretrained(
+                folder, dtype=torch.float32
+            )  # also where it was saved in half precision
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"flow_model {model} cannot be loaded ({str(error)[:300]}); {advice}") from error
         self.model.eval().requires_grad_(False)

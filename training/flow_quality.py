@@ -86,6 +86,8 @@ def build_estimator(spec: str):
         return None
     if name == "unflow" and not file:
         raise ValueError("--flow unflow needs its model: --flow unflow:DIR")
+    if name == "precomputed":
+        raise ValueError("--flow precomputed is of other pairs: name the estimator that wrote it")
     pair_flow, module = build_flow(name, weights=file or None, model=file)
     if isinstance(pair_flow, DisFlow):
         return pair_flow.estimate

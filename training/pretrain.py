@@ -90,7 +90,8 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
             if new and accelerator.is_main_process:
                 pins.unlink(missing_ok=True)
-            if not (new or flow_dir or pins.exists()) and accelerator.is_main_process:
+            elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
+            if elsewhere and not (flow_dir or pins.exists()) and accelerator.is_main_process:
                 # The checkpoint of another run: its stream goes on with the commits that it had.
                 origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
                 if origin.is_file():

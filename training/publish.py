@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     check_repo_id(options.repo_id, "--repo_id")
+    if options.folder.name in ("", ".."):  # what a folder is, its name tells
+        options.folder = options.folder.resolve()
     with tempfile.TemporaryDirectory(prefix="poodle-publish-") as scratch:
         folder = options.folder
         if options.which == "student":
@@ -110,9 +112,8 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
             f"{folder} is a checkpoint with its optimizer: publish the run, or with --which student its student"
         )
     if (folder / "encoder" / "config.json").is_file():
-        config = json.loads((folder / "model" / "config.json").read_text())
-        plain = config["num_decoder_blocks"] == 0 and config.get("output_stride") is None
-        return [(folder / "encoder", repo_id)] + ([] if plain else [(folder / "model", f"{repo_id}-sdm")])
+        model = [] if _is_plain(folder) else [(folder / "model", f"{repo_id}-sdm")]
+        return [(folder / "encoder", repo_id), *model]
     if (folder / "model" / "config.json").is_file() and (folder / "config.yaml").is_file():  # a run of train_flow.py
         return [(folder / "model", repo_id)]
     if not list(folder.glob("*.safetensors")) or not list(folder.glob("*config.json")):
@@ -149,17 +150,32 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
             results[source] += _results_in(beside)
     for file in files:
         entries = _results_in(file)
+        fits = False
         for source in sources:
-            fitting = [entry for entry in entries if _measured_on(entry["model"]) == source.resolve()]
-            if fitting:
-                _refuse_other_weights(file, {entry.get("weights_sha256") for entry in fitting}, source)
-            results[source] += fitting
-        if not any(_measured_on(entry["model"]) == source.resolve() for entry in entries for source in sources):
+            for twin in _twins(source):
+                fitting = [entry for entry in entries if _measured_on(entry["model"]) == twin.resolve()]
+                if fitting:
+                    _refuse_other_weights(file, {entry.get("weights_sha256") for entry in fitting}, twin)
+                results[source] += fitting
+                fits = fits or bool(fitting)
+        if not fits:
             raise ValueError(
                 f"{file} is of {', '.join(entry['model'] for entry in entries)}, not of {' or '.join(map(str, sources))}: "
                 "give the evaluation of what is published"
             )
     return results
+
+
+def _twins(source: Path) -> list[Path]:
+    """Folders whose figures are those of `source`: of a run whose model/ is its encoder alone, that too, since a run is measured by it."""
+    run = source.parent
+    alone = source.name == "encoder" and is_run(run) and (run / "model" / "config.json").is_file() and _is_plain(run)
+    return [source, run / "model"] if alone else [source]
+
+
+def _is_plain(run: Path) -> bool:
+    config = json.loads((run / "model" / "config.json").read_text())
+    return config["num_decoder_blocks"] == 0 and config.get("output_stride") is None
 
 
 def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
@@ -178,6 +194,8 @@ def _results_in(file: Path) -> list[dict]:
         content = json.loads(file.read_text())
         entries = content["results"] if "results" in content else [content]
         for entry in entries:
+            if "num_sequences" in entry:
+                raise ValueError(f"{file} is of evaluation.propagate, whose figures a card has no place for")
             for name in ("model", "dataset", "num_test_images", "seed"):
                 entry[name]
         return entries

@@ -209,6 +209,10 @@ class Recipe(RunRecipe):
     # Flow
     flow: str = described("dis", f"Estimator: {', '.join(FLOWS)}.")
     flow_updates: int = described(24, "Iterations of RAFT.")
+    flow_max_error: float | None = described(
+        None,
+        "Forward-backward error above which a pixel's flow is not used, pixels; unset: PooDLe's bound, which grows with the flow.",
+    )
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
     flow_dir: str | None = described(None, "Folder that `python -m training.flow` wrote, for precomputed flow.")
     flow_epochs: int | None = described(
@@ -244,6 +248,8 @@ class Recipe(RunRecipe):
         self._need_ranges(subcrop_area=1e-6)
         self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
+        bound = self.flow_max_error
+        self.need(bound is None or (is_finite(bound) and bound > 0), "flow_max_error", "a number above 0, or unset")
         precomputed = self.flow == "precomputed"
         self.need(
             (self.flow_dir is not None) == precomputed,

@@ -18,7 +18,7 @@ from training.street_cameras import CAMERAS, Pose, camera_pose, check_camera
 from training.street_objects import Item, bounds, meet, moving_items, paint_item, static_items
 from training.street_textures import hashed, noise, texture
 
-# BDD100K's 19 classes and train ids. "train" is not drawn.
+# BDD100K's 19 classes and train ids. "train" and "motorcycle" are not drawn.
 STREET_CLASSES = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "
     "motorcycle bicycle"

@@ -274,7 +274,9 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     if "valid_mask" in batch:
         valid_mask = batch["valid_mask"].to(device, non_blocking=True)
     else:
-        valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1)).unflatten(0, (b, 2))
+        # FlowE's bound is one error for all flow; without one the constants are PooDLe's.
+        bound = {} if recipe.flow_max_error is None else {"alpha_1": 0.0, "alpha_2": recipe.flow_max_error**2}
+        valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1), **bound).unflatten(0, (b, 2))
     # Flow that is not finite is no flow. A mask alone would not do: 0 times NaN in a gradient is NaN.
     valid_mask = valid_mask & torch.isfinite(flow).all(dim=2)
     finite_flow = torch.nan_to_num(flow, nan=0.0, posinf=0.0, neginf=0.0)

@@ -14,7 +14,7 @@ HEAD = """# Results
 Made by `python -m evaluation.studies --report` from the JSON files in `evaluation/studies/results/`; no figure of a table is typed. Each study is repeated by
 `python -m evaluation.studies NAME` (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures in per cent; of several
 seeds their mean ± standard deviation, of two both. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
-Spread is the teacher's `feature_std` when pretraining ended: 0 where the features have collapsed, 1 at most.
+Spread is the student's `feature_std` when pretraining ended: 0 where the features have collapsed, 1 at most.
 
 Runs in bfloat16 of commits before 500c120 (all that have none recorded among them) computed the grids of views and matches in bfloat16 too: at 128x256
 their views are 0.1 pixels off on average, 0.5 at most.
