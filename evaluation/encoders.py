@@ -197,6 +197,8 @@ def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:
         ValueError: the encoder has no stages.
     """
     config = type(config).from_dict(config.to_dict())
+    # As in `build_encoder`: what is fine-tuned is not in the type in which the encoder's own checkpoint is stored.
+    config.dtype = torch.get_default_dtype()
     if config.model_type == "timm_backbone":
         config.out_indices = [-4, -3, -2, -1]
     elif hasattr(config, "stage_names"):

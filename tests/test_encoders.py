@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from labelled_shapes import RESNET
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     ConvNextConfig,
@@ -20,7 +21,13 @@ from transformers import (
     ViTModel,
 )
 
+from evaluation.boxes import BoxExample, BoxImages
+from evaluation.data import Example, LabelledImages
+from evaluation.detection import DetectionReadout, detect, load_detector
+from evaluation.detection_recipe import DetectionRecipe
 from evaluation.encoders import Encoder, build
+from evaluation.readouts import UperNetReadout
+from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 
 # --- encoders ---
@@ -28,7 +35,10 @@ from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleM
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
-    """Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with."""
+    """
+    Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with, and by the readouts
+    that rebuild the encoder.
+    """
     resnet = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
     resnet.save_pretrained(tmp_path / "half")
     encoder = build(str(tmp_path / "half"), 3)
@@ -44,6 +54,35 @@ def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
     whole = PoodleModel.from_pretrained(tmp_path / "poodle", dtype=dtype)
     assert {parameter.dtype for parameter in whole.parameters()} == {dtype}
     assert build(str(tmp_path / "poodle"), 3)(torch.rand(1, 3, 64, 64)).dtype == torch.float32
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "images" / "a.png")
+    image, label = (np.zeros((64, 96, *channels), np.uint8) for channels in ((3,), ()))
+    labelled = Example("a", lambda: image, lambda: label)
+    data = LabelledImages("x", ("a", "b", "c"), (labelled,), (labelled,))
+    boxed = BoxExample(
+        "a",
+        tmp_path / "images" / "a.png",
+        (64, 96),
+        np.float32([[2, 2, 40, 40]]),
+        *map(np.array, ([0], [False], [1444.0])),
+    )
+    boxes = BoxImages("x", ("a", "b", "c"), (boxed,), (boxed,))
+    for folder in (tmp_path / "half", tmp_path / "poodle"):
+        encoder = build(str(folder), 3)
+        weight = encoder.model.poodle.encoder.embedder.embedder.convolution.weight
+        upernet = UperNetReadout(encoder, data, EvaluationRecipe(model=["x"], readout="upernet", crop_size=[64, 96]))
+        detectors = [
+            DetectionReadout(encoder, boxes, DetectionRecipe(model=["x"], detector=name)) for name in ("c4", "fpn")
+        ]
+        for readout in (upernet, *detectors):
+            assert {parameter.dtype for parameter in readout.parameters()} == {torch.float32}
+            assert any(torch.equal(weight, parameter) for parameter in readout.parameters())
+        assert upernet.predict(image).shape == (64, 96)
+        for detector in detectors:
+            detector.save(tmp_path / "detector")
+            saved = load_detector(tmp_path / "detector")
+            assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}
+            assert detect(saved, image)["boxes"].shape[1] == 4
 
 
 @pytest.mark.parametrize(
