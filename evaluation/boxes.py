@@ -23,6 +23,7 @@ BDD100K_RENAMED = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcyc
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 BDD100K_SIZE = (720, 1280)  # of all its images, which its labels do not say
 ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
+THIN = 1e-3  # pixels; a box of less is lost to float32 in images of up to 8192 pixels when it is flipped or resized, if not before
 
 _LAYOUTS = {
     **dict.fromkeys(STREETS, "Expected: what `python -m training.street --labelled` writes."),
@@ -117,34 +118,50 @@ def _read_json(path: Path, name: str):
         raise ValueError(f"{path} cannot be read: {error}. {_LAYOUTS[name]}") from None
 
 
-def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple]) -> BoxExample:
-    """An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the border."""
+def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple], flat: list[str]) -> BoxExample:
+    """
+    An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the border. Where those
+    were found that then have no width or height, and are left out, is added to `flat`.
+    """
     height, width = size
-    boxes, areas = np.zeros((len(found), 4), np.float32), np.zeros(len(found))
-    for index, (box, _, _, area, where) in enumerate(found):
+    kept, boxes, areas = [], [], []
+    for box, label, crowd, area, where in found:
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
         if not numbers or not all(math.isfinite(v) for v in box):
             raise ValueError(f"{where}: a box must be 4 finite numbers, got {box!r}")
         x0, y0, x1, y1 = box
-        if x1 <= x0 or y1 <= y0:
+        if x1 < x0 or y1 < y0:
             raise ValueError(
                 f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) has no extent; remove or mend it"
             )
+        if x1 == x0 or y1 == y0:  # COCO's own train2017 has two
+            flat.append(where)
+            continue
         if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING or x0 >= width or y0 >= height:
             raise ValueError(
                 f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) is outside its image {name}, {width}x{height}"
             )
-        boxes[index] = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-        areas[index] = (x1 - x0) * (y1 - y0) if area is None else area
+        cut = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32)
+        if min(cut[2:] - cut[:2]) < THIN:
+            flat.append(where)
+            continue
+        kept.append((label, crowd))
+        boxes.append(cut)
+        areas.append((x1 - x0) * (y1 - y0) if area is None else area)
     return BoxExample(
         name,
         image,
         size,
-        boxes,
-        np.array([label for _, label, *_ in found], np.int64),
-        np.array([crowd for _, _, crowd, *_ in found], bool),
-        areas,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array([label for label, _ in kept], np.int64),
+        np.array([crowd for _, crowd in kept], bool),
+        np.array(areas, np.float64),
     )
+
+
+def _tell_flat(flat: Sequence[str]) -> None:
+    if flat:
+        logger.warning("%d boxes without width or height are left out, the first is %s", len(flat), flat[0])
 
 
 def _need_images(name: str, folder: Path, paths: Sequence[Path]) -> None:
@@ -194,7 +211,7 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         images[image["id"]] = (image["file_name"], size)
     files = {identity: within(folder / "images", file, path) for identity, (file, _) in images.items()}
     _need_images(name, folder / "images", list(files.values()))
-    found, flat = {identity: [] for identity in images}, []
+    found = {identity: [] for identity in images}
     for annotation in values["annotations"]:
         where = f"{path}, annotation {annotation.get('id')!r}"
         identity = annotation.get("image_id")
@@ -206,16 +223,15 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
             raise ValueError(f"{where} has the category_id {annotation.get('category_id')!r}; categories are {ids}")
         box = annotation.get("bbox")
         if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
-            if min(box[2:]) == 0:  # COCO's own train2017 has two
-                flat.append(where)
-                continue
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         label = order.index(annotation["category_id"])
         entry = (box, label, bool(annotation.get("iscrowd", 0)), annotation.get("area"), where)
         found[annotation["image_id"]].append(entry)
-    if flat:
-        logger.warning("%d boxes without width or height are left out, the first is %s", len(flat), flat[0])
-    examples = [_example(file, files[identity], size, found[identity]) for identity, (file, size) in images.items()]
+    flat: list[str] = []
+    examples = [
+        _example(file, files[identity], size, found[identity], flat) for identity, (file, size) in images.items()
+    ]
+    _tell_flat(flat)
     return tuple(categories[i] for i in order), tuple(sorted(examples, key=lambda e: e.name))
 
 
@@ -229,11 +245,12 @@ def _bdd100k(folder: Path) -> BoxImages:
         ):
             raise ValueError(f"{path} must hold a list of frames, each with its name. {_LAYOUTS['bdd100k']}")
         _need_images("bdd100k", images, [within(images, frame["name"], path) for frame in frames])
-        examples = []
+        examples, flat = [], []
         for frame in sorted(frames, key=lambda f: f["name"]):
             where = f"{path}, {frame['name']}"
             found = [_bdd100k_box(label, where) for label in frame.get("labels") or () if label.get("box2d")]
-            examples.append(_example(frame["name"], images / frame["name"], BDD100K_SIZE, found))
+            examples.append(_example(frame["name"], images / frame["name"], BDD100K_SIZE, found, flat))
+        _tell_flat(flat)
         splits.append(tuple(examples))
     return BoxImages("bdd100k", BDD100K_CLASSES, *splits)
 

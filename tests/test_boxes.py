@@ -170,6 +170,33 @@ def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, caplog
     ]
 
 
+def test_boxes_of_which_nothing_is_left_in_the_image_are_left_out(tmp_path, caplog):
+    """Once they are cut at the border and in single precision, where a detector would refuse them in the middle of a fit."""
+    write_coco(tmp_path)
+    annotations = tmp_path / "train" / "annotations.json"
+    coco = json.loads(annotations.read_text())
+    thin = [-0.5, 2, 0.4, 5], [-0.6, 2, 0.6, 5], [19, 2, 1e-7, 5], [2, 9.9999999, 5, 0.5], [19.99999999, 2, 0.5, 5]
+    # One step of float32 wide; mirrored in the image it would be none.
+    thin = *thin, [1 - 2**-24, 2, 2**-24, 5]
+    coco["annotations"] = [
+        {**coco["annotations"][0], "id": 10 + number, "bbox": bbox, "area": number}
+        for number, bbox in enumerate([*thin, [2, 2, 5, 5]])
+    ]
+    annotations.write_text(json.dumps(coco))
+    data = load_boxes("coco_folder", str(tmp_path))
+    data.check()
+    (kept,) = data.train
+    assert kept.boxes.tolist() == [[2, 2, 7, 7]] and kept.areas.tolist() == [len(thin)]
+    assert kept.labels.tolist() == [0] and kept.crowd.tolist() == [False] and kept.boxes.dtype == np.float32
+    assert caplog.messages == [
+        f"6 boxes without width or height are left out, the first is {annotations}, annotation 10"
+    ]
+    coco["annotations"].pop()
+    annotations.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="the 1 training images have no boxes"):
+        load_boxes("coco_folder", str(tmp_path)).check()
+
+
 def test_missing_files_are_explained(tmp_path):
     write_coco(tmp_path, annotation={"bbox": [-0.5, 2, 20.9, 5]})  # less than a pixel outside is cut
     assert load_boxes("coco_folder", str(tmp_path)).test[0].boxes.tolist() == [[0, 2, 20, 7]]
@@ -214,6 +241,13 @@ def test_bdd100k(tmp_path):
     assert [BDD100K_CLASSES[k] for k in first.labels] == ["traffic sign", "motorcycle", "car", "car"]
     assert first.crowd.tolist() == [False, False, True, True] and first.boxes[0].tolist() == [10.5, 20, 30.5, 60]
     assert first.areas.tolist() == [800.0] * 4 and second.boxes.shape == (0, 4) and len(BDD100K_CLASSES) == 10
+    labels[1]["box2d"] = {"x1": -0.5, "y1": 20.0, "x2": 0.0, "y2": 60.0}
+    (tmp_path / "labels" / "det_20" / "det_val.json").write_text(json.dumps([{"name": "a.jpg", "labels": labels}]))
+    assert [BDD100K_CLASSES[k] for k in load_boxes("bdd100k", str(tmp_path)).test[0].labels] == [
+        "traffic sign",
+        "car",
+        "car",
+    ]
     labels[0]["category"] = "zebra"
     frames = json.dumps([{"name": "a.jpg", "labels": labels}])
     (tmp_path / "labels" / "det_20" / "det_val.json").write_text(frames)
