@@ -287,9 +287,13 @@ class UperNetReadout(nn.Module):
             label = label[top : top + height, left : left + width]
             images.append(image.flip(2) if flip else image)
             labels.append(label.flip(1) if flip else label)
-        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels), "seed": seed}
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, labels: Tensor, seed: int) -> Tensor:
+        # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit goes on bit for
+        # bit.
+        torch.manual_seed(seed)
         return self.model(pixel_values=pixel_values, labels=labels).loss
 
     @torch.no_grad()
