@@ -96,7 +96,10 @@ class LabelledImages:
         return label
 
     def check(self) -> None:
-        """Read the first and last example of each split, and the sizes of all that are files, before anything costly."""
+        """
+        Read the first and last example of each split, and the sizes of all that are files, before anything costly; and look for a
+        labelled pixel to learn from.
+        """
         for split in (self.train, self.test):
             for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
                 image, label = self.image(example), self.label(example)
@@ -109,6 +112,10 @@ class LabelledImages:
                         raise ValueError(
                             f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
                         )
+        if not any((self.label(example) != IGNORE).any() for example in self.train):
+            raise ValueError(
+                f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"
+            )
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
         """The same with fewer images, spread evenly over each split."""

@@ -135,7 +135,7 @@ class LinearReadout(nn.Module):
         }
 
     def forward(self, features: list[Tensor], points: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of the bilinearly upsampled logits at the points; a mean over the batch's pixels."""
+        """Cross entropy of the bilinearly upsampled logits at the points; a mean over the batch's labelled pixels, 0 without any."""
         sampled = []
         for feature, where in zip(features, points):
             logits = self.classifier(feature[None])
@@ -143,7 +143,8 @@ class LinearReadout(nn.Module):
             sampled.append(
                 F.grid_sample(logits, where[None, None], padding_mode="border", align_corners=False)[0, :, 0]
             )
-        return F.cross_entropy(torch.stack(sampled), targets, ignore_index=IGNORE)
+        total = F.cross_entropy(torch.stack(sampled), targets, ignore_index=IGNORE, reduction="sum")
+        return total / (targets != IGNORE).sum().clamp(min=1)
 
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:
@@ -232,7 +233,10 @@ def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tens
 
 
 class UperNetReadout(nn.Module):
-    """transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips."""
+    """
+    transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without a labelled
+    pixel has the loss 0.
+    """
 
     trains_encoder = True
 
@@ -294,7 +298,10 @@ class UperNetReadout(nn.Module):
         # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit goes on bit for
         # bit.
         torch.manual_seed(seed)
-        return self.model(pixel_values=pixel_values, labels=labels).loss
+        # The model's own mean over no pixel would be 0/0; of any labels instead it is a number, which then counts nothing.
+        labelled = (labels != IGNORE).any()
+        loss = self.model(pixel_values=pixel_values, labels=torch.where(labelled, labels, 0)).loss
+        return loss * labelled
 
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:

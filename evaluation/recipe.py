@@ -86,6 +86,10 @@ class EvaluationRecipe(FitRecipe):
         self.need(is_finite(self.feature_cache_gb) and self.feature_cache_gb >= 0, "feature_cache_gb", "not negative")
         good = len(self.crop_size) == 2 and all(is_int(v) and v >= 32 for v in self.crop_size)
         self.need(good, "crop_size", "height and width of at least 32 pixels")
+        if self.readout == "upernet":
+            # Its BatchNorm of the mean over a whole image has no deviation to norm by.
+            enough = self.per_device_train_batch_size > 1
+            self.need(enough, "per_device_train_batch_size", "at least 2 with readout upernet")
         if self.readout == "upernet" and self.features is not None:
             raise ValueError("features does not go with readout upernet, which reads all stages of the encoder")
 
