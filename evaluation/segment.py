@@ -78,8 +78,9 @@ def measure(
         "readout": recipe.readout,
         "encoder_sha256": before,
         "weights_sha256": encoder.weights_sha256,
+        # UperNet has a backbone of its own, which reads no windows.
         "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
-        "inference": encoder.inference,
+        "inference": "whole image" if recipe.readout == "upernet" else encoder.inference,
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
         "group_members": {key: list(members) for key, members in data.groups.items()},

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from test_readouts import recipe
 from transformers import (
     AutoImageProcessor,
+    BeitConfig,
+    BeitModel,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -299,6 +301,19 @@ def test_an_interrupted_upernet_goes_on_bit_for_bit(shapes, tmp_path, monkeypatc
     whole, parts = (load_file(tmp_path / name / "readout" / "model.safetensors") for name in ("whole", "parts"))
     assert any("running_mean" in name for name in whole)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_how_images_were_read_is_said_of_the_readout(shapes, tmp_path):
+    """UperNet reads the whole image also of encoders that others read in windows."""
+    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = BeitConfig(**sizes, intermediate_size=32, out_indices=[1, 2, 3, 4], use_absolute_position_embeddings=True)
+    BeitModel(config).save_pretrained(tmp_path / "beit")
+    few = {"max_train_images": 2, "max_test_images": 1}
+    (knn,) = main(flags(shapes, tmp_path / "knn", tmp_path / "beit", readout="knn", **few))
+    fitted = flags(shapes, tmp_path / "upernet", tmp_path / "beit", readout="upernet", max_steps=1, **few)
+    (upernet,) = main([*fitted, "--crop_size", "32", "48", "--per_device_train_batch_size", "2"])
+    assert knn["inference"].startswith("sliding window of 32") and knn["features"] == "stage4"
+    assert upernet["inference"] == "whole image" and upernet["features"] == "all stages"
 
 
 def test_wrong_input_ends_the_script_with_a_sentence(shapes, poodle, tmp_path):
