@@ -8,8 +8,8 @@ import pytest
 
 from evaluation.studies import __main__ as script
 from evaluation.studies import study as studies
-from evaluation.studies.report import command_section, markdown, page, plot, plot_scatter, spread
-from evaluation.studies.study import Study, changed, expanded, names, read_results, results_of
+from evaluation.studies.report import command_section, markdown, not_measured, page, plot, plot_scatter, spread
+from evaluation.studies.study import Study, changed, expanded, measured_key, names, read_results, results_of
 from training.recipe import Recipe
 from training.street_files import write_videos
 
@@ -41,6 +41,24 @@ def test_what_studies_have_in_common_is_one_run():
 
 def test_the_page_is_made_of_the_results():
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page(read_results())
+
+
+def test_what_is_not_measured_is_named_with_the_measure_that_lacks_it():
+    entry = {}
+    first = {"a": [entry] * 2, "b": [entry], "c": [], "d": [entry] * 2, "e": [entry]}
+    other = {"a": [entry] * 2, "b": [entry], "c": [], "d": [], "e": [entry] * 2}
+    tables = {"street, linear": first, "street, k-NN": other}
+    assert not_measured(tables, seeds=2) == [
+        "b (1 of 2 seeds)", "c", "d in street, k-NN", "e in street, linear (1 of 2 seeds)"
+    ]  # fmt: skip
+    assert not_measured({"street, linear": first}, seeds=2) == ["b (1 of 2 seeds)", "c", "e (1 of 2 seeds)"]
+    # On the page, also where only the last measure of the recipe lacks an entry.
+    results, study = read_results(), Study.read("main")
+    last = list(study.measures)[-1]
+    run = next(run for run in study.runs("cpu", study.seeds) if run.variant == "PooDLe")
+    del results[measured_key(run, {**study.measures[last], **run.measure})]
+    told = f"*Not measured yet: PooDLe in {last} ({len(study.seeds) - 1} of {len(study.seeds)} seeds).*"
+    assert told in page(results) and told not in page(read_results())
 
 
 def test_a_change_reaches_into_mappings_and_leaves_the_base_alone():

@@ -55,11 +55,7 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
     parts = [
         f"Budget `{budget}`: {study.budgets[budget]['about']}. {devices}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; commit {', '.join(commits)}.\n"
     ]
-    missing = [
-        f"{variant} ({len(found)} of {len(study.seeds)} seeds)" if found else variant
-        for variant, found in next(iter(tables.values())).items()
-        if len(found) < len(study.seeds)
-    ]
+    missing = not_measured(tables, len(study.seeds))
     if missing:
         parts.append(f"*Not measured yet: {'; '.join(missing)}.*\n")
     for measure, table in tables.items():
@@ -70,6 +66,20 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
     if study.plot is not None and len(own) > 1:
         parts.append(f"![{study.title}](studies/{study.name}-{budget}.png)\n")
     return parts
+
+
+def not_measured(tables: Mapping[str, Mapping[str, list[dict]]], seeds: int) -> list[str]:
+    """The variants that lack entries, of measures by variant: once where they lack as many in each measure, else with each that does."""
+    missing = []
+    for variant in next(iter(tables.values())):
+        counts = {measure: len(table[variant]) for measure, table in tables.items()}
+        if len(set(counts.values())) == 1:
+            counts = {variant: min(counts.values())}
+        else:
+            counts = {f"{variant} in {measure}": count for measure, count in counts.items()}
+        lacking = {name: count for name, count in counts.items() if count < seeds}
+        missing += [f"{name} ({count} of {seeds} seeds)" if count else name for name, count in lacking.items()]
+    return missing
 
 
 def collected(study: Study, budget: str, measure: str, results: Mapping[str, dict]) -> dict[str, list[dict]]:
