@@ -6,8 +6,12 @@ sets and the metric into `modeling_poodle/` instead would have put half of this 
 this way the probe is segment.py's own k-NN readout, and gives its figure.
 """
 
+import copy
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
 
 from evaluation.data import STREETS, load_dataset
 from evaluation.encoders import Encoder
@@ -39,14 +43,15 @@ class Probe:
 
     def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:
         """
-        Measure `model`, which is left in the mode it was in; no random state of the run is touched.
+        Measure `model`, of several processes that of the first, which is the one that is exported. It is left in the mode it was in; no
+        random state of the run is touched.
 
         Returns:
             miou, accuracy, and the mean IoU of each group of classes that occurs, all 0 to 1.
         """
         training = model.training
         with torch.random.fork_rng():
-            readout = KnnReadout(self._encoder(model), self.data, self.recipe)
+            readout = KnnReadout(self._encoder(of_first_process(accelerator, model)), self.data, self.recipe)
             readout.prepare(list(self.data.train))
             metric, _ = evaluate(accelerator, readout.predict, self.data)
         model.train(training)
@@ -64,3 +69,16 @@ class Probe:
             wrapper = PoodleForSemanticSegmentation(config)
         wrapper.poodle = model
         return Encoder("probe", wrapper, whole=True)
+
+
+def of_first_process(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """
+    `model` with the buffers of the first process. On CPUs each process has BatchNorm statistics of its own, and each measures a share of
+    the test images. Its own buffers stay as they are; the parameters, which all processes have alike, are shared and not copied.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for buffer in twin.buffers():
+        broadcast(buffer, from_process=0)
+    return twin

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from test_faults_ranks import two_ranks
 
 from evaluation.compare import main as compare
 from evaluation.probe import Probe
@@ -84,6 +85,39 @@ def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
         for name in ("plain", "probed")
     ]
     assert losses[0] == losses[1]
+
+
+def test_processes_with_statistics_of_their_own_measure_the_network_of_the_first(stripes, tmp_path):
+    """Which is the one that is exported; each goes on with its own."""
+    script = """
+import copy
+from evaluation.probe import Probe
+from modeling_poodle import PoodleModel
+
+accelerator = Accelerator(cpu=True)
+model = PoodleModel.from_pretrained(f"{sys.argv[1]}/{rank}").train().requires_grad_(False)
+before = copy.deepcopy(model.state_dict())
+figures = Probe(sys.argv[2])(accelerator, model)
+assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+    json.dump(figures, file)
+"""
+    torch.manual_seed(0)
+    model = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).train()
+    for rank in (0, 1):
+        with torch.no_grad():
+            for _ in range(20):  # as each process of a run on CPUs sees other pairs
+                model(torch.randn(2, 3, 64, 64) * (1 + 2 * rank) + rank)
+        model.save_pretrained(tmp_path / str(rank))
+    alone = [
+        Probe(f"folder:{stripes}")(Accelerator(cpu=True), PoodleModel.from_pretrained(tmp_path / str(rank)))
+        for rank in (0, 1)
+    ]
+    done = two_ranks(tmp_path, script, str(tmp_path), f"folder:{stripes}")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == pytest.approx(alone[0], abs=1e-6)
+    assert alone[0]["miou"] != pytest.approx(alone[1]["miou"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
