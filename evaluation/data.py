@@ -14,6 +14,7 @@ from PIL import EpsImagePlugin, Image
 
 from evaluation.metrics import BDD100K_GROUPS, class_groups
 from evaluation.outputs import write_aside
+from modeling_poodle.folders import files_below
 from modeling_poodle.recipe_files import cache_root
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.
@@ -225,7 +226,7 @@ def _pairs(
     for folder in (images, labels):
         if not folder.is_dir():
             raise ValueError(f"{name}: there is no folder {folder}. {_LAYOUTS[name]}")
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+    files = [p for p in files_below(images) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     files = [p for p in files if image_end is None or p.name.endswith(image_end)]
     examples, missing = [], []
     for path in files:

@@ -38,6 +38,28 @@ def test_folder_layouts(tmp_path, shapes):
         load_dataset("folder", str(tmp_path))
 
 
+def test_images_in_linked_folders_are_found(tmp_path):
+    """Each folder once, by its own path, also where links lead around in a circle."""
+    squares(tmp_path / "elsewhere", 4, 0)
+    squares(tmp_path / "own", 3, 1)
+    for kind in ("images", "labels"):
+        folder = tmp_path / "set" / kind
+        folder.mkdir(parents=True)
+        (tmp_path / "own" / kind).rename(folder / "own")
+        for link, target in (
+            ("night", tmp_path / "elsewhere" / kind), ("again", folder / "own"), ("loop", folder), ("up", tmp_path)
+        ):  # fmt: skip
+            (folder / link).symlink_to(target)
+        (folder / "own" / "back").symlink_to(folder)
+    (tmp_path / "set" / "classes.json").write_text('["a", "b", "c"]')
+    data = load_dataset("folder", str(tmp_path / "set"))
+    data.check()
+    names = [*(f"night/{number}" for number in range(4)), *(f"own/{number}" for number in range(3))]
+    assert [example.name for example in (*data.train, *data.test)] == names
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert [example.name for example in load_dataset("folder", str(tmp_path / "link")).train] == names[:-2]
+
+
 def write(path: Path, array) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array, np.uint8)).save(path)

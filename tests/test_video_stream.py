@@ -259,6 +259,13 @@ def test_sources(tmp_path, videos):
     for member, path in zip(members, videos):
         a, b = next(video_pairs(member, SAMPLING, 0)), index_video(path)
         assert index_video(member).pts == b.pts and a["frames"].shape == (2, 3, 32, 64)
+    # A folder that is linked is searched too: once, and a link back to where it is ends no search.
+    (tmp_path / "drives").mkdir()
+    for link, target in (("a", folder), ("b", folder), ("loop", tmp_path / "drives"), ("up", tmp_path)):
+        (tmp_path / "drives" / link).symlink_to(target)
+    assert find_videos([str(tmp_path / "drives")]) == [
+        v.replace(folder, f"{tmp_path}/drives/a") for v in sorted(videos)
+    ]
     with pytest.raises(
         ValueError, match=r"(?s)no videos found; tried.*nowhere: no such file.*\*\.xyz: a pattern that matches 0"
     ):

@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 from huggingface_hub import HfApi, HfFileSystem
 
+from modeling_poodle.folders import files_below
 from training.addresses import public_url, without_secrets
 from training.cards import is_dataset_id
 from training.checkpoint_files import replace_text
@@ -39,7 +40,7 @@ EXTENSIONS = (
 
 def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     """
-    Expand files, folders (recursive), globs, URLs, data sets on the Hub (`org/name`, `hf://datasets/org/name/...`) and tars (one entry
+    Expand files, folders (recursive, linked ones too), globs, URLs, data sets on the Hub (`org/name`, `hf://datasets/org/name/...`) and tars (one entry
     a video inside) to a sorted list.
 
     Args:
@@ -90,7 +91,7 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         return _expand_remote(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        inside = [str(p) for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        inside = [str(p) for p in files_below(path) if p.is_file() and not p.name.startswith(".")]
         return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"
     if path.is_file():
         return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")

@@ -1,0 +1,24 @@
+"""What lies below a folder."""
+
+import os
+from pathlib import Path
+
+
+def files_below(folder: Path) -> list[Path]:
+    """
+    All files below a folder, also those in folders that are linked there; sorted. Each folder counts once, by its own path rather than a
+    link's, and a link to a folder around this one leads nowhere: a walk ends, and finds no file twice.
+    """
+    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
+    found, roots = [], [str(folder)]
+    for root in roots:  # grows by the links that are met
+        for path, folders, files in os.walk(root):
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            roots += [link for link in (os.path.join(path, name) for name in folders) if os.path.islink(link)]
+            found += [Path(path, name) for name in files]
+    return sorted(found)
