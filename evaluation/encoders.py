@@ -162,7 +162,8 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         wrong = [key for key in missing if "hidden_states_norms." not in key]
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
-    encoder = Encoder(name, model.eval(), *_preprocessing(source), whole=model_type == "poodle")
+    whole = model_type == "poodle" or _is_encoder_of_poodle(source)
+    encoder = Encoder(name, model.eval(), *_preprocessing(source), whole=whole)
     encoder.weights_sha256 = digest
     return encoder
 
@@ -232,6 +233,15 @@ def _model_type(source: str) -> str | None:
         raise ValueError(f"--model {source}: no such model, neither a folder nor on the Hub ({error})") from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"--model {source}: no such model that can be loaded ({error})") from error
+
+
+def _is_encoder_of_poodle(source: str) -> bool:
+    """Whether it is the `encoder/` that is exported beside a PooDLe `model/`: a plain encoder by its own config, but one that PooDLe trained."""
+    folder = Path(source).resolve()
+    model = folder.with_name("model")
+    if folder.name != "encoder" or not folder.is_dir() or not (model / "config.json").is_file():
+        return False
+    return _model_type(str(model)) == "poodle"
 
 
 def _preprocessing(source: str) -> tuple:

@@ -1,6 +1,7 @@
 """Any encoder read in one way."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from evaluation.encoders import Encoder, build
 from evaluation.readouts import UperNetReadout
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+from training.checkpoints import write_folders
 
 # --- encoders ---
 
@@ -167,6 +169,28 @@ def test_a_vit_of_poodle_s_is_read_whole_as_it_was_pretrained_or_by_windows(tmp_
             count[left // 8 : left // 8 + 8] += 1
     torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
     assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # of the 48x64 that whole patches take
+
+
+def test_the_exported_encoder_of_a_run_is_read_as_the_run_is(tmp_path, monkeypatch):
+    """By where it lies: its own config is any ViT's."""
+    vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
+    model = PoodleModel(PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=0)).eval()
+    write_folders(model, tmp_path / "run", lambda part: "")
+    run, encoder = build(str(tmp_path / "run"), 3), build(str(tmp_path / "run" / "encoder"), 3)
+    assert encoder.inference == run.inference == "whole image"
+    with torch.no_grad():
+        image = torch.rand(1, 3, 64, 112)
+        assert torch.equal(encoder(image), run(image))
+    monkeypatch.chdir(tmp_path / "run" / "encoder")
+    assert build(".", 3).inference == build("random:../encoder", 3).inference == "whole image"
+    # Elsewhere, or beside another kind of model, it may be anybody's.
+    (tmp_path / "run" / "encoder").rename(tmp_path / "run" / "vit")
+    assert build(str(tmp_path / "run" / "vit"), 3).inference.startswith("sliding window of 64")
+    for name in ("encoder", "model"):
+        shutil.copytree(tmp_path / "run" / "vit", tmp_path / "other" / name)
+    assert build(str(tmp_path / "other" / "encoder"), 3).inference.startswith("sliding window of 64")
+    shutil.rmtree(tmp_path / "other" / "model")
+    assert build(str(tmp_path / "other" / "encoder"), 3).inference.startswith("sliding window of 64")
 
 
 def test_timm(tmp_path):
