@@ -46,9 +46,11 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     Student and teacher with both objectives. `forward` draws nothing at random and estimates nothing.
 
     The teacher is a copy of the student, frozen, moved by [`~PoodleForPreTraining.update_teacher`] once an optimizer
-    step. Its BatchNorm follows `train()` like the student's.
+    step. Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of
+    [`PoodleModel`], which becomes the student; weights of the teacher that it lacks are copied from the student.
     """
 
+    base_model_prefix = "student"  # a checkpoint whose names lack it, one of PoodleModel's, is the student's
     _PAIRS = (
         ("student", "teacher"),
         ("dense_projector", "teacher_dense_projector"),
@@ -74,11 +76,21 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         self.reset_teacher()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._fill_teacher({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         model.freeze_teacher()  # from_pretrained gives every floating point parameter requires_grad=True
-        return loaded
+        return (model, info) if output_loading_info else model
+
+    @torch.no_grad()
+    def _fill_teacher(self, names: set[str]) -> None:
+        """The student's value for each of these parameters and statistics of the teacher's; what a checkpoint lacks is random in both."""
+        for student, teacher in self._PAIRS:
+            if hasattr(self, teacher):
+                source = getattr(self, student).state_dict()
+                for key, value in getattr(self, teacher).state_dict().items():
+                    if f"{teacher}.{key}" in names:
+                        value.copy_(source[key])
 
     def _student_and_teacher(self):
         for student, teacher in self._PAIRS:

@@ -210,6 +210,41 @@ def test_files_round_trip(tmp_path):
     )
 
 
+@pytest.mark.parametrize("changes", [{}, {"pooled_weight": 0}, {"dense_weight": 0, "num_decoder_blocks": 0}], ids=str)
+def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
+    """One without any of it, one without a single tensor, and the checkpoint of a plain model."""
+    torch.manual_seed(0)
+    model = PoodleForPreTraining(config(**changes))
+    own = {
+        name: torch.rand_like(value) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+    twins = {
+        f"{teacher}.{key}": f"{student}.{key}"
+        for student, teacher in model._PAIRS
+        if hasattr(model, teacher)
+        for key in getattr(model, teacher).state_dict()
+    }
+    one = "teacher.encoder.encoder.stages.0.layers.0.layer.0.normalization.running_var"
+    assert one in twins and len(twins) == sum(name.startswith("teacher") for name in own)
+    for left_out in (set(twins), {one}, set()):
+        model.save_pretrained(
+            tmp_path, state_dict={name: value for name, value in own.items() if name not in left_out}
+        )
+        again, info = PoodleForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+        assert info["missing_keys"] == left_out
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, own[twins[name] if name in left_out else name]), name
+        assert not any(p.requires_grad == name.startswith("teacher") for name, p in again.named_parameters())
+
+    student = {name.removeprefix("student."): value for name, value in own.items() if name.startswith("student.")}
+    model.student.save_pretrained(tmp_path / "model", state_dict=dict(student))  # which it empties
+    again = PoodleForPreTraining.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(value, student[name]) for name, value in again.student.state_dict().items())
+    values = again.state_dict()
+    assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
+
+
 def test_readout_loss_files_and_pipeline(tmp_path):
     model = PoodleForSemanticSegmentation(config(num_labels=5)).eval()
     labels = torch.randint(0, 5, (2, 64, 96))
