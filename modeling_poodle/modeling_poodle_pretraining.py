@@ -146,7 +146,16 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         Raises:
             ValueError: an objective of positive weight misses its inputs, or shapes do not fit.
         """
-        self._check_inputs(pixel_values, flow, student_boxes)
+        self._check_inputs(
+            pixel_values,
+            flow=flow,
+            valid_mask=valid_mask,
+            student_views=student_views,
+            teacher_views=teacher_views,
+            student_boxes=student_boxes,
+            teacher_boxes=teacher_boxes,
+            teacher_box_frames=teacher_box_frames,
+        )
         output = PoodleForPreTrainingOutput(loss=pixel_values.new_zeros((), dtype=torch.float32))
         if self.config.dense_weight > 0:
             output.dense_loss, output.valid_fraction, output.dense_features = self._dense_objective(
@@ -203,20 +212,31 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             target = self.teacher_pooled_projector(teacher_pooled[:, :, None, None]).flatten(1)
         return pooled_loss(prediction, target), student_pooled.detach()
 
-    def _check_inputs(self, pixel_values, flow, student_boxes) -> None:
-        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
-            raise ValueError(f"pixel_values must be frame pairs (B, 2, 3, H, W), got {tuple(pixel_values.shape)}")
-        b, _, _, height, width = pixel_values.shape
-        if self.config.dense_weight > 0 and (flow is None or tuple(flow.shape) != (b, 2, 2, height, width)):
-            raise ValueError(
-                f"flow must be {(b, 2, 2, height, width)} to fit pixel_values, "
-                f"got {None if flow is None else tuple(flow.shape)}"
-            )
-        if self.config.pooled_weight > 0 and (student_boxes is None or student_boxes.shape[:2] != (b, 2)):
-            raise ValueError(
-                f"student_boxes must be ({b}, 2, K, 4) to fit pixel_values, "
-                f"got {None if student_boxes is None else tuple(student_boxes.shape)}"
-            )
+    def _check_inputs(self, pixel_values: Tensor, **others: Tensor | None) -> None:
+        """Shapes alone, which are known without waiting for the device."""
+        channels = getattr(self.config.backbone_config, "num_channels", 3)
+        shape = _shape(pixel_values)
+        if shape is None or len(shape) != 5 or shape[1:3] != (2, channels):
+            raise ValueError(f"pixel_values must be frame pairs (B, 2, {channels}, H, W), got {shape}")
+        b, _, _, height, width = shape
+        expected = {}
+        if self.config.dense_weight > 0:
+            expected["flow"] = (b, 2, 2, height, width)
+            expected["valid_mask"] = (b, 2, height, width)
+            expected["student_views"] = expected["teacher_views"] = (b, 2, 2, 3)
+        if self.config.pooled_weight > 0:
+            boxes = _shape(others["student_boxes"])
+            k = "K" if boxes is None or len(boxes) != 4 else boxes[2]
+            expected["student_boxes"] = expected["teacher_boxes"] = (b, 2, k, 4)
+            expected["teacher_box_frames"] = (b, 2, k)
+        for name, size in expected.items():
+            shape = _shape(others[name])
+            if shape != size:
+                raise ValueError(f"{name} must be ({', '.join(map(str, size))}) to fit pixel_values, got {shape}")
+
+
+def _shape(value: Tensor | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
 
 
 __all__ = ["PoodleForPreTraining", "PoodleForPreTrainingOutput"]

@@ -1,5 +1,7 @@
 """The model: parameter counts, gradients, teacher, files, encoders, and errors of the config."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -334,6 +336,47 @@ def test_shapes_that_do_not_fit_are_refused():
         model(**{**batch, "flow": batch["flow"][:1]})
     with pytest.raises(ValueError, match="frame pairs"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:, 0]})
+    with pytest.raises(
+        ValueError, match=r"pixel_values must be frame pairs \(B, 2, 3, H, W\), got \(2, 2, 1, 64, 96\)"
+    ):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:, :, :1]})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "objective"),
+    [
+        ("flow", "2, 2, 2, 64, 96", "dense"),
+        ("valid_mask", "2, 2, 64, 96", "dense"),
+        ("student_views", "2, 2, 2, 3", "dense"),
+        ("teacher_views", "2, 2, 2, 3", "dense"),
+        ("student_boxes", "2, 2, (3|K), 4", "pooled"),
+        ("teacher_boxes", "2, 2, 3, 4", "pooled"),
+        ("teacher_box_frames", "2, 2, 3", "pooled"),
+    ],
+)
+def test_inputs_of_each_objective_are_asked_for(name, shape, objective):
+    both, batch = PoodleForPreTraining(config()), inputs()
+    value = batch[name]
+    for wrong in (
+        None,
+        value[:1],
+        value[:, :1],
+        value[..., :1],
+        value[..., None],
+        value.flatten(0, 1),
+        value[:, :, :1],
+    ):
+        got = "None" if wrong is None else str(tuple(wrong.shape))
+        if name == "student_boxes" and got == "(2, 2, 1, 4)":  # it says what K is
+            continue
+        with pytest.raises(ValueError) as error:
+            both(**{**batch, name: wrong})
+        expected = rf"{name} must be \({shape}\) to fit pixel_values, got {re.escape(got)}"
+        assert re.fullmatch(expected, str(error.value))
+    other = PoodleForPreTraining(
+        config(dense_weight=0, num_decoder_blocks=0) if objective == "dense" else config(pooled_weight=0)
+    )
+    assert torch.isfinite(other(**{**batch, name: None}).loss)
 
 
 @pytest.mark.parametrize(
