@@ -231,27 +231,26 @@ _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_si
 def _as_backbone_config(value) -> PreTrainedConfig:
     if value is None:
         return AutoConfig.for_model("resnet")
-    if isinstance(value, (dict, PreTrainedConfig)):
-        given = value if isinstance(value, dict) else value.to_dict()
-        check_config({"backbone_config": given}, "PoodleConfig")
-    if isinstance(value, dict):
-        value = copy.deepcopy(value)
-        model_type = value.pop("model_type", None)
+    if not isinstance(value, (dict, PreTrainedConfig)):
+        raise ValueError(f"PoodleConfig.backbone_config must be a config or a dict, got {type(value).__name__}")
+    check_config({"backbone_config": value if isinstance(value, dict) else value.to_dict()}, "PoodleConfig")
+    config = copy.deepcopy(value)
+    if isinstance(config, dict):
+        model_type = config.pop("model_type", None)
         if model_type is None:
             raise ValueError(
                 "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
             )
         try:
-            return AutoConfig.for_model(model_type, **value)
+            config = AutoConfig.for_model(model_type, **config)
         except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take
             raise ValueError(f"PoodleConfig.backbone_config is no config of {model_type!r}: {error}") from error
-    if not isinstance(value, PreTrainedConfig):
-        raise ValueError(f"PoodleConfig.backbone_config must be a config or a dict, got {type(value).__name__}")
-    if value.model_type not in PLAIN_VITS and not hasattr(value, "out_features"):
+    # Its attributes would not tell: timm's has no out_features until the network is built.
+    if config.model_type not in PLAIN_VITS and not isinstance(config, BackboneConfigMixin):
         raise ValueError(
-            f"PoodleConfig.backbone_config: {value.model_type!r} is no backbone; AutoBackbone cannot build it"
+            f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
         )
-    return copy.deepcopy(value)
+    return config
 
 
 __all__ = ["PoodleConfig", "check_config"]

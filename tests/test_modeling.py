@@ -8,9 +8,11 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,
+    BertConfig,
     ResNetBackbone,
     ResNetModel,
     SegformerImageProcessor,
+    TimmBackboneConfig,
     pipeline,
 )
 
@@ -315,6 +317,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ({"dense_weight": 0, "pooled_weight": 0}, "one objective must be left"),
         ({"output_stride": 7}, "output_stride must be None, 8, 16 or 32"),
         ({"backbone_config": {"depths": [1]}}, "must name its model_type"),
+        ({"backbone_config": {"model_type": "bert"}}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
+        ({"backbone_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is no backbone"),
+        ({"backbone_config": {"model_type": "segformer"}}, "'segformer' is no backbone"),
+        ({"backbone_config": BertConfig()}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
+        ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
         ({"out_features": ["stage9"]}, "stage9"),
     ],
     ids=str,
@@ -322,6 +329,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_config_refuses_wrong_values(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_a_timm_encoder_may_come_as_its_config():
+    pytest.importorskip("timm")
+    changes = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    torch.manual_seed(0)
+    model = PoodleModel(config(backbone_config=TimmBackboneConfig(**changes))).eval()
+    twin = PoodleModel(config(backbone_config={"model_type": "timm_backbone", **changes})).eval()
+    assert model.config.to_dict() == twin.config.to_dict()
+    twin.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    features = model(images).last_hidden_state
+    assert features.shape == (1, 512, 8, 12) and torch.equal(features, twin(images).last_hidden_state)
 
 
 def test_config_round_trip(tmp_path):
