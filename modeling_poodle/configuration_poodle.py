@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -25,6 +25,30 @@ _TRANSFORMERS_KEYS = {
     "output_attentions",
     "torch_dtype",
     "transformers_version",
+}
+
+# What transformers before version 5 wrote into every config, encoders' included; configs of today take them and leave them alone.
+_EARLIER_KEYS = {
+    "add_cross_attention",
+    "bos_token_id",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "finetuning_task",
+    "is_decoder",
+    "pad_token_id",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "torchscript",
+    "use_bfloat16",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
 }
 
 # Far above any encoder in use. What lies beyond would fill the memory before anything else is found wrong with it.
@@ -78,9 +102,12 @@ def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(config)} | _TRANSFORMERS_KEYS
     for key in kwargs:
         if key not in known and not key.startswith("_"):
-            nearest = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{type(config).__name__} has no field {key!r}.{hint}")
+            raise ValueError(f"{type(config).__name__} has no field {key!r}.{_nearest(key, known)}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, sorted(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -143,7 +170,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
-        self.backbone_config = _as_backbone_config(self.backbone_config)
+        self.backbone_config = _as_backbone_config(self.backbone_config, saved=self.transformers_version is not None)
         self._check_values()
         super().__post_init__(**kwargs)
         self.stage_names = saved_stage_names or self._make_stage_names()
@@ -228,7 +255,8 @@ PLAIN_VITS = ("vit", "deit")
 _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
 
 
-def _as_backbone_config(value) -> PreTrainedConfig:
+def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
+    """`saved`: transformers has written the config of which it is a part."""
     if value is None:
         return AutoConfig.for_model("resnet")
     if not isinstance(value, (dict, PreTrainedConfig)):
@@ -250,7 +278,31 @@ def _as_backbone_config(value) -> PreTrainedConfig:
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
         )
+    if isinstance(value, dict) and not saved and "transformers_version" not in value:
+        _refuse_stray(config, value)
     return config
+
+
+def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """
+    Look for keys of `given`, of which `config` was made, that its class does not know and keeps as attributes that nobody reads.
+
+    It is for what somebody has typed. In what transformers has written they came with a checkpoint of another version, and in a config
+    whose class is from elsewhere the model may read what the class does not name: both are left alone.
+    """
+    kind = type(config)
+    if not kind.__module__.startswith("transformers."):
+        return
+    default = kind()
+    passed = {*_TRANSFORMERS_KEYS, *_EARLIER_KEYS, *kind.attribute_map.values()}
+    for key in given:
+        if key.startswith("_") or key in passed or key not in vars(config):
+            continue
+        # A class has fields and properties; other attributes are computed when a config is made.
+        if not hasattr(kind, key) and not hasattr(default, key):
+            fields = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
+            hint = _nearest(key, {*fields, *kind.attribute_map, "out_features", "out_indices"})
+            raise ValueError(f"PoodleConfig.backbone_config: {kind.__name__} has no field {key!r}.{hint}")
 
 
 __all__ = ["PoodleConfig", "check_config"]

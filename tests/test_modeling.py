@@ -1,11 +1,13 @@
 """The model: parameter counts, gradients, teacher, files, encoders, and errors of the config."""
 
+import json
 import re
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSemanticSegmentation,
     BertConfig,
@@ -15,6 +17,7 @@ from transformers import (
     TimmBackboneConfig,
     pipeline,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from modeling_poodle import (
     PoodleBackbone,
@@ -23,6 +26,7 @@ from modeling_poodle import (
     PoodleForSemanticSegmentation,
     PoodleModel,
 )
+from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.geometry_poodle import affine_view, alignment_grids, crop_boxes, sample, see_through
 from modeling_poodle.objectives_poodle import dense_loss, pooled_loss
 
@@ -321,6 +325,15 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ({"backbone_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is no backbone"),
         ({"backbone_config": {"model_type": "segformer"}}, "'segformer' is no backbone"),
         ({"backbone_config": BertConfig()}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
+        (
+            {"backbone_config": {**RESNET, "depthz": [1, 1, 1, 1]}},
+            "PoodleConfig.backbone_config: ResNetConfig has no field 'depthz'. Did you mean 'depths'[?]",
+        ),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indeces": [1, 2, 3, 4]}},
+            "TimmBackboneConfig has no field 'out_indeces'. Did you mean 'out_indices'[?]",
+        ),
+        ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
         ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
         ({"out_features": ["stage9"]}, "stage9"),
     ],
@@ -342,6 +355,52 @@ def test_a_timm_encoder_may_come_as_its_config():
     images = torch.randn(1, 3, 64, 96)
     features = model(images).last_hidden_state
     assert features.shape == (1, 512, 8, 12) and torch.equal(features, twin(images).last_hidden_state)
+
+
+@pytest.mark.parametrize("model_type", [*sorted({*MODEL_FOR_BACKBONE_MAPPING_NAMES} - {"tipsv2"}), *PLAIN_VITS])
+def test_configs_that_transformers_writes_are_taken(model_type):
+    """Whole, as JSON, and as another config holds them: without `transformers_version`. (The config of tipsv2 has no stages.)"""
+    backbone = AutoConfig.for_model(model_type)
+    for given in (backbone, backbone.to_dict(), json.loads(backbone.to_json_string())):
+        taken = PoodleConfig(backbone_config=given, num_decoder_blocks=0)
+        assert taken.backbone_config.to_dict() == backbone.to_dict()
+        assert PoodleConfig.from_dict(taken.to_dict()).to_dict() == taken.to_dict()
+        assert PoodleConfig(**json.loads(taken.to_json_string())).to_dict() == taken.to_dict()
+        if isinstance(given, dict):
+            del given["transformers_version"]
+            assert PoodleConfig(backbone_config=given, num_decoder_blocks=0).to_dict() == taken.to_dict()
+            with pytest.raises(ValueError, match=f"no field '{model_type}_'"):
+                PoodleConfig(backbone_config={**given, f"{model_type}_": 1}, num_decoder_blocks=0)
+
+
+def test_keys_of_other_versions_and_synonyms_are_taken(tmp_path):
+    """`path_norm` is in checkpoints of Swin, and no field; the others were in every config, or stand for fields."""
+    swin = {
+        "model_type": "swin",
+        "embed_dim": 8,
+        "num_attention_heads": [1] * 4,
+        "torch_dtype": "float32",
+        "num_labels": 3,
+    }
+    swin |= {
+        "output_attentions": False,
+        "pruned_heads": {},
+        "is_decoder": False,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+    }
+    assert PoodleConfig(backbone_config=swin).backbone_config.num_heads == [1] * 4
+    PoodleConfig(backbone_config={"model_type": "hiera", "num_layers": 4})
+    with pytest.raises(ValueError, match="SwinConfig has no field 'path_norm'"):
+        PoodleConfig(backbone_config={**swin, "path_norm": True})
+    (tmp_path / "config.json").write_text(json.dumps({**swin, "path_norm": True, "transformers_version": "4.16.0"}))
+    for _ in range(2):
+        read = PoodleConfig(backbone_config=AutoConfig.from_pretrained(tmp_path))
+        assert read.backbone_config.path_norm
+        read.save_pretrained(tmp_path / "poodle")
+        again = PoodleConfig.from_pretrained(tmp_path / "poodle")
+        assert again.to_dict() == read.to_dict()
+        again.backbone_config.save_pretrained(tmp_path)
 
 
 def test_config_round_trip(tmp_path):
