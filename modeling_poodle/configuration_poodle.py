@@ -122,7 +122,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         num_decoder_blocks (`int`, defaults to 2):
             Blocks of the SDM; each doubles the resolution. 0 leaves the encoder's last stage as the dense features.
         decoder_reduction (`int`, defaults to 8):
-            The decoder's bottleneck is `channels // decoder_reduction` wide.
+            The decoder's bottleneck is `channels // decoder_reduction` wide; at most the channels of the encoder's last stage.
         decoder_laterals (`bool`, defaults to `True`):
             Add the encoder's stage of equal resolution to each block's output through a 1x1 convolution.
         decoder_lateral_depth (`int`, defaults to 1):
@@ -170,6 +170,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
+        _check_labels({"id2label": self.id2label, "label2id": self.label2id, **kwargs})
         self.backbone_config = _as_backbone_config(self.backbone_config, saved=self.transformers_version is not None)
         self._check_values()
         super().__post_init__(**kwargs)
@@ -181,15 +182,23 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features = [self.stage_names[-1]]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
+    def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None) -> None:
+        if out_features is not None and not out_features:
+            expected = f"some of {', '.join(self.stage_names)}"
+            raise ValueError(f"PoodleConfig.out_features must be {expected}, got {out_features!r}")
+        if out_indices is not None and not (
+            isinstance(out_indices, (list, tuple)) and out_indices and all(map(_is_int, out_indices))
+        ):
+            expected = f"integers that count {', '.join(self.stage_names)} from 0"
+            raise ValueError(f"PoodleConfig.out_indices must be {expected}, got {out_indices!r}")
+        super().set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
     def _check_values(self) -> None:
         def refuse(name: str, expected: str) -> None:
             raise ValueError(f"PoodleConfig.{name} must be {expected}, got {getattr(self, name)!r}")
 
-        def is_int(value) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
         for name, low in (("num_decoder_blocks", 0), *((n, 1) for n in _POSITIVE)):
-            if not is_int(getattr(self, name)) or getattr(self, name) < low:
+            if not _is_int(getattr(self, name)) or getattr(self, name) < low:
                 refuse(name, f"an integer of at least {low}")
         if self.num_decoder_blocks > MAX_DECODER_BLOCKS:
             refuse("num_decoder_blocks", f"at most {MAX_DECODER_BLOCKS}: each doubles the resolution")
@@ -204,8 +213,10 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
                 refuse(name, "a finite number of at least 0")
         if self.dense_weight == 0 and self.pooled_weight == 0:
             refuse("dense_weight", "above 0 where pooled_weight is 0: one objective must be left")
-        if self.dense_stride is not None and (not is_int(self.dense_stride) or self.dense_stride < 1):
+        if self.dense_stride is not None and (not _is_int(self.dense_stride) or self.dense_stride < 1):
             refuse("dense_stride", "None or an integer of at least 1")
+        if not _is_int(self.semantic_loss_ignore_index):
+            refuse("semantic_loss_ignore_index", "an integer")
         if self.output_stride is not None:
             if self.output_stride not in (8, 16, 32):
                 refuse("output_stride", "None, 8, 16 or 32")
@@ -255,6 +266,25 @@ PLAIN_VITS = ("vit", "deit")
 _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_labels(values: Mapping[str, Any]) -> None:
+    """Those of the fields of transformers' own that a readout is built of."""
+
+    def refuse(name: str, expected: str) -> None:
+        raise ValueError(f"PoodleConfig.{name} must be {expected}, got {reprlib.repr(values[name])}")
+
+    count, names, numbers = values.get("num_labels", 0), values["id2label"], values["label2id"]
+    if not _is_int(count) or count < 0:
+        refuse("num_labels", "an integer of at least 0")
+    if names is not None and not (isinstance(names, dict) and all(re.fullmatch(r"-?\d+", str(key)) for key in names)):
+        refuse("id2label", "a mapping, a name for each number")
+    if numbers is not None and not isinstance(numbers, dict):
+        refuse("label2id", "a mapping, a number for each name")
+
+
 def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
     """`saved`: transformers has written the config of which it is a part."""
     if value is None:
@@ -278,6 +308,10 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
         )
+    if config.model_type == "resnet" and len(config.hidden_sizes) < len(config.depths):  # it would leave stages out
+        sizes = list(config.hidden_sizes)
+        expected = f"a width for each of the {len(config.depths)} depths"
+        raise ValueError(f"PoodleConfig.backbone_config.hidden_sizes must give {expected}, got {sizes!r}")
     if isinstance(value, dict) and not saved and "transformers_version" not in value:
         _refuse_stray(config, value)
     return config

@@ -40,7 +40,10 @@ class PoodleDecoderBlock(nn.Module):
         super().__init__()
         self.top_down = top_down
         if top_down:
-            reduced = max(channels // reduction, 1)
+            if reduction > channels:
+                expected = f"at most {channels}, the channels of the encoder's last stage"
+                raise ValueError(f"PoodleConfig.decoder_reduction must be {expected}, got {reduction}")
+            reduced = channels // reduction
             self.conv1 = nn.Conv2d(channels, reduced, kernel_size=1, bias=False)
             self.bn1 = nn.BatchNorm2d(reduced)
             self.conv2 = nn.Conv2d(reduced, reduced, kernel_size=3, padding=1, bias=False)

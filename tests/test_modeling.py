@@ -335,7 +335,27 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ),
         ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
         ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
+        (
+            {"backbone_config": {**RESNET, "hidden_sizes": [8, 16, 32]}},
+            r"backbone_config.hidden_sizes must give a width for each of the 4 depths, got \[8, 16, 32\]",
+        ),
         ({"out_features": ["stage9"]}, "stage9"),
+        ({"out_features": []}, r"PoodleConfig.out_features must be some of stem, stage1, .*, decoder, got \[\]"),
+        ({"out_indices": []}, r"PoodleConfig.out_indices must be integers that count stem, .* from 0, got \[\]"),
+        ({"out_indices": ["a"]}, r"PoodleConfig.out_indices must be integers that count stem, .* got \['a'\]"),
+        ({"out_indices": 3}, "PoodleConfig.out_indices must be integers"),
+        ({"semantic_loss_ignore_index": "a"}, "semantic_loss_ignore_index must be an integer, got 'a'"),
+        ({"semantic_loss_ignore_index": None}, "semantic_loss_ignore_index must be an integer, got None"),
+        ({"semantic_loss_ignore_index": 1.5}, "semantic_loss_ignore_index must be an integer, got 1.5"),
+        ({"num_labels": -1}, "PoodleConfig.num_labels must be an integer of at least 0, got -1"),
+        ({"num_labels": "x"}, "PoodleConfig.num_labels must be an integer of at least 0, got 'x'"),
+        ({"num_labels": None}, "PoodleConfig.num_labels must be an integer of at least 0, got None"),
+        ({"id2label": 3}, "PoodleConfig.id2label must be a mapping, a name for each number, got 3"),
+        (
+            {"id2label": {"road": 0}},
+            "PoodleConfig.id2label must be a mapping, a name for each number, got {'road': 0}",
+        ),
+        ({"label2id": ["road"]}, "PoodleConfig.label2id must be a mapping, a number for each name, got .'road'"),
     ],
     ids=str,
 )
@@ -355,6 +375,27 @@ def test_a_timm_encoder_may_come_as_its_config():
     images = torch.randn(1, 3, 64, 96)
     features = model(images).last_hidden_state
     assert features.shape == (1, 512, 8, 12) and torch.equal(features, twin(images).last_hidden_state)
+
+
+def test_a_bottleneck_without_channels_is_refused():
+    assert PoodleModel(config(decoder_reduction=64)).decoder[0].conv1.out_channels == 1
+    with pytest.raises(ValueError, match="PoodleConfig.decoder_reduction must be at most 64, the channels .*, got 65"):
+        PoodleModel(config(decoder_reduction=65))
+    PoodleModel(config(decoder_reduction=65, decoder_top_down=False))
+    PoodleModel(config(decoder_reduction=65, num_decoder_blocks=0))
+
+
+def test_stages_are_looked_at_when_they_are_set_later(tmp_path):
+    changed = config(
+        out_indices=(2, -1), id2label={"0": "road", 1: "sky"}, num_labels=2, semantic_loss_ignore_index=-100
+    )
+    assert changed.out_features == ["stage2", "decoder"] and changed.id2label == {0: "road", 1: "sky"}
+    changed.out_features = ["stage1"]
+    with pytest.raises(ValueError, match="PoodleConfig.out_features must be some of"):
+        changed.out_features = []
+    changed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PoodleConfig.out_indices must be integers"):
+        PoodleConfig.from_pretrained(tmp_path, out_indices=["a"])
 
 
 @pytest.mark.parametrize("model_type", [*sorted({*MODEL_FOR_BACKBONE_MAPPING_NAMES} - {"tipsv2"}), *PLAIN_VITS])
