@@ -226,7 +226,10 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
         available = len(self._encoder_stages()) - 1
         if self.decoder_laterals and self.num_decoder_blocks > available:
-            refuse("num_decoder_blocks", f"at most {available}: each lateral needs an earlier stage of the encoder")
+            expected = f"at most {available}: each lateral needs an earlier stage of the encoder"
+            if self.backbone_config.model_type == "timm_backbone":
+                expected += " (a backbone_config with out_indices: [1, 2, 3, 4] has four)"
+            refuse("num_decoder_blocks", expected)
 
     def _encoder_stages(self) -> list[str]:
         """The encoder's stages a decoder may read, earliest first."""

@@ -53,20 +53,21 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     return model
 
 
-def load_encoder(name: str, weights: bool = True) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """
     Config and state dict of a pretrained encoder, named as `PoodleModel.encoder` names its parameters.
 
     Args:
         name: id on the Hub or local folder of any backbone that `AutoBackbone` builds or of a plain ViT; `timm/NAME` for timm's.
         weights: False reads the config alone; the state dict is empty.
+        timm_stages: the last ones, which a network of timm's returns; it has to be built for them. A decoder reads several.
 
     Raises:
         ValueError: nothing there, or no encoder with spatial features.
     """
     try:
         if name.startswith("timm/") and not Path(name).exists():
-            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"))
+            config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), out_indices=list(range(-timm_stages, 0)))
             encoder = AutoBackbone.from_config(config, trust_remote_code=False)
             if weights:
                 # transformers builds timm's networks at random, whatever its config says of pretraining.

@@ -333,6 +333,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indeces": [1, 2, 3, 4]}},
             "TimmBackboneConfig has no field 'out_indeces'. Did you mean 'out_indices'[?]",
         ),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18"}},
+            r"num_decoder_blocks must be at most 0: .* \(a backbone_config with out_indices: \[1, 2, 3, 4\] has four\), got 2",
+        ),
+        (
+            {"backbone_config": TimmBackboneConfig(backbone="resnet18", out_indices=[3, 4])},
+            r"num_decoder_blocks must be at most 1: .* out_indices: \[1, 2, 3, 4\] has four\), got 2",
+        ),
         ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
         ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
         (

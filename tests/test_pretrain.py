@@ -14,6 +14,7 @@ from small_runs import MODEL, RESNET, flags, train
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from modeling_poodle import PoodleForPreTraining, PoodleModel
+from modeling_poodle.loading_poodle import from_pretrained_whole
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
 from training.pretrain import main
@@ -154,6 +155,31 @@ def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
     AcceleratorState._reset_state(True)
     with pytest.raises(ValueError, match="init_encoder"):
         train(drives, tmp_path / "other", "--init_encoder", str(tmp_path / "convnext"), model=heads, steps=1)
+
+
+def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, monkeypatch):
+    """All four stages of a network whose weights a download would bring."""
+    timm = pytest.importorskip("timm")
+    original = timm.create_model
+    brought = {key: value.clone() for key, value in original("resnet18", features_only=True).state_dict().items()}
+
+    def create(name, pretrained=False, **kwargs):
+        model = original(name, pretrained=False, **kwargs)
+        if pretrained:
+            model.load_state_dict(brought)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
+    more = ("--init_encoder", "timm/resnet18", "--teacher_momentum", "1.0")
+    lines = train(drives, tmp_path, *more, model=heads, steps=1)
+    assert lines[-1]["loss"] > 0
+    model = from_pretrained_whole(PoodleModel, str(tmp_path / "model")).eval()  # the teacher, which stood still
+    assert model.config.stage_names == ["stage1", "stage2", "stage3", "stage4", "decoder"]
+    assert model(torch.rand(1, 3, 64, 128)).last_hidden_state.shape == (1, 512, 8, 16)
+    state = model.encoder._backbone.state_dict()
+    weights = [name for name in brought if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert weights and all(torch.equal(brought[name], state[name]) for name in weights)
 
 
 def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):

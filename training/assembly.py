@@ -73,7 +73,7 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     config, weights = recipe.poodle_config(), None
     if recipe.init_encoder is not None:
         try:
-            encoder_config, weights = load_encoder(recipe.init_encoder)
+            encoder_config, weights = load_encoder(recipe.init_encoder, timm_stages=4)
         except ValueError as error:
             raise ValueError(f"init_encoder {error}") from error
         if "backbone_config" not in recipe.model:
