@@ -79,6 +79,8 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
                 encoder._backbone.load_state_dict(pretrained.state_dict())
             return config, encoder.state_dict()
         config = read_config(name)
+        if config.model_type == "poodle":
+            raise ValueError("it is a PooDLe model, with a decoder; give its plain encoder (a run's encoder/)")
         with torch.device("meta"):  # what it is, without memory for its weights
             encoder_class = type(auto_class(config).from_config(config, trust_remote_code=False))
         if not weights:

@@ -30,6 +30,7 @@ from evaluation.encoders import Encoder, build
 from evaluation.readouts import UperNetReadout
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+from modeling_poodle.loading_poodle import load_encoder
 from training.checkpoints import write_folders
 
 # --- encoders ---
@@ -265,3 +266,10 @@ def test_wrong_models_are_named(tmp_path, poodle):
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is no encoder that can be loaded"):
         build(str(tmp_path / "bert"), 3)
+
+
+def test_a_model_with_a_decoder_is_no_encoder_to_start_from(poodle):
+    with pytest.raises(
+        ValueError, match=r"it is a PooDLe model, with a decoder; give its plain encoder \(a run's encoder/\)"
+    ):
+        load_encoder(str(poodle / "model"))
