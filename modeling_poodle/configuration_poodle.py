@@ -170,7 +170,6 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
-        _check_labels({"id2label": self.id2label, "label2id": self.label2id, **kwargs})
         self.backbone_config = _as_backbone_config(self.backbone_config, saved=self.transformers_version is not None)
         self._check_values()
         super().__post_init__(**kwargs)
@@ -181,6 +180,12 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         if out_features is None and out_indices is None:
             out_features = [self.stage_names[-1]]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here, for some versions of transformers look at the types of their own fields as these are set, with errors of another kind.
+        if name in ("id2label", "label2id", "num_labels"):
+            _check_labels(name, value)
+        super().__setattr__(name, value)
 
     def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None) -> None:
         if out_features is not None and not out_features:
@@ -273,19 +278,17 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_labels(values: Mapping[str, Any]) -> None:
-    """Those of the fields of transformers' own that a readout is built of."""
-
-    def refuse(name: str, expected: str) -> None:
-        raise ValueError(f"PoodleConfig.{name} must be {expected}, got {reprlib.repr(values[name])}")
-
-    count, names, numbers = values.get("num_labels", 0), values["id2label"], values["label2id"]
-    if not _is_int(count) or count < 0:
-        refuse("num_labels", "an integer of at least 0")
-    if names is not None and not (isinstance(names, dict) and all(re.fullmatch(r"-?\d+", str(key)) for key in names)):
-        refuse("id2label", "a mapping, a name for each number")
-    if numbers is not None and not isinstance(numbers, dict):
-        refuse("label2id", "a mapping, a number for each name")
+def _check_labels(name: str, value: Any) -> None:
+    """Of those of transformers' own fields that a readout is built of."""
+    if name == "num_labels":
+        fits, expected = _is_int(value) and value >= 0, "an integer of at least 0"
+    elif name == "id2label":
+        fits = value is None or isinstance(value, dict) and all(re.fullmatch(r"-?\d+", str(key)) for key in value)
+        expected = "a mapping, a name for each number"
+    else:
+        fits, expected = value is None or isinstance(value, dict), "a mapping, a number for each name"
+    if not fits:
+        raise ValueError(f"PoodleConfig.{name} must be {expected}, got {reprlib.repr(value)}")
 
 
 def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:

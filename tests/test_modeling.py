@@ -393,9 +393,9 @@ def test_a_bottleneck_without_channels_is_refused():
     PoodleModel(config(decoder_reduction=65, num_decoder_blocks=0))
 
 
-def test_stages_are_looked_at_when_they_are_set_later(tmp_path):
+def test_stages_and_labels_are_looked_at_when_they_are_set_later(tmp_path):
     changed = config(
-        out_indices=(2, -1), id2label={"0": "road", 1: "sky"}, num_labels=2, semantic_loss_ignore_index=-100
+        out_indices=(2, -1), id2label={"0": "road", "1": "sky"}, num_labels=2, semantic_loss_ignore_index=-100
     )
     assert changed.out_features == ["stage2", "decoder"] and changed.id2label == {0: "road", 1: "sky"}
     changed.out_features = ["stage1"]
@@ -404,6 +404,9 @@ def test_stages_are_looked_at_when_they_are_set_later(tmp_path):
     changed.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="PoodleConfig.out_indices must be integers"):
         PoodleConfig.from_pretrained(tmp_path, out_indices=["a"])
+    with pytest.raises(ValueError, match="PoodleConfig.num_labels must be an integer of at least 0, got -1"):
+        PoodleConfig.from_pretrained(tmp_path, num_labels=-1)
+    assert PoodleConfig.from_pretrained(tmp_path, num_labels=3).id2label[2] == "LABEL_2"
 
 
 @pytest.mark.parametrize("model_type", [*sorted({*MODEL_FOR_BACKBONE_MAPPING_NAMES} - {"tipsv2"}), *PLAIN_VITS])
