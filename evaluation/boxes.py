@@ -23,7 +23,8 @@ BDD100K_RENAMED = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcyc
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 BDD100K_SIZE = (720, 1280)  # of all its images, which its labels do not say
 ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
-THIN = 1e-3  # pixels; a box of less is lost to float32 in images of up to 8192 pixels when it is flipped or resized, if not before
+# Pixels; a box of less is lost to float32 in images of up to 8192 pixels when it is flipped or resized, if not before.
+THIN = 1e-3
 
 _LAYOUTS = {
     **dict.fromkeys(STREETS, "Expected: what `python -m training.street --labelled` writes."),
@@ -120,8 +121,8 @@ def _read_json(path: Path, name: str):
 
 def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple], flat: list[str]) -> BoxExample:
     """
-    An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the border. Where those
-    were found that then have no width or height, and are left out, is added to `flat`.
+    An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the
+    border. Where those were found that then have no width or height, and are left out, is added to `flat`.
     """
     height, width = size
     kept, boxes, areas = [], [], []

@@ -98,8 +98,8 @@ class LabelledImages:
 
     def check(self) -> None:
         """
-        Read the first and last example of each split, and the sizes of all that are files, before anything costly; and look for a
-        labelled pixel to learn from.
+        Read the first and last example of each split, and the sizes of all that are files, before anything costly; and
+        look for a labelled pixel to learn from.
         """
         for split in (self.train, self.test):
             for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():

@@ -236,7 +236,7 @@ def _model_type(source: str) -> str | None:
 
 
 def _is_encoder_of_poodle(source: str) -> bool:
-    """Whether it is the `encoder/` that is exported beside a PooDLe `model/`: a plain encoder by its own config, but one that PooDLe trained."""
+    """Whether it is the `encoder/` exported beside a PooDLe `model/`: any encoder by its config, but trained by PooDLe."""
     folder = Path(source).resolve()
     model = folder.with_name("model")
     if folder.name != "encoder" or not folder.is_dir() or not (model / "config.json").is_file():

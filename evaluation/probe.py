@@ -43,8 +43,8 @@ class Probe:
 
     def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:
         """
-        Measure `model`, of several processes that of the first, which is the one that is exported. It is left in the mode it was in; no
-        random state of the run is touched.
+        Measure `model`, of several processes that of the first, which is the one that is exported. It is left in the
+        mode it was in; no random state of the run is touched.
 
         Returns:
             miou, accuracy, and the mean IoU of each group of classes that occurs, all 0 to 1.
@@ -73,8 +73,9 @@ class Probe:
 
 def of_first_process(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
-    `model` with the buffers of the first process. On CPUs each process has BatchNorm statistics of its own, and each measures a share of
-    the test images. Its own buffers stay as they are; the parameters, which all processes have alike, are shared and not copied.
+    `model` with the buffers of the first process. On CPUs each process has BatchNorm statistics of its own, and each
+    measures a share of the test images. Its own buffers stay as they are; the parameters, which all processes have
+    alike, are shared and not copied.
     """
     if accelerator.num_processes == 1:
         return model

@@ -135,7 +135,7 @@ class LinearReadout(nn.Module):
         }
 
     def forward(self, features: list[Tensor], points: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of the bilinearly upsampled logits at the points; a mean over the batch's labelled pixels, 0 without any."""
+        """Cross entropy of the bilinearly upsampled logits at the points; a mean over the labelled ones, 0 without any."""
         sampled = []
         for feature, where in zip(features, points):
             logits = self.classifier(feature[None])
@@ -234,8 +234,8 @@ def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tens
 
 class UperNetReadout(nn.Module):
     """
-    transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without a labelled
-    pixel has the loss 0.
+    transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without
+    a labelled pixel has the loss 0.
     """
 
     trains_encoder = True
@@ -295,10 +295,10 @@ class UperNetReadout(nn.Module):
         return {"pixel_values": torch.stack(images), "labels": torch.stack(labels), "seed": seed}
 
     def forward(self, pixel_values: Tensor, labels: Tensor, seed: int) -> Tensor:
-        # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit goes on bit for
-        # bit.
+        # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit
+        # goes on bit for bit.
         torch.manual_seed(seed)
-        # The model's own mean over no pixel would be 0/0; of any labels instead it is a number, which then counts nothing.
+        # The model's own mean over no pixel would be 0/0; of any labels instead it is a number, which counts nothing.
         labelled = (labels != IGNORE).any()
         loss = self.model(pixel_values=pixel_values, labels=torch.where(labelled, labels, 0)).loss
         return loss * labelled

@@ -6,8 +6,8 @@ from pathlib import Path
 
 def files_below(folder: Path) -> list[Path]:
     """
-    All files below a folder, also those in folders that are linked there; sorted. Each folder counts once, by its own path rather than a
-    link's, and a link to a folder around this one leads nowhere: a walk ends, and finds no file twice.
+    All files below a folder, also those in folders that are linked there; sorted. Each folder counts once, by its own
+    path rather than a link's, and a link to a folder around this one leads nowhere: a walk ends, in a circle too.
     """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     found, roots = [], [str(folder)]

@@ -39,8 +39,8 @@ from training.checkpoints import write_folders
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
     """
-    Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with, and by the readouts
-    that rebuild the encoder.
+    Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with, and by
+    the readouts that rebuild the encoder.
     """
     resnet = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
     resnet.save_pretrained(tmp_path / "half")

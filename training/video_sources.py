@@ -40,8 +40,8 @@ EXTENSIONS = (
 
 def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     """
-    Expand files, folders (recursive, linked ones too), globs, URLs, data sets on the Hub (`org/name`, `hf://datasets/org/name/...`) and tars (one entry
-    a video inside) to a sorted list.
+    Expand files, folders (recursive, linked ones too), globs, URLs, data sets on the Hub (`org/name`,
+    `hf://datasets/org/name/...`) and tars (one entry a video inside) to a sorted list.
 
     Args:
         pins: JSON file with the commit of each data set on the Hub: read where it is there, so that a resumed run sees the bytes that

@@ -69,7 +69,7 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
 
 
 def not_measured(tables: Mapping[str, Mapping[str, list[dict]]], seeds: int) -> list[str]:
-    """The variants that lack entries, of measures by variant: once where they lack as many in each measure, else with each that does."""
+    """The variants that lack entries: once where they lack as many in each measure, else with each measure that does."""
     missing = []
     for variant in next(iter(tables.values())):
         counts = {measure: len(table[variant]) for measure, table in tables.items()}
