@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from evaluation.data import FORMATS, IMAGES, UNREADABLE
 from evaluation.encoders import Encoder
+from modeling_poodle.folders import files_below
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
@@ -64,7 +65,7 @@ def list_media(source: str | None) -> list[tuple[str, str]]:
         return [(root.name, str(root))]
     if not root.is_dir():
         raise ValueError(f"images {source}: no such file or folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in (*IMAGES, *VIDEOS) and not p.name.startswith("."))
+    files = [p for p in files_below(root) if p.suffix.lower() in (*IMAGES, *VIDEOS) and not p.name.startswith(".")]
     if not files:
         raise ValueError(f"images {source}: no picture or video below it, expected {', '.join((*IMAGES, *VIDEOS))}")
     return [(p.relative_to(root).as_posix(), str(p)) for p in files[:MAX_FILES]]

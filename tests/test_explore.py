@@ -107,6 +107,10 @@ def test_media_of_a_folder(tmp_path, video):
         Image.fromarray(grey(0)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("")
     assert list_media(str(tmp_path)) == [("a/c.JPG", str(tmp_path / "a/c.JPG")), ("b.png", str(tmp_path / "b.png"))]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "a")
+    linked = [("link/c.JPG", str(tmp_path / "elsewhere/link/c.JPG"))]
+    assert list_media(str(tmp_path / "elsewhere")) == linked
     assert list_media(str(video)) == [("levels.mp4", str(video))] and list_media(None) == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no picture or video below it, expected .jpg"):
