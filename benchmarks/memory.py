@@ -3,6 +3,7 @@ Memory over time: batches of the loader, and training steps. Flat is what is wan
 
     python benchmarks/memory.py                              # 2,000 batches, 500 steps, the street
     python benchmarks/memory.py --batches 200 --steps 50
+    python benchmarks/memory.py --batches 0                  # the steps alone, on a GPU, without PyAV and datasets
 
 Takes any flag of training/pretrain.py. The loader runs in this process (its workers do the same), each part in a process of its own. Growth is
 the resident memory at the end over that after the first tenth.
@@ -20,9 +21,6 @@ import torch
 from benchmarks.common import OurStep, benchmark_parser, memory_bytes, print_table, write_json
 from training.flow import build_flow
 from training.recipe import Recipe, parse_recipe
-from training.street import street_videos
-from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling
 
 MARKS = 10
 
@@ -38,6 +36,11 @@ def watch(act, count: int, device: torch.device) -> list[float]:
 
 
 def watch_loader(recipe: Recipe, count: int) -> list[float]:
+    # Here alone: a machine without PyAV and datasets can still watch the steps.
+    from training.street import street_videos
+    from training.video_sources import find_videos
+    from training.video_stream import PairLoader, PairSampling
+
     paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
     pair_flow, _ = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
     torch.set_num_threads(1)
@@ -58,11 +61,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=500)
     options, flags = parser.parse_known_args()
-    if min(options.batches, options.steps) < MARKS:
-        parser.error(f"--batches and --steps must be at least {MARKS}, got {options.batches} and {options.steps}")
+    if (
+        any(0 < count < MARKS or count < 0 for count in (options.batches, options.steps))
+        or options.batches + options.steps == 0
+    ):
+        parser.error(
+            f"--batches and --steps must be at least {MARKS}, or one 0, got {options.batches} and {options.steps}"
+        )
     recipe = parse_recipe(flags)
     rows = []
-    for name, function, count in (("batches", watch_loader, options.batches), ("steps", watch_steps, options.steps)):
+    parts = (("batches", watch_loader, options.batches), ("steps", watch_steps, options.steps))
+    for name, function, count in (part for part in parts if part[2]):
         with multiprocessing.get_context("fork").Pool(1) as pool:
             held = pool.apply(function, (recipe, count))
         growth = 100 * (held[-1] / held[0] - 1)

@@ -243,6 +243,8 @@ class UperNetReadout(nn.Module):
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
         self.encoder_info, self.data, self.recipe = (encoder,), data, recipe
+        if len(data.classes) < 2:
+            raise ValueError(f"readout upernet needs at least 2 classes, {data.name} has {len(data.classes)}")
         try:
             config = four_stages(encoder.model.config.backbone_config)
         except ValueError as error:

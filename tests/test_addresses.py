@@ -15,12 +15,11 @@ from loopback import FileHandler, FileServer, serve
 from small_runs import flags, metrics
 
 from training import flow_writer
-from training.addresses import public_url, without_secrets
+from training.addresses import public_url, video_name, without_secrets
 from training.flow_files import FlowFiles
 from training.pretrain import main
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint
-from training.video_files import video_name
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos
 

@@ -267,6 +267,8 @@ def test_upernet_reads_four_stages_and_trains_all_that_they_depend_on(shapes, tm
     assert all(p.grad is not None for p in readout.trained())
     frozen = [name for name, p in readout.named_parameters() if not p.requires_grad]
     assert all("norm" in name for name in frozen) and bool(frozen) == (kind == "swin")
+    with pytest.raises(ValueError, match="readout upernet needs at least 2 classes, folder has 1"):
+        UperNetReadout(encoder, dataclasses.replace(data, classes=data.classes[:1]), recipe(crop_size=[64, 96]))
 
 
 @pytest.mark.parametrize("kind", ["resnet", "swin"])

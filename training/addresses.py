@@ -1,4 +1,4 @@
-"""URLs as logs, errors and files may show them: without user, password and query, which can be secrets."""
+"""Names and URLs of videos as logs, errors and files may show them: without user, password and query, which can be secrets."""
 
 import re
 
@@ -8,6 +8,30 @@ _URL = re.compile(
     re.DOTALL,
 )
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
+
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# A video in a tar, as TAR::OFFSET:SIZE:NAME. The name is the tar's word: it is only shown, and nothing in it is taken for a path, an offset or
+# an address.
+MEMBER = re.compile(r"((?=https?://).*?\.tar(?:\?.*?)?|.*?\.tar)::(\d+):(\d+):", re.DOTALL)
+
+
+def printable(text: str) -> str:
+    """A name or a reason for logs and errors, of one line: what files are called is the word of those who made them."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def is_remote(source: str) -> bool:
+    return _REMOTE.match(source) is not None
+
+
+def video_name(source: str) -> str:
+    """
+    What a video is called where it is shown, kept or compared, and what its pairs are drawn by: its path, and of a URL [`public_url`], so
+    that a signature is in no file and a new one changes no pair.
+    """
+    member = MEMBER.match(source)
+    return public_url(member[1]) + source[member.end(1) :] if member else public_url(source)
 
 
 def public_url(source: str) -> str:

@@ -4,8 +4,9 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 
+from training.addresses import printable, video_name
 from training.video_decoding import UnreadableVideo, VideoIndex, index_video
-from training.video_files import printable, time_limit, video_name
+from training.video_files import time_limit
 
 
 def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:

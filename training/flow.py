@@ -21,11 +21,10 @@ from torchvision.utils import flow_to_image
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
 from modeling_poodle.recipe_files import nearest
-from training.flow_files import FlowFiles
+from training.addresses import printable, video_name
 from training.raft import GatedUnit, correlation_pyramid, look_up
 from training.recipe import FLOWS
 from training.street import Street
-from training.video_files import printable, video_name
 
 
 class DisFlow:
@@ -282,6 +281,9 @@ def build_flow(
     if name == "exact":
         return ExactFlow(), None
     if name == "precomputed":
+        # Here alone, for with it come PyAV and datasets: other estimators, and the step itself, need neither.
+        from training.flow_files import FlowFiles
+
         return FlowFiles(folder), None
     if name in ("raft_large", "raft_small"):
         return None, RaftFlow(name, weights, num_updates)

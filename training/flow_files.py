@@ -25,10 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from training.addresses import is_remote, video_name
 from training.first_look import indices_apart
 from training.schedules import count_steps
-from training.video_decoding import UnreadableVideo, is_remote
-from training.video_files import video_name
+from training.video_decoding import UnreadableVideo
 from training.video_stream import PairLoader, PairSampling, plan_pairs
 
 FORMAT = "poodle-flow-1"

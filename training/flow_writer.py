@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from training.addresses import without_secrets
+from training.addresses import printable, video_name, without_secrets
 from training.assembly import make_accelerator
 from training.flow import build_flow
 from training.flow_files import (
@@ -40,7 +40,6 @@ from training.flow_files import (
 from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, parse_recipe
 from training.video_decoding import UnreadableVideo
-from training.video_files import printable, video_name
 from training.video_stream import PairSampling, start_worker, video_pairs
 
 logger = logging.getLogger("poodle")

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.video_files import printable
+from training.addresses import printable
 
 logger = logging.getLogger("poodle")
 SKIPS_ALLOWED = 10  # updates running

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.recipe_files import run_script
-from training.addresses import public_value
+from training.addresses import public_value, video_name
 from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
@@ -51,7 +51,6 @@ from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
-from training.video_files import video_name
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos
 from training.views import model_inputs

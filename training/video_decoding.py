@@ -14,7 +14,8 @@ import av.error
 import av.filter
 import numpy as np
 
-from training.video_files import MAX_PIXELS, Deadline, UnreadableVideo, is_remote, open_video, words
+from training.addresses import is_remote
+from training.video_files import MAX_PIXELS, Deadline, UnreadableVideo, open_video, words
 
 MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
 # Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.

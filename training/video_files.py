@@ -5,7 +5,6 @@ import io
 import logging
 import math
 import os
-import re
 import threading
 import time
 
@@ -14,7 +13,7 @@ import av.error
 import fsspec
 import torch
 
-from training.addresses import public_url, without_secrets
+from training.addresses import MEMBER, is_remote, printable, without_secrets
 from training.mov_tables import index_entries
 
 logger = logging.getLogger("poodle")
@@ -38,10 +37,6 @@ ATTEMPTS = 5
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
 # Containers of videos alone: FFmpeg also reads playlists and scripts, which name other files and addresses to open.
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
-
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# The name of a member is its tar's word: it is only shown, and nothing in it is taken for a path, an offset or an address.
-_MEMBER = re.compile(r"((?=https?://).*?\.tar(?:\?.*?)?|.*?\.tar)::(\d+):(\d+):", re.DOTALL)
 
 
 class UnreadableVideo(ValueError):
@@ -72,30 +67,12 @@ def time_limit(source: str) -> float:
     """Seconds that one opening of a video may take."""
     if is_remote(source):
         return REMOTE_SECONDS
-    member = _MEMBER.match(source)
+    member = MEMBER.match(source)
     size = int(member[3]) if member else 0
     if not member:
         with contextlib.suppress(OSError):  # what is not there is found out on opening
             size = os.path.getsize(source)
     return SECONDS + size / BYTES_PER_SECOND
-
-
-def printable(text: str) -> str:
-    """A name or a reason for logs and errors, of one line: what files are called is the word of those who made them."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def is_remote(source: str) -> bool:
-    return _REMOTE.match(source) is not None
-
-
-def video_name(source: str) -> str:
-    """
-    What a video is called where it is shown, kept or compared, and what its pairs are drawn by: its path, and of a URL [`public_url`], so
-    that a signature is in no file and a new one changes no pair.
-    """
-    member = _MEMBER.match(source)
-    return public_url(member[1]) + source[member.end(1) :] if member else public_url(source)
 
 
 class _Seekable(io.RawIOBase):
@@ -219,7 +196,7 @@ def open_video(source: str):
     """
     with contextlib.ExitStack() as stack:
         try:
-            member = _MEMBER.match(source)
+            member = MEMBER.match(source)
             path = member[1] if member else source
             deadline = Deadline(time_limit(source))
             if is_remote(path):

@@ -22,9 +22,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from training.addresses import printable, video_name
 from training.first_look import indices_apart, patience
 from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
-from training.video_files import ended_if_stuck, printable, video_name
+from training.video_files import ended_if_stuck
 
 OPENINGS_PER_SPAN = 2048
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
