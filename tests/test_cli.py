@@ -135,7 +135,10 @@ def kill_run(output_dir) -> None:
             continue
 
 
-@pytest.mark.parametrize(("moment", "processes"), [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2)])
+@pytest.mark.parametrize(
+    ("moment", "processes"),
+    [("step", 1), ("checkpoint", 1), pytest.param("step", 2, marks=pytest.mark.long), ("checkpoint", 2)],
+)
 def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
     """
     SIGKILL in the middle of a step after the first checkpoint, and while the second is being written. One process is started without

@@ -5,11 +5,14 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from evaluation.segment import main as segment
 from evaluation.studies import __main__ as script
 from evaluation.studies import study as studies
 from evaluation.studies.report import command_section, markdown, not_measured, page, plot, plot_scatter, spread
 from evaluation.studies.study import Study, changed, expanded, measured_key, names, read_results, results_of
+from training.pretrain import main as pretrain
 from training.recipe import Recipe
 from training.street_files import write_videos
 
@@ -155,7 +158,19 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
         TINY.replace("VIDEOS", str(tmp_path / "drives")).replace("SHAPES", str(shapes))
     )
     arguments = ["tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    begun, launch = [], script.launch
+
+    def launch_once(words, log):
+        """Each script once as a study starts it, then in this process: to start one takes longer than what it does here."""
+        begun.append(words[0])
+        if begun.count(words[0]) == 1:
+            return launch(words, log)
+        AcceleratorState._reset_state(True)
+        return {"training/pretrain.py": pretrain, "evaluation/segment.py": segment}[words[0]](words[1:])
+
+    monkeypatch.setattr(script, "launch", launch_once)
     script.main(arguments)
+    assert {"training/pretrain.py", "evaluation/segment.py"} == set(begun)
     entries = read_results(tmp_path / "results")
     by_variant = {entry["variant"]: entry for entry in entries.values()}
     assert set(by_variant) == {"untrained", "trained"} and "pretraining" not in by_variant["untrained"]
