@@ -78,11 +78,15 @@ def test_frames_times_and_colours_of_every_kind(clips, name):
 @pytest.mark.parametrize(
     "name", ["h264.mp4", "h264_fragments.mp4", "hevc.mp4", "av1.mp4", "prores.mov", "mpeg4_b_frames.mp4"]
 )
-def test_a_movie_is_opened_without_decoding_unless_its_header_has_no_size(clips, name):
+def test_a_movie_is_opened_without_decoding_unless_its_header_has_no_size(clips, monkeypatch, name):
+    asked, opened = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **how: asked.append(how["options"]) or opened(*args, **how))
     with video_files.open_video(str(clips[name])) as (container, _, _):
         context = container.streams.video[0].codec_context
         assert (context.height, context.width) == BY_NAME[name].size
-        assert (context.pix_fmt is None) == (name != "mpeg4_b_frames.mp4")  # FFmpeg knows it from a frame alone
+    # FFmpeg knows the size of MPEG-4 Part 2 from a frame alone.
+    decoders = [options.get("codec_whitelist") for options in asked]
+    assert decoders == (["none", None] if name == "mpeg4_b_frames.mp4" else ["none"])
 
 
 @pytest.mark.parametrize("name", WITHOUT_TIMES)
