@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetModel
 
-from evaluation.data import IGNORE, LabelledImages, load_dataset
+from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fit
+from evaluation.labelled_images import IGNORE, LabelledImages
 from evaluation.outputs import make_accelerator
 from evaluation.readouts import LinearReadout, upsample
 from evaluation.recipe import EvaluationRecipe

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.data import STREETS, _spread, read_image, street_folder, within
+from evaluation.data import STREETS, street_folder, within
+from evaluation.labelled_images import read_image, spread
 
 logger = logging.getLogger("poodle")
 BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
@@ -87,7 +88,7 @@ class BoxImages:
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "BoxImages":
         """The same with fewer images, spread evenly over each split."""
         return dataclasses.replace(
-            self, train=_spread(self.train, max_train_images), test=_spread(self.test, max_test_images)
+            self, train=spread(self.train, max_train_images), test=spread(self.test, max_test_images)
         )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from evaluation.data import LabelledImages
+from evaluation.labelled_images import LabelledImages
 from evaluation.metrics import MeanIoU, confusion_matrix, scores
 
 

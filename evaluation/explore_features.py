@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.data import FORMATS, IMAGES, UNREADABLE
 from evaluation.encoders import Encoder
+from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE
 from modeling_poodle.folders import files_below
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.data import read_image
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
+from evaluation.labelled_images import read_image
 from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance, write_aside
 from evaluation.recipe import RECIPES
 from evaluation.report import page, palette, percent, picture

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
-from evaluation.data import IGNORE, Example, LabelledImages
 from evaluation.encoders import Encoder, four_stages, freeze_idle
+from evaluation.labelled_images import IGNORE, Example, LabelledImages
 from evaluation.recipe import EvaluationRecipe
 
 logger = logging.getLogger("poodle")

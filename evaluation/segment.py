@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from evaluation.data import LabelledImages, load_dataset
+from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fingerprint, fit
+from evaluation.labelled_images import LabelledImages
 from evaluation.outputs import check_output_dir, make_accelerator, measure_all, provenance, save_aside
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from evaluation.data import STREETS, file_size, read_label, render_street, street_place, within
+from evaluation.data import STREETS, render_street, street_place, within
+from evaluation.labelled_images import file_size, read_label
 
 VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from evaluation.boxes import BoxExample, BoxImages
-from evaluation.data import Example, LabelledImages
 from evaluation.detection import DetectionReadout, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.encoders import Encoder, build
+from evaluation.labelled_images import Example, LabelledImages
 from evaluation.readouts import UperNetReadout
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel

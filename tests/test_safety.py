@@ -22,12 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NA
 
 from evaluation import propagate, report
 from evaluation.boxes import load_boxes
-from evaluation.data import file_size, read_image, read_label
 from evaluation.detection import load_detector
 from evaluation.detection_report import write_detection_html
 from evaluation.encoders import build
 from evaluation.explore_features import read_clip
 from evaluation.explore_views import Readout
+from evaluation.labelled_images import file_size, read_image, read_label
 from evaluation.outputs import slug
 from evaluation.segment import main as segment
 from evaluation.video_masks import load_sequences

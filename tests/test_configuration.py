@@ -1,0 +1,166 @@
+"""What PoodleConfig takes, and what it refuses with the name of the field."""
+
+import json
+
+import pytest
+import torch
+from test_modeling import RESNET, VIT, config
+from transformers import AutoConfig, BertConfig, TimmBackboneConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+
+from modeling_poodle import PoodleConfig, PoodleModel
+from modeling_poodle.configuration_poodle import PLAIN_VITS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_decoder_block": 1}, "Did you mean 'num_decoder_blocks'"),
+        ({"num_decoder_blocks": -1}, "num_decoder_blocks must be an integer of at least 0"),
+        ({"num_decoder_blocks": 4}, "num_decoder_blocks must be at most 3"),
+        ({"decoder_laterals": 1}, "decoder_laterals must be true or false"),
+        ({"decoder_laterals": False, "decoder_top_down": False}, "decoder_top_down must be true where"),
+        ({"decoder_lateral_depth": 0}, "decoder_lateral_depth must be an integer of at least 1"),
+        ({"projection_size": 0}, "projection_size must be an integer of at least 1"),
+        ({"pooled_weight": -0.1}, "pooled_weight must be a finite number"),
+        ({"dense_weight": 0, "pooled_weight": 0}, "one objective must be left"),
+        ({"output_stride": 7}, "output_stride must be None, 8, 16 or 32"),
+        ({"backbone_config": {"depths": [1]}}, "must name its model_type"),
+        ({"backbone_config": {"model_type": "bert"}}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
+        ({"backbone_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is no backbone"),
+        ({"backbone_config": {"model_type": "segformer"}}, "'segformer' is no backbone"),
+        ({"backbone_config": BertConfig()}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
+        (
+            {"backbone_config": {**RESNET, "depthz": [1, 1, 1, 1]}},
+            "PoodleConfig.backbone_config: ResNetConfig has no field 'depthz'. Did you mean 'depths'[?]",
+        ),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indeces": [1, 2, 3, 4]}},
+            "TimmBackboneConfig has no field 'out_indeces'. Did you mean 'out_indices'[?]",
+        ),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18"}},
+            r"num_decoder_blocks must be at most 0: .* \(a backbone_config with out_indices: \[1, 2, 3, 4\] has four\), got 2",
+        ),
+        (
+            {"backbone_config": TimmBackboneConfig(backbone="resnet18", out_indices=[3, 4])},
+            r"num_decoder_blocks must be at most 1: .* out_indices: \[1, 2, 3, 4\] has four\), got 2",
+        ),
+        ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
+        ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
+        (
+            {"backbone_config": {**RESNET, "hidden_sizes": [8, 16, 32]}},
+            r"backbone_config.hidden_sizes must give a width for each of the 4 depths, got \[8, 16, 32\]",
+        ),
+        ({"out_features": ["stage9"]}, "stage9"),
+        ({"out_features": []}, r"PoodleConfig.out_features must be some of stem, stage1, .*, decoder, got \[\]"),
+        ({"out_indices": []}, r"PoodleConfig.out_indices must be integers that count stem, .* from 0, got \[\]"),
+        ({"out_indices": ["a"]}, r"PoodleConfig.out_indices must be integers that count stem, .* got \['a'\]"),
+        ({"out_indices": 3}, "PoodleConfig.out_indices must be integers"),
+        ({"semantic_loss_ignore_index": "a"}, "semantic_loss_ignore_index must be an integer, got 'a'"),
+        ({"semantic_loss_ignore_index": None}, "semantic_loss_ignore_index must be an integer, got None"),
+        ({"semantic_loss_ignore_index": 1.5}, "semantic_loss_ignore_index must be an integer, got 1.5"),
+        ({"num_labels": -1}, "PoodleConfig.num_labels must be an integer of at least 0, got -1"),
+        ({"num_labels": "x"}, "PoodleConfig.num_labels must be an integer of at least 0, got 'x'"),
+        ({"num_labels": None}, "PoodleConfig.num_labels must be an integer of at least 0, got None"),
+        ({"id2label": 3}, "PoodleConfig.id2label must be a mapping, a name for each number, got 3"),
+        (
+            {"id2label": {"road": 0}},
+            "PoodleConfig.id2label must be a mapping, a name for each number, got {'road': 0}",
+        ),
+        ({"label2id": ["road"]}, "PoodleConfig.label2id must be a mapping, a number for each name, got .'road'"),
+    ],
+    ids=str,
+)
+def test_config_refuses_wrong_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_a_timm_encoder_may_come_as_its_config():
+    pytest.importorskip("timm")
+    changes = {"backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    torch.manual_seed(0)
+    model = PoodleModel(config(backbone_config=TimmBackboneConfig(**changes))).eval()
+    twin = PoodleModel(config(backbone_config={"model_type": "timm_backbone", **changes})).eval()
+    assert model.config.to_dict() == twin.config.to_dict()
+    twin.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    features = model(images).last_hidden_state
+    assert features.shape == (1, 512, 8, 12) and torch.equal(features, twin(images).last_hidden_state)
+
+
+def test_a_bottleneck_without_channels_is_refused():
+    assert PoodleModel(config(decoder_reduction=64)).decoder[0].conv1.out_channels == 1
+    with pytest.raises(ValueError, match="PoodleConfig.decoder_reduction must be at most 64, the channels .*, got 65"):
+        PoodleModel(config(decoder_reduction=65))
+    PoodleModel(config(decoder_reduction=65, decoder_top_down=False))
+    PoodleModel(config(decoder_reduction=65, num_decoder_blocks=0))
+
+
+def test_stages_and_labels_are_looked_at_when_they_are_set_later(tmp_path):
+    changed = config(
+        out_indices=(2, -1), id2label={"0": "road", "1": "sky"}, num_labels=2, semantic_loss_ignore_index=-100
+    )
+    assert changed.out_features == ["stage2", "decoder"] and changed.id2label == {0: "road", 1: "sky"}
+    changed.out_features = ["stage1"]
+    with pytest.raises(ValueError, match="PoodleConfig.out_features must be some of"):
+        changed.out_features = []
+    changed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PoodleConfig.out_indices must be integers"):
+        PoodleConfig.from_pretrained(tmp_path, out_indices=["a"])
+    with pytest.raises(ValueError, match="PoodleConfig.num_labels must be an integer of at least 0, got -1"):
+        PoodleConfig.from_pretrained(tmp_path, num_labels=-1)
+    assert PoodleConfig.from_pretrained(tmp_path, num_labels=3).id2label[2] == "LABEL_2"
+
+
+@pytest.mark.parametrize("model_type", [*sorted({*MODEL_FOR_BACKBONE_MAPPING_NAMES} - {"tipsv2"}), *PLAIN_VITS])
+def test_configs_that_transformers_writes_are_taken(model_type):
+    """Whole, as JSON, and as another config holds them: without `transformers_version`. (The config of tipsv2 has no stages.)"""
+    backbone = AutoConfig.for_model(model_type)
+    for given in (backbone, backbone.to_dict(), json.loads(backbone.to_json_string())):
+        taken = PoodleConfig(backbone_config=given, num_decoder_blocks=0)
+        assert taken.backbone_config.to_dict() == backbone.to_dict()
+        assert PoodleConfig.from_dict(taken.to_dict()).to_dict() == taken.to_dict()
+        assert PoodleConfig(**json.loads(taken.to_json_string())).to_dict() == taken.to_dict()
+        if isinstance(given, dict):
+            del given["transformers_version"]
+            assert PoodleConfig(backbone_config=given, num_decoder_blocks=0).to_dict() == taken.to_dict()
+            with pytest.raises(ValueError, match=f"no field '{model_type}_'"):
+                PoodleConfig(backbone_config={**given, f"{model_type}_": 1}, num_decoder_blocks=0)
+
+
+def test_keys_of_other_versions_and_synonyms_are_taken(tmp_path):
+    """`path_norm` is in checkpoints of Swin, and no field; the others were in every config, or stand for fields."""
+    swin = {
+        "model_type": "swin",
+        "embed_dim": 8,
+        "num_attention_heads": [1] * 4,
+        "torch_dtype": "float32",
+        "num_labels": 3,
+    }
+    swin |= {
+        "output_attentions": False,
+        "pruned_heads": {},
+        "is_decoder": False,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+    }
+    assert PoodleConfig(backbone_config=swin).backbone_config.num_heads == [1] * 4
+    PoodleConfig(backbone_config={"model_type": "hiera", "num_layers": 4})
+    with pytest.raises(ValueError, match="SwinConfig has no field 'path_norm'"):
+        PoodleConfig(backbone_config={**swin, "path_norm": True})
+    (tmp_path / "config.json").write_text(json.dumps({**swin, "path_norm": True, "transformers_version": "4.16.0"}))
+    for _ in range(2):
+        read = PoodleConfig(backbone_config=AutoConfig.from_pretrained(tmp_path))
+        assert read.backbone_config.path_norm
+        read.save_pretrained(tmp_path / "poodle")
+        again = PoodleConfig.from_pretrained(tmp_path / "poodle")
+        assert again.to_dict() == read.to_dict()
+        again.backbone_config.save_pretrained(tmp_path)
+
+
+def test_config_round_trip(tmp_path):
+    original = config(num_decoder_blocks=1, out_features=["stage2", "decoder"])
+    original.save_pretrained(tmp_path)
+    assert PoodleConfig.from_pretrained(tmp_path).to_dict() == original.to_dict()
