@@ -111,6 +111,14 @@ def test_a_network_without_decoder_is_shown_and_measured_as_what_it_is(tmp_path,
     PoodleBackbone.from_pretrained(run / "model", out_features=said["out_features"])
 
 
+def test_a_card_names_the_last_stage_of_its_own_encoder(tmp_path):
+    vit = {"model_type": "dinov2", "hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = PoodleConfig(backbone_config={**vit, "out_indices": [2, 4, 6]}, decoder_reduction=2)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert 'out_features=["stage6", "decoder"]' in cards.converted_card("model", saved, "a.pth", "teacher")
+
+
 def test_a_folder_given_as_here_is_known_by_its_name(tmp_path, monkeypatch, poodle):
     shutil.copytree(poodle / "model", tmp_path / "run" / "readout")
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "org/other"}))

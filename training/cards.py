@@ -284,7 +284,7 @@ model = AutoModel.from_pretrained("ORG/NAME")""",
 
 # The code is in this repository; without trust_remote_code where the package modeling-poodle is installed and imported.
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage4", "decoder"], trust_remote_code=True)""",
+backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES, trust_remote_code=True)""",
     "flow": """import modeling_poodle  # of the package modeling-poodle; else trust_remote_code=True, the code is in this repository
 from transformers import AutoModel
 
@@ -311,8 +311,9 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 def _load(part: str, kind: str, config: dict) -> str:
     if part == "encoder" and kind in ("vit", "deit"):
         return _LOAD["plain vit"]
-    if part == "model" and not config["num_decoder_blocks"]:
-        return _LOAD[part].replace('["stage4", "decoder"]', '["stage4"]')
+    if part == "model":  # the last stage, and the decoder where there is one
+        features = config["stage_names"][-2 if config["num_decoder_blocks"] else -1 :]
+        return _LOAD[part].replace("FEATURES", json.dumps(features))
     return _LOAD[part]
 
 
