@@ -61,17 +61,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=500)
     options, flags = parser.parse_known_args()
-    if (
-        any(0 < count < MARKS or count < 0 for count in (options.batches, options.steps))
-        or options.batches + options.steps == 0
-    ):
+    parts = (("batches", watch_loader, options.batches), ("steps", watch_steps, options.steps))
+    asked = [part for part in parts if part[2]]
+    if not asked or any(count < MARKS for *_, count in asked):
         parser.error(
             f"--batches and --steps must be at least {MARKS}, or one 0, got {options.batches} and {options.steps}"
         )
     recipe = parse_recipe(flags)
     rows = []
-    parts = (("batches", watch_loader, options.batches), ("steps", watch_steps, options.steps))
-    for name, function, count in (part for part in parts if part[2]):
+    for name, function, count in asked:
         with multiprocessing.get_context("fork").Pool(1) as pool:
             held = pool.apply(function, (recipe, count))
         growth = 100 * (held[-1] / held[0] - 1)
