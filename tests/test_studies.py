@@ -151,7 +151,8 @@ plot: {kind: bars}
 """
 
 
-def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, shapes):
+def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, shapes, caplog):
+    caplog.set_level("INFO", "poodle")
     write_videos(tmp_path / "drives", num_videos=1, duration=1.5, fps=4, height=64, width=128, num_processes=1)
     monkeypatch.setattr(studies, "RECIPES", tmp_path)
     (tmp_path / "tiny.yaml").write_text(
@@ -187,7 +188,9 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     # Nothing is done again: without the launcher the second call changes nothing.
     monkeypatch.setattr(script, "launch", None)
     before = (tmp_path / "results/tiny.json").read_bytes()
+    assert "has been measured" not in caplog.text
     script.main(arguments)
+    assert f"tiny, budget cpu: all of it has been measured; the figures are in {tmp_path / 'results'}" in caplog.text
     assert (tmp_path / "results/tiny.json").read_bytes() == before
     plot(Study.read("tiny"), "cpu", entries, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m evaluation.studies", description=__doc__.strip().split("\n")[0])
     parser.add_argument("study", nargs="?", help=f"one of {', '.join(names())}")
     parser.add_argument("--report", action="store_true", help="write docs/results.md and its plots")
-    parser.add_argument("--budget", default="cpu", help="one of the recipe's budgets (cpu, gpu)")
+    parser.add_argument("--budget", default="cpu", help="one of the recipe's budgets (cpu, cpu_long, gpu, ...)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--measures", nargs="+", help="only these readouts, such as 'street, linear'")
@@ -91,7 +91,7 @@ def run_study(
         for name, measure in study.measures.items()
         if not measures or name in measures
     ]
-    done = read_results(results)
+    done, new = read_results(results), 0
     for run, measure in wanted:
         if measured_key(run, measure) not in done:
             # An unset variable, or a folder that is not there, is an error now and not after the hours of the others.
@@ -109,12 +109,16 @@ def run_study(
                 **run_command(expanded(words)),
             }
             record(study, results, key, entry)
+            new += 1
     for run, measure in wanted:
         key = measured_key(run, measure)
         known = read_results(results).get(key)
         if known is None or other_weights(run.variant, known, run.flow_words):
             model = pretrained(run, folder)
             record(study, results, key, measured(run, budget, measure, model, folder / "measured" / key))
+            new += 1
+    if not new:
+        logger.info("%s, budget %s: all of it has been measured; the figures are in %s", study.name, budget, results)
 
 
 def other_weights(name: str, known: dict, words: list[str]) -> bool:
