@@ -55,7 +55,7 @@ def summary(contender: Contender, rows: list[dict], pairs: int, exact_steps: int
     }
 
 
-def compare(recipe: Recipe, reference: bool, steps: int, warmup: int) -> dict:
+def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: bool = False) -> dict:
     kinds = {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}
     contenders = {name: Contender(make, recipe) for name, make in kinds.items()}
     about = contenders["ours"].ask("about")
@@ -64,6 +64,11 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int) -> dict:
     ceiling = max(before, contenders["ours"].ask("ceiling"))
     pairs = recipe.per_device_train_batch_size
     result = {name: summary(contenders[name], rows[name], pairs, min(5, steps)) for name in contenders}
+    if kernels:
+        seconds = contenders["ours"].ask("kernels", min(5, steps))
+        result["ours"]["kernels_ms"] = {name: 1000 * value for name, value in seconds.items()}
+        rate = result["ours"]["model_gflops_a_pair"] * pairs / 1000 / seconds["convolutions"]
+        result["ours"]["convolutions_tflops_per_second"] = rate
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
@@ -112,6 +117,13 @@ def report(recipe: Recipe, result: dict) -> None:
         f"{100 * result['share_of_ceiling']:.0f} % of the {result['ceiling_tflops_per_second']:.3f} measured on this device"
         + (f", {100 * result['share_of_bf16_peak']:.0f} % of its bf16 peak" if result["share_of_bf16_peak"] else "")
     )
+    if "kernels_ms" in result["ours"]:
+        kernels, rate = result["ours"]["kernels_ms"], result["ours"]["convolutions_tflops_per_second"]
+        print("of ours, flow left out: " + ", ".join(f"{name} {took:.1f} ms" for name, took in kernels.items()))
+        share = 100 * rate / result["ceiling_tflops_per_second"]
+        print(
+            f"its convolutions alone do {rate:.3f} TFLOP/s, {share:.0f} % of the ceiling: more is not to be had were all the rest free"
+        )
     if "reference" in result:
         print(
             f"ours is {result['speed_ratio']:.2f} times as fast; by time of computing {result['computing_ratio']:.2f} times, and "
@@ -140,6 +152,9 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--reference", action="store_true", help="run the reference beside it")
     parser.add_argument("--largest_batch", action="store_true", help="only find the largest batch that fits this GPU")
+    parser.add_argument(
+        "--kernels", action="store_true", help="also where the time goes, by kind of kernel, with torch.profiler"
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps that count")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     options, flags = parser.parse_known_args()
@@ -149,7 +164,7 @@ def main() -> None:
     if options.largest_batch:
         result = {"largest_batch": largest_batch(recipe)}
     else:
-        result = compare(recipe, options.reference, options.steps, options.warmup)
+        result = compare(recipe, options.reference, options.steps, options.warmup, options.kernels)
         report(recipe, result)
     write_json(options.json, {**result, "recipe": dataclasses.asdict(recipe)})
 

@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_poodle import PoodleConfig
 from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
-from .modeling_poodle import PoodleModel, PoodlePreTrainedModel
+from .modeling_poodle import PointwiseConv, PoodleModel, PoodlePreTrainedModel
 from .objectives_poodle import dense_loss, pooled_loss
 
 
@@ -34,10 +34,10 @@ class PoodleForPreTrainingOutput(ModelOutput):
 def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
     """Projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (arXiv 2408.11208, section 3)."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, hidden_channels, kernel_size=1),
+        PointwiseConv(in_channels, hidden_channels),
         nn.BatchNorm2d(hidden_channels),
         nn.ReLU(inplace=True),
-        nn.Conv2d(hidden_channels, out_channels, kernel_size=1),
+        PointwiseConv(hidden_channels, out_channels),
     )
 
 

@@ -200,7 +200,8 @@ SMALL = [
 
 
 def test_step_beside_the_reference(tmp_path):
-    text = run("step.py", "--reference", "--steps", "5", "--warmup", "1", "--json", str(tmp_path / "f.json"), *SMALL)
+    command = ("--reference", "--kernels", "--steps", "5", "--warmup", "1", "--json", str(tmp_path / "f.json"))
+    text = run("step.py", *command, *SMALL)
     figures = json.loads((tmp_path / "f.json").read_text())
     assert "times as fast" in text and figures["command"].startswith("python ")
     assert figures["ours"]["model_gflops_a_pair"] == pytest.approx(
@@ -214,6 +215,8 @@ def test_step_beside_the_reference(tmp_path):
     parts = figures["ours"]["parts_ms"]
     assert set(parts) == {"flow", "augmentation", "forward", "teacher", "backward", "optimizer", "ema"}
     assert all(value > 0 for value in parts.values())
+    assert all(value > 0 for value in figures["ours"]["kernels_ms"].values())
+    assert figures["ours"]["convolutions_tflops_per_second"] > figures["ours"]["model_tflops_per_second"] > 0
 
 
 def test_the_loader_that_feeds_a_step(tmp_path):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,
@@ -22,6 +23,7 @@ from modeling_poodle import (
     PoodleModel,
 )
 from modeling_poodle.geometry_poodle import affine_view, alignment_grids, crop_boxes, sample, see_through
+from modeling_poodle.modeling_poodle import PointwiseConv
 from modeling_poodle.objectives_poodle import dense_loss, pooled_loss
 
 RESNET = {
@@ -45,6 +47,22 @@ VIT = {
 
 def config(**changes) -> PoodleConfig:
     return PoodleConfig(**{"backbone_config": RESNET, "projection_hidden_size": 32, "projection_size": 16, **changes})
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_pointwise_convolution_is_a_convolution(memory_format):
+    conv = PointwiseConv(6, 5)
+    images = torch.randn(2, 6, 3, 4).to(memory_format=memory_format).requires_grad_()
+    expected = F.conv2d(images, conv.weight, conv.bias)
+    found = conv(images)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    wrt = (images, conv.weight, conv.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), wrt), torch.autograd.grad((expected * weights).sum(), wrt)
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def inputs(b=2, height=64, width=96, k=3, seed=0) -> dict:
