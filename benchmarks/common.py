@@ -83,6 +83,8 @@ class OurStep:
         self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
         if recipe.torch_compile:
             self.model.compile()
+            if self.flow_module is not None:
+                self.flow_module.compile()
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.model.train()
         self.frames = moving_frames(recipe.per_device_train_batch_size, *recipe.crop_size, self.device)

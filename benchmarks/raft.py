@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--updates", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=10, help="runs that count")
+    parser.add_argument("--compile", action="store_true", help="ours compiled as well")
     parser.add_argument("--overfit", type=int, default=0, help="steps of fitting to the street first")
     options = parser.parse_args()
     if any(side % 8 for side in options.crop_size):
@@ -115,8 +116,12 @@ def main() -> None:
         "ours, float32": lambda: ours(frames),
         "ours, float16": reduced,
     }
+    if options.compile:
+        ways |= {"compiled, float32": lambda: ours(frames), "compiled, float16": reduced}
     rows, expected = [], None
     for name, function in ways.items():
+        if name.startswith("compiled") and rows[-1]["RAFT"].startswith("ours"):
+            ours.compile()
         found, milliseconds, peak = timed(function, device, options.repeats)
         expected = found if expected is None else expected
         difference = (found - expected).norm(dim=2)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class PointwiseConv(nn.Conv2d):
         n, _, height, width = hidden_state.shape
         points = F.linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), self.weight.flatten(1), self.bias)
         return points.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, C, h, w) bilinearly to `size`, in their own type: autocast's float32 would double the largest maps that a step keeps."""
+    kind = maps.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class PoodleDecoderBlock(nn.Module):
@@ -85,15 +93,15 @@ class PoodleDecoderBlock(nn.Module):
             hidden_state = F.relu(self.bn2(self.conv2(hidden_state)))
             hidden_state = F.relu(self.bn3(self.conv3(hidden_state)) + residual)
         if self.lateral is None:
-            return F.interpolate(hidden_state, scale_factor=2, mode="bilinear", align_corners=False)
+            return upsample(hidden_state, tuple(2 * side for side in hidden_state.shape[-2:]))
         lateral = self.lateral(lateral)
         # A stage of an odd-sized image is not exactly twice its successor, and a plain ViT has one resolution for all.
         size = tuple(
             own if own > below else 2 * below for own, below in zip(lateral.shape[-2:], hidden_state.shape[-2:])
         )
-        hidden_state = F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+        hidden_state = upsample(hidden_state, size)
         if lateral.shape[-2:] != size:
-            lateral = F.interpolate(lateral, size=size, mode="bilinear", align_corners=False)
+            lateral = upsample(lateral, size)
         return hidden_state + lateral
 
 

@@ -56,3 +56,17 @@ def test_reduced_precision_stays_near():
     # The float32 path is as it was before, and what was cast is no part of the checkpoint.
     assert torch.equal(raft(frames), full)
     assert all(value.dtype != torch.float16 for value in raft.state_dict().values())
+
+
+@pytest.mark.parametrize("variant", ["raft_large", "raft_small"])
+def test_compiled_updates_are_one_graph_that_is_kept(variant):
+    torch.manual_seed(0)
+    raft, graphs = RaftFlow(variant, "random", num_updates=3), []
+    frames, others = (torch.randint(0, 256, (1, 2, 3, 128, 136), dtype=torch.uint8) for _ in range(2))
+    expected = raft(frames), raft(others)
+    torch._dynamo.reset()
+    raft.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    found = raft(frames), raft(others)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1

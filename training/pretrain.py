@@ -192,6 +192,8 @@ class Run:
                 )
         if self.recipe.torch_compile:
             self.model.compile()
+            if self.flow_module is not None:
+                self.flow_module.compile()
         self.wrapped = self.accelerator.prepare_model(self.model)
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))

@@ -97,3 +97,29 @@ class GatedUnit:
         update, reset = (gates + self.gates_of_context).sigmoid_().chunk(2, dim=1)
         candidate = F.conv2d(torch.cat([reset * hidden, motion], dim=1), self.candidate, padding=self.padding)
         return torch.lerp(hidden, (candidate + self.candidate_of_context).tanh_(), update)
+
+
+def update(
+    block: nn.Module,
+    units: list[GatedUnit],
+    pyramid: list[Tensor],
+    radius: int,
+    start: Tensor,
+    points: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """
+    One of RAFT's updates: it looks correlations up where the points are, and moves them.
+
+    Args:
+        block: torchvision's update block, in the type of `hidden`. units: its GRUs, with the context they have.
+        start, points: (N, 2, h, w) float32 positions, x then y, in cells: of the queries, and of their matches so far.
+        hidden: (N, C, h, w).
+
+    Returns:
+        The points and the hidden state after it.
+    """
+    motion = block.motion_encoder((points - start).to(hidden.dtype), look_up(pyramid, points, radius))
+    for unit in units:
+        hidden = unit(hidden, motion)
+    return points + block.flow_head(hidden).float(), hidden

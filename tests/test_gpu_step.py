@@ -1,0 +1,133 @@
+"""
+The forward passes of training as a GPU runs them, where there is none: on tensors that have a shape, a type and a device, but no numbers.
+
+On such tensors it is an error to read a number (where the host would wait for a GPU) and to mix devices, and autocast decides types by
+CUDA's own lists. What needs a driver is left out: backward passes, optimizers and generators.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from labelled_shapes import RESNET
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from modeling_poodle import PoodleConfig, PoodleFlowConfig, PoodleFlowModel, PoodleForPreTraining
+from modeling_poodle import PoodleForSemanticSegmentation as Segmenter
+from training import views
+from training.flow import build_flow
+from training.flow_objectives import flow_losses
+from training.recipe import parse_recipe
+
+GPU = torch.device("cuda", 0)
+
+
+class Gpu:
+    """A device without numbers: modules are put on it, and functions run on it, in bfloat16 where autocast says so."""
+
+    def __init__(self):
+        self.mode = FakeTensorMode()
+
+    def put(self, module: nn.Module) -> nn.Module:
+        for part in module.modules():
+            for name, value in part.named_parameters(recurse=False):
+                part._parameters[name] = nn.Parameter(self._move(value), requires_grad=value.requires_grad)
+            for name, value in part.named_buffers(recurse=False):
+                part._buffers[name] = self._move(value)
+        return module
+
+    def _move(self, value: torch.Tensor) -> torch.Tensor:
+        empty = self.mode.from_tensor(value.data)
+        with self.mode:
+            return empty.to(GPU)
+
+    def run(self, function, *args, autocast: bool = True, **kwargs):
+        with self.mode, torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            return function(*args, **kwargs)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    # autocast asks whether there is a driver.
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
+    return Gpu()
+
+
+@pytest.fixture
+def generator(monkeypatch):
+    """Of a GPU that is not there: draws have their shapes; what is drawn on the host is drawn."""
+    randperm = torch.randperm
+
+    def on_the_host(*args, **kwargs):
+        with unset_fake_temporarily():
+            return randperm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "randperm", on_the_host)
+    monkeypatch.setattr(views, "uniform", lambda shape, *_: torch.rand(shape, device=GPU))
+    return SimpleNamespace(device=GPU, initial_seed=lambda: 0)
+
+
+def test_what_a_gpu_would_refuse_or_wait_for_is_an_error(gpu):
+    images = gpu.run(torch.zeros, 2, 3, device=GPU)
+    with pytest.raises(Exception, match="DataDependent|aten._local_scalar_dense"):
+        gpu.run(lambda: images.sum().item())
+    with pytest.raises(RuntimeError, match="two devices"):
+        gpu.run(lambda: images + torch.zeros(2, 3))
+    assert gpu.run(lambda: images.to(torch.bfloat16) @ torch.zeros(3, 2, device=GPU)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("flow", ["raft_large", "raft_small", "dis"])
+def test_a_step_of_pretraining(gpu, generator, flow):
+    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--flow_weights", "random", "--bf16"])
+    height, width = recipe.crop_size
+    batch = {
+        "frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)
+    }  # as a loader hands it out: on the CPU
+    estimate = None
+    if flow == "dis":
+        batch["flow"] = gpu.run(torch.zeros, 2, 2, 2, height, width, dtype=torch.float16)
+    else:
+        _, module = build_flow(flow, weights="random", num_updates=2)
+        parts = [part for part in (module.raft.update_block, module.raft.mask_predictor) if part is not None]
+        halves = [
+            gpu.put(copy.deepcopy(part).half()) for part in parts
+        ]  # a copy of a module on this device cannot be made
+        module._cast = {(id(part), torch.float16, GPU): half for part, half in zip(parts, halves)}
+        estimate = gpu.put(module)
+    model = gpu.put(PoodleForPreTraining(recipe.poodle_config())).train()
+    seen = set()
+    for block in (*model.student.decoder, model.dense_projector):
+        block.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+
+    inputs = gpu.run(views.model_inputs, batch, recipe, generator, estimate)
+    inputs.pop("matched")
+    output = gpu.run(model, **inputs, subcrop_size=recipe.subcrop_size)
+
+    assert {
+        value.device for value in (*inputs.values(), output.loss, output.dense_features, output.pooled_features)
+    } == {GPU}
+    assert output.loss.dtype == output.dense_loss.dtype == output.pooled_loss.dtype == torch.float32
+    # The widest maps of all: in float32 they would be the most of what a step keeps.
+    assert seen == {torch.bfloat16}
+    assert output.dense_features.dtype == torch.bfloat16
+    assert output.dense_features.shape == (4, 2048, height // 8, width // 8)
+    assert inputs["flow"].dtype == inputs["student_views"].dtype == inputs["student_boxes"].dtype == torch.float32
+
+
+def test_a_step_of_flow_training(gpu):
+    model = gpu.put(PoodleFlowModel(PoodleFlowConfig())).train()
+    frames = gpu.run(torch.zeros, 2, 2, 3, 128, 256, device=GPU)
+    losses = gpu.run(flow_losses, model, frames, 1.0, 1.0, 1.0, 16, occlusion=True)
+    assert losses.loss.device == GPU and losses.loss.dtype == torch.float32
+
+
+def test_a_step_of_segmentation(gpu):
+    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_labels=3)
+    model = gpu.put(Segmenter(config)).train()
+    images = gpu.run(torch.zeros, 2, 3, 64, 128, device=GPU)
+    labels = gpu.run(torch.zeros, 2, 64, 128, dtype=torch.long, device=GPU)
+    output = gpu.run(model, images, labels=labels)
+    assert output.loss.device == GPU and output.loss.dtype == torch.float32
