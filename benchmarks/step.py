@@ -6,6 +6,7 @@ code's behaviour (benchmarks/reference.py), in one run.
     python benchmarks/step.py --config bdd100k_r50 --crop_size 256 512 --flow dis --per_device_train_batch_size 2 --reference
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --torch_compile --reference --json step.json   # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --largest_batch                                # on a GPU
+    python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
 
 Takes any flag of training/pretrain.py. Frames are synthetic and lie on the device, so that neither the disk nor the decoder is
 measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
@@ -29,6 +30,7 @@ from benchmarks.common import (
     print_table,
     write_json,
 )
+from benchmarks.counting import GPUS, step_memory
 from benchmarks.reference import ReferenceStep
 from training.recipe import Recipe, parse_recipe
 
@@ -148,10 +150,24 @@ def largest_batch(recipe: Recipe) -> int:
     return works
 
 
+def count_memory(recipe: Recipe, reference: bool) -> dict:
+    """Counted memory of our step, and of the reference's; how many pairs a GPU takes at most."""
+    result = {}
+    for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
+        found = step_memory(make, recipe)
+        fits = {gpu: max(0, int((gib - found["fixed"]) / found["pair"])) for gpu, gib in GPUS.items()}
+        result[name] = {**found, **fits}
+    print("GiB of the step's tensors, without the libraries' scratch memory; the most pairs that a GPU holds by them")
+    columns = {"": "", "fixed": ".2f", "pair": ".2f", **dict.fromkeys(GPUS, "d")}
+    print_table([{"": name, **found} for name, found in result.items()], columns)
+    return result
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--reference", action="store_true", help="run the reference beside it")
     parser.add_argument("--largest_batch", action="store_true", help="only find the largest batch that fits this GPU")
+    parser.add_argument("--count_memory", action="store_true", help="only count the memory of a step's tensors")
     parser.add_argument(
         "--kernels", action="store_true", help="also where the time goes, by kind of kernel, with torch.profiler"
     )
@@ -163,6 +179,8 @@ def main() -> None:
     recipe = parse_recipe(flags)
     if options.largest_batch:
         result = {"largest_batch": largest_batch(recipe)}
+    elif options.count_memory:
+        result = count_memory(recipe, options.reference)
     else:
         result = compare(recipe, options.reference, options.steps, options.warmup, options.kernels)
         report(recipe, result)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
 from benchmarks.common import Clock, medians, step_flops
+from benchmarks.counting import LiveBytes
 from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, flow_is_valid, invert
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
@@ -217,6 +218,37 @@ def test_step_beside_the_reference(tmp_path):
     assert all(value > 0 for value in parts.values())
     assert all(value > 0 for value in figures["ours"]["kernels_ms"].values())
     assert figures["ours"]["convolutions_tflops_per_second"] > figures["ours"]["model_tflops_per_second"] > 0
+
+
+def test_live_bytes_of_a_known_sequence():
+    with LiveBytes() as counted:
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a.view(10, 100).t()  # none
+        c = a + 1  # 4,000 more
+        del c
+        a.add_(1)
+        d = b.double()  # 8,000 more
+    assert counted.peak == counted.now == 12_000
+    del d
+    assert counted.now == 4_000
+
+
+def test_counted_memory_of_a_step(tmp_path):
+    text = run("step.py", "--count_memory", "--reference", "--flow", "dis", "--json", str(tmp_path / "f.json"), *SMALL)
+    figures = json.loads((tmp_path / "f.json").read_text())
+    model = PoodleForPreTraining(PoodleConfig(**TINY))
+    bytes_of = {"all": 0, "trained": 0}
+    for parameter in model.parameters():
+        bytes_of["all"] += parameter.nbytes
+        bytes_of["trained"] += parameter.nbytes * parameter.requires_grad
+    for name in ("ours", "reference"):
+        found = figures[name]
+        # Weights and two moments; gradients too where the optimizer's own update is the peak.
+        assert found["fixed"] > (bytes_of["all"] + 2 * bytes_of["trained"]) / 2**30
+        assert found["pair"] > 0
+        assert found["H100"] == int((79 - found["fixed"]) / found["pair"])
+    assert figures["ours"]["pair"] < figures["reference"]["pair"]
+    assert "the most pairs" in text
 
 
 def test_the_loader_that_feeds_a_step(tmp_path):
