@@ -1,14 +1,10 @@
 """The memory of a step, counted from its tensors: the same on every device, for GPUs that are not at hand."""
 
-import dataclasses
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from training.recipe import Recipe
 
 GPUS = {"H100": 79, "H200": 139}  # GiB of memory, whole ones
 
@@ -40,23 +36,10 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-def step_memory(make: Callable[[Recipe], object], recipe: Recipe) -> dict[str, float]:
-    """
-    GiB of the steps that `make` builds: `fixed`, of the model, the optimizer and what else does not grow, and `pair`, of one more pair.
-
-    The peaks of a step of one and of two pairs are counted, each its second, when the optimizer has its moments.
-    """
-    peaks, resident = [], 0
-    for pairs in (1, 2):
-        step = make(dataclasses.replace(recipe, per_device_train_batch_size=pairs))
+def counted_step(step) -> dict[str, int]:
+    """Bytes of a step that has run before: `resident`, of the model and the optimizer, and `peak`, of what the step made at its most."""
+    kept = [*step.model.parameters(), *step.model.buffers()]
+    kept += [value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    with LiveBytes() as counted:
         step()
-        kept = [*step.model.parameters(), *step.model.buffers()]
-        kept += [
-            value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
-        resident = sum(value.nbytes for value in kept)
-        with LiveBytes() as counted:
-            step()
-        peaks.append(counted.peak)
-    pair = peaks[1] - peaks[0]
-    return {"fixed": (resident + peaks[0] - pair) / 2**30, "pair": pair / 2**30}
+    return {"resident": sum(value.nbytes for value in kept), "peak": counted.peak}

@@ -30,7 +30,7 @@ from benchmarks.common import (
     print_table,
     write_json,
 )
-from benchmarks.counting import GPUS, step_memory
+from benchmarks.counting import GPUS
 from benchmarks.reference import ReferenceStep
 from training.recipe import Recipe, parse_recipe
 
@@ -151,10 +151,20 @@ def largest_batch(recipe: Recipe) -> int:
 
 
 def count_memory(recipe: Recipe, reference: bool) -> dict:
-    """Counted memory of our step, and of the reference's; how many pairs a GPU takes at most."""
+    """
+    GiB of our step's tensors, and of the reference's: `fixed`, of the model, the optimizer and what else does not grow, and `pair`, of one
+    pair more, from a step of one pair and a step of two; and how many pairs a GPU holds at most.
+    """
     result = {}
     for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
-        found = step_memory(make, recipe)
+        counts = []
+        for pairs in (1, 2):
+            contender = Contender(make, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
+            contender.ask("run", 1)  # afterwards the optimizer has its moments
+            counts.append(contender.ask("count"))
+            contender.close()
+        pair = counts[1]["peak"] - counts[0]["peak"]
+        found = {"fixed": (counts[0]["resident"] + counts[0]["peak"] - pair) / 2**30, "pair": pair / 2**30}
         fits = {gpu: max(0, int((gib - found["fixed"]) / found["pair"])) for gpu, gib in GPUS.items()}
         result[name] = {**found, **fits}
     print("GiB of the step's tensors, without the libraries' scratch memory; the most pairs that a GPU holds by them")
