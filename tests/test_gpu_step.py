@@ -6,6 +6,7 @@ CUDA's own lists. What needs a driver is left out: backward passes, optimizers a
 """
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,12 @@ from training.flow_objectives import flow_losses
 from training.recipe import parse_recipe
 
 GPU = torch.device("cuda", 0)
+# Seen: 2.14 runs them; 2.9 asks for a driver in the first convolution, and ends the process.
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
+    reason="tensors without numbers on a GPU need PyTorch 2.14",
+)
+SMALL = {"backbone_config": {"model_type": "resnet", **RESNET}}
 
 
 class Gpu:
@@ -79,9 +86,10 @@ def test_what_a_gpu_would_refuse_or_wait_for_is_an_error(gpu):
     assert gpu.run(lambda: images.to(torch.bfloat16) @ torch.zeros(3, 2, device=GPU)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("flow", ["raft_large", "raft_small", "dis"])
-def test_a_step_of_pretraining(gpu, generator, flow):
-    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--flow_weights", "random", "--bf16"])
+@pytest.mark.parametrize(("flow", "small"), [("raft_large", None), ("raft_small", SMALL), ("dis", SMALL)])
+def test_a_step_of_pretraining(gpu, generator, flow, small):
+    changes = [] if small is None else ["--model", json.dumps(small)]
+    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--flow_weights", "random", "--bf16", *changes])
     height, width = recipe.crop_size
     batch = {
         "frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)
@@ -90,7 +98,7 @@ def test_a_step_of_pretraining(gpu, generator, flow):
     if flow == "dis":
         batch["flow"] = gpu.run(torch.zeros, 2, 2, 2, height, width, dtype=torch.float16)
     else:
-        _, module = build_flow(flow, weights="random", num_updates=2)
+        _, module = build_flow(flow, weights="random", num_updates=1)
         parts = [part for part in (module.raft.update_block, module.raft.mask_predictor) if part is not None]
         halves = [
             gpu.put(copy.deepcopy(part).half()) for part in parts
@@ -113,7 +121,7 @@ def test_a_step_of_pretraining(gpu, generator, flow):
     # The widest maps of all: in float32 they would be the most of what a step keeps.
     assert seen == {torch.bfloat16}
     assert output.dense_features.dtype == torch.bfloat16
-    assert output.dense_features.shape == (4, 2048, height // 8, width // 8)
+    assert output.dense_features.shape == (4, 2048 if small is None else 32, height // 8, width // 8)
     assert inputs["flow"].dtype == inputs["student_views"].dtype == inputs["student_boxes"].dtype == torch.float32
 
 
@@ -125,7 +133,7 @@ def test_a_step_of_flow_training(gpu):
 
 
 def test_a_step_of_segmentation(gpu):
-    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_labels=3)
+    config = PoodleConfig(**SMALL, num_labels=3)
     model = gpu.put(Segmenter(config)).train()
     images = gpu.run(torch.zeros, 2, 3, 64, 128, device=GPU)
     labels = gpu.run(torch.zeros, 2, 64, 128, dtype=torch.long, device=GPU)
