@@ -6,12 +6,13 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first group of which a kernel's name holds a part has it; the last takes what is left.
 GROUPS = {
+    "compiled": ("triton_", "Compiled"),  # their names list all operations that were fused
     "sampling and cutting": ("grid_sampler", "upsample", "bmm"),
     "normalisation": ("batch_norm", "layer_norm"),
     "convolutions": ("conv", "addmm", "::mm", "linear"),
     "ReLU and pooling": ("threshold", "clamp_min", "relu", "max_pool", "gelu"),
     "copies": ("copy_", "fill_", "zero_", "aten::cat", "clone"),
-    "optimizer and EMA": ("adamw", "lerp"),
+    "optimizer and EMA": ("adamw", "lerp_"),
     "other": ("",),
 }
 

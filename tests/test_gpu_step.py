@@ -91,18 +91,16 @@ def test_a_step_of_pretraining(gpu, generator, flow, small):
     changes = [] if small is None else ["--model", json.dumps(small)]
     recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--flow_weights", "random", "--bf16", *changes])
     height, width = recipe.crop_size
-    batch = {
-        "frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)
-    }  # as a loader hands it out: on the CPU
+    # As a loader hands it out: on the CPU.
+    batch = {"frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)}
     estimate = None
     if flow == "dis":
         batch["flow"] = gpu.run(torch.zeros, 2, 2, 2, height, width, dtype=torch.float16)
     else:
         _, module = build_flow(flow, weights="random", num_updates=1)
         parts = [part for part in (module.raft.update_block, module.raft.mask_predictor) if part is not None]
-        halves = [
-            gpu.put(copy.deepcopy(part).half()) for part in parts
-        ]  # a copy of a module on this device cannot be made
+        # Made here: a module on this device cannot be copied.
+        halves = [gpu.put(copy.deepcopy(part).half()) for part in parts]
         module._cast = {(id(part), torch.float16, GPU): half for part, half in zip(parts, halves)}
         estimate = gpu.put(module)
     model = gpu.put(PoodleForPreTraining(recipe.poodle_config())).train()

@@ -23,7 +23,7 @@ from modeling_poodle import (
     PoodleModel,
 )
 from modeling_poodle.geometry_poodle import affine_view, alignment_grids, crop_boxes, sample, see_through
-from modeling_poodle.modeling_poodle import PointwiseConv
+from modeling_poodle.modeling_poodle_pretraining import PointwiseConv
 from modeling_poodle.objectives_poodle import dense_loss, pooled_loss
 
 RESNET = {
