@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counting import counted_step
 from benchmarks.profiling import kernel_seconds
 from modeling_poodle.recipe_files import usable_cores
-from training.assembly import build_model, build_optimizer, make_accelerator
+from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
 from training.flow import build_flow
 from training.recipe import Recipe
 from training.views import model_inputs
@@ -82,10 +82,7 @@ class OurStep:
             self.flow_module.to(self.device)
         self.model = build_model(self.accelerator, recipe)
         self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
-        if recipe.torch_compile:
-            self.model.compile()
-            if self.flow_module is not None:
-                self.flow_module.compile()
+        compile_modules(recipe, self.model, self.flow_module)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.model.train()
         self.frames = moving_frames(recipe.per_device_train_batch_size, *recipe.crop_size, self.device)

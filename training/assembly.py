@@ -91,6 +91,13 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
+def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:
+    """Compile these in place where the recipe says so."""
+    for module in modules:
+        if recipe.torch_compile and module is not None:
+            module.compile()
+
+
 def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
     """
     Raises:

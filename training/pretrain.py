@@ -36,7 +36,7 @@ from tqdm import tqdm
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.recipe_files import run_script
 from training.addresses import public_value, video_name
-from training.assembly import build_model, build_optimizer, make_accelerator
+from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
 from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
@@ -190,10 +190,7 @@ class Run:
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
                 )
-        if self.recipe.torch_compile:
-            self.model.compile()
-            if self.flow_module is not None:
-                self.flow_module.compile()
+        compile_modules(self.recipe, self.model, self.flow_module)
         self.wrapped = self.accelerator.prepare_model(self.model)
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
