@@ -35,7 +35,8 @@ from training.flow import DisFlow
 from training.recipe import Recipe, parse_recipe
 from training.street import Street
 from training.street_files import street_videos
-from training.video_decoding import decode_cuts, index_video
+from training.video_decoding import decode_cuts
+from training.video_index import index_video
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, plan_pairs
 

@@ -21,7 +21,7 @@ from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert
 from training.recipe import Recipe
 from training.street import Street
 from training.street_files import write_video, write_videos
-from training.video_decoding import index_video
+from training.video_index import index_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESNET = {

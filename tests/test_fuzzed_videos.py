@@ -38,9 +38,10 @@ from fuzzed_videos import (
 )
 from loopback import serve
 
-from training import video_decoding, video_files
-from training.video_decoding import Cut, UnreadableVideo, _estimate_pts, decode_cuts, index_video
-from training.video_files import MAX_ENTRIES, MAX_PIXELS, Deadline, ended_if_stuck
+from training import video_files, video_index
+from training.video_decoding import Cut, decode_cuts
+from training.video_files import MAX_ENTRIES, MAX_PIXELS, Deadline, UnreadableVideo, ended_if_stuck
+from training.video_index import _estimate_pts, index_video, read_index
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
@@ -81,8 +82,8 @@ def test_frames_times_and_colours_of_every_kind(clips, name):
 def test_a_movie_is_opened_without_decoding_unless_its_header_has_no_size(clips, monkeypatch, name):
     asked, opened = [], av.open
     monkeypatch.setattr(av, "open", lambda *args, **how: asked.append(how["options"]) or opened(*args, **how))
-    with video_files.open_video(str(clips[name])) as (container, _, _):
-        context = container.streams.video[0].codec_context
+    with video_files.open_video(str(clips[name])) as video:
+        context = video.container.streams.video[0].codec_context
         assert (context.height, context.width) == BY_NAME[name].size
     # FFmpeg knows the size of MPEG-4 Part 2 from a frame alone.
     decoders = [options.get("codec_whitelist") for options in asked]
@@ -198,14 +199,14 @@ def test_estimated_times_are_those_of_fractions_and_end_at_the_deadline():
 
 
 def test_indices_are_kept_by_their_frames(clips, monkeypatch):
-    monkeypatch.setattr(video_decoding, "FRAMES_KEPT", 2 * (1000 + 2 * FRAMES))
+    monkeypatch.setattr(video_index, "FRAMES_KEPT", 2 * (1000 + 2 * FRAMES))
     read = []
-    kept = video_decoding._KeptIndices(lambda source: read.append(source) or index_video.__wrapped__(source))
+    kept = video_index._KeptIndices(lambda source: read.append(source) or read_index(source))
     a, b, c = (str(clips[name]) for name in ("h264.mp4", "mpeg4.avi", "hevc.mp4"))
     for source in (a, b, a, c, a, b):
         assert len(kept(source).pts) == FRAMES
     assert read == [a, b, c, b] and list(kept.kept) == [a, b]
-    monkeypatch.setattr(video_decoding, "FRAMES_KEPT", 1)
+    monkeypatch.setattr(video_index, "FRAMES_KEPT", 1)
     assert len(kept(c).pts) == FRAMES and list(kept.kept) == [c]
     assert kept.frames == 1000 + FRAMES + len(kept(c).keyframes)
 
@@ -294,7 +295,7 @@ def test_hours_of_plain_sound_are_no_giant_index(tmp_path):
     for place, new in ((handler, b"vide"), (runs, b"\x7f\xff\xff\xff"), (times, b"\0\0\0\2")):
         path.write_bytes(data[:place] + new + data[place + 4 :])
         with pytest.raises(UnreadableVideo, match=r"declares \d+ frames and samples of all its tracks"):
-            index_video.__wrapped__(str(path))
+            read_index(str(path))
 
 
 @pytest.mark.long
@@ -333,7 +334,7 @@ def test_an_opening_has_a_time_limit(clips, monkeypatch):
     assert video_files.time_limit(path) == pytest.approx(60 + clips["h264.mp4"].stat().st_size / 1e7)
     monkeypatch.setattr(video_files, "SECONDS", -1.0)
     for act in (
-        lambda: index_video.__wrapped__(path),
+        lambda: read_index(path),
         lambda: decode_cuts(path, index, [Cut(0, (0, 0, 16, 16), (8, 8))]),
     ):
         with pytest.raises(UnreadableVideo, match=r"takes (longer than -1 s|too long)"):

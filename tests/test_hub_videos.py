@@ -18,8 +18,8 @@ from training import pretrain
 from training.assembly import make_accelerator
 from training.recipe import Recipe
 from training.street_files import write_videos
-from training.video_decoding import UnreadableVideo, index_video
-from training.video_files import ATTEMPTS, RemoteFile
+from training.video_files import ATTEMPTS, RemoteFile, UnreadableVideo
+from training.video_index import index_video
 
 
 def noise_video(path: Path, frames: int) -> None:
@@ -38,7 +38,8 @@ READ = f"""
 import sys, json
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
 from test_video_stream import WHOLE, number_of
-from training.video_decoding import UnreadableVideo, index_video
+from training.video_files import UnreadableVideo
+from training.video_index import index_video
 from training.video_sources import find_videos
 from training.video_stream import PairSampling, plan_pairs, video_pairs
 """

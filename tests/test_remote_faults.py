@@ -9,8 +9,9 @@ from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
 from loopback import serve
 
 from training import video_files
-from training.video_decoding import Cut, UnreadableVideo, decode_cuts, index_video
-from training.video_files import ATTEMPTS, RemoteFile
+from training.video_decoding import Cut, decode_cuts
+from training.video_files import ATTEMPTS, RemoteFile, UnreadableVideo
+from training.video_index import index_video, read_index
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, video_pairs
 
@@ -248,5 +249,5 @@ def test_a_remote_member_is_read_by_ranges(web, clip):
     index = index_video(member)
     assert number_of(decode_cuts(member, index, [Cut(5, *WHOLE)])[0][0]) == 5
     before = web.sent
-    index_video.__wrapped__(member)
+    read_index(member)
     assert web.sent - before <= 2 * video_files.REMOTE_BLOCK

@@ -19,7 +19,9 @@ import torch
 from loopback import serve
 
 from training import first_look, video_sources
-from training.video_decoding import UnreadableVideo, VideoIndex, cut_frame, index_video
+from training.video_decoding import cut_frame
+from training.video_files import UnreadableVideo
+from training.video_index import VideoIndex, index_video, read_index
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
 
@@ -365,13 +367,12 @@ def spin():
     ],
 )
 def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeypatch, act, said):
-    def look(path):
+    def read(path, look):
         if path == videos[2]:
             act()
-        return index_video(path)
+        return read_index(path, look)
 
-    look.keep = index_video.keep
-    monkeypatch.setattr(first_look, "index_video", look)
+    monkeypatch.setattr(first_look, "read_index", read)
     monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 3 if path == videos[2] else 60)
     index_video.cache_clear()
     start = time.monotonic()
@@ -396,7 +397,7 @@ def test_the_first_look_is_not_taken_twice(videos):
     index_video.cache_clear()
     assert check_videos(videos, SAMPLING) == [] and list(index_video.kept) == videos
     kept = index_video(videos[0])
-    assert kept is index_video.kept[videos[0]] and kept.pts == index_video.__wrapped__(videos[0]).pts
+    assert kept is index_video.kept[videos[0]] and kept.pts == read_index(videos[0]).pts
 
 
 def test_names_of_videos_are_of_one_line_in_logs_and_errors(tmp_path, videos, caplog):

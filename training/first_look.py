@@ -5,8 +5,8 @@ import signal
 from collections.abc import Iterator, Sequence
 
 from training.addresses import printable, video_name
-from training.video_decoding import UnreadableVideo, VideoIndex, index_video
-from training.video_files import time_limit
+from training.video_files import UnreadableVideo, time_limit
+from training.video_index import VideoIndex, index_video, read_index
 
 
 def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
@@ -48,7 +48,7 @@ def _send_indices(paths: Sequence[str], receiver, sender) -> None:
     for path in paths:
         signal.setitimer(signal.ITIMER_REAL, patience(path))  # by the system, which a decoder cannot keep from it
         try:
-            found = index_video(path)
+            found = read_index(path, look=True)
         except UnreadableVideo as error:
             found = error
         signal.setitimer(signal.ITIMER_REAL, 0)

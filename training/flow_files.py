@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from training.addresses import is_remote, video_name
 from training.first_look import indices_apart
 from training.schedules import count_steps
-from training.video_decoding import UnreadableVideo
+from training.video_files import UnreadableVideo
 from training.video_stream import PairLoader, PairSampling, plan_pairs
 
 FORMAT = "poodle-flow-1"

@@ -39,7 +39,7 @@ from training.flow_files import (
 )
 from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, parse_recipe
-from training.video_decoding import UnreadableVideo
+from training.video_files import UnreadableVideo
 from training.video_stream import PairSampling, start_worker, video_pairs
 
 logger = logging.getLogger("poodle")

@@ -1,223 +1,22 @@
 """Frames of a video at asked-for times, cropped first and resized after. PyAV; nothing here knows pairs or models."""
 
 import bisect
-import contextlib
-import functools
-import itertools
-from array import array
-from collections import OrderedDict
 from dataclasses import dataclass
-from fractions import Fraction
 
 import av
-import av.error
 import av.filter
 import numpy as np
 
-from training.addresses import is_remote
-from training.video_files import MAX_PIXELS, Deadline, UnreadableVideo, open_video, words
-
-MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
-# Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
-FRAMES_KEPT = 10_000_000
-
-
-@dataclass(frozen=True)
-class VideoIndex:
-    """
-    What is known of a video before its frames are decoded.
-
-    Args:
-        pts: presentation time stamps of all frames, ascending, in `time_base`.
-        times: the same in seconds from the stream's start.
-        keyframes: pts at which decoding can begin, ascending.
-        seek_points: for each of them, the time stamp to seek to.
-        exact: the pts are the file's own; False where they were estimated from the header (remote files).
-        height, width: as displayed, after rotation.
-        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame.
-        version: what tells the file from a later one in its place (size and time, or what the server says of it).
-    """
-
-    pts: array
-    times: np.ndarray
-    keyframes: array
-    seek_points: array
-    exact: bool
-    height: int
-    width: int
-    quarter_turns: int
-    version: tuple
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the first to the last frame."""
-        return float(self.times[-1] - self.times[0])
-
-
-@contextlib.contextmanager
-def _explained():
-    """Whatever FFmpeg, PyAV or the arithmetic on a file's own numbers raises on a damaged file, as the reason to skip it."""
-    try:
-        yield
-    except UnreadableVideo:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
-        raise UnreadableVideo(f"cannot be decoded ({words(error)})") from error
-
-
-def _video_stream(container):
-    if not container.streams.video:
-        raise UnreadableVideo("has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise UnreadableVideo("its codec is not known to this build of PyAV")
-    _check_size(stream.codec_context)
-    if stream.frames > MAX_FRAMES:
-        raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
-    # The frames may turn out other than the header says.
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    # One thread: the loader's workers are the parallelism, and skip_frame acts on the very packet it was set for.
-    stream.codec_context.thread_count = 1
-    return stream
-
-
-def _check_size(picture) -> None:
-    if not picture.width or not picture.height:  # also what FFmpeg makes of some sizes over its limit
-        raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
-
-
-class _KeptIndices:
-    """A function from a source to its index that keeps those asked for last, up to FRAMES_KEPT frames in all."""
-
-    def __init__(self, make):
-        functools.update_wrapper(self, make)
-        self.kept: OrderedDict[str, VideoIndex] = OrderedDict()
-        self.frames = 0
-
-    def __call__(self, source: str) -> VideoIndex:
-        if source not in self.kept:
-            self.keep(source, self.__wrapped__(source))
-        self.kept.move_to_end(source)
-        return self.kept[source]
-
-    def keep(self, source: str, index: VideoIndex) -> None:
-        self.drop(source)
-        self.kept[source] = index
-        self.frames += _weight(index)
-        while self.frames > FRAMES_KEPT and len(self.kept) > 1:
-            self.drop(next(iter(self.kept)))
-
-    def drop(self, source: str) -> None:
-        if source in self.kept:
-            self.frames -= _weight(self.kept.pop(source))
-
-    def cache_clear(self) -> None:
-        self.kept.clear()
-        self.frames = 0
-
-
-def _weight(index: VideoIndex) -> int:
-    return 1000 + len(index.pts) + len(index.keyframes)  # and what an index takes without them
-
-
-@_KeptIndices
-def index_video(source: str) -> VideoIndex:
-    """
-    Index of a video. Local files are demuxed once (no decoding) for their exact time stamps; of remote ones only the
-    header and the first frame are read.
-
-    Raises:
-        UnreadableVideo: with the reason.
-    """
-    with open_video(source) as (container, deadline, version), _explained():
-        stream = _video_stream(container)
-        if is_remote(source):
-            pts, keyframes = _estimate_pts(stream, deadline), {}
-        else:
-            pts, keyframes = _read_pts(container, stream, deadline)
-        # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
-        avi = container.format.name == "avi"
-        shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
-        if not shown:
-            raise UnreadableVideo("has no frame that can be decoded")
-        if any(a.pts is None or b.pts is None or a.pts >= b.pts for a, b in itertools.pairwise(shown)):
-            raise UnreadableVideo("has time stamps out of order (B frames in AVI?): encode it anew, to MP4 or MKV")
-        first = shown[0]
-        _check_size(first)
-        if first.width < 2 or first.height < 2:
-            raise UnreadableVideo(f"has frames of {first.width}x{first.height}, 2x2 is the least")
-        start = pts[0] if stream.start_time is None else min(stream.start_time, pts[0])
-        times = (np.array(pts, dtype=np.float64) - start) * float(stream.time_base)
-        turns = round(first.rotation / 90) % 4
-        height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
-        return VideoIndex(
-            pts,
-            times,
-            array("q", keyframes),
-            array("q", keyframes.values()),
-            not is_remote(source),
-            height,
-            width,
-            turns,
-            version,
-        )
-
-
-def _first_frame(container, stream) -> list[av.VideoFrame]:
-    """The first frame, or none. A keyframe at the start is enough for it: a decoder else waits for the frames that could be shown before."""
-    packet = next(container.demux(stream))
-    frames = packet.decode()
-    if not frames and packet.is_keyframe:
-        frames = stream.codec_context.decode(None)
-    if not frames:
-        container.seek(0)
-        frames = list(itertools.islice(container.decode(stream), 1))
-    return frames[:1]
-
-
-def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
-    """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
-    # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
-    by_pts = container.format.name.startswith(("mov", "matroska"))
-    pts, keyframes = set(), {}
-    for packet in container.demux(stream):
-        deadline.check()
-        if packet.pts is None or not packet.size:
-            continue
-        # Before the cut of `ffmpeg -ss … -c copy` packets are to be discarded: decoded for the frames after it, and never shown.
-        if not packet.is_discard:
-            pts.add(packet.pts)
-        if packet.is_keyframe:
-            keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts
-        if len(pts) > MAX_FRAMES:
-            raise UnreadableVideo(f"has more than {MAX_FRAMES} frames: cut it into parts")
-    if not pts:
-        raise UnreadableVideo("has no frames with time stamps")
-    container.seek(0)
-    return array("q", sorted(pts)), dict(sorted(keyframes.items()))
-
-
-def _estimate_pts(stream, deadline: Deadline) -> array:
-    rate = stream.average_rate or stream.guessed_rate
-    duration = (
-        stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / av.time_base
-    )
-    if not rate or not duration:
-        raise UnreadableVideo("its header tells no duration")
-    start = stream.start_time or 0
-    frames = max(1, int(duration * rate))
-    if frames > MAX_FRAMES:
-        raise UnreadableVideo(f"has by its header {frames} frames, the most is {MAX_FRAMES}")
-    step, pts = 1 / (Fraction(rate) * stream.time_base), array("q")
-    for number in range(frames):
-        if number % 65536 == 0:
-            deadline.check()
-        # round(number * step), in whole numbers: fractions take ten times as long
-        whole, rest = divmod(number * step.numerator, step.denominator)
-        pts.append(start + whole + (2 * rest > step.denominator or (2 * rest == step.denominator and whole % 2)))
-    return pts
+from training.video_files import Deadline, UnreadableVideo, open_video
+from training.video_index import (
+    OtherThanStated,
+    VideoIndex,
+    explained,
+    index_video,
+    quarter_turns_of,
+    read_index,
+    video_stream,
+)
 
 
 @dataclass(frozen=True)
@@ -238,19 +37,26 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
 
     Raises:
         UnreadableVideo: a wanted frame is missing or corrupt.
+        OtherThanStated: the index was made from the header, and the frames have another size or are turned otherwise.
     """
     wanted: dict[int, list[int]] = {}
     for position, cut in enumerate(cuts):
         wanted.setdefault(index.pts[cut.number], []).append(position)
     pictures: list = [None] * len(cuts)
     times = [0.0] * len(cuts)
-    with open_video(source) as (container, deadline, version), _explained():
-        if version != index.version:
+    with open_video(source) as video, explained():
+        if video.version != index.version:
             index_video.drop(source)  # its next opening reads it anew
             raise UnreadableVideo("has changed since it was first read")
-        stream = _video_stream(container)
-        for pts, frame in _decode_frames(container, stream, index, sorted(wanted), deadline):
+        stream = video_stream(video.container)
+        for pts, frame in _decode_frames(video.container, stream, index, sorted(wanted), video.deadline):
             shown = (frame.width, frame.height) if index.quarter_turns % 2 else (frame.height, frame.width)
+            if not index.looked and (shown, quarter_turns_of(frame)) != (
+                (index.height, index.width),
+                index.quarter_turns,
+            ):
+                index_video.keep(source, read_index(source, look=True))
+                raise OtherThanStated("has frames of another size, or turned otherwise, than its header says")
             if shown != (index.height, index.width):
                 sizes = f"from {index.width}x{index.height} to {shown[1]}x{shown[0]}"
                 raise UnreadableVideo(f"changes its size {sizes} at {_seconds(index, pts):.2f} s")

@@ -7,14 +7,17 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import av
+import av.container
 import av.error
 import fsspec
 import torch
 
 from training.addresses import MEMBER, is_remote, printable, without_secrets
-from training.mov_tables import index_entries
+from training.mov_tables import Tables, read_tables
 
 logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
@@ -183,10 +186,26 @@ class _Part(_Seekable):
         return data
 
 
-@contextlib.contextmanager
-def open_video(source: str):
+class OpenVideo(NamedTuple):
     """
-    A PyAV container, closed at the end of the `with` block (PyAV leaks without), with `deadline` and `version` of what was opened.
+    Args:
+        deadline: of this opening.
+        version: what tells the file from a later one in its place.
+        size: bytes.
+        movie: the tables of a MOV or MP4, for [`~training.mov_tables.track`]; None of others.
+    """
+
+    container: av.container.InputContainer
+    deadline: Deadline
+    version: tuple
+    size: int
+    movie: bytes | None
+
+
+@contextlib.contextmanager
+def open_video(source: str) -> Iterator[OpenVideo]:
+    """
+    A video, closed at the end of the `with` block (PyAV leaks without).
 
     Args:
         source: a local path, a URL that fsspec opens (range requests), or a member of a tar, `TAR::OFFSET:SIZE:NAME`.
@@ -208,16 +227,15 @@ def open_video(source: str):
                 file = stack.enter_context(open(path, "rb"))
             if member:
                 file = _Part(file, int(member[2]), int(member[3]))
-            entries = _index_entries(
-                file, file.size if member or is_remote(path) else facts.st_size, is_remote(path), deadline
-            )
+            size = file.size if member or is_remote(path) else facts.st_size
+            tables = _tables(file, size, is_remote(path), deadline)
             # "file:", or FFmpeg would take what stands before a colon for a protocol.
-            container = _open(file if member or is_remote(path) else f"file:{path}", entries > 0, deadline)
+            container = _open(file if member or is_remote(path) else f"file:{path}", tables.entries > 0, deadline)
         except UnreadableVideo:
             raise
         except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise UnreadableVideo(f"cannot be opened as a video ({words(error)})") from error
-        yield stack.enter_context(container), deadline, version
+        yield OpenVideo(stack.enter_context(container), deadline, version, size, tables.movie)
 
 
 def _open(file, described: bool, deadline: Deadline):
@@ -239,12 +257,14 @@ def _open(file, described: bool, deadline: Deadline):
     return container
 
 
-def _index_entries(file, size: int, remote: bool, deadline: Deadline) -> int:
-    entries = index_entries(file, size, remote, deadline.check)
-    if entries > MAX_ENTRIES:
-        raise UnreadableVideo(f"declares {entries} frames and samples of all its tracks, the most is {MAX_ENTRIES}")
+def _tables(file, size: int, remote: bool, deadline: Deadline) -> Tables:
+    tables = read_tables(file, size, remote, deadline.check)
+    if tables.entries > MAX_ENTRIES:
+        raise UnreadableVideo(
+            f"declares {tables.entries} frames and samples of all its tracks, the most is {MAX_ENTRIES}"
+        )
     file.seek(0)
-    return entries
+    return tables
 
 
 def words(error: Exception) -> str:

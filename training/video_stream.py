@@ -24,8 +24,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.addresses import printable, video_name
 from training.first_look import indices_apart, patience
-from training.video_decoding import Cut, UnreadableVideo, VideoIndex, decode_cuts, index_video
-from training.video_files import ended_if_stuck
+from training.video_decoding import Cut, decode_cuts
+from training.video_files import UnreadableVideo, ended_if_stuck
+from training.video_index import OtherThanStated, VideoIndex, index_video
 
 OPENINGS_PER_SPAN = 2048
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
@@ -162,9 +163,10 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
     with ended_if_stuck(video_name(path), patience(path)):
-        index = index_video(path)
-        pairs = plan_pairs(index, sampling, epoch, path)
-        pictures, times = decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+        try:
+            pairs, (pictures, times) = _read_pairs(path, sampling, epoch)
+        except OtherThanStated:
+            pairs, (pictures, times) = _read_pairs(path, sampling, epoch)
     for repeat, (earlier, _) in enumerate(pairs):
         yield {
             "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
@@ -174,6 +176,12 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
             "repeat": repeat,
             "crop": np.array(earlier.box, dtype=np.float64),
         }
+
+
+def _read_pairs(path: str, sampling: PairSampling, epoch: int):
+    index = index_video(path)
+    pairs = plan_pairs(index, sampling, epoch, path)
+    return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair])
 
 
 def generate_pairs(

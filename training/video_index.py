@@ -1,0 +1,275 @@
+"""What is known of a video before its frames are decoded: their times, where decoding can begin, their size. PyAV."""
+
+import contextlib
+import functools
+import itertools
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import av.error
+import numpy as np
+
+from training.addresses import is_remote
+from training.mov_tables import track
+from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, open_video, words
+
+MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
+# Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
+FRAMES_KEPT = 10_000_000
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """
+    What is known of a video before its frames are decoded.
+
+    Args:
+        pts: presentation time stamps of all frames, ascending, in `time_base`.
+        times: the same in seconds from the stream's start.
+        keyframes: pts at which decoding can begin, ascending.
+        seek_points: for each of them, the time stamp to seek to.
+        exact: the pts are the file's own; False where they were estimated from the header (remote files, but MOV and MP4).
+        height, width: as displayed, after rotation.
+        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame.
+        version: what tells the file from a later one in its place (size and time, or what the server says of it).
+        looked: height, width and turns are those of the first frame; False where they are what the header says.
+    """
+
+    pts: array
+    times: np.ndarray
+    keyframes: array
+    seek_points: array
+    exact: bool
+    height: int
+    width: int
+    quarter_turns: int
+    version: tuple
+    looked: bool = True
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first to the last frame."""
+        return float(self.times[-1] - self.times[0])
+
+
+@contextlib.contextmanager
+def explained():
+    """Whatever FFmpeg, PyAV or the arithmetic on a file's own numbers raises on a damaged file, as the reason to skip it."""
+    try:
+        yield
+    except UnreadableVideo:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UnreadableVideo(f"cannot be decoded ({words(error)})") from error
+
+
+def video_stream(container):
+    if not container.streams.video:
+        raise UnreadableVideo("has no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise UnreadableVideo("its codec is not known to this build of PyAV")
+    _check_size(stream.codec_context)
+    if stream.frames > MAX_FRAMES:
+        raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
+    # The frames may turn out other than the header says.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    # One thread: the loader's workers are the parallelism, and skip_frame acts on the very packet it was set for.
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _check_size(picture) -> None:
+    if not picture.width or not picture.height:  # also what FFmpeg makes of some sizes over its limit
+        raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
+    if picture.width * picture.height > MAX_PIXELS:
+        raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
+
+
+class _KeptIndices:
+    """[`read_index`] that keeps those asked for last, up to FRAMES_KEPT frames in all."""
+
+    def __init__(self, make):
+        functools.update_wrapper(self, make)
+        self.kept: OrderedDict[str, VideoIndex] = OrderedDict()
+        self.frames = 0
+
+    def __call__(self, source: str) -> VideoIndex:
+        if source not in self.kept:
+            self.keep(source, self.__wrapped__(source))
+        self.kept.move_to_end(source)
+        return self.kept[source]
+
+    def keep(self, source: str, index: VideoIndex) -> None:
+        self.drop(source)
+        self.kept[source] = index
+        self.frames += _weight(index)
+        while self.frames > FRAMES_KEPT and len(self.kept) > 1:
+            self.drop(next(iter(self.kept)))
+
+    def drop(self, source: str) -> None:
+        if source in self.kept:
+            self.frames -= _weight(self.kept.pop(source))
+
+    def cache_clear(self) -> None:
+        self.kept.clear()
+        self.frames = 0
+
+
+def _weight(index: VideoIndex) -> int:
+    return 1000 + len(index.pts) + len(index.keyframes)  # and what an index takes without them
+
+
+class OtherThanStated(UnreadableVideo):
+    """The frames are not what the file's header says; [`index_video`] now knows, and another try goes by the frames."""
+
+
+def read_index(source: str, look: bool = False) -> VideoIndex:
+    """
+    Index of a video, without decoding it where that can be. A MOV or MP4 has all its time stamps in its tables, so that nothing but these
+    and three packets is read of it. Of others, local files are demuxed once for their exact time stamps; of remote ones only the header and
+    the first frame are read.
+
+    Args:
+        look: decode the first frame whatever the header says.
+
+    Raises:
+        UnreadableVideo: with the reason.
+    """
+    with open_video(source) as video, explained():
+        stream = video_stream(video.container)
+        tables = track(video.movie, stream.id) if video.movie else None
+        found = _table_pts(video, stream, tables.offsets) if tables else None
+        stated = not look and found is not None and tables.quarter_turns is not None
+        if found is not None:
+            pts, keyframes = found
+        elif is_remote(source):
+            pts, keyframes = _estimate_pts(stream, video.deadline), {}
+        else:
+            pts, keyframes = _read_pts(video.container, stream, video.deadline)
+        if stated:
+            picture, turns = stream.codec_context, tables.quarter_turns
+        else:
+            picture = _first_picture(video.container, stream)
+            turns = quarter_turns_of(picture)
+        if picture.width < 2 or picture.height < 2:
+            raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, 2x2 is the least")
+        height, width = (picture.width, picture.height) if turns % 2 else (picture.height, picture.width)
+        start = pts[0] if stream.start_time is None else min(stream.start_time, pts[0])
+        times = (np.array(pts, dtype=np.float64) - start) * float(stream.time_base)
+        exact = found is not None or not is_remote(source)
+        points, seek_points = array("q", keyframes), array("q", keyframes.values())
+        return VideoIndex(pts, times, points, seek_points, exact, height, width, turns, video.version, not stated)
+
+
+index_video = _KeptIndices(read_index)
+
+
+def quarter_turns_of(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _first_picture(container, stream) -> av.VideoFrame:
+    # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
+    avi = container.format.name == "avi"
+    shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
+    if not shown:
+        raise UnreadableVideo("has no frame that can be decoded")
+    if any(a.pts is None or b.pts is None or a.pts >= b.pts for a, b in itertools.pairwise(shown)):
+        raise UnreadableVideo("has time stamps out of order (B frames in AVI?): encode it anew, to MP4 or MKV")
+    _check_size(shown[0])
+    return shown[0]
+
+
+def _first_frame(container, stream) -> list[av.VideoFrame]:
+    """The first frame, or none. A keyframe at the start is enough for it: a decoder else waits for the frames that could be shown before."""
+    packet = next(container.demux(stream))
+    frames = packet.decode()
+    if not frames and packet.is_keyframe:
+        frames = stream.codec_context.decode(None)
+    if not frames:
+        container.seek(0)
+        frames = list(itertools.islice(container.decode(stream), 1))
+    return frames[:1]
+
+
+def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
+    """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
+    # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
+    by_pts = container.format.name.startswith(("mov", "matroska"))
+    pts, keyframes = set(), {}
+    for packet in container.demux(stream):
+        deadline.check()
+        if packet.pts is None or not packet.size:
+            continue
+        # Before the cut of `ffmpeg -ss … -c copy` packets are to be discarded: decoded for the frames after it, and never shown.
+        if not packet.is_discard:
+            pts.add(packet.pts)
+        if packet.is_keyframe:
+            keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts
+        _check_count(len(pts))
+    if not pts:
+        raise UnreadableVideo("has no frames with time stamps")
+    container.seek(0)
+    return array("q", sorted(pts)), dict(sorted(keyframes.items()))
+
+
+def _check_count(frames: int) -> None:
+    if frames > MAX_FRAMES:
+        raise UnreadableVideo(f"has more than {MAX_FRAMES} frames: cut it into parts")
+
+
+def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, dict[int, int]] | None:
+    """
+    The same from the index that FFmpeg made of a MOV's tables, which has the times of decoding, and the tables' offsets from these. None
+    where they do not fit one another, or the media data is not all there; the first packets are asked whether they agree.
+    """
+    entries = stream.index_entries
+    if len(entries) != len(offsets) or not len(offsets):
+        return None
+    _check_count(len(entries))
+
+    def rows():
+        for number, entry in enumerate(entries):
+            if number % 65536 == 0:
+                video.deadline.check()
+            yield entry.timestamp, entry.pos, entry.size, entry.is_keyframe, entry.is_discard
+
+    fields = [("dts", "i8"), ("place", "i8"), ("size", "i8"), ("keyframe", "?"), ("discard", "?")]
+    rows = np.fromiter(rows(), fields, len(entries))
+    if rows["size"].min() < 1 or rows["place"].min() < 0 or (rows["place"] + rows["size"]).max() > video.size:
+        return None
+    first = [packet for packet in itertools.islice(video.container.demux(stream), 3) if packet.size]
+    video.container.seek(0)
+    # All times of decoding are earlier by one number than the tables have them, by which none is later than its presentation.
+    shifts = {packet.pts - packet.dts - int(offset) for packet, offset in zip(first, offsets)}
+    if len(shifts) != 1 or any(packet.dts != row["dts"] for packet, row in zip(first, rows)):
+        return None
+    pts = rows["dts"] + offsets + shifts.pop()
+    keyframes = np.unique(pts[rows["keyframe"]]).tolist()
+    shown = np.unique(pts[~rows["discard"]])
+    return (array("q", shown.tobytes()), dict(zip(keyframes, keyframes))) if len(shown) else None
+
+
+def _estimate_pts(stream, deadline: Deadline) -> array:
+    rate = stream.average_rate or stream.guessed_rate
+    duration = (
+        stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / av.time_base
+    )
+    if not rate or not duration:
+        raise UnreadableVideo("its header tells no duration")
+    start = stream.start_time or 0
+    frames = max(1, int(duration * rate))
+    if frames > MAX_FRAMES:
+        raise UnreadableVideo(f"has by its header {frames} frames, the most is {MAX_FRAMES}")
+    step, pts = 1 / (Fraction(rate) * stream.time_base), array("q")
+    for number in range(frames):
+        if number % 65536 == 0:
+            deadline.check()
+        # round(number * step), in whole numbers: fractions take ten times as long
+        whole, rest = divmod(number * step.numerator, step.denominator)
+        pts.append(start + whole + (2 * rest > step.denominator or (2 * rest == step.denominator and whole % 2)))
+    return pts
