@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counting import counted_step
+from benchmarks.counting import counted_step, counted_work
 from benchmarks.profiling import kernel_seconds
 from modeling_poodle.recipe_files import usable_cores
 from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
@@ -232,6 +232,7 @@ def _serve(connection, make, recipe) -> None:
         "memory": lambda _: {"built_bytes": base, "peak_bytes": memory_bytes(step.device, peak=True)},
         "flops": lambda _: step_flops(step),
         "count": lambda _: counted_step(step),
+        "work": lambda _: counted_work(step),
         "kernels": lambda steps: kernel_seconds(step, steps),
         "ceiling": lambda _: ceiling(step.device, recipe.bf16),
         "about": lambda _: {"device": str(step.device), "threads": torch.get_num_threads()},

@@ -1,12 +1,32 @@
-"""The memory of a step, counted from its tensors: the same on every device, for GPUs that are not at hand."""
+"""The memory and the work of a step, counted from its tensors and operations: much the same on every device, for GPUs that are not at hand."""
 
 import weakref
+from collections import Counter, defaultdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.profiling import group
 
 GPUS = {"H100": 79, "H200": 139}  # GiB of memory, whole ones
+# By NVIDIA's data sheets: bytes a second of memory; FLOP/s, dense, of the two, in 16 bits, in TF32, which PyTorch uses for convolutions in
+# float32, and in float32, for products.
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
+HALF_PEAK, TF32_PEAK, FLOAT_PEAK = 989e12, 494e12, 67e12
+_NO_KERNEL = (
+    "empty",
+    "detach",
+    "alias",
+    "is_",
+    "_local_scalar_dense",
+    "set_",
+    "resize_",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -43,3 +63,51 @@ def counted_step(step) -> dict[str, int]:
     with LiveBytes() as counted:
         step()
     return {"resident": sum(value.nbytes for value in kept), "peak": counted.peak}
+
+
+class CountedWork(TorchDispatchMode):
+    """
+    The work of the operations that run while it is on, by kind: "products", which are all that have FLOPs, and the groups of
+    [`~benchmarks.profiling.GROUPS`]: `operations`, `bytes` read and written, `flops`, and for each GPU the `seconds` that they take at
+    least. Each is taken for a kernel of its own, which reads its inputs and writes its outputs once and waits for nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kinds: defaultdict[str, Counter] = defaultdict(Counter)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function._schema.name.removeprefix("aten::")
+        if function.is_view or name.startswith(_NO_KERNEL):
+            return result
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        # What is written in place is among both, and counts once: it need not be read.
+        tensors = {(value.untyped_storage()._cdata, value.storage_offset()): value for value in inputs + outputs}
+        moved = sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in tensors.values())
+        count = flop_registry.get(function.overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count else 0
+        peak = HALF_PEAK
+        if flops and inputs[0].dtype == torch.float32:
+            peak = TF32_PEAK if "conv" in name else FLOAT_PEAK
+        self.kinds["products" if flops else group(f"aten::{name}")].update(
+            {"operations": 1, "bytes": moved, "flops": flops}
+            | {f"seconds_{gpu}": max(flops / peak, moved / bandwidth) for gpu, bandwidth in BANDWIDTH.items()}
+        )
+        return result
+
+
+def counted_work(step) -> dict[str, dict[str, Counter]]:
+    """The work of a step that has run before: of the flow, and of all the rest but the reference's augmentation, which a loader does."""
+    if hasattr(step, "augment"):
+        augmented = step.augment()
+        step.augment = lambda: augmented
+    with CountedWork() as flow:
+        step.estimate_flow()
+    with CountedWork() as whole:
+        step()
+    for kind, work in flow.kinds.items():
+        whole.kinds[kind].subtract(work)
+    return {"flow": dict(flow.kinds), "model": dict(whole.kinds)}

@@ -7,6 +7,7 @@ code's behaviour (benchmarks/reference.py), in one run.
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --torch_compile --reference --json step.json   # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --largest_batch                                # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
+    python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --count_work --reference   # minutes on a CPU
 
 Takes any flag of training/pretrain.py. Frames are synthetic and lie on the device, so that neither the disk nor the decoder is
 measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
@@ -30,7 +31,7 @@ from benchmarks.common import (
     print_table,
     write_json,
 )
-from benchmarks.counting import GPUS
+from benchmarks.counting import BANDWIDTH, GPUS, HALF_PEAK
 from benchmarks.reference import ReferenceStep
 from training.recipe import Recipe, parse_recipe
 
@@ -150,19 +151,26 @@ def largest_batch(recipe: Recipe) -> int:
     return works
 
 
+def of_one_and_two_pairs(recipe: Recipe, reference: bool, what: str) -> dict[str, list]:
+    """What our step of one pair and of two says when it is asked for `what`, and the reference's."""
+    counts = {}
+    for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
+        counts[name] = []
+        for pairs in (1, 2):
+            contender = Contender(make, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
+            contender.ask("run", 1)  # afterwards the optimizer has its moments
+            counts[name].append(contender.ask(what))
+            contender.close()
+    return counts
+
+
 def count_memory(recipe: Recipe, reference: bool) -> dict:
     """
     GiB of our step's tensors, and of the reference's: `fixed`, of the model, the optimizer and what else does not grow, and `pair`, of one
     pair more, from a step of one pair and a step of two; and how many pairs a GPU holds at most.
     """
     result = {}
-    for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
-        counts = []
-        for pairs in (1, 2):
-            contender = Contender(make, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
-            contender.ask("run", 1)  # afterwards the optimizer has its moments
-            counts.append(contender.ask("count"))
-            contender.close()
+    for name, counts in of_one_and_two_pairs(recipe, reference, "count").items():
         pair = counts[1]["peak"] - counts[0]["peak"]
         found = {"fixed": (counts[0]["resident"] + counts[0]["peak"] - pair) / 2**30, "pair": pair / 2**30}
         fits = {gpu: max(0, int((gib - found["fixed"]) / found["pair"])) for gpu, gib in GPUS.items()}
@@ -173,11 +181,56 @@ def count_memory(recipe: Recipe, reference: bool) -> dict:
     return result
 
 
+def count_work(recipe: Recipe, reference: bool) -> dict:
+    """
+    What a step's operations move and multiply, `pair` of each pair and `step` whatever its pairs, and from these its bounds on GPUs by their
+    data sheets: with a kernel for each operation, and with products alone, as if all the rest were fused with them.
+    """
+    result, pairs = {}, recipe.per_device_train_batch_size
+    for name, (one, two) in of_one_and_two_pairs(recipe, reference, "work").items():
+        rows = []
+        for part, kind in [(name, kind) for name in ("flow", "model") for kind in two[name]]:
+            a, b = one[part].get(kind, {}), two[part][kind]
+            pair = {key: b[key] - a.get(key, 0) for key in b}
+            step = {key: a.get(key, 0) - pair[key] for key in b}
+            rows.append({"part": part, "kind": kind, "operations": b["operations"], "pair": pair, "step": step})
+        bounds = {}
+        for gpu in BANDWIDTH:
+            seconds = [(row, row["pair"][f"seconds_{gpu}"] + row["step"][f"seconds_{gpu}"] / pairs) for row in rows]
+            model = sum(took for row, took in seconds if row["part"] == "model")
+            flops = sum(row["pair"]["flops"] for row in rows if row["part"] == "model")
+            bounds[gpu] = {
+                "ms_a_pair": 1000 * sum(took for _, took in seconds),
+                "model_ms_a_pair": 1000 * model,
+                "products_ms_a_pair": 1000 * sum(took for row, took in seconds if row["kind"] == "products"),
+                "share_of_bf16_peak": flops / model / HALF_PEAK,
+            }
+        result[name] = {"kinds": rows, "bounds": bounds}
+        print(f"{name}: of a pair, and in the last column of a step of {pairs}, whatever its pairs")
+        shown = [
+            {"part": row["part"], "": row["kind"], "operations a step": row["operations"],
+             "GB": row["pair"]["bytes"] / 1e9, "TFLOP": row["pair"]["flops"] / 1e12,
+             **{f"ms {gpu}": 1000 * row["pair"][f"seconds_{gpu}"] for gpu in BANDWIDTH}, "GB a step": row["step"]["bytes"] / 1e9}
+            for row in rows
+        ]  # fmt: skip
+        print_table(shown, {"part": "", "": "", "operations a step": "d", **dict.fromkeys(list(shown[0])[3:], ".2f")})
+        for gpu, bound in bounds.items():
+            print(
+                f"{gpu}, at {pairs} pairs a step: at least {bound['ms_a_pair']:.1f} ms a pair, {bound['model_ms_a_pair']:.1f} without the flow, "
+                f"which is {100 * bound['share_of_bf16_peak']:.0f} % of its bf16 peak; the products alone {bound['products_ms_a_pair']:.1f} ms"
+            )
+        print()
+    return result
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--reference", action="store_true", help="run the reference beside it")
     parser.add_argument("--largest_batch", action="store_true", help="only find the largest batch that fits this GPU")
     parser.add_argument("--count_memory", action="store_true", help="only count the memory of a step's tensors")
+    parser.add_argument(
+        "--count_work", action="store_true", help="only count what a step moves and multiplies, and its bounds on GPUs"
+    )
     parser.add_argument(
         "--kernels", action="store_true", help="also where the time goes, by kind of kernel, with torch.profiler"
     )
@@ -191,6 +244,8 @@ def main() -> None:
         result = {"largest_batch": largest_batch(recipe)}
     elif options.count_memory:
         result = count_memory(recipe, options.reference)
+    elif options.count_work:
+        result = count_work(recipe, options.reference)
     else:
         result = compare(recipe, options.reference, options.steps, options.warmup, options.kernels)
         report(recipe, result)

@@ -21,7 +21,7 @@ from loopback import serve
 from training import first_look, video_sources
 from training.video_decoding import cut_frame
 from training.video_files import UnreadableVideo
-from training.video_index import VideoIndex, index_video, read_index
+from training.video_index import VideoIndex, by_index, index_video, read_index
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
 
@@ -367,13 +367,13 @@ def spin():
     ],
 )
 def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeypatch, act, said):
-    def read(path, look):
+    def read(path, use):
         if path == videos[2]:
             act()
-        return read_index(path, look)
+        return by_index(path, use)
 
-    monkeypatch.setattr(first_look, "read_index", read)
-    monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 3 if path == videos[2] else 60)
+    monkeypatch.setattr(first_look, "by_index", read)
+    monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 5 if path == videos[2] else 60)
     index_video.cache_clear()
     start = time.monotonic()
     with pytest.raises(ValueError, match=f"{videos[2]}: {said}, as it would end the run. Remove it, or put an empty"):

@@ -9,12 +9,10 @@ import numpy as np
 
 from training.video_files import Deadline, UnreadableVideo, open_video
 from training.video_index import (
-    OtherThanStated,
     VideoIndex,
     explained,
     index_video,
     quarter_turns_of,
-    read_index,
     video_stream,
 )
 
@@ -36,8 +34,7 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
         RGB uint8 arrays (3, H, W), and the frames' times in seconds, both in the order of `cuts`.
 
     Raises:
-        UnreadableVideo: a wanted frame is missing or corrupt.
-        OtherThanStated: the index was made from the header, and the frames have another size or are turned otherwise.
+        UnreadableVideo: a wanted frame is missing, corrupt, or not what the index says.
     """
     wanted: dict[int, list[int]] = {}
     for position, cut in enumerate(cuts):
@@ -51,12 +48,8 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
         stream = video_stream(video.container)
         for pts, frame in _decode_frames(video.container, stream, index, sorted(wanted), video.deadline):
             shown = (frame.width, frame.height) if index.quarter_turns % 2 else (frame.height, frame.width)
-            if not index.looked and (shown, quarter_turns_of(frame)) != (
-                (index.height, index.width),
-                index.quarter_turns,
-            ):
-                index_video.keep(source, read_index(source, look=True))
-                raise OtherThanStated("has frames of another size, or turned otherwise, than its header says")
+            if index.stated and (*shown, quarter_turns_of(frame)) != (index.height, index.width, index.quarter_turns):
+                raise UnreadableVideo("has frames of another size, or turned otherwise, than its header says")
             if shown != (index.height, index.width):
                 sizes = f"from {index.width}x{index.height} to {shown[1]}x{shown[0]}"
                 raise UnreadableVideo(f"changes its size {sizes} at {_seconds(index, pts):.2f} s")

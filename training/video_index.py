@@ -31,11 +31,11 @@ class VideoIndex:
         times: the same in seconds from the stream's start.
         keyframes: pts at which decoding can begin, ascending.
         seek_points: for each of them, the time stamp to seek to.
-        exact: the pts are the file's own; False where they were estimated from the header (remote files, but MOV and MP4).
+        exact: the pts are the file's own; False where they were estimated from the header (remote files without tables that tell).
         height, width: as displayed, after rotation.
         quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame.
         version: what tells the file from a later one in its place (size and time, or what the server says of it).
-        looked: height, width and turns are those of the first frame; False where they are what the header says.
+        stated: all of this is what the tables of a MOV or MP4 say, which its frames need not keep to.
     """
 
     pts: array
@@ -47,7 +47,12 @@ class VideoIndex:
     width: int
     quarter_turns: int
     version: tuple
-    looked: bool = True
+    stated: bool = False
+
+    def same_as(self, other: "VideoIndex") -> bool:
+        """Whether the same would be read by both."""
+        names = ("pts", "keyframes", "seek_points", "exact", "height", "width", "quarter_turns")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def duration(self) -> float:
@@ -123,49 +128,71 @@ def _weight(index: VideoIndex) -> int:
     return 1000 + len(index.pts) + len(index.keyframes)  # and what an index takes without them
 
 
-class OtherThanStated(UnreadableVideo):
-    """The frames are not what the file's header says; [`index_video`] now knows, and another try goes by the frames."""
-
-
-def read_index(source: str, look: bool = False) -> VideoIndex:
+def read_index(source: str, whole: bool = False) -> VideoIndex:
     """
-    Index of a video, without decoding it where that can be. A MOV or MP4 has all its time stamps in its tables, so that nothing but these
-    and three packets is read of it. Of others, local files are demuxed once for their exact time stamps; of remote ones only the header and
-    the first frame are read.
+    Index of a video. A MOV or MP4 has all of it in its tables, so that nothing but these and three packets is read of it. Of others, local
+    files are demuxed once (no decoding) for their exact time stamps; of remote ones only the header and the first frame are read.
 
     Args:
-        look: decode the first frame whatever the header says.
+        whole: whatever the tables say.
 
     Raises:
         UnreadableVideo: with the reason.
     """
     with open_video(source) as video, explained():
         stream = video_stream(video.container)
-        tables = track(video.movie, stream.id) if video.movie else None
+        tables = track(video.movie, stream.id) if video.movie and not whole else None
         found = _table_pts(video, stream, tables.offsets) if tables else None
-        stated = not look and found is not None and tables.quarter_turns is not None
-        if found is not None:
+        picture = stream.codec_context
+        stated = found and tables.quarter_turns is not None and min(picture.width, picture.height) >= 2
+        if found:
             pts, keyframes = found
         elif is_remote(source):
             pts, keyframes = _estimate_pts(stream, video.deadline), {}
         else:
             pts, keyframes = _read_pts(video.container, stream, video.deadline)
-        if stated:
-            picture, turns = stream.codec_context, tables.quarter_turns
-        else:
+        if not stated:
             picture = _first_picture(video.container, stream)
-            turns = quarter_turns_of(picture)
         if picture.width < 2 or picture.height < 2:
             raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, 2x2 is the least")
+        turns = tables.quarter_turns if stated else quarter_turns_of(picture)
         height, width = (picture.width, picture.height) if turns % 2 else (picture.height, picture.width)
         start = pts[0] if stream.start_time is None else min(stream.start_time, pts[0])
-        times = (np.array(pts, dtype=np.float64) - start) * float(stream.time_base)
-        exact = found is not None or not is_remote(source)
-        points, seek_points = array("q", keyframes), array("q", keyframes.values())
-        return VideoIndex(pts, times, points, seek_points, exact, height, width, turns, video.version, not stated)
+        return VideoIndex(
+            pts=pts,
+            times=(np.array(pts, dtype=np.float64) - start) * float(stream.time_base),
+            keyframes=array("q", keyframes),
+            seek_points=array("q", keyframes.values()),
+            exact=bool(found) or not is_remote(source),
+            height=height,
+            width=width,
+            quarter_turns=turns,
+            version=video.version,
+            stated=bool(found),
+        )
 
 
 index_video = _KeptIndices(read_index)
+
+
+def by_index(source: str, use):
+    """
+    What `use` makes of a video's index; where that fails by one that the tables gave, of one that the whole file gives, if it is another.
+    So whatever a process has read before, a file gives the same.
+
+    Raises:
+        UnreadableVideo: of `use`, or of the whole file.
+    """
+    index = index_video(source)
+    try:
+        return use(index)
+    except UnreadableVideo:
+        if not index.stated:
+            raise
+        whole = read_index(source, whole=True)
+        if whole.version != index.version or whole.same_as(index):
+            raise
+    return use(whole)
 
 
 def quarter_turns_of(frame: av.VideoFrame) -> int:
@@ -246,7 +273,9 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
     video.container.seek(0)
     # All times of decoding are earlier by one number than the tables have them, by which none is later than its presentation.
     shifts = {packet.pts - packet.dts - int(offset) for packet, offset in zip(first, offsets)}
-    if len(shifts) != 1 or any(packet.dts != row["dts"] for packet, row in zip(first, rows)):
+    # Parsers know keyframes by themselves: a table that is not there makes all frames keyframes.
+    told = [(packet.dts, packet.is_keyframe) for packet in first]
+    if len(shifts) != 1 or told != [(row["dts"], row["keyframe"]) for row in rows[: len(first)]]:
         return None
     pts = rows["dts"] + offsets + shifts.pop()
     keyframes = np.unique(pts[rows["keyframe"]]).tolist()

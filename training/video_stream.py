@@ -26,7 +26,7 @@ from training.addresses import printable, video_name
 from training.first_look import indices_apart, patience
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import UnreadableVideo, ended_if_stuck
-from training.video_index import OtherThanStated, VideoIndex, index_video
+from training.video_index import VideoIndex, by_index
 
 OPENINGS_PER_SPAN = 2048
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
@@ -162,11 +162,13 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
+
+    def read(index: VideoIndex):
+        pairs = plan_pairs(index, sampling, epoch, path)
+        return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+
     with ended_if_stuck(video_name(path), patience(path)):
-        try:
-            pairs, (pictures, times) = _read_pairs(path, sampling, epoch)
-        except OtherThanStated:
-            pairs, (pictures, times) = _read_pairs(path, sampling, epoch)
+        pairs, (pictures, times) = by_index(path, read)
     for repeat, (earlier, _) in enumerate(pairs):
         yield {
             "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
@@ -176,12 +178,6 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
             "repeat": repeat,
             "crop": np.array(earlier.box, dtype=np.float64),
         }
-
-
-def _read_pairs(path: str, sampling: PairSampling, epoch: int):
-    index = index_video(path)
-    pairs = plan_pairs(index, sampling, epoch, path)
-    return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair])
 
 
 def generate_pairs(
