@@ -15,6 +15,8 @@ GPUS = {"H100": 79, "H200": 139}  # GiB of memory, whole ones
 # float32, and in float32, for products.
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
 HALF_PEAK, TF32_PEAK, FLOAT_PEAK = 989e12, 494e12, 67e12
+# These read of their first input no more than what they write, or four cells for each of it.
+_PARTS_READ = {"gather": 1, "index": 1, "index_select": 1, "embedding": 1, "grid_sampler_2d": 4}
 _NO_KERNEL = (
     "empty",
     "detach",
@@ -84,9 +86,13 @@ class CountedWork(TorchDispatchMode):
             return result
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-        # What is written in place is among both, and counts once: it need not be read.
-        tensors = {(value.untyped_storage()._cdata, value.storage_offset()): value for value in inputs + outputs}
-        moved = sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in tensors.values())
+        moved, parts = {}, _PARTS_READ.get(name)
+        for value in inputs + outputs:  # what is written in place is among both, and counts once: it need not be read
+            most = value.untyped_storage().nbytes()
+            if parts and value is inputs[0]:
+                most = min(most, parts * outputs[0].nbytes)
+            moved[value.untyped_storage()._cdata, value.storage_offset()] = min(value.nbytes, most)
+        moved = sum(moved.values())
         count = flop_registry.get(function.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         peak = HALF_PEAK

@@ -14,20 +14,25 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
     """
     Correlations of every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
 
-    Averaging commutes with the product: the keys are pooled, not the volume, which at 512x1024 holds 32 times their numbers.
+    Averaging commutes with the product: the keys are pooled, not the volume, which at 512x1024 holds 32 times their numbers. The keys have a
+    border of zeros, so that what lies outside has a correlation of zero that can be read as any other.
 
     Args:
         queries, keys: features (N, C, h, w).
 
     Returns:
-        a tensor (N * h * w, h >> l, w >> l) for each level l; a row a query pixel.
+        a tensor (N * h * w, (h >> l) + 2, (w >> l) + 2) for each level l; a row a query pixel.
     """
     n, channels, h, w = queries.shape
     rows = queries.flatten(2).transpose(1, 2) / channels**0.5  # (N, h * w, C)
     levels = []
     for level in range(num_levels):
         keys = F.avg_pool2d(keys, kernel_size=2, stride=2) if level else keys
-        levels.append(torch.bmm(rows, keys.flatten(2)).view(n * h * w, *keys.shape[-2:]))
+        bordered = F.pad(keys, (1, 1, 1, 1))
+        cells = bordered.shape[-2] * bordered.shape[-1]
+        # Rows of 16 bytes, or products in half precision would run without the fast loads of tensor cores.
+        volume = torch.bmm(rows, F.pad(bordered.flatten(2), (0, -cells % 8)))[:, :, :cells]
+        levels.append(volume.view(n * h * w, *bordered.shape[-2:]))
     return levels
 
 
@@ -35,8 +40,9 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
     Correlations around each query pixel's match: a window of (2 radius + 1)^2 points a level, read bilinearly, zeros outside.
 
-    All points of a window have the same fractions, so a window is one gather of (2 radius + 2)^2 whole cells and two interpolations, in the
-    pyramid's own precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of the volume each time.)
+    All points of a window have the same fractions, so a window is (2 radius + 2)^2 whole cells, found by their rows and columns, and two
+    interpolations, in the pyramid's own precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of
+    the volume each time.)
 
     Args:
         pyramid: of [`correlation_pyramid`].
@@ -47,27 +53,20 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
     n, _, h, w = points.shape
     centres = points.permute(0, 2, 3, 1).reshape(-1, 2)
-    offsets = torch.arange(-radius, radius + 2, device=points.device)
+    offsets = torch.arange(
+        1 - radius, radius + 3, device=points.device
+    )  # from a cell to its window's, behind the border
+    queries = torch.arange(len(centres), device=points.device)[:, None, None]
     found = []
     for level, volume in enumerate(pyramid):
-        rows, columns = volume.shape[1:]
         scaled = centres / 2**level
         corner = scaled.floor()
-        right, below = (scaled - corner).to(volume.dtype).unbind(1)  # each (M,)
+        right, below = (scaled - corner).to(volume.dtype)[:, :, None, None].unbind(1)  # each (M, 1, 1)
         x, y = (corner.long()[:, :, None] + offsets).unbind(1)  # each (M, 2 radius + 2)
-        index = y.clamp(0, rows - 1)[:, :, None] * columns + x.clamp(0, columns - 1)[:, None, :]
-        window = volume.flatten(1).gather(1, index.flatten(1)).view(index.shape)  # (M, y, x)
-        in_x, in_y = ((x >= 0) & (x < columns)).to(volume.dtype), ((y >= 0) & (y < rows)).to(volume.dtype)
-        # What lies outside has weight zero.
-        window = (
-            window[:, :, :-1] * ((1 - right)[:, None] * in_x[:, :-1])[:, None]
-            + window[:, :, 1:] * (right[:, None] * in_x[:, 1:])[:, None]
-        )
-        window = (
-            window[:, :-1] * ((1 - below)[:, None] * in_y[:, :-1])[:, :, None]
-            + window[:, 1:] * (below[:, None] * in_y[:, 1:])[:, :, None]
-        )
-        found.append(window.transpose(1, 2).flatten(1))
+        x, y = x.clamp(0, volume.shape[2] - 1), y.clamp(0, volume.shape[1] - 1)
+        window = volume[queries, y[:, None, :], x[:, :, None]]  # (M, x, y)
+        window = torch.lerp(window[:, :-1], window[:, 1:], right)
+        found.append(torch.lerp(window[:, :, :-1], window[:, :, 1:], below).flatten(1))
     return torch.cat(found, dim=1).view(n, h, w, -1).permute(0, 3, 1, 2)  # channels last as it lies
 
 
