@@ -111,9 +111,8 @@ def counted_work(step) -> dict[str, dict[str, Counter]]:
         augmented = step.augment()
         step.augment = lambda: augmented
     with CountedWork() as flow:
-        step.estimate_flow()
-    with CountedWork() as whole:
+        estimated = step.estimate_flow()
+    step.estimate_flow = lambda: estimated
+    with CountedWork() as model:
         step()
-    for kind, work in flow.kinds.items():
-        whole.kinds[kind].subtract(work)
-    return {"flow": dict(flow.kinds), "model": dict(whole.kinds)}
+    return {"flow": dict(flow.kinds), "model": dict(model.kinds)}
