@@ -17,6 +17,7 @@ step, all threads added up: it holds on a busy machine too.
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -151,17 +152,16 @@ def largest_batch(recipe: Recipe) -> int:
     return works
 
 
-def of_one_and_two_pairs(recipe: Recipe, reference: bool, what: str) -> dict[str, list]:
-    """What our step of one pair and of two says when it is asked for `what`, and the reference's."""
-    counts = {}
+def of_one_and_two_pairs(recipe: Recipe, reference: bool, what: str) -> Iterator[tuple[str, list]]:
+    """What our step of one pair and of two says when it is asked for `what`, then the reference's."""
     for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
-        counts[name] = []
+        counts = []
         for pairs in (1, 2):
             contender = Contender(make, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
             contender.ask("run", 1)  # afterwards the optimizer has its moments
-            counts[name].append(contender.ask(what))
+            counts.append(contender.ask(what))
             contender.close()
-    return counts
+        yield name, counts
 
 
 def count_memory(recipe: Recipe, reference: bool) -> dict:
@@ -170,7 +170,7 @@ def count_memory(recipe: Recipe, reference: bool) -> dict:
     pair more, from a step of one pair and a step of two; and how many pairs a GPU holds at most.
     """
     result = {}
-    for name, counts in of_one_and_two_pairs(recipe, reference, "count").items():
+    for name, counts in of_one_and_two_pairs(recipe, reference, "count"):
         pair = counts[1]["peak"] - counts[0]["peak"]
         found = {"fixed": (counts[0]["resident"] + counts[0]["peak"] - pair) / 2**30, "pair": pair / 2**30}
         fits = {gpu: max(0, int((gib - found["fixed"]) / found["pair"])) for gpu, gib in GPUS.items()}
@@ -187,7 +187,7 @@ def count_work(recipe: Recipe, reference: bool) -> dict:
     data sheets: with a kernel for each operation, and with products alone, as if all the rest were fused with them.
     """
     result, pairs = {}, recipe.per_device_train_batch_size
-    for name, (one, two) in of_one_and_two_pairs(recipe, reference, "work").items():
+    for name, (one, two) in of_one_and_two_pairs(recipe, reference, "work"):
         rows = []
         for part, kind in [(name, kind) for name in ("flow", "model") for kind in two[name]]:
             a, b = one[part].get(kind, {}), two[part][kind]
@@ -219,7 +219,7 @@ def count_work(recipe: Recipe, reference: bool) -> dict:
                 f"{gpu}, at {pairs} pairs a step: at least {bound['ms_a_pair']:.1f} ms a pair, {bound['model_ms_a_pair']:.1f} without the flow, "
                 f"which is {100 * bound['share_of_bf16_peak']:.0f} % of its bf16 peak; the products alone {bound['products_ms_a_pair']:.1f} ms"
             )
-        print()
+        print(flush=True)
     return result
 
 
