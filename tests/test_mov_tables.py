@@ -215,6 +215,20 @@ def test_tables_that_are_not_true_cost_time_and_no_pair(clips, tmp_path, monkeyp
     assert all(len(pairs) == 3 for pairs in found) or believed
 
 
+def test_a_damaged_file_with_true_tables_is_read_whole_once(clips, tmp_path, monkeypatch):
+    data, path, read = clips["h264.mp4"].read_bytes(), tmp_path / "damaged.mp4", []
+    with av.open(str(clips["h264.mp4"])) as video:
+        entry = video.streams.video[0].index_entries[12]
+        path.write_bytes(data[: entry.pos + 8] + bytes(entry.size - 8) + data[entry.pos + entry.size :])
+    whole = video_index.read_index
+    monkeypatch.setattr(video_index, "read_index", lambda *given, **how: read.append(how) or whole(*given, **how))
+    index_video.cache_clear()
+    for _ in range(3):
+        with pytest.raises(UnreadableVideo, match="cannot be decoded|damaged|skips"):
+            by_index(str(path), lambda index: decode_cuts(str(path), index, [Cut(12, *WHOLE)]))
+    assert read == [{"whole": True}]
+
+
 def test_turns_that_only_the_frames_tell(clips, tmp_path, monkeypatch):
     """As messages in the stream do."""
     path = str(clips["h264_turned_1.mp4"])

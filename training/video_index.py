@@ -187,12 +187,20 @@ def by_index(source: str, use):
     try:
         return use(index)
     except UnreadableVideo:
-        if not index.stated:
+        if not index.stated or (source, index.version) in _CONFIRMED:
             raise
         whole = read_index(source, whole=True)
-        if whole.version != index.version or whole.same_as(index):
+        if whole.version != index.version:
+            raise
+        if whole.same_as(index):
+            _CONFIRMED.add((source, index.version))
             raise
     return use(whole)
+
+
+_CONFIRMED: set[tuple[str, tuple]] = (
+    set()
+)  # whose tables are true: a large damaged file is not read whole for each damage
 
 
 def quarter_turns_of(frame: av.VideoFrame) -> int:
