@@ -7,7 +7,7 @@ code's behaviour (benchmarks/reference.py), in one run.
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --torch_compile --reference --json step.json   # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --largest_batch                                # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
-    python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --count_work --reference   # minutes on a CPU
+    python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_work --reference   # minutes, 22 GiB
 
 Takes any flag of training/pretrain.py. Frames are synthetic and lie on the device, so that neither the disk nor the decoder is
 measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so

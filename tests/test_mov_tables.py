@@ -135,7 +135,7 @@ def test_of_a_truncated_movie_the_frames_that_are_there(clips, tmp_path, monkeyp
     data, path = clips["first.mp4"].read_bytes(), tmp_path / "truncated.mp4"
     path.write_bytes(data[: -len(data) // 4])
     index = read_index(str(path))
-    assert tables_of(path) is not None and len(index.pts) < FRAMES
+    assert len(tables_of(path).offsets) == FRAMES > len(index.pts)
     assert same(index, read_index(str(path), whole=True))
 
 
@@ -248,10 +248,10 @@ def test_turns_that_only_the_frames_tell(clips, tmp_path, monkeypatch):
     ].same_as(whole)
 
 
-def test_what_a_file_gives_does_not_hang_on_what_was_read_before(clips, tmp_path):
+def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monkeypatch):
     """Of a clip whose size changes, where the header has the later one: pairs of the first frames, of the last, and of both."""
-    path = tmp_path / "changes.mp4"
-    path.write_bytes(with_size(write_clip(path, Kind("changes.mp4", "libx264", options=FAST)).read_bytes(), 96, 128))
+    monkeypatch.chdir(tmp_path)
+    path = Path("changes.mp4")  # pairs are drawn by the name
     small, large = (
         write_clip(tmp_path / f"{n}.h264", Kind("", "libx264", size=(n, n), options=FAST)) for n in (48, 96)
     )
@@ -375,11 +375,8 @@ def test_what_is_described_elsewhere_too_is_read_from_end_to_end(clips, tmp_path
     data, path = clips["h264.mp4"].read_bytes(), tmp_path / "more.mp4"
     place = data.index(b"moov") - 4
     path.write_bytes(data[:place] + more(data[place:]))
-    assert (
-        tables_of(clips["h264.mp4"]) is not None
-        and tables_of(path) is None
-        and len(read_index(str(path)).pts) == FRAMES
-    )
+    assert len(tables_of(clips["h264.mp4"]).offsets) == FRAMES
+    assert tables_of(path) is None and len(read_index(str(path)).pts) == FRAMES
 
 
 @pytest.mark.parametrize(
@@ -425,6 +422,6 @@ def test_tables_that_the_first_packets_do_not_bear_out_are_not_relied_on(clips, 
 )  # fmt: skip
 def test_tables_that_are_not_in_order_tell_nothing(clips, change):
     movie = movie_of(clips["first.mp4"])
-    assert track(movie, 1) is not None
+    assert len(track(movie, 1).offsets) == FRAMES
     changed = change[1](movie)
     assert changed != movie and track(changed, 1) is None

@@ -67,6 +67,7 @@ def _decoded(path: str, index: VideoIndex) -> VideoIndex:
     try:
         decode_cuts(path, index, [Cut(0, corner, (2, 2))])
     except UnreadableVideo:
+        signal.setitimer(signal.ITIMER_REAL, patience(path))  # which is that of a worker, who opens a file less often
         decode_cuts(path, index, [Cut(len(index.pts) // 2, corner, (2, 2))])
     return index
 

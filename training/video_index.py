@@ -173,6 +173,8 @@ def read_index(source: str, whole: bool = False) -> VideoIndex:
 
 
 index_video = _KeptIndices(read_index)
+# Files whose tables turned out to be true: a large one that is damaged is not read from end to end for each damage.
+_CONFIRMED: set[tuple[str, tuple]] = set()
 
 
 def by_index(source: str, use):
@@ -196,11 +198,6 @@ def by_index(source: str, use):
             _CONFIRMED.add((source, index.version))
             raise
     return use(whole)
-
-
-_CONFIRMED: set[tuple[str, tuple]] = (
-    set()
-)  # whose tables are true: a large damaged file is not read whole for each damage
 
 
 def quarter_turns_of(frame: av.VideoFrame) -> int:
