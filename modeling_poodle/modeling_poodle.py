@@ -310,6 +310,11 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         self.num_features = [channels.get(name) for name in self.stage_names]
         self.post_init()
 
+    def post_init(self) -> None:
+        # Not BackboneMixin's, which has every layer below it record its output: the encoder's have that already, and recorded twice
+        # one layer's map would be read as another's.
+        PreTrainedModel.post_init(self)
+
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
     ) -> BackboneOutput:

@@ -1,5 +1,6 @@
 """The model: parameter counts, gradients, teacher, files, encoders, and inputs that do not fit."""
 
+import itertools
 import re
 
 import pytest
@@ -228,6 +229,48 @@ def test_files_round_trip(tmp_path):
     assert torch.equal(
         ResNetModel.from_pretrained(tmp_path / "encoder").eval()(pixel_values).last_hidden_state, maps[1]
     )
+
+
+TRANSFORMER = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 6, "image_size": 64}
+HIERARCHY = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24]}
+
+
+@pytest.mark.parametrize(
+    "backbone_config",
+    [
+        {"model_type": "resnet", "embedding_size": 8, **HIERARCHY},
+        {"model_type": "convnext", **HIERARCHY},
+        {"model_type": "convnextv2", **HIERARCHY},
+        {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+        {"model_type": "vit", "intermediate_size": 48, "patch_size": 16, **TRANSFORMER},
+        {"model_type": "dinov2", **TRANSFORMER},
+        {"model_type": "dinov2_with_registers", **TRANSFORMER},
+        {"model_type": "dinov3_vit", "intermediate_size": 48, "patch_size": 16, **TRANSFORMER},
+        {"model_type": "dinov3_convnext", **HIERARCHY},
+        {"model_type": "beit", "intermediate_size": 48, "patch_size": 16, **TRANSFORMER},
+        {"model_type": "vitdet", "patch_size": 16, **TRANSFORMER},
+    ],
+    ids=lambda values: values["model_type"],
+)
+def test_a_backbone_s_maps_are_the_model_s(backbone_config, tmp_path):
+    torch.manual_seed(0)
+    shape = PoodleConfig(backbone_config=backbone_config, decoder_reduction=2)
+    names = shape.stage_names
+    model = PoodleModel(shape, stages=names).eval()
+    for parameter in model.parameters():  # some begin as the identity (layer scale)
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.encode(pixel_values)
+        expected["decoder"] = model.decode(expected)
+        for wanted in (names, names[1::2], names[-2:]):
+            backbone = PoodleBackbone.from_pretrained(tmp_path, out_features=wanted).eval()
+            maps = backbone(pixel_values).feature_maps
+            assert len(maps) == len(wanted)
+            for name, values in zip(wanted, maps):
+                assert torch.equal(values, expected[name]), name
+    assert not any(torch.equal(expected[a], expected[b]) for a, b in itertools.combinations(names, 2))
 
 
 @pytest.mark.parametrize("changes", [{}, {"pooled_weight": 0}, {"dense_weight": 0, "num_decoder_blocks": 0}], ids=str)
