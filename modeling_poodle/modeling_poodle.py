@@ -27,6 +27,18 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+def upsample_onto(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """
+    Maps (N, C, h, w) of a stage to the `size` of an earlier one of half its stride, cell on cell. Where the image is no multiple of the
+    stride, that one has a cell less than twice as many, or one more (encoders that leave an edge out): as many are cut off, or repeated.
+    A map stretched to the size would lie up to a cell beside it, 21 pixels at the lower edge of 360 rows.
+    """
+    doubled = tuple(2 * own if abs(side - 2 * own) <= 1 else side for side, own in zip(size, maps.shape[-2:]))
+    maps = upsample(maps, doubled)[..., : size[0], : size[1]]
+    below, right = (side - own for side, own in zip(size, maps.shape[-2:]))
+    return F.pad(maps, (0, right, 0, below), mode="replicate") if below or right else maps
+
+
 class PoodleDecoderBlock(nn.Module):
     """
     Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3).
@@ -78,11 +90,11 @@ class PoodleDecoderBlock(nn.Module):
         if self.lateral is None:
             return upsample(hidden_state, tuple(2 * side for side in hidden_state.shape[-2:]))
         lateral = self.lateral(lateral)
-        # A stage of an odd-sized image is not exactly twice its successor, and a plain ViT has one resolution for all.
+        # A plain ViT has one resolution for all its stages.
         size = tuple(
             own if own > below else 2 * below for own, below in zip(lateral.shape[-2:], hidden_state.shape[-2:])
         )
-        hidden_state = upsample(hidden_state, size)
+        hidden_state = upsample_onto(hidden_state, size)
         if lateral.shape[-2:] != size:
             lateral = upsample(lateral, size)
         return hidden_state + lateral

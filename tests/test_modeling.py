@@ -425,3 +425,36 @@ def test_student_teacher_and_losses_compile_to_one_graph_that_is_kept(changes):
     output.loss.backward()
     torch._dynamo.reset()  # or sizes that differ between tests would make other compilations dynamic
     assert output.loss.item() == pytest.approx(expected, abs=1e-4) and len(graphs) == 1
+
+
+@pytest.mark.parametrize("image", [(256, 480), (360, 480), (720, 1280), (350, 500), (417, 609), (32, 32), (33, 65)])
+@pytest.mark.parametrize("model_type", ["resnet", "convnext"])
+def test_decoder_maps_lie_on_the_encoder_s_at_any_size(model_type, image):
+    """A ramp of pixel coordinates goes up through the blocks and is met by the laterals at its own place."""
+    backbone_config = {"model_type": model_type, "depths": [1] * 4, "hidden_sizes": [4] * 4}
+    model = PoodleModel(
+        PoodleConfig(backbone_config=backbone_config, decoder_reduction=2, decoder_top_down=False)
+    ).eval()
+    with torch.no_grad():
+        sizes = {name: maps.shape[-2:] for name, maps in model.encode(torch.zeros(1, 3, *image)).items()}
+    assert sizes["stage4"] != sizes["stage3"] or image == (32, 32)
+
+    def coordinates(name):
+        stride = 4 * 2 ** (int(name[-1]) - 1)
+        rows, columns = ((torch.arange(side) + 0.5) * stride for side in sizes[name])
+        return torch.stack([rows[:, None].expand(sizes[name]), columns.expand(sizes[name])])[None]
+
+    hidden_state = coordinates("stage4")
+    for block, name in zip(model.decoder, ("stage3", "stage2")):
+        nn.init.zeros_(block.lateral.weight), nn.init.zeros_(block.lateral.bias)
+        lateral = torch.zeros(1, 4, *sizes[name])
+        with torch.no_grad():
+            hidden_state = block(torch.cat([hidden_state] * 2, 1)[:, :4], lateral)[:, :2]
+        drift = (hidden_state - coordinates(name)).abs()
+        edge = 32 * 2  # where the ramp ends and interpolation repeats its last value
+        stride = 4 * 2 ** (int(name[-1]) - 1)
+        inside = drift[
+            ..., edge // stride : sizes[name][0] - edge // stride, edge // stride : sizes[name][1] - edge // stride
+        ]
+        assert inside.numel() == 0 or inside.max() < 1e-2, name
+        assert drift.max() <= 40, name  # of a map of one cell, or the edge that ConvNeXt leaves out
