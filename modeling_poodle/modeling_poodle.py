@@ -107,6 +107,20 @@ class PoodlePreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
 
+    @classmethod
+    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
+        """
+        Raises:
+            ValueError: a checkpoint of [`PoodleForPreTraining`], none of whose names this class has: all weights would be random.
+        """
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if any(key.startswith("teacher.") for key in info["unexpected_keys"]):
+            raise ValueError(
+                f"{name} holds a PoodleForPreTraining, of student, teacher and heads; {cls.__name__} reads one network. Load the model/ "
+                f"of the run, or save PoodleForPreTraining.from_pretrained({str(name)!r}).teacher and load that"
+            )
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # The encoder is a PreTrainedModel of its own and initialises itself; this is for the decoder and the heads.

@@ -210,6 +210,10 @@ def test_files_round_trip(tmp_path):
         n for n, p in model.named_parameters() if p.requires_grad
     }
 
+    for other in (AutoModel, PoodleModel, PoodleBackbone, PoodleForSemanticSegmentation):
+        with pytest.raises(ValueError, match=r"holds a PoodleForPreTraining.*'\)\.teacher"):
+            other.from_pretrained(tmp_path / "all")
+
     model.teacher.save_pretrained(tmp_path / "model")
     pixel_values = torch.randn(1, 3, 75, 101)  # odd sides
     expected = model.eval().teacher(pixel_values, output_hidden_states=True)
