@@ -200,12 +200,15 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     """
     b, f, c, height, width = frames.shape
     m = boxes.shape[1]
-    x0, y0, x1, y1 = boxes.to(frames.dtype).unbind(-1)  # each (B, M)
-    rows = resize_weights(y0, y1, height, size)  # (B, M, size, H)
+    kind = torch.promote_types(
+        frames.dtype, torch.float32
+    )  # bfloat16 would round a place among 1024 pixels to 4 of them
+    x0, y0, x1, y1 = boxes.to(kind).unbind(-1)  # each (B, M)
+    rows = resize_weights(y0, y1, height, size).to(frames.dtype)  # (B, M, size, H)
     # The frames lie one below the other, so that one product reads them all without a copy a box.
     own = (frame_index[..., None] == torch.arange(f, device=frames.device)).to(rows.dtype)  # (B, M, F)
     rows = (own[:, :, None, :, None] * rows[:, :, :, None]).view(b, m * size, f * height)
     stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, f * height, c * width)
     strips = (rows @ stacked).view(b, m, size, c, width).transpose(2, 3)  # (B, M, C, size, W)
-    columns = resize_weights(x0, x1, width, size)[:, :, None]  # (B, M, 1, size, W)
+    columns = resize_weights(x0, x1, width, size).to(frames.dtype)[:, :, None]  # (B, M, 1, size, W)
     return strips @ columns.transpose(-1, -2)

@@ -199,6 +199,18 @@ def test_crops_between_pixels_read_where_they_lie():
     torch.testing.assert_close(crop[1, 1:-1, 1:-1], (5.6 + 3 * centres)[:, None].expand(6, 6), atol=0.06, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_crops_of_frames_in_half_precision_lie_where_those_of_single_do(dtype):
+    torch.manual_seed(0)
+    frames = (
+        F.interpolate(torch.rand(1, 6, 32, 64), scale_factor=16, mode="bilinear").view(1, 2, 3, 512, 1024).to(dtype)
+    )
+    boxes = torch.tensor([[[700.0, 100, 1000, 400], [100.3, 50.2, 300.7, 250.9], [830.4, 200.3, 1020.1, 390.2]]])
+    index = torch.tensor([[0, 1, 1]])
+    expected = crop_boxes(frames.float(), boxes, index, 192)
+    torch.testing.assert_close(crop_boxes(frames, boxes, index, 192).float(), expected, atol=0.02, rtol=0)
+
+
 def test_full_frame_box_of_its_own_size_is_the_frame():
     frames = torch.rand(1, 2, 3, 16, 16)
     crops = crop_boxes(frames, torch.tensor([[[0.0, 0, 16, 16]] * 2]), torch.tensor([[0, 1]]), 16)
