@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
 _TRANSFORMERS_KEYS = {
@@ -23,6 +26,7 @@ _TRANSFORMERS_KEYS = {
     "name_or_path",
     "num_labels",
     "output_attentions",
+    "quantization_config",
     "torch_dtype",
     "transformers_version",
 }
@@ -98,19 +102,60 @@ def _counts_layers(name: str) -> bool:
 
 
 def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for a field that `config` does not have; the nearest name is suggested."""
+    """
+    Raises ValueError for a field that `config` does not have; the nearest name is suggested. What a file has beside the fields, and is no
+    misspelling of one, is left alone with a warning: a later transformers may write it into every config.
+    """
     known = {field.name for field in dataclasses.fields(config)} | _TRANSFORMERS_KEYS
     for key in kwargs:
-        if key not in known and not key.startswith("_"):
-            raise ValueError(f"{type(config).__name__} has no field {key!r}.{_nearest(key, known)}")
+        if key in known or key.startswith("_"):
+            continue
+        name = type(config).__name__
+        if config.transformers_version is not None and not _nearest(key, known, SURE):
+            logger.warning("%s has no field %r: it is left alone (written by a later version?)", name, key)
+            continue
+        raise ValueError(f"{name} has no field {key!r}.{_nearest(key, known)}")
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key, sorted(known), n=1)
+SURE = 0.8  # of two names: one is the other misspelt
+
+
+def _nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=likeness)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
-class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
+class ChecksOverrides:
+    """Of a config, whose own fields are checked also where they are given beside its file: `from_pretrained(name, dense_stride=4)`."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        Raises:
+            ValueError: as of the config; also for a misspelt field.
+        """
+        # transformers sets what is given on the finished config, past its checks.
+        values, own = dict(config_dict), {field.name for field in dataclasses.fields(cls)}
+        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        maps = {"out_features", "out_indices"}  # either stands for the other
+        given = {name: kwargs.pop(name) for name in (own | maps) & {*kwargs}}
+        for key in kwargs:
+            if not hasattr(cls, key) and _nearest(key, own, SURE):
+                raise ValueError(f"{cls.__name__} has no field {key!r}.{_nearest(key, own)}")
+        if given.keys() & {
+            "backbone_config",
+            "num_decoder_blocks",
+            *maps,
+        }:  # those of the file are of another network, or replaced
+            values = {name: value for name, value in values.items() if name not in maps}
+        part = given.get("backbone_config")
+        if isinstance(part, dict):
+            whole = {**values.get("backbone_config", {}), **part} if "model_type" not in part else part
+            given["backbone_config"] = _as_backbone_config(whole, saved=whole is not part)
+        return super().from_dict(values | given, **kwargs)
+
+
+class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of every PooDLe model: an encoder, the spatial decoder module (SDM) on it, and the pretraining heads.
 
@@ -166,14 +211,14 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
-        saved_stage_names = kwargs.pop("stage_names", None)
+        kwargs.pop("stage_names", None)  # of a file; they follow from the fields
         refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
         self.backbone_config = _as_backbone_config(self.backbone_config, saved=self.transformers_version is not None)
         self._check_values()
         super().__post_init__(**kwargs)
-        self.stage_names = saved_stage_names or self._make_stage_names()
+        self.stage_names = self._make_stage_names()
         if self.readout_stage is not None and self.readout_stage not in self.stage_names:
             expected = f"one of {', '.join(self.stage_names)}"
             raise ValueError(f"PoodleConfig.readout_stage must be {expected}, got {self.readout_stage!r}")
@@ -223,7 +268,7 @@ class PoodleConfig(BackboneConfigMixin, PreTrainedConfig):
         if not _is_int(self.semantic_loss_ignore_index):
             refuse("semantic_loss_ignore_index", "an integer")
         if self.output_stride is not None:
-            if self.output_stride not in (8, 16, 32):
+            if not _is_int(self.output_stride) or self.output_stride not in (8, 16, 32):
                 refuse("output_stride", "None, 8, 16 or 32")
             if self.backbone_config.model_type != "resnet":
                 refuse(
@@ -314,10 +359,13 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
         )
-    if config.model_type == "resnet" and len(config.hidden_sizes) < len(config.depths):  # it would leave stages out
-        sizes = list(config.hidden_sizes)
-        expected = f"a width for each of the {len(config.depths)} depths"
-        raise ValueError(f"PoodleConfig.backbone_config.hidden_sizes must give {expected}, got {sizes!r}")
+    if config.model_type == "resnet":
+        depths, sizes = list(config.depths), list(config.hidden_sizes)
+        if not depths or min(depths) < 1:
+            raise ValueError(f"PoodleConfig.backbone_config.depths must give a block or more a stage, got {depths!r}")
+        if len(sizes) < len(depths) or min(sizes) < 1:  # stages without a width would be left out
+            expected = f"a width for each of the {len(depths)} depths"
+            raise ValueError(f"PoodleConfig.backbone_config.hidden_sizes must give {expected}, got {sizes!r}")
     if isinstance(value, dict) and not saved and "transformers_version" not in value:
         _refuse_stray(config, value)
     return config

@@ -4,10 +4,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_poodle import refuse_unknown
+from .configuration_poodle import ChecksOverrides, refuse_unknown
 
 
-class PoodleFlowConfig(PreTrainedConfig):
+class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
     r"""
     Configuration of [`PoodleFlowModel`].
 

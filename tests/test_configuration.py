@@ -25,6 +25,13 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
         ({"pooled_weight": -0.1}, "pooled_weight must be a finite number"),
         ({"dense_weight": 0, "pooled_weight": 0}, "one objective must be left"),
         ({"output_stride": 7}, "output_stride must be None, 8, 16 or 32"),
+        ({"output_stride": 8.0}, "output_stride must be None, 8, 16 or 32"),
+        ({"dense_stride": -4}, "dense_stride must be None or an integer of at least 1"),
+        ({"num_decoder_blocks": 99}, "num_decoder_blocks must be at most 8"),
+        (
+            {"readout_stage": "stage9"},
+            "PoodleConfig.readout_stage must be one of stem, stage1, .*, decoder, got 'stage9'",
+        ),
         ({"backbone_config": {"depths": [1]}}, "must name its model_type"),
         ({"backbone_config": {"model_type": "bert"}}, "PoodleConfig.backbone_config: 'bert' is no backbone"),
         ({"backbone_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model' is no backbone"),
@@ -52,6 +59,14 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
             {"backbone_config": {**RESNET, "hidden_sizes": [8, 16, 32]}},
             r"backbone_config.hidden_sizes must give a width for each of the 4 depths, got \[8, 16, 32\]",
         ),
+        (
+            {"backbone_config": {**RESNET, "hidden_sizes": [0] * 4}},
+            r"hidden_sizes must give a width for each .* \[0, 0, 0, 0\]",
+        ),
+        (
+            {"backbone_config": {**RESNET, "depths": []}},
+            r"backbone_config.depths must give a block or more a stage, got \[\]",
+        ),
         ({"out_features": ["stage9"]}, "stage9"),
         ({"out_features": []}, r"PoodleConfig.out_features must be some of stem, stage1, .*, decoder, got \[\]"),
         ({"out_indices": []}, r"PoodleConfig.out_indices must be integers that count stem, .* from 0, got \[\]"),
@@ -72,9 +87,44 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
     ],
     ids=str,
 )
-def test_config_refuses_wrong_values(changes, message):
+def test_config_refuses_wrong_values(changes, message, tmp_path):
+    """Also where they are given beside a file, to the config or to a model."""
     with pytest.raises(ValueError, match=message):
         config(**changes)
+    if "backbone_config" in changes and "model_type" not in changes["backbone_config"]:
+        return
+    config().save_pretrained(tmp_path)
+    for read in (PoodleConfig, PoodleModel, AutoConfig):
+        with pytest.raises(ValueError, match=message):
+            read.from_pretrained(tmp_path, **changes)
+
+
+def test_fields_beside_a_file_change_the_config_as_a_whole(tmp_path):
+    config(out_features=["stage3", "decoder"]).save_pretrained(tmp_path)
+    read = PoodleConfig.from_pretrained(tmp_path, num_decoder_blocks=0)
+    assert read.to_dict() == config(num_decoder_blocks=0).to_dict() and read.out_features == ["stage4"]
+    read = PoodleConfig.from_pretrained(tmp_path, num_decoder_blocks=0, out_features=["stage2"], dense_stride=4)
+    assert (read.out_features, read.dense_stride, read.num_decoder_blocks) == (["stage2"], 4, 0)
+    with pytest.raises(ValueError, match="decoder"):
+        PoodleConfig.from_pretrained(tmp_path, num_decoder_blocks=0, out_features=["stage4", "decoder"])
+    read = PoodleConfig.from_pretrained(tmp_path, backbone_config={"depths": [2, 1, 1, 1]})
+    assert read.backbone_config.depths == [2, 1, 1, 1] and read.backbone_config.hidden_sizes == RESNET["hidden_sizes"]
+    with pytest.raises(ValueError, match="decoder"):  # the file's own stages, which the network would not have
+        PoodleConfig.from_dict({**config(out_features=["decoder"]).to_dict(), "num_decoder_blocks": 0})
+    read, unused = PoodleConfig.from_pretrained(tmp_path, dense_weight=0.25, foo=1, return_unused_kwargs=True)
+    assert read.dense_weight == 0.25 and unused == {"foo": 1}
+
+
+def test_what_a_later_version_wrote_is_left_alone_and_a_misspelt_field_is_not(tmp_path, caplog):
+    config().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": None, "cache_layout": "ring"}))
+    with caplog.at_level("WARNING", logger="transformers"):
+        read = PoodleConfig.from_pretrained(tmp_path)
+    assert read.projection_size == config().projection_size
+    (tmp_path / "config.json").write_text(json.dumps({**values, "num_decoder_block": 1}))
+    with pytest.raises(ValueError, match="Did you mean 'num_decoder_blocks'"):
+        PoodleConfig.from_pretrained(tmp_path)
 
 
 def test_a_timm_encoder_may_come_as_its_config():
