@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, TimmBackboneConfig
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmBackbone, TimmBackboneConfig
 
 from .configuration_poodle import PLAIN_VITS, check_config
 from .modeling_poodle import auto_class, refuse_giant
@@ -53,6 +53,12 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     return model
 
 
+class _SavedTimmBackbone(TimmBackbone):
+    """Reads what `save_pretrained` wrote; TimmBackbone's own `from_pretrained` takes every name for one of timm's."""
+
+    from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__)
+
+
 def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """
     Config and state dict of a pretrained encoder, named as `PoodleModel.encoder` names its parameters.
@@ -81,6 +87,9 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         config = read_config(name)
         if config.model_type == "poodle":
             raise ValueError("it is a PooDLe model, with a decoder; give its plain encoder (a run's encoder/)")
+        if config.model_type == "timm_backbone":
+            state = from_pretrained_whole(_SavedTimmBackbone, name, config=config).state_dict() if weights else {}
+            return config, state
         with torch.device("meta"):  # what it is, without memory for its weights
             encoder_class = type(auto_class(config).from_config(config, trust_remote_code=False))
         if not weights:

@@ -74,13 +74,19 @@ def test_sources_and_carbon_in_a_card(tmp_path):
     ]
     # The last line is half written, as a kill leaves it.
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"step": 40, "pairs_per']))
-    config = {"backbone_config": {"model_type": "resnet"}, "num_decoder_blocks": 0, "output_stride": 8}
+    config = {
+        "backbone_config": {"model_type": "resnet"},
+        "num_decoder_blocks": 0,
+        "output_stride": 8,
+        "stage_names": ["stem", "stage1", "stage2", "stage3"],
+    }
     card = ModelCard(cards.run_card("encoder", config, recipe, cards.Facts(20, "teacher", "2 x GPU", 2, tmp_path)))
     assert card.data.datasets == ["org/drives"] and card.data.base_model == "microsoft/resnet-50"
     assert card.data.co2_eq_emissions["emissions"] == 750  # grams
     # 10 steps of 16 pairs at 4 pairs a second, then at 8; what came after the step of these weights does not count.
     assert "| Time | 1.0 minutes |" in card.text
     assert "https://example.com/a.mp4`, 1 local source |" in card.text and "dilated to stride 8" in card.text
+    assert 'out_features=["stage1", "stage3"]' in card.text
     assert "secret" not in str(card) and "/home" not in str(card)
 
 

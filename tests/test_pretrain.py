@@ -11,12 +11,14 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small_runs import MODEL, RESNET, flags, train
+from torch import nn
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
-from modeling_poodle import PoodleForPreTraining, PoodleModel
-from modeling_poodle.loading_poodle import from_pretrained_whole
+from evaluation.encoders import build
+from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
+from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
 from training import video_stream
-from training.assembly import computes_in_bfloat16, make_accelerator
+from training.assembly import computes_in_bfloat16, make_accelerator, synchronise_batch_norm
 from training.pretrain import main
 from training.recipe import Recipe
 from training.schedules import teacher_momentum
@@ -180,6 +182,36 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     state = model.encoder._backbone.state_dict()
     weights = [name for name in brought if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert weights and all(torch.equal(brought[name], state[name]) for name in weights)
+
+    # encoder/ begins another run and is measured, by its weights and not by what timm has under that name.
+    _, exported = load_encoder(str(tmp_path / "encoder"))
+    assert exported and all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in exported.items())
+    measured = build(str(tmp_path / "encoder"), 3)
+    image = torch.rand(1, 3, 64, 128)
+    with torch.no_grad():
+        assert torch.equal(measured(image), model.encode(image)["stage4"])
+    # And the lines of its card, where the Hub is this folder.
+    lines = (tmp_path / "encoder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = lines.replace("ORG/NAME", str(tmp_path / "encoder"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"{repo}/{name}")
+    scope = {}
+    exec(lines, scope)
+    with torch.no_grad():
+        assert torch.equal(scope["backbone"].eval()(image).feature_maps[-1], measured(image))
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
+def test_batch_norm_over_processes_keeps_timm_s_activations(name):
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder = {"model_type": "timm_backbone", "backbone": name, "out_indices": [1, 2, 3, 4]}
+    model = PoodleModel(PoodleConfig(backbone_config=encoder, decoder_reduction=2)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images).last_hidden_state
+    spread = synchronise_batch_norm(model).eval()
+    torch.testing.assert_close(spread(images).last_hidden_state, expected)
+    kinds = {type(m) for m in spread.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
 
 
 def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):

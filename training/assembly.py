@@ -86,9 +86,18 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     if recipe.gradient_checkpointing:
         model.student.checkpoint_gradients()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronise_batch_norm(model)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
     return model.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """`model` with BatchNorm over all processes. timm's has the activation within, which PyTorch's conversion would leave out."""
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:

@@ -273,9 +273,17 @@ _LOAD = {
     "encoder": """from transformers import AutoBackbone, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=["stage2", "stage4"])
+backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES)
 # UperNetConfig(backbone="ORG/NAME") and the like take the architecture alone; then the weights:
 # upernet.backbone.load_state_dict(backbone.state_dict())""",
+    "timm": """from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained("ORG/NAME")
+# AutoBackbone.from_pretrained would take the name for one of timm's.
+backbone = AutoBackbone.from_config(AutoConfig.from_pretrained("ORG/NAME"))
+backbone.load_state_dict(load_file(hf_hub_download("ORG/NAME", "model.safetensors")))""",
     "plain vit": """from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
@@ -311,10 +319,13 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 def _load(part: str, kind: str, config: dict) -> str:
     if part == "encoder" and kind in ("vit", "deit"):
         return _LOAD["plain vit"]
+    if part == "encoder" and kind == "timm_backbone":
+        return _LOAD["timm"]
     if part == "model":  # the last stage, and the decoder where there is one
         features = config["stage_names"][-2 if config["num_decoder_blocks"] else -1 :]
-        return _LOAD[part].replace("FEATURES", json.dumps(features))
-    return _LOAD[part]
+    else:
+        features = [name for name in config["stage_names"] if name not in ("stem", "decoder")][-3::2]
+    return _LOAD[part].replace("FEATURES", json.dumps(features))
 
 
 def _part_in_words(part: str, kind: str, config: dict) -> str:
@@ -325,7 +336,8 @@ def _part_in_words(part: str, kind: str, config: dict) -> str:
             if stride
             else ""
         )
-        return f"The {kind} encoder alone, in its own architecture's format: no code beyond transformers is needed.{dilated}"
+        needed = "transformers and timm are" if kind == "timm_backbone" else "no code beyond transformers is"
+        return f"The {kind} encoder alone, in its own architecture's format: {needed} needed.{dilated}"
     if config["num_decoder_blocks"]:
         return f"The {kind} encoder with PooDLe's spatial decoder of {config['num_decoder_blocks']} blocks."
     return f"The {kind} encoder" + (f", dilated to stride {stride}." if stride else ", without a decoder.")
