@@ -15,8 +15,8 @@ import transformers
 import yaml
 from accelerate import Accelerator
 
+from modeling_poodle.cpu import share_cpu
 from modeling_poodle.locks import lock_output_dir
-from modeling_poodle.recipe_files import usable_cores
 
 FITTED = ("readout", "detector")  # folders of what was fitted
 
@@ -25,7 +25,7 @@ def make_accelerator() -> Accelerator:
     # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // accelerator.num_processes))
+        share_cpu(accelerator.num_processes)
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("httpx", "httpx2", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -13,8 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder
-from modeling_poodle.recipe_files import usable_cores
 from training.recipe import Recipe, RunRecipe
 
 logger = logging.getLogger("poodle")
@@ -46,8 +46,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     if accelerator.device.type == "cpu":
-        # accelerate launch sets OMP_NUM_THREADS=1; the cores are there to be shared by the processes of this machine.
-        torch.set_num_threads(max(1, usable_cores() // max(accelerator.num_processes, 1)))
+        share_cpu(accelerator.num_processes)
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     for name in ("httpx", "httpx2"):  # the Hub client's, by its version
         logging.getLogger(name).setLevel(logging.WARNING)
