@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers.utils import ModelOutput
 
 from .configuration_poodle import PoodleConfig
@@ -131,10 +132,10 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     def update_teacher(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
         pairs = list(self._student_and_teacher())
-        torch._foreach_lerp_(
+        get_ema_multi_avg_fn(momentum)(
             [parameter for _, teacher in pairs for parameter in teacher.parameters()],
             [parameter for student, _ in pairs for parameter in student.parameters()],
-            1 - momentum,
+            None,  # for how many updates there were, which it does not use
         )
 
     def forward(

@@ -321,10 +321,13 @@ def _load(part: str, kind: str, config: dict) -> str:
         return _LOAD["plain vit"]
     if part == "encoder" and kind == "timm_backbone":
         return _LOAD["timm"]
+    names = config.get("stage_names") or []
     if part == "model":  # the last stage, and the decoder where there is one
-        features = config["stage_names"][-2 if config["num_decoder_blocks"] else -1 :]
+        features = names[-2 if config["num_decoder_blocks"] else -1 :]
     else:
-        features = [name for name in config["stage_names"] if name not in ("stem", "decoder")][-3::2]
+        features = [name for name in names if name not in ("stem", "decoder")][-3::2]
+    if not features:  # another architecture's config: its last stage
+        return _LOAD[part].replace(", out_features=FEATURES", "")
     return _LOAD[part].replace("FEATURES", json.dumps(features))
 
 
