@@ -23,7 +23,8 @@ from .configuration_poodle import PLAIN_VITS, PoodleConfig
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (N, C, h, w) bilinearly to `size`, in their own type: autocast's float32 would double the largest maps that a step keeps."""
     kind = maps.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    # "meta" has no autocast. (Asking torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
+    with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
