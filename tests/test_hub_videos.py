@@ -165,7 +165,7 @@ def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp
     (tmp_path / "first" / "checkpoints" / "step-3").mkdir(parents=True)
     (tmp_path / "first" / "revisions.json").write_text('{"datasets/org/streets@main": "abc"}')
     seen = []
-    monkeypatch.setattr(pretrain, "find_videos", lambda sources, pins: seen.append(pins.read_text()) or [])
+    monkeypatch.setattr(pretrain, "videos_by_source", lambda sources, pins: seen.append(pins.read_text()) or {})
     monkeypatch.setattr(pretrain, "check_videos", lambda *_: [])
     checkpoint = str(tmp_path / "first" / "checkpoints" / "step-3")
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint)
@@ -173,7 +173,7 @@ def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp
     assert seen == ['{"datasets/org/streets@main": "abc"}']
     # "latest" is no checkpoint of another run: commits that lie where the command is given are none of its own.
     monkeypatch.chdir(tmp_path / "first")
-    monkeypatch.setattr(pretrain, "find_videos", lambda sources, pins: seen.append(pins.exists()) or [])
+    monkeypatch.setattr(pretrain, "videos_by_source", lambda sources, pins: seen.append(pins.exists()) or {})
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "third"), resume_from_checkpoint="latest")
     pretrain.resolve_videos(make_accelerator(recipe), recipe)
     assert seen[1:] == [False]

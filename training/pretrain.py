@@ -51,7 +51,7 @@ from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
-from training.video_sources import find_videos
+from training.video_sources import merged, videos_by_source
 from training.video_stream import PairLoader, PairSampling, check_videos
 from training.views import model_inputs
 
@@ -79,9 +79,10 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
 
     def find() -> list[str]:
-        paths = []
+        paths, by_source = [], {}
         for camera in [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]:
-            paths += street_videos(camera=camera)
+            by_source[f"street:{camera}"] = street_videos(camera=camera)
+            paths += by_source[f"street:{camera}"]
         others = [source for source in recipe.videos if street_camera(source) is None]
         if others:
             flow_dir = getattr(recipe, "flow_dir", None)  # recipes of train_flow.py read no flow
@@ -96,8 +97,9 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
                 if origin.is_file():
                     pins.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(origin, pins)
-            paths += find_videos(others, pins)
-        check_videos(paths, PairSampling.of(recipe))
+            found = videos_by_source(others, pins)
+            by_source, paths = {**by_source, **found}, paths + merged(found)
+        check_videos(paths, PairSampling.of(recipe), by_source)
         if getattr(recipe, "flow", None) == "exact":
             check_sidecars(paths)
         return paths

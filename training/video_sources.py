@@ -39,9 +39,19 @@ EXTENSIONS = (
 
 
 def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
+    """The videos of all sources, each once, as a sorted list; see [`videos_by_source`]."""
+    return merged(videos_by_source(sources, pins))
+
+
+def merged(by_source: dict[str, list[str]]) -> list[str]:
+    """Each video once, in the same order whatever the signatures."""
+    return sorted({video for videos in by_source.values() for video in videos}, key=video_name)
+
+
+def videos_by_source(sources: Sequence[str], pins: Path | None = None) -> dict[str, list[str]]:
     """
     Expand files, folders (recursive, linked ones too), globs, URLs, data sets on the Hub (`org/name`,
-    `hf://datasets/org/name/...`) and tars (one entry a video inside) to a sorted list.
+    `hf://datasets/org/name/...`) and tars (one entry a video inside): the videos of each source, at least one.
 
     Args:
         pins: JSON file with the commit of each data set on the Hub: read where it is there, so that a resumed run sees the bytes that
@@ -65,7 +75,7 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
         replace_text(pins, json.dumps(commits, indent=1))
-    return sorted(found, key=video_name)  # in the same order whatever the signatures
+    return {source: videos for source, videos, _ in expanded}
 
 
 def _refuse_one_name_for_two(found: set[str]) -> None:
