@@ -3,6 +3,7 @@ import pytest
 from modeling_poodle import PoodleConfig
 from training.assembly import check_crop_size
 from training.recipe import RECIPES, Recipe, parse_recipe, read_yaml
+from training.schedules import count_steps
 
 NAMES = {
     "street",
@@ -85,6 +86,18 @@ def test_defaults_follow_the_videos_and_flags_override_the_file(tmp_path):
         True,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    "config", [[], ["--config", "street"], ["--config", "own_videos"], ["--config", "flowe_street"]]
+)
+def test_epochs_that_are_given_as_a_flag_go_before_the_steps_of_a_recipe_file(config):
+    recipe = parse_recipe([*config, "--num_train_epochs", "3"])
+    assert (recipe.max_steps, recipe.num_train_epochs) == (-1, 3)
+    assert count_steps(recipe, 1, 10 * recipe.per_device_train_batch_size) == 30
+    assert parse_recipe(config).max_steps > 0
+    both = parse_recipe([*config, "--num_train_epochs", "3", "--max_steps", "7"])
+    assert (both.max_steps, both.num_train_epochs) == (7, 3)
 
 
 def test_resolved_recipe_reads_back(tmp_path):

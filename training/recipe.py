@@ -83,8 +83,13 @@ class RunRecipe(CheckedRecipe):
     )
 
     # Optimisation
-    max_steps: int = described(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
-    num_train_epochs: float = described(100, "Epochs; in one, each video gives pairs_per_video pairs.")
+    max_steps: int = described(
+        -1, "Optimizer steps; above 0 it overrides num_train_epochs, unless that alone is given as a flag."
+    )
+    num_train_epochs: float = described(
+        100,
+        "Epochs; in one, each video gives pairs_per_video pairs. As a flag it overrides a recipe file's max_steps.",
+    )
     per_device_train_batch_size: int = described(16, "Pairs a process and micro-step.")
     gradient_accumulation_steps: int = described(1, "Micro-steps an optimizer step.")
     learning_rate: float = described(5e-4, "Peak learning rate.")
@@ -313,6 +318,8 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
             only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
             config = folder / f"{defaults[0 if only_street else 1]}.yaml"
         values = {**read_recipe_file(kind, config, folder), **given}
+        if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
+            values["max_steps"] = -1
         if given.get("init_encoder") is not None and "model" not in given:  # the flag's encoder, not that of the file
             values["model"] = {name: v for name, v in (values.get("model") or {}).items() if name != "backbone_config"}
         return kind(**values)
@@ -325,7 +332,8 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     Recipe from the command line: `--config FILE` first, then flags.
 
     Without `--config` the recipe is `street`, or `own_videos` where `--videos` names something else. With `--init_encoder` the encoder
-    is that one, whatever `backbone_config` a recipe file has; only `--model` may name another, which must fit.
+    is that one, whatever `backbone_config` a recipe file has; only `--model` may name another, which must fit. With `--num_train_epochs`
+    and without `--max_steps` the run goes by its epochs, whatever `max_steps` a recipe file has.
 
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.
