@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import av
 import cv2
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -323,6 +324,22 @@ def test_sources(tmp_path, videos):
         ValueError, match=r"(?s)in some sources; tried\n  .*shard.tar: 2 videos\n  .*nowhere: no such file"
     ):
         find_videos([str(tmp_path / "shard.tar"), str(tmp_path / "nowhere")])
+
+
+def test_a_pattern_of_remote_tars_is_opened_as_a_local_one(tmp_path, videos):
+    memory = fsspec.filesystem("memory")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            archive.add(videos[shard], arcname=f"{shard}.mp4")
+        memory.put(str(tmp_path / f"{shard}.tar"), f"/shards/{shard}.tar")
+    memory.put(videos[2], "/shards/2.mp4")
+    members = [found.replace(f"{tmp_path}/", "memory://shards/") for found in find_videos([str(tmp_path / "*.tar")])]
+    assert len(members) == 2
+    found = find_videos(["memory://shards/*.tar"])
+    assert [name.replace("memory:///", "memory://") for name in found] == members
+    assert next(video_pairs(found[0], SAMPLING, 0))["frames"].shape == (2, 3, 32, 64)
+    assert len(find_videos(["memory://shards/*"])) == 3
+    memory.rm("/shards", recursive=True)
 
 
 def test_real_clips(poodle_data):

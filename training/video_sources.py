@@ -147,9 +147,7 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
         names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
     except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
         return [], f"cannot be listed ({type(error).__name__}: {without_secrets(str(error), source)})"
-    return [
-        name for name in names if _is_video(name)
-    ], f"a pattern that matches {len(names)} remote files, none a video"
+    return _videos_among(names), f"a pattern that matches {len(names)} remote files, none of them a video"
 
 
 def _tar_members(tar: str) -> list[str]:
