@@ -1,6 +1,7 @@
 """Publishing with the real client: what is sent, every fault as a sentence, and pushing during training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,37 @@ def test_folders_that_cannot_be_published(own_hub, published_run, tmp_path):
     done = publish(own_hub, tmp_path / "mine", "--repo_id", "org/p", "--which", "student")
     assert "--which student needs a run" in done.stderr
     assert not own_hub.repositories
+
+
+def test_incomplete_folders_are_a_sentence(own_hub, published_run, tmp_path):
+    def copied(name: str, *without: str) -> Path:
+        shutil.copytree(published_run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints", "panels", "hub"))
+        for part in without:
+            path = tmp_path / name / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return tmp_path / name
+
+    cut = copied("cut")
+    (cut / "encoder" / "preprocessor_config.json").write_text('{"image_mean": [0.5')
+    bare = copied("no processor", "encoder/preprocessor_config.json") / "encoder"
+    config = json.loads((bare / "config.json").read_text())  # of a ResNet that timm has
+    known = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
+    (bare / "config.json").write_text(json.dumps({**config, **known}))
+    for folder, message in (
+        (bare, "preprocessor_config.json cannot be read"),
+        (cut / "encoder", "preprocessor_config.json cannot be read"),
+        (copied("no model", "model"), "has encoder/ but no model/config.json, as a run has: give"),
+        (copied("no config", "encoder/config.json") / "encoder", "is no run and holds no weights"),
+        (copied("no config of it", "encoder/config.json"), "encoder is no run and holds no weights"),
+        (copied("no weights", "encoder/model.safetensors"), "encoder is no run and holds no weights"),
+    ):
+        done = publish(own_hub, folder, "--repo_id", "org/p", "--dry_run")
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+    whole = copied("whole")
+    (whole / "hub").write_text("in the way of the folder of the dry run")
+    done = publish(own_hub, whole, "--repo_id", "org/p", "--dry_run")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 # --- during training ---

@@ -103,7 +103,7 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
     What is sent where: (folder, name on the Hub).
 
     Raises:
-        ValueError: neither a run nor a folder of weights.
+        ValueError: neither a run nor a folder of weights, or one of its folders lacks its config or its weights.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
@@ -111,15 +111,27 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
         raise ValueError(
             f"{folder} is a checkpoint with its optimizer: publish the run, or with --which student its student"
         )
-    if (folder / "encoder" / "config.json").is_file():
+    if (folder / "encoder").is_dir():
+        if not (folder / "model" / "config.json").is_file():
+            raise ValueError(
+                f"{folder} has encoder/ but no model/config.json, as a run has: give {folder / 'encoder'} to send the encoder alone"
+            )
         model = [] if _is_plain(folder) else [(folder / "model", f"{repo_id}-sdm")]
-        return [(folder / "encoder", repo_id), *model]
-    if (folder / "model" / "config.json").is_file() and (folder / "config.yaml").is_file():  # a run of train_flow.py
-        return [(folder / "model", repo_id)]
-    if not list(folder.glob("*.safetensors")) or not list(folder.glob("*config.json")):
+        parts = [(folder / "encoder", repo_id), *model]
+    elif (folder / "model" / "config.json").is_file() and (folder / "config.yaml").is_file():  # a run of train_flow.py
+        parts = [(folder / "model", repo_id)]
+    else:
+        parts = [(folder, repo_id)]
+    for part, _ in parts:
+        _need_weights(part)
+    return parts
+
+
+def _need_weights(folder: Path) -> None:
+    """Raises ValueError where nobody could load what would be sent of a folder."""
+    if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}")
-    return [(folder, repo_id)]
 
 
 def student_of(folder: Path, target: Path) -> Path:
@@ -174,8 +186,19 @@ def _twins(source: Path) -> list[Path]:
 
 
 def _is_plain(run: Path) -> bool:
-    config = json.loads((run / "model" / "config.json").read_text())
-    return config["num_decoder_blocks"] == 0 and config.get("output_stride") is None
+    config = _mapping(run / "model" / "config.json")
+    return config.get("num_decoder_blocks") == 0 and config.get("output_stride") is None
+
+
+def _mapping(file: Path) -> dict:
+    """Raises ValueError where the file is not there, or holds something else than a JSON mapping."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON mapping, got {type(content).__name__}")
+    return content
 
 
 def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
@@ -214,7 +237,7 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
     Write to `target` exactly what is sent of the folder `source`.
 
     Raises:
-        ValueError: a card that is not valid, or a file that holds the token.
+        ValueError: a card or a config that is not valid or not there, or a file that holds the token.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -222,10 +245,10 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         _refuse_link(path)
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".json":
-            content = without_local_paths(json.loads(path.read_text()))
+            content = without_local_paths(_mapping(path))
             (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
     config_file = target / "config.json"
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    config = _mapping(config_file)
     kind = config.get("model_type")
     if kind in _CODE_FILES:
         names = config.get("architectures")
@@ -236,7 +259,9 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         for file in _CODE_FILES[kind]:
             shutil.copyfile(_CODE / file, target / file)
     if timm_architecture(config) is not None and (target / "model.safetensors").exists():
-        processor = json.loads((target / "preprocessor_config.json").read_text())
+        processor = _mapping(source / "preprocessor_config.json")
+        if not {"image_mean", "image_std"} <= processor.keys():
+            raise ValueError(f"{source}/preprocessor_config.json must hold image_mean and image_std, which timm needs")
         config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
     panels = sorted((source.parent / "panels").glob("step-*.png")) if source.name in ("encoder", "model") else []
     if panels:
@@ -327,7 +352,7 @@ class BackgroundPublisher:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, OSError) as error:  # as recipe_files.run_script, which would bring torch and transformers
         if os.environ.get("POODLE_TRACEBACK"):
             raise
         raise SystemExit(f"error: {error}") from None
