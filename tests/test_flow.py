@@ -21,10 +21,33 @@ def smooth_frames(height, width, shift, seed=0):
 
 
 def test_exact_flow_of_other_videos_is_refused_at_the_start(tmp_path):
-    (tmp_path / "a.json").touch()
+    (tmp_path / "a.json").write_text(json.dumps({"street": Street(3, 32, 64, camera="walking").to_json()}))
     check_sidecars([str(tmp_path / "a.mp4")])
     with pytest.raises(ValueError, match="flow exact exists only for the street, and .*b.mp4 has no sidecar"):
         check_sidecars([str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "Expecting value"),
+        ('{"title": 1}', "it has no mapping 'street'"),
+        ('["street"]', "it has no mapping 'street'"),
+        ('{"street": {"foo": 1}}', "unexpected keyword argument 'foo'"),
+        ('{"street": {"speed": "fast"}}', "not supported between"),
+        ('{"street": {"width": 3}}', "Street.width must be an integer of at least 16, got 3"),
+    ],
+)
+def test_a_sidecar_of_another_program_is_refused_at_the_start_with_what_is_wrong(tmp_path, content, said):
+    (tmp_path / "clip.json").write_text(content)
+    video = str(tmp_path / "clip.mp4")
+    refusal = f"flow exact exists only for the street, and clip.json beside .*clip.mp4 is no sidecar of it .*{said}"
+    with pytest.raises(ValueError, match=refusal):
+        check_sidecars([video])
+    with pytest.raises(RuntimeError, match=refusal):
+        ExactFlow()(
+            {"video": video, "crop": (0, 0, 8, 8), "frames": np.zeros((2, 3, 8, 8), np.uint8), "times": (0, 1)}
+        )
 
 
 def test_dis_finds_a_shift_in_both_directions():

@@ -95,24 +95,39 @@ class ExactFlow:
 
     def _street(self, video: str) -> Street:
         if video not in self._streets:
-            sidecar = Path(video).with_suffix(".json")
             try:
-                parameters = json.loads(sidecar.read_text())["street"]
-            except (OSError, json.JSONDecodeError, KeyError, TypeError):
-                raise RuntimeError(
-                    f"exact flow exists only for the street: {video} has no sidecar {sidecar.name}. Use --flow dis"
-                ) from None
-            self._streets[video] = Street.from_json(parameters)
+                self._streets[video] = read_sidecar(video)
+            except ValueError as error:  # `check_sidecars` found it sound: it has changed since
+                raise RuntimeError(str(error)) from None
         return self._streets[video]
+
+
+def read_sidecar(video: str) -> Street:
+    """
+    The drive that a video of the street shows, from the file beside it.
+
+    Raises:
+        ValueError: there is none, or it is another program's; says what is wrong with it.
+    """
+    sidecar, shown = Path(video).with_suffix(".json"), printable(video_name(video))
+    if not sidecar.is_file():
+        raise ValueError(f"flow exact exists only for the street, and {shown} has no sidecar. Use --flow dis")
+    try:
+        content = json.loads(sidecar.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("street"), dict):
+            raise ValueError("it has no mapping 'street'")
+        return Street.from_json(content["street"])
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # TypeError: fields that a Street does not have
+        raise ValueError(
+            f"flow exact exists only for the street, and {printable(sidecar.name)} beside {shown} is no sidecar of it "
+            f"({printable(str(error))}). Use --flow dis"
+        ) from None
 
 
 def check_sidecars(paths: Sequence[str]) -> None:
     """Raises ValueError where a video has no sidecar of the street's beside it: exact flow is computed from what was rendered."""
     for path in paths:
-        if not Path(path).with_suffix(".json").is_file():
-            raise ValueError(
-                f"flow exact exists only for the street, and {printable(video_name(path))} has no sidecar. Use --flow dis"
-            )
+        read_sidecar(path)
 
 
 class RaftFlow(nn.Module):
