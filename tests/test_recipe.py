@@ -112,6 +112,15 @@ def test_resolved_recipe_reads_back(tmp_path):
         ({"flow": "diss"}, "did you mean 'dis'"),
         ({"frame_scale": [0.5, 1.0]}, "frame_scale must be at least 1 where frame_size is unset"),
         ({"frame_gap_seconds": [2.0, 1.0]}, "frame_gap_seconds must be two numbers"),
+        (
+            {"frame_gap_seconds": [-0.5, 1.0]},
+            "frame_gap_seconds must be two numbers, the smaller first, not negative, got",
+        ),
+        (
+            {"frame_scale": [0.0, 1.0]},
+            r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0.0",
+        ),
+        ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0, "),
         ({"crop_size": [100, 200]}, "crop_size must be multiples"),
         ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),

@@ -146,7 +146,8 @@ class RunRecipe(CheckedRecipe):
             self.need(
                 good or (name == "frame_size" and value is None), name, "two positive integers, height and width"
             )
-        self._need_ranges(frame_gap_seconds=0.0, frame_scale=1e-6)
+        self._need_range("frame_gap_seconds")
+        self._need_range("frame_scale", above_zero=True)
         self.need(
             self.frame_size is not None or self.frame_scale[0] >= 1,
             "frame_scale",
@@ -200,11 +201,11 @@ class RunRecipe(CheckedRecipe):
         """Pairs that a process sees in an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def _need_ranges(self, **lows: float) -> None:
-        for name, low in lows.items():
-            value = getattr(self, name)
-            good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
-            self.need(good and low <= value[0] <= value[1], name, "two numbers, the smaller first, not negative")
+    def _need_range(self, name: str, above_zero: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
+        low, bound = (1e-6, "both above 0 (at least 0.000001)") if above_zero else (0, "not negative")
+        self.need(good and low <= value[0] <= value[1], name, f"two numbers, the smaller first, {bound}")
 
 
 @dataclass
@@ -252,7 +253,7 @@ class Recipe(RunRecipe):
     def _check(self) -> None:
         super()._check()
         self.need_integers("flow_updates", "num_subcrops", "subcrop_size", "probe_steps")
-        self._need_ranges(subcrop_area=1e-6)
+        self._need_range("subcrop_area", above_zero=True)
         self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
         bound = self.flow_max_error
