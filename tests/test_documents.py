@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.boxes import BOX_DATASETS
+from evaluation.data import DATASETS
+from evaluation.video_masks import VIDEO_DATASETS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +47,34 @@ def test_files_of_the_map_exist():
             path = ROOT / name if folder is None or "/" in name.rstrip("/") else folder / name
             assert path.exists(), name
             folder = path.parent
+
+
+def test_the_map_has_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = [
+        path for folder in ("modeling_poodle", "training", "evaluation") for path in (ROOT / folder).glob("*.py")
+    ]
+    assert [path.name for path in modules if path.name != "__init__.py" and f"{path.name}`" not in text] == []
+
+
+def test_the_readme_names_the_data_sets_of_each_evaluation():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.search(
+        r"Data sets of `segment.py`: (.*?); of `detect.py`: (.*?); of `evaluation.propagate`: (.*?)\. A",
+        text,
+        re.DOTALL,
+    )
+    for found, known in zip(named.groups(), (DATASETS, BOX_DATASETS, VIDEO_DATASETS), strict=True):
+        assert set(re.findall(r"`(\w+)`", found)) == {name for name in known if ":" not in name}
+
+
+def test_the_spread_of_features_in_the_studies_is_the_one_that_is_told():
+    low, high = map(
+        float, re.search(r"below 0.01; ([\d.]+) to ([\d.]+) in", (ROOT / "docs/reliability.md").read_text()).groups()
+    )
+    results = "".join(path.read_text() for path in (ROOT / "evaluation/studies/results").glob("*.json"))
+    measured = [float(value) for value in re.findall(r'"feature_std": ([\d.]+)', results)]
+    assert low <= min(measured) < low + 0.01 and high - 0.01 < max(measured) <= high
 
 
 PAGES = [

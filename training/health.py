@@ -16,7 +16,7 @@ from training.addresses import printable
 logger = logging.getLogger("poodle")
 SKIPS_ALLOWED = 10  # updates running
 LINES_ALLOWED = 20  # lines of metrics.jsonl running
-COLLAPSED = 0.01  # feature_std, which is 1 for directions spread evenly; the studies' networks have 0.5 to 0.8
+COLLAPSED = 0.01  # feature_std, which is 1 for directions spread evenly; the studies' networks have 0.38 to 0.82
 
 
 class Health:
