@@ -79,6 +79,20 @@ def test_a_worker_without_shared_memory_is_named(drives):
         read_all(loader_of(drives, fill_memory))
 
 
+def test_workers_that_cannot_be_found_are_an_error_rather_than_left_running(drives):
+    loader = loader_of(drives)
+    next(iter(loader))
+    (worker,), kept = multiprocessing.active_children(), loader._iterator
+    loader._iterator = iter([])  # as torch's would be, had it another name for its workers
+    with pytest.raises(AttributeError, match="_workers"):
+        loader.close()
+    loader._iterator = kept
+    loader.close()
+    assert not worker.is_alive() and not multiprocessing.active_children()
+    loader.close()  # a second time there is nothing to end
+    loader_of(drives, workers=0).close()
+
+
 def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
     loader = loader_of(drives, stand_still)
     batches = iter(loader)
