@@ -61,6 +61,15 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert int(guard.skipped_updates) == 1 and int(guard.skipped_running) == 0
 
 
+def test_the_norm_of_a_gradient_is_of_the_bits_that_checkpoints_and_logs_were_made_with():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.LayerNorm(70), torch.nn.Linear(70, 9))
+    optimizer, guard = torch.optim.AdamW(model.parameters()), health.Health(Accelerator(cpu=True))
+    model(torch.randn(40, 300)).square().sum().backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert guard.guard(model, optimizer).equal(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+
+
 def test_the_videos_of_a_loss_that_is_not_finite_are_named_in_one_line():
     watcher = health.Health(Accelerator(cpu=True))
     watcher.watch(torch.tensor(float("nan")), 1, ["b.mp4", "a\x1b[31m\n.mp4"])

@@ -52,7 +52,7 @@ class Health:
         Returns:
             The gradient's norm, a scalar on the device.
         """
-        norm = _norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         # What a GradScaler would set: the kernel reads it on the device and leaves weights, moments and step counts alone.
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.skipped_updates = self.skipped_updates + optimizer.found_inf
@@ -133,7 +133,3 @@ class Health:
     def load_state_dict(self, state: dict) -> None:
         self.skipped_updates.copy_(state["skipped_updates"])
         self.streaks = dict(state["streaks"])
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
