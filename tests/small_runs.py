@@ -20,10 +20,11 @@ RESNET = {
 MODEL = {"backbone_config": RESNET, "decoder_reduction": 2, "projection_hidden_size": 16, "projection_size": 8}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def drives(tmp_path_factory) -> Path:
+    """Two drives that tests read and no test writes to."""
     folder = tmp_path_factory.mktemp("drives")
-    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=2)
+    write_videos(folder, num_videos=2, duration=1.5, fps=4, height=64, width=128, num_processes=1)
     return folder
 
 
