@@ -163,7 +163,9 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if wrong:
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
-    encoder = Encoder(name, model.eval(), *_preprocessing(source), whole=whole)
+    # Of timm's names transformers knows no numbers: theirs are not all ImageNet's.
+    statistics = _preprocessing(source) if model_type is not None else _timm_preprocessing(model)
+    encoder = Encoder(name, model.eval(), *statistics, whole=whole)
     encoder.weights_sha256 = digest
     return encoder
 
@@ -242,6 +244,12 @@ def _is_encoder_of_poodle(source: str) -> bool:
     if folder.name != "encoder" or not folder.is_dir() or not (model / "config.json").is_file():
         return False
     return _model_type(str(model)) == "poodle"
+
+
+def _timm_preprocessing(model: PoodleForSemanticSegmentation) -> tuple:
+    """Mean and deviation that timm notes of the weights of its name, also of a twin without them; nothing is fetched."""
+    noted = model.poodle.encoder._backbone.pretrained_cfg
+    return tuple(noted["mean"]), tuple(noted["std"])
 
 
 def _preprocessing(source: str) -> tuple:

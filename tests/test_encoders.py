@@ -10,6 +10,7 @@ from labelled_shapes import RESNET
 from PIL import Image
 from torch.nn import functional as F
 from transformers import (
+    AutoImageProcessor,
     ConvNextConfig,
     ConvNextForImageClassification,
     Dinov2Config,
@@ -27,7 +28,7 @@ from evaluation.detection import DetectionReadout, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.encoders import Encoder, build
 from evaluation.labelled_images import Example, LabelledImages
-from evaluation.readouts import UperNetReadout
+from evaluation.readouts import UperNetReadout, processor_of
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.loading_poodle import load_encoder
@@ -225,6 +226,20 @@ def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch)
     vit = build("random:timm/vit_tiny_patch16_224", 4)
     assert vit.inference.startswith("sliding window of 224")
     assert vit(torch.rand(1, 3, 230, 240)).shape[2:] == (15, 15)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_50x1_bit", "resnet18"])
+def test_timm_s_encoders_see_images_as_in_their_pretraining(tmp_path, name):
+    """Its own numbers, also in the processor that is saved with a readout; ImageNet's are those of some names only."""
+    timm = pytest.importorskip("timm")
+    noted = timm.get_pretrained_cfg(name)
+    encoder = build(f"random:timm/{name}", 4)
+    assert (encoder.mean, encoder.std) == (noted.mean, noted.std) and (noted.mean == (0.5, 0.5, 0.5)) == (
+        name != "resnet18"
+    )
+    processor_of(encoder).save_pretrained(tmp_path)
+    saved = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (tuple(saved.image_mean), tuple(saved.image_std)) == (noted.mean, noted.std)
 
 
 def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
