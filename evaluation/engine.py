@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -86,6 +86,10 @@ def fit(
         if saving and accelerator.is_main_process:
             of = (steps, accelerator.num_processes)
             save_fit(folder, identity, *of, step + 1, curve, parameters, moving(readout), optimizer)
+    # DistributedDataParallel hands out the first process' statistics as a step begins: after the last step each process has its own, and
+    # would predict its share of the test images with them, not with those that are saved.
+    for buffer in moving(readout).values():
+        broadcast(buffer, from_process=0)
     readout.eval()
     return curve
 

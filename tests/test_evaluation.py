@@ -210,14 +210,40 @@ def test_readout_runs_in_a_pipeline(shapes, poodle, tmp_path):
     assert np.asarray(found[0]["mask"]).shape == (64, 96)
 
 
+# The script, then in the same processes an UperNet, of which each says with which network it predicts.
+TWO_EVALUATIONS = """
+import runpy, sys
+from accelerate import Accelerator
+knn, upernet = (part.split("|") for part in sys.argv[1:])
+sys.argv[1:], ended = knn, Accelerator.end_training
+Accelerator.end_training = lambda self: None  # which would part the processes
+runpy.run_path("evaluation/segment.py", run_name="__main__")
+Accelerator.end_training = ended
+from evaluation import segment
+from evaluation.engine import evaluate, fingerprint
+def told(accelerator, predict, data):
+    print("predicts with", accelerator.process_index, fingerprint(predict.__self__), flush=True)
+    return evaluate(accelerator, predict, data)
+segment.evaluate = told
+segment.main(upernet)
+"""
+
+
 def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tmp_path):
     random = f"random:{poodle}"
     both = main(flags(shapes, tmp_path / "one", poodle, random, readout="knn"))
     assert [r["model"] for r in both] == [str(poodle), random] and both[0]["miou"] != both[1]["miou"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["evaluation/segment.py", *flags(shapes, tmp_path / "two", poodle, random, readout="knn")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    (tmp_path / "two.py").write_text(TWO_EVALUATIONS)
+    upernet = flags(shapes, tmp_path / "fit", poodle, readout="upernet", max_steps=2, per_device_train_batch_size=2)
+    two = (flags(shapes, tmp_path / "two", poodle, random, readout="knn"), [*upernet, "--crop_size", "64", "96"])
+    command += [str(tmp_path / "two.py"), *("|".join(arguments) for arguments in two)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
+    # BatchNorm's statistics too, of which each process has computed its own in the last step.
+    networks = dict(re.findall(r"predicts with (\d) (\w{64})", done.stdout))
+    assert sorted(networks) == ["0", "1"] and networks["0"] == networks["1"]
     results = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"]
     for ours, theirs in zip(results, both):  # 5 test images on 2 processes
         assert ours["per_class"] == pytest.approx(theirs["per_class"], abs=1e-3)
