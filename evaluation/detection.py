@@ -120,8 +120,8 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
     encoder = build_backbone(config)
     if encoder_weights is not None:
         missing, unexpected = encoder.load_state_dict(encoder_weights, strict=False)
-        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may.
-        wrong = [key for key in (*missing, *unexpected) if "norm" not in key]
+        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may, no ResNet's BatchNorm either.
+        wrong = [key for key in (*missing, *unexpected) if not key.startswith("hidden_states_norms.")]
         if wrong:
             raise ValueError(f"detector {config.detector} cannot take this encoder's weights: {wrong[0]} does not fit")
     scale = config.short_side / SHORT_SIDE

@@ -265,8 +265,8 @@ class UperNetReadout(nn.Module):
         missing, unexpected = self.model.backbone.load_state_dict(
             encoder.model.poodle.encoder.state_dict(), strict=False
         )
-        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may.
-        wrong = [key for key in (*missing, *unexpected) if "norm" not in key]
+        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may, no ResNet's BatchNorm either.
+        wrong = [key for key in (*missing, *unexpected) if not key.startswith("hidden_states_norms.")]
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from evaluation.boxes import BoxExample, BoxImages
-from evaluation.detection import DetectionReadout, detect, load_detector
+from evaluation.detection import DetectionReadout, DetectorConfig, build_detector, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.encoders import Encoder, build
 from evaluation.labelled_images import Example, LabelledImages
@@ -247,6 +247,23 @@ def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
     config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
     ConvNextForImageClassification(config).save_pretrained(tmp_path)
     assert build(str(tmp_path), 3, features="stage2")(torch.rand(1, 3, 64, 96)).shape == (1, 16, 8, 12)
+
+
+@pytest.mark.parametrize("key", ["normalization.weight", "normalization.running_var"])
+def test_a_batch_norm_is_part_of_the_weights_that_must_fit(tmp_path, monkeypatch, key):
+    """Its name has "norm" in it as those of the norms have that a checkpoint may lack."""
+    ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    network = encoder.model.poodle.encoder
+    lacking = {name: value for name, value in network.state_dict().items() if not name.endswith(key)}
+    assert len(lacking) < len(network.state_dict())
+    monkeypatch.setattr(network, "state_dict", lambda: lacking)
+    data = LabelledImages("x", ("a", "b", "c"), (), ())
+    with pytest.raises(ValueError, match=f"readout upernet cannot take this encoder's weights: .*{key} does not fit"):
+        UperNetReadout(encoder, data, EvaluationRecipe(model=["x"], readout="upernet"))
+    config = DetectorConfig("fpn", network.config.to_dict(), ["a"], [0.5] * 3, [0.5] * 3, None, 64)
+    with pytest.raises(ValueError, match=f"detector fpn cannot take this encoder's weights: .*{key} does not fit"):
+        build_detector(config, lacking)
 
 
 def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
