@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from evaluation.data import load_dataset
 from evaluation.encoders import build
 from evaluation.engine import draw, fingerprint, fit
-from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, majority
+from evaluation.readouts import FeatureStore, KnnReadout, LinearReadout, UperNetReadout, majority
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleForSemanticSegmentation
 
@@ -120,6 +120,13 @@ def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle
     ours, theirs = (r.batch(list(data.train[3:5]), torch.Generator().manual_seed(0)) for r in (kept, anew))
     for a, b in zip(ours["features"], theirs["features"]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # half precision
+
+
+def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number(shapes):
+    """A channel that hardly varies in the images that the deviation is of gives such numbers in another."""
+    example, store = load_dataset("folder", str(shapes)).train[0], FeatureStore(1e6)
+    assert store.fill([example], lambda _: torch.tensor([1e6, -1e6, 60000.0, 0.5])[:, None, None])
+    assert store[example].flatten().tolist() == [65504, -65504, 60000, 0.5]
 
 
 def test_knn_finds_the_training_images_themselves(shapes, poodle):
