@@ -41,13 +41,11 @@ class Encoder(nn.Module):
         self.name, self.model, self.mean, self.std = name, model, tuple(mean), tuple(std)
         self.weights_sha256: str | None = None  # of the files of a folder that was loaded
         encoder_config = model.config.backbone_config
-        patch = getattr(encoder_config, "patch_size", None)
-        isotropic = encoder_config.model_type in WINDOWED or "dinov2" in encoder_config.model_type
-        self.patch = patch if isinstance(patch, int) and (isotropic or "vit" in encoder_config.model_type) else 1
+        self.multiple = pixels_to_cover(model)
         self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED and not whole else None
         embed = getattr(getattr(getattr(model.poodle.encoder, "_backbone", None), "model", None), "patch_embed", None)
         if getattr(embed, "strict_img_size", False):  # timm's ViTs of one image size
-            self.patch, self.window = embed.patch_size[0], embed.img_size[0]
+            self.window = embed.img_size[0]
 
     @property
     def features_name(self) -> str:
@@ -76,12 +74,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (B, 3, H, W), any size -> features (B, C, h, w) of the whole image."""
-        height, width = pixel_values.shape[-2:]
-        if self.patch > 1:
-            # Resized rather than padded: whoever reads the map takes it to cover the image.
-            size = (height + -height % self.patch, width + -width % self.patch)
-            if size != (height, width):
-                pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+        pixel_values = resize_up(pixel_values, self.multiple)
         if self.window is None:
             return self.model.features(pixel_values)
         return self._sliding(pixel_values)
@@ -108,9 +101,52 @@ class Encoder(nn.Module):
         return (total / count)[..., : height // cell, : width // cell]
 
     def _offsets(self, side: int) -> list[int]:
-        step = max(self.window // 2 // self.patch, 1) * self.patch
+        step = max(self.window // 2 // self.multiple, 1) * self.multiple
         last = side - self.window
         return [*range(0, last, step), last]
+
+
+def resize_up(pixel_values: Tensor, multiple: int) -> Tensor:
+    """Images (B, 3, H, W) at the next multiples of `multiple` pixels; as they are where their sides are such."""
+    height, width = pixel_values.shape[-2:]
+    size = (height + -height % multiple, width + -width % multiple)
+    if size == (height, width):
+        return pixel_values
+    # Resized rather than padded: whoever reads the map takes it to cover the image.
+    return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+
+
+def pixels_to_cover(model: PoodleForSemanticSegmentation) -> int:
+    """
+    What both sides of an image must be multiples of, pixels, for the map that is read to end where the image does. Of others ConvNeXt and
+    ViTs leave out an edge, and the last cells of a ResNet or Swin reach beyond it.
+    """
+    config, encoder = model.config, model.poodle.encoder
+    stage = config.readout_stage or ("decoder" if config.num_decoder_blocks else config.decoder_inputs[-1])
+    if stage != "decoder":
+        stride = stage_stride(encoder, stage)
+    elif config.backbone_config.model_type == "resnet" and config.decoder_laterals and config.output_stride is None:
+        # The SDM fits each of a ResNet's stages into the next finer one: its map ends where that of its last lateral does.
+        stride = stage_stride(encoder) // 2**config.num_decoder_blocks
+    else:
+        stride = stage_stride(encoder)
+    return min(stride, config.output_stride or stride)
+
+
+def stage_stride(encoder: nn.Module, stage: str | None = None) -> int:
+    """Pixels a cell of an encoder's stage, `None`: of its last, undilated; 1 where its config does not tell."""
+    config = encoder.config
+    if config.model_type == "timm_backbone":  # its network alone knows
+        return max(encoder._backbone.feature_info.reduction())
+    patch = getattr(config, "patch_size", None)
+    if not getattr(config, "depths", None):  # a ViT, whose stages have one resolution
+        return patch if isinstance(patch, int) else 1
+    # Convolutional stems (ResNet's, BiT's, …) are of stride 4.
+    first = (patch if isinstance(patch, int) else 4) * (
+        2 if getattr(config, "downsample_in_first_stage", False) else 1
+    )
+    number = len(config.depths) if stage is None else int(stage.removeprefix("stage")) if stage != "stem" else 1
+    return first * 2 ** (number - 1)
 
 
 def build(name: str, num_labels: int, classes=None, features: str | None = None, seed: int = 0) -> Encoder:

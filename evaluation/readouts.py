@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
-from evaluation.encoders import Encoder, four_stages, freeze_idle
+from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
 from evaluation.labelled_images import IGNORE, Example, LabelledImages
 from evaluation.recipe import EvaluationRecipe
 
@@ -272,6 +272,7 @@ class UperNetReadout(nn.Module):
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()
+        self.multiple = stage_stride(backbone)  # of stage4, the coarsest of the maps that are read
         freeze_idle(backbone, backbone(torch.zeros(1, 3, 224, 224)).feature_maps)
 
     def prepare(self, examples: list[Example]) -> None:
@@ -296,7 +297,12 @@ class UperNetReadout(nn.Module):
             images.append(image.flip(2) if flip else image)
             labels.append(label.flip(1) if flip else label)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels), "seed": seed}
+        pixel_values, labels = resize_up(torch.stack(images), self.multiple), torch.stack(labels)
+        if pixel_values.shape[2:] != labels.shape[1:]:
+            labels = F.interpolate(labels[:, None].float(), size=pixel_values.shape[2:], mode="nearest-exact")[
+                :, 0
+            ].long()
+        return {"pixel_values": pixel_values, "labels": labels, "seed": seed}
 
     def forward(self, pixel_values: Tensor, labels: Tensor, seed: int) -> Tensor:
         # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit
@@ -310,7 +316,7 @@ class UperNetReadout(nn.Module):
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:
         self.eval()
-        logits = self.model(pixel_values=self.encoder_info[0].normalise(image)).logits
+        logits = self.model(pixel_values=resize_up(self.encoder_info[0].normalise(image), self.multiple)).logits
         return upsample(logits, image.shape[:2]).argmax(dim=1)[0].byte().cpu().numpy()
 
     def trained(self) -> list[nn.Parameter]:
