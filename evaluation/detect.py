@@ -63,7 +63,7 @@ def measure(
     if name.startswith("random:"):
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
-    identity, weights = fingerprint(encoder.model.poodle), encoder.weights_sha256
+    identity, weights, undilated = fingerprint(encoder.model.poodle), encoder.weights_sha256, encoder.undilated
     del encoder  # the readout has a copy of its own
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
@@ -79,7 +79,8 @@ def measure(
         "encoder_sha256": identity,
         "weights_sha256": weights,
         "detector": recipe.detector,
-        "inference": "their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}",
+        "inference": ("their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}")
+        + undilated,
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
         "seed": recipe.seed,

@@ -55,12 +55,12 @@ def write_detection_html(
     parts = [
         f"<pre>{html.escape(detection_table(results))}</pre>",
         f"<p>{first['num_test_images']} test images, {first['num_train_images']} training images, {first['steps']} steps, "
-        f"{first['train_images_seen']} images seen in training, seed {first['seed']}; images at {html.escape(first['inference'])}.</p>",
+        f"{first['train_images_seen']} images seen in training, seed {first['seed']}.</p>",
     ]
     for result in results:
         name = result["model"]
         parts += [
-            f"<h2>{html.escape(name)}</h2><h3>Loss</h3>",
+            f"<h2>{html.escape(name)}</h2><p>Images at {html.escape(result['inference'])}.</p><h3>Loss</h3>",
             curve(curves.get(name, [])),
             "<h3>AP by size</h3>",
             bars({title: result[key] for key, title in list(COLUMNS.items())[3:]}),

@@ -66,6 +66,14 @@ class Encoder(nn.Module):
             return "whole image"
         return f"sliding window of {self.window}, stride {self.window // 2} (a saved readout reads the whole image)"
 
+    @property
+    def undilated(self) -> str:
+        """What the report adds where a readout builds the encoder from its own config, which knows no dilation (UperNet, detectors)."""
+        own, trained = stage_stride(self.model.poodle.encoder), self.model.config.output_stride
+        if trained is None or trained >= own:
+            return ""
+        return f"; the encoder at its own strides, up to {own}, without the dilation to {trained} that it was trained with"
+
     def normalise(self, image) -> Tensor:
         """(H, W, 3) uint8 array -> (1, 3, H, W) on the encoder's device."""
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255

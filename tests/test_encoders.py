@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from labelled_shapes import RESNET
 from PIL import Image
 from torch.nn import functional as F
@@ -23,9 +24,12 @@ from transformers import (
     ViTModel,
 )
 
+from evaluation import detect as detect_script
+from evaluation import segment
 from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection import DetectionReadout, DetectorConfig, build_detector, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
+from evaluation.detection_report import COLUMNS, write_detection_html
 from evaluation.encoders import Encoder, build
 from evaluation.labelled_images import Example, LabelledImages
 from evaluation.readouts import UperNetReadout, processor_of
@@ -248,6 +252,35 @@ def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
     config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
     ConvNextForImageClassification(config).save_pretrained(tmp_path)
     assert build(str(tmp_path), 3, features="stage2")(torch.rand(1, 3, 64, 96)).shape == (1, 16, 8, 12)
+
+
+def test_what_leaves_out_the_dilation_says_so(monkeypatch, tmp_path):
+    """UperNet and the detectors build the encoder from its own config."""
+    flowe = {"backbone_config": {"model_type": "resnet", **RESNET}, "num_decoder_blocks": 0, "output_stride": 8}
+    PoodleModel(PoodleConfig(**flowe)).save_pretrained(tmp_path / "flowe")
+    PoodleModel(PoodleConfig(**{**flowe, "output_stride": 32})).save_pretrained(tmp_path / "plain")
+    said = "; the encoder at its own strides, up to 32, without the dilation to 8 that it was trained with"
+    assert (build(str(tmp_path / "flowe"), 3).undilated, build(str(tmp_path / "plain"), 3).undilated) == (said, "")
+    image, label = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+    labelled = Example("a", lambda: image, lambda: label)
+    data = LabelledImages("x", ("a", "b"), (labelled,) * 2, (labelled,)).with_groups()
+    recipe = EvaluationRecipe(
+        model=["x"], readout="upernet", crop_size=[64, 64], per_device_train_batch_size=2, max_steps=1
+    )
+    result, _, _ = segment.measure(Accelerator(cpu=True), recipe, data, str(tmp_path / "flowe"), tmp_path)
+    assert result["inference"] == f"whole image{said}"
+    Image.fromarray(image).save(tmp_path / "a.png")
+    boxed = BoxExample(
+        "a", tmp_path / "a.png", (64, 64), np.float32([[2, 2, 40, 40]]), *map(np.array, ([0], [False], [1444.0]))
+    )
+    boxes = BoxImages("x", ("a", "b"), (boxed,), (boxed,))
+    recipe = DetectionRecipe(model=["x"], per_device_train_batch_size=1, max_steps=1, boxes_per_image=8)
+    monkeypatch.setattr(detect_script, "coco_scores", lambda *_: dict.fromkeys(COLUMNS, 0.0) | {"per_class": {}})
+    (tmp_path / "detection").mkdir()
+    found, _, _ = detect_script.measure(
+        Accelerator(cpu=True), recipe, boxes, str(tmp_path / "flowe"), tmp_path / "detection"
+    )
+    assert found["inference"] == f"their own size{said}" and said in write_detection_html([found], {}, {})
 
 
 @pytest.mark.parametrize("key", ["normalization.weight", "normalization.running_var"])
