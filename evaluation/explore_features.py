@@ -26,6 +26,9 @@ av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in ou
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 # Containers that hold their frames themselves: a playlist under a video's name would make FFmpeg open other files and addresses.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
+# The largest frame, 8192x4352, as in training/video_files.py, which this package does not import: FFmpeg takes memory for a larger one
+# that a file of a few bytes declares.
+MAX_PIXELS = 35_651_584
 MAX_DECODED = 3000  # frames of a video that are decoded for one strip
 MAX_FILES = 500  # that a folder offers
 SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows none larger
@@ -98,12 +101,14 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
 
 
 def _read_video(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
-    allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    limit = {"max_pixels": str(MAX_PIXELS)}
+    allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limit}
     with av.open(path, options=allowed, metadata_errors="replace") as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
+        stream.codec_context.options = limit  # frames may turn out other than the header says
         origin = (stream.start_time or 0) * stream.time_base
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
         half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from evaluation.encoders import build
 from evaluation.explore_features import (
+    MAX_PIXELS,
     Cache,
     FrameFeatures,
     best_match,
@@ -27,6 +28,7 @@ from evaluation.explore_features import (
     read_clip,
     similarity,
 )
+from training import video_files
 
 
 def write_video(path: Path, frames, rate: int = 10, **options) -> None:
@@ -99,6 +101,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path, video):
         assert str(tmp_path) not in str(caught.value)
     with pytest.raises(ValueError, match=r"levels.mp4 .*it has no frame at 9.0 s"):
         read_clip(str(video), 9, 0.5, 2, 512)
+
+
+def test_frames_beyond_the_limit_are_not_decoded(tmp_path):
+    """Uploads to a Space come from anybody; the limit is that of videos to train on."""
+    assert MAX_PIXELS == video_files.MAX_PIXELS
+    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more
+    write_video(tmp_path / "large.mp4", [np.zeros((beyond, 8192, 3), np.uint8)])
+    with pytest.raises(ValueError, match=r"^large.mp4 is no picture or video that can be read"):
+        read_clip(str(tmp_path / "large.mp4"), 0, 0.5, 1, 512)
 
 
 def test_media_of_a_folder(tmp_path, video):
