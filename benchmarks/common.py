@@ -23,10 +23,9 @@ from benchmarks.profiling import kernel_seconds
 from modeling_poodle.recipe_files import usable_cores
 from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
 from training.flow import build_flow
-from training.recipe import Recipe
+from training.health import Health
+from training.recipe import Recipe, parse_recipe
 from training.views import model_inputs
-
-H100_H200_BF16_PEAK = 989e12  # FLOP/s, dense, of NVIDIA's data sheets
 
 
 class Clock:
@@ -76,12 +75,13 @@ class OurStep:
         self.recipe, self.accelerator = recipe, make_accelerator(recipe)
         self.device = self.accelerator.device
         self.pair_flow, self.flow_module = build_flow(
-            recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates, folder=recipe.flow_dir
+            recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_dir, model=recipe.flow_model
         )
         if self.flow_module is not None:
             self.flow_module.to(self.device)
         self.model = build_model(self.accelerator, recipe)
         self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
+        self.health = Health(self.accelerator)
         compile_modules(recipe, self.model, self.flow_module)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.model.train()
@@ -119,6 +119,7 @@ class OurStep:
         with clock.part("backward"):
             output.loss.backward()
         with clock.part("optimizer"):
+            self.health.guard(self.model, self.optimizer)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         with clock.part("ema"):
@@ -301,6 +302,18 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", help="also write the figures to this file")
     return parser
+
+
+def step_recipe(parser: argparse.ArgumentParser, flags: list[str], reference: bool = False) -> Recipe:
+    """The recipe of pretrain.py's flags for a step on frames that lie ready; ends with a sentence where its flow needs more than these."""
+    recipe = parse_recipe(flags)
+    if recipe.flow in ("exact", "precomputed"):
+        parser.error(
+            f"--flow {recipe.flow} is of a loader's videos, here are frames alone: take dis, raft_large, raft_small or unflow"
+        )
+    if reference and recipe.flow == "unflow":
+        parser.error("--flow unflow: the reference estimates flow by RAFT, or is given that of dis")
+    return recipe
 
 
 def machine() -> dict[str, str | int]:

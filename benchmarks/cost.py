@@ -6,8 +6,8 @@ Cost against size: time, FLOPs and memory of a step as one thing at a time is ch
     python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
     python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --per_device_train_batch_size 1 --count_only
 
-Takes any flag of training/pretrain.py; the first row is that recipe as it is. Every row is a process of its own. Milliseconds are of computing
-(all threads) on a CPU, of time on a GPU. With --count_only one step a row: its FLOPs and memory, no times.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow); the first row is that recipe as it is. Every row is a
+process of its own. Milliseconds are of computing (all threads) on a CPU, of time on a GPU. With --count_only one step a row: its FLOPs and memory, no times.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import Contender, OurStep, benchmark_parser, medians, print_table, write_json
-from training.recipe import Recipe, parse_recipe
+from benchmarks.common import Contender, OurStep, benchmark_parser, medians, print_table, step_recipe, write_json
+from training.recipe import Recipe
 
 
 def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--count_only", action="store_true", help="one step a row, without times")
     options, flags = parser.parse_known_args()
     steps = 0 if options.count_only else options.steps
-    recipe = parse_recipe(flags)
+    recipe = step_recipe(parser, flags)
     wanted = variants(recipe)
     known = sorted({name for name, _, _ in wanted})
     if options.only and not set(options.only) <= set(known):

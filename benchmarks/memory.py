@@ -5,8 +5,8 @@ Memory over time: batches of the loader, and training steps. Flat is what is wan
     python benchmarks/memory.py --batches 200 --steps 50
     python benchmarks/memory.py --batches 0                  # the steps alone, on a GPU, without PyAV and datasets
 
-Takes any flag of training/pretrain.py. The loader runs in this process (its workers do the same), each part in a process of its own. Growth is
-the resident memory at the end over that after the first tenth.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). The loader runs in this process (its workers do
+the same), each part in a process of its own. Growth is the resident memory at the end over that after the first tenth.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import OurStep, benchmark_parser, memory_bytes, print_table, write_json
+from benchmarks.common import OurStep, benchmark_parser, memory_bytes, print_table, step_recipe, write_json
 from training.flow import build_flow
-from training.recipe import Recipe, parse_recipe
+from training.recipe import Recipe
 
 MARKS = 10
 
@@ -43,7 +43,7 @@ def watch_loader(recipe: Recipe, count: int) -> list[float]:
     from training.video_stream import PairLoader, PairSampling
 
     paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
-    pair_flow, _ = build_flow(recipe.flow, weights=recipe.flow_weights, num_updates=recipe.flow_updates)
+    pair_flow, _ = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)
     torch.set_num_threads(1)
     loader = PairLoader(
         paths, PairSampling.of(recipe), recipe.per_device_train_batch_size, num_workers=0, pair_flow=pair_flow
@@ -68,7 +68,7 @@ def main() -> None:
         parser.error(
             f"--batches and --steps must be at least {MARKS}, or one 0, got {options.batches} and {options.steps}"
         )
-    recipe = parse_recipe(flags)
+    recipe = step_recipe(parser, flags)
     rows = []
     for name, function, count in asked:
         # No pool of multiprocessing: its daemons may start no processes, as the rendering of the street does.

@@ -4,7 +4,8 @@ From one process to several on CPUs: pairs a second with the same work in each p
     python benchmarks/processes.py                          # 1 and 2 processes, the street
     python benchmarks/processes.py --processes 1 2 4
 
-Takes any flag of training/pretrain.py. Processes are started by torchrun and joined by DistributedDataParallel over gloo, as a run on CPUs is.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). Processes are started by torchrun and joined by
+DistributedDataParallel over gloo, as a run on CPUs is.
 Every number of processes is measured --rounds times in turns; efficiency is the rate over processes times the rate of one. It says something
 only on a machine with a free core for each process.
 """
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import OurStep, benchmark_parser, print_table, timed_steps, write_json
+from benchmarks.common import OurStep, benchmark_parser, print_table, step_recipe, timed_steps, write_json
 from modeling_poodle.recipe_files import usable_cores
 from training.recipe import parse_recipe
 
@@ -60,7 +61,7 @@ def main() -> None:
     if options.worker:
         work(options.steps, options.warmup, flags, options.worker)
         return
-    recipe = parse_recipe(flags)
+    recipe = step_recipe(parser, flags)
     found = {count: [] for count in sorted({1, *options.processes})}
     for _ in range(options.rounds):
         for count, seconds in found.items():

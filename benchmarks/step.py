@@ -9,8 +9,8 @@ code's behaviour (benchmarks/reference.py), in one run.
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_work --reference   # minutes, 22 GiB
 
-Takes any flag of training/pretrain.py. Frames are synthetic and lie on the device, so that neither the disk nor the decoder is
-measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
+Takes the flags of training/pretrain.py (its flow: dis, RAFT, or without the reference unflow). Frames are synthetic and lie on the
+device, so that neither the disk nor the decoder is measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
 that a disturbance of the machine hits both and each has a peak of memory of its own. On a CPU, "computing" is the processor time of the
 step, all threads added up: it holds on a busy machine too.
 """
@@ -23,18 +23,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import (
-    H100_H200_BF16_PEAK,
     Contender,
     OurStep,
     benchmark_parser,
     interleave,
     medians,
     print_table,
+    step_recipe,
     write_json,
 )
 from benchmarks.counting import BANDWIDTH, GPUS, HALF_PEAK
 from benchmarks.reference import ReferenceStep
-from training.recipe import Recipe, parse_recipe
+from training.recipe import Recipe
 
 PARTS = ("flow", "augmentation", "draws", "forward", "teacher", "backward", "optimizer", "ema")
 
@@ -77,7 +77,7 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
     # The second precision's peak would be meaningless for a float32 step.
-    peak = H100_H200_BF16_PEAK if about["device"].startswith("cuda") and recipe.bf16 else None
+    peak = 989e12 if about["device"].startswith("cuda") and recipe.bf16 else None
     result["share_of_ceiling"] = result["ours"]["model_tflops_per_second"] * 1e12 / ceiling
     result["share_of_bf16_peak"] = peak and result["ours"]["model_tflops_per_second"] * 1e12 / peak
     if reference:
@@ -239,7 +239,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
-    recipe = parse_recipe(flags)
+    recipe = step_recipe(parser, flags, options.reference)
     if options.largest_batch:
         result = {"largest_batch": largest_batch(recipe)}
     elif options.count_memory:

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks.common import Clock, medians, step_flops
+from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from benchmarks.counting import BANDWIDTH, HALF_PEAK, TF32_PEAK, CountedWork, LiveBytes
 from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, flow_is_valid, invert
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from modeling_poodle.configuration_poodle_flow import PoodleFlowConfig
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
+from modeling_poodle.modeling_poodle_flow import PoodleFlowModel
 from training.recipe import Recipe
 from training.street import Street
 from training.street_files import write_video, write_videos
@@ -32,6 +34,11 @@ RESNET = {
     "embedding_size": 8,
 }
 TINY = {"backbone_config": RESNET, "projection_hidden_size": 32, "projection_size": 16}
+FLOW_NETWORK = {"num_levels": 3, "stem_size": 4, "hidden_size": 6, "decoder_sizes": [8], "correlation_radius": 1}
+SMALL = [
+    *("--crop_size", "64", "64", "--subcrop_size", "32", "--num_subcrops", "2"),
+    *("--per_device_train_batch_size", "2", "--model", json.dumps(TINY)),
+]
 
 
 def twins() -> tuple[PoodleForPreTraining, ReferenceModel]:
@@ -186,18 +193,43 @@ def test_flops_are_counted_by_part():
     assert medians([{"a": 1.0}, {"a": 5.0}, {"a": 2.0}]) == {"a": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("flow", "reference", "message"),
+    [
+        (["exact"], False, "--flow exact is of a loader's videos, here are frames alone"),
+        (["precomputed", "--flow_dir", "x"], True, "--flow precomputed is of a loader's videos"),
+        (["unflow", "--flow_model", "x"], True, "--flow unflow: the reference estimates flow by RAFT"),
+    ],
+)
+def test_flows_that_a_step_cannot_estimate_are_refused(capsys, flow, reference, message):
+    with pytest.raises(SystemExit) as ended:
+        step_recipe(benchmark_parser(""), ["--flow", *flow, *SMALL], reference)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fresh_accelerator):
+    """A gradient that is not finite changes no weight."""
+    PoodleFlowModel(PoodleFlowConfig(**FLOW_NETWORK)).save_pretrained(tmp_path / "model")
+    flags, threads = ["--flow", "unflow", "--flow_model", str(tmp_path / "model"), *SMALL], torch.get_num_threads()
+    step = OurStep(step_recipe(benchmark_parser(""), flags))
+    torch.set_num_threads(threads)
+    assert step.estimate_flow().shape == (2, 2, 2, 64, 64)
+    student = dict(step.model.student.named_parameters())
+    before = {name: value.detach().clone() for name, value in student.items()}
+    handle = next(iter(student.values())).register_hook(lambda gradient: gradient * float("nan"))
+    step()
+    assert all(torch.equal(value, before[name]) for name, value in student.items())
+    handle.remove()
+    step()
+    assert not any(torch.equal(value, before[name]) for name, value in student.items() if value.ndim > 1)
+
+
 def run(script: str, *arguments: str) -> str:
     """Output of a benchmark run as a user runs it."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-SMALL = [
-    *("--crop_size", "64", "64", "--subcrop_size", "32", "--num_subcrops", "2"),
-    *("--per_device_train_batch_size", "2", "--model", json.dumps(TINY)),
-]
 
 
 def test_step_beside_the_reference(tmp_path):
