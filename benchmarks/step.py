@@ -76,8 +76,8 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
-    # The second precision's peak would be meaningless for a float32 step.
-    peak = 989e12 if about["device"].startswith("cuda") and recipe.bf16 else None
+    # bf16's peak would be meaningless for a float32 step.
+    peak = HALF_PEAK if about["device"].startswith("cuda") and recipe.bf16 else None
     result["share_of_ceiling"] = result["ours"]["model_tflops_per_second"] * 1e12 / ceiling
     result["share_of_bf16_peak"] = peak and result["ours"]["model_tflops_per_second"] * 1e12 / peak
     if reference:
