@@ -1,7 +1,10 @@
 """What all tests share: no internet, a core for each worker, and the optional folder of real clips."""
 
 import json
+import logging
 import os
+import runpy
+import sys
 from pathlib import Path
 
 # Set before torch or huggingface_hub are imported: tests never reach the internet.
@@ -56,6 +59,34 @@ def poodle_data() -> Path:
     if not (folder / "videos").is_dir():
         pytest.skip(f"real clips not found in {folder}; set POODLE_DATA to their folder to run this test")
     return folder
+
+
+@pytest.fixture
+def as_script(monkeypatch):
+    """
+    The sentence with which a script ends that is run as `python FILE ARGUMENTS` runs it, in this process: to start one takes seconds.
+    Python prints it to stderr, without a stack trace, and ends with exit code 1.
+    """
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.delenv("POODLE_TRACEBACK", raising=False)
+        threads, levels = (
+            torch.get_num_threads(),
+            {name: logging.getLogger(name).level for name in ("httpx", "datasets")},
+        )
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+        assert isinstance(ended.value.code, str)  # a number would be the exit code itself
+        return ended.value.code
+
+    return run
 
 
 @pytest.fixture(scope="module")
