@@ -20,8 +20,9 @@ from training.flow_files import FlowFiles
 from training.pretrain import main
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint
+from training.video_checks import check_videos
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling, check_videos
+from training.video_stream import PairLoader, PairSampling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECRETS = ("hunter2-hunter2", "signed-yesterday", "signed-today")  # the password, and signatures of two days

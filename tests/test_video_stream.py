@@ -1,15 +1,10 @@
 """Pairs from videos whose frames carry their own number, sharding, and exact resume."""
 
-import ctypes
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
-import shutil
-import signal
 import tarfile
-import time
 from fractions import Fraction
 
 import av
@@ -18,17 +13,15 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from loopback import serve
 
-from training import first_look, video_sources, video_stream
-from training.pretrain import resolve_videos
-from training.recipe import Recipe
+from training import video_sources
+from training.video_checks import check_videos
 from training.video_decoding import cut_frame
 from training.video_files import UnreadableVideo
-from training.video_index import VideoIndex, by_index, index_video, read_index
-from training.video_sources import find_videos, merged, videos_by_source
-from training.video_stream import PairLoader, PairSampling, check_videos, plan_pairs, video_pairs
+from training.video_index import VideoIndex, index_video
+from training.video_sources import find_videos
+from training.video_stream import PairLoader, PairSampling, plan_pairs, video_pairs
 
 HEIGHT, WIDTH = 64, 128
 
@@ -244,48 +237,6 @@ def test_bad_files_are_skipped_named_and_counted(tmp_path, videos):
         next(iter(PairLoader([short], SAMPLING, 4, 0)))
 
 
-def test_a_source_without_a_usable_video_is_refused_by_its_name(tmp_path, videos):
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    for folder in (good, bad):
-        folder.mkdir()
-        for name in ("a.mp4", "b.mp4", "c.mp4"):
-            (folder / name).write_bytes(b"no video")
-    shutil.copyfile(videos[0], good / "b.mp4")
-    recipe = Recipe(videos=[str(good), str(bad)], crop_size=[32, 64], output_dir=str(tmp_path / "run"))
-    with pytest.raises(
-        ValueError, match=rf"videos: {bad} has no usable video, for example {bad}/a.mp4: cannot be opened"
-    ) as error:
-        resolve_videos(Accelerator(cpu=True), recipe)
-    assert str(good) not in str(error.value)
-    by_source = videos_by_source(recipe.videos)
-    # A file that is named itself is one of many, as where a shell expands a pattern: it is skipped as in a folder.
-    alone = by_source[str(bad)][0]
-    assert len(check_videos([alone, *videos], SAMPLING, videos_by_source([alone, *videos]))) == 1
-    # What is seen first of a source may be what is bad in it; the others of it are looked at then.
-    sources = {"g": by_source[str(good)], "v": videos}
-    (skipped,) = check_videos(merged(sources), SAMPLING, sources, limit=3)
-    assert skipped.startswith(f"{good}/a.mp4: ")
-    with pytest.raises(ValueError, match="videos: b has no usable video of 2 looked at, among 3, for example .*a.mp4"):
-        check_videos([*by_source[str(bad)], *videos], SAMPLING, {"b": by_source[str(bad)], "v": videos}, limit=2)
-
-
-def test_the_first_look_is_bounded_whatever_the_number_of_sources(monkeypatch, caplog):
-    looked_at = []
-    monkeypatch.setattr(video_stream, "_looks", lambda paths, _: [(p, looked_at.append(p) or "") for p in paths])
-    paths = [f"{number:03d}.mp4" for number in range(500)]
-    with caplog.at_level("INFO", logger="poodle"):
-        assert check_videos(paths, SAMPLING, {f"folder of {path}": [path] for path in paths}) == []
-    assert 64 < len(looked_at) == len(set(looked_at)) <= 128
-    assert caplog.messages == [
-        "372 of the 500 folders, patterns, tars and data sets are not looked at before the run; what of them cannot be used is skipped"
-    ]
-    caplog.clear(), looked_at.clear()
-    # A folder of many beside sources of one: each is looked at.
-    by_source = {"many": paths[:490]} | {f"folder of {path}": [path] for path in paths[490:]}
-    assert check_videos(paths, SAMPLING, by_source) == [] and set(paths[490:]) < set(looked_at)
-    assert len(looked_at) < 80 and not caplog.messages
-
-
 def test_audio_only_is_named(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
@@ -411,56 +362,6 @@ def test_epochs_seen_are_those_of_the_pairs(videos, batch_size, workers, batches
     taken = -(-(-(-batches // lanes) * batch_size) // (len(shards[0]) * SAMPLING.pairs_per_video))  # shards of a lane
     epochs = {epoch for lane in range(lanes) for shard in shards[lane::lanes][:taken] for epoch, _ in shard}
     assert loader.epochs_seen(batches) == max(epochs) + 1
-
-
-def segfault():
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def spin():
-    ctypes.PyDLL(None).sleep(60)  # as a decoder that never comes back: no thread of Python goes on
-
-
-@pytest.mark.parametrize(
-    ("act", "said"),
-    [
-        (segfault, r"ended its reader \(SIGSEGV\)"),
-        (spin, "no end after 0.4 s"),
-        (lambda: os._exit(3), r"ended its reader \(exit code 3\)"),
-    ],
-)
-def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeypatch, act, said):
-    def read(path, use):
-        if path == videos[2]:
-            act()
-        return by_index(path, use)
-
-    monkeypatch.setattr(first_look, "by_index", read)
-    monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 5 if path == videos[2] else 60)
-    index_video.cache_clear()
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=f"{videos[2]}: {said}, as it would end the run. Remove it, or put an empty"):
-        check_videos(videos, SAMPLING)
-    assert time.monotonic() - start < 30 and list(index_video.kept) == videos[:2]
-    assert not multiprocessing.active_children()
-
-
-def test_the_first_look_ends_without_a_word_where_its_run_is_gone(videos):
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    reader = fork.Process(target=first_look._send_indices, args=(videos[:1] * 2000, receiver, sender))
-    reader.start()
-    receiver.close()
-    sender.close()
-    reader.join(60)
-    assert reader.exitcode == 0  # 1 after a stack trace
-
-
-def test_the_first_look_is_not_taken_twice(videos):
-    index_video.cache_clear()
-    assert check_videos(videos, SAMPLING) == [] and list(index_video.kept) == videos
-    kept = index_video(videos[0])
-    assert kept is index_video.kept[videos[0]] and kept.pts == read_index(videos[0]).pts
 
 
 def test_names_of_videos_are_of_one_line_in_logs_and_errors(tmp_path, videos, caplog):

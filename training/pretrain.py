@@ -51,8 +51,9 @@ from training.resume import cut_metrics, prepare_output_dir
 from training.schedules import count_steps, learning_rate, teacher_momentum
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
+from training.video_checks import check_videos
 from training.video_sources import merged, videos_by_source
-from training.video_stream import PairLoader, PairSampling, check_videos
+from training.video_stream import PairLoader, PairSampling
 from training.views import model_inputs
 
 logger = logging.getLogger("poodle")
