@@ -21,6 +21,7 @@ from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
 from modeling_poodle.configuration_poodle import check_config
+from modeling_poodle.loading_poodle import not_of_maps
 from modeling_poodle.modeling_poodle import refuse_giant
 
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
@@ -120,8 +121,7 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
     encoder = build_backbone(config)
     if encoder_weights is not None:
         missing, unexpected = encoder.load_state_dict(encoder_weights, strict=False)
-        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may, no ResNet's BatchNorm either.
-        wrong = [key for key in (*missing, *unexpected) if not key.startswith("hidden_states_norms.")]
+        wrong = not_of_maps((*missing, *unexpected))
         if wrong:
             raise ValueError(f"detector {config.detector} cannot take this encoder's weights: {wrong[0]} does not fit")
     scale = config.short_side / SHORT_SIDE

@@ -14,6 +14,7 @@ from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, U
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
 from evaluation.labelled_images import IGNORE, Example, LabelledImages
 from evaluation.recipe import EvaluationRecipe
+from modeling_poodle.loading_poodle import not_of_maps
 
 logger = logging.getLogger("poodle")
 # Pixels of an image that the loss is taken at, drawn anew each step: the mean over them is an unbiased estimate of that over all.
@@ -267,8 +268,7 @@ class UperNetReadout(nn.Module):
         missing, unexpected = self.model.backbone.load_state_dict(
             encoder.model.poodle.encoder.state_dict(), strict=False
         )
-        # Norms of stages that were not read before (ConvNeXt, Swin) begin as they are; nothing else may, no ResNet's BatchNorm either.
-        wrong = [key for key in (*missing, *unexpected) if not key.startswith("hidden_states_norms.")]
+        wrong = not_of_maps((*missing, *unexpected))
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()

@@ -142,11 +142,8 @@ class ChecksOverrides:
         for key in kwargs:
             if not hasattr(cls, key) and _nearest(key, own, SURE):
                 raise ValueError(f"{cls.__name__} has no field {key!r}.{_nearest(key, own)}")
-        if given.keys() & {
-            "backbone_config",
-            "num_decoder_blocks",
-            *maps,
-        }:  # those of the file are of another network, or replaced
+        # Those of the file are of another network then, or replaced.
+        if given.keys() & {"backbone_config", "num_decoder_blocks", *maps}:
             values = {name: value for name, value in values.items() if name not in maps}
         part = given.get("backbone_config")
         if isinstance(part, dict):

@@ -1,6 +1,7 @@
 """Pretrained encoders by Hub id, folder or timm name, as the weights of a PooDLe encoder."""
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,14 @@ def read_config(name: str) -> PreTrainedConfig:
     return config
 
 
+def not_of_maps(keys: Iterable[str]) -> list[str]:
+    """
+    The names of weights that a checkpoint may not lack: all but those of the norms that backbones of ConvNeXt and Swin add to each map that
+    is read. These begin as the identity and are in no classifier.
+    """
+    return [key for key in keys if "hidden_states_norms" not in key.split(".")]
+
+
 def from_pretrained_whole(model_class, name: str, **kwargs):
     """
     `model_class.from_pretrained`, which leaves weights that a checkpoint lacks at random with a warning, as an error.
@@ -43,8 +52,7 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
         raise ValueError(
             f"{name} has its weights in a pickle that holds more than tensors, and so could be code"
         ) from None
-    # Backbones of ConvNeXt and Swin add a norm to each map that is read; it begins as the identity and is in no classifier.
-    missing = [key for key in report["missing_keys"] if not key.startswith("hidden_states_norms.")]
+    missing = not_of_maps(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         first = missing[0] if missing else next(iter(report["mismatched_keys"]))
         raise ValueError(
@@ -103,4 +111,4 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
 
 
-__all__ = ["from_pretrained_whole", "load_encoder", "read_config"]
+__all__ = ["from_pretrained_whole", "load_encoder", "not_of_maps", "read_config"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
-from modeling_poodle.loading_poodle import load_encoder
+from modeling_poodle.loading_poodle import load_encoder, not_of_maps
 from training.recipe import Recipe, RunRecipe
 
 logger = logging.getLogger("poodle")
@@ -129,8 +129,7 @@ def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         missing, unexpected = [str(error)], []
-    # Norms of stages that were not read before (ConvNeXt, Swin) begin as the identity; nothing else may.
-    wrong = [key for key in missing if not key.startswith("hidden_states_norms.")] + unexpected
+    wrong = not_of_maps(missing) + unexpected
     if wrong:
         raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")
 
