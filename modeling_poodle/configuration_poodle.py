@@ -158,7 +158,8 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, defaults to ResNet-50):
-            The encoder: the config of any backbone that `AutoBackbone` builds, or of a plain ViT.
+            The encoder: the config of any backbone that `AutoBackbone` builds, or of a plain ViT. A network of timm's returns its last
+            stage alone by transformers' default; where the decoder reads more, it is made to return as many.
         output_stride (`int`, *optional*):
             Stride of the encoder's last stage. `None` keeps the encoder's own; 8 or 16 dilates a ResNet (FlowE uses 8).
         num_decoder_blocks (`int`, defaults to 2):
@@ -174,7 +175,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         projection_hidden_size, projection_size (`int`, default to 4096 and 256):
             Widths of the projectors and predictors.
         dense_weight, pooled_weight (`float`, default to 0.5):
-            Weights of the two objectives. An objective of weight 0 has no heads.
+            Weights of the two objectives. In pretraining an objective of weight 0 has no heads, and the dense one's decoder is left out.
         dense_stride (`int`, *optional*):
             Spacing in pixels of the points at which the dense loss is taken. `None`: the stride of the features.
         semantic_loss_ignore_index (`int`, defaults to 255):
@@ -271,12 +272,22 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
                 refuse(
                     "output_stride", f"None for a {self.backbone_config.model_type!r} encoder (only ResNet dilates)"
                 )
+        blocks = self.num_decoder_blocks if self.decoder_laterals else 0
+        encoder = self.backbone_config
+        if encoder.model_type == "timm_backbone" and len(encoder.out_indices or [0]) == 1 and 0 < blocks < 4:
+            encoder.out_indices = [-4, -3, -2, -1]
         available = len(self._encoder_stages()) - 1
         if self.decoder_laterals and self.num_decoder_blocks > available:
             expected = f"at most {available}: each lateral needs an earlier stage of the encoder"
             if self.backbone_config.model_type == "timm_backbone":
                 expected += " (a backbone_config with out_indices: [1, 2, 3, 4] has four)"
             refuse("num_decoder_blocks", expected)
+        # Of others the network alone knows, and refuses it when it is built.
+        sizes, last = getattr(encoder, "hidden_sizes", None), self._encoder_stages()[-1]
+        if self.num_decoder_blocks and self.decoder_top_down and sizes and re.fullmatch(r"stage\d+", last):
+            channels = sizes[min(int(last.removeprefix("stage")), len(sizes)) - 1]
+            if self.decoder_reduction > channels:
+                refuse("decoder_reduction", f"at most {channels}, the channels of the encoder's {last}")
 
     def _encoder_stages(self) -> list[str]:
         """The encoder's stages a decoder may read, earliest first."""

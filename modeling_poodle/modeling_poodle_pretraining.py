@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_poodle import PoodleConfig
 from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
 from .modeling_poodle import PoodleModel, PoodlePreTrainedModel
 from .objectives_poodle import dense_loss, pooled_loss
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -62,7 +64,8 @@ def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.S
 
 class PoodleForPreTraining(PoodlePreTrainedModel):
     """
-    Student and teacher with both objectives. `forward` draws nothing at random and estimates nothing.
+    Student and teacher with both objectives. `forward` draws nothing at random and estimates nothing. An objective of weight 0 has no heads,
+    and without the dense one, which alone trains it, there is no decoder: the model's config then has no blocks.
 
     The teacher is a copy of the student, frozen, moved by [`~PoodleForPreTraining.update_teacher`] once an optimizer
     step. Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of
@@ -77,12 +80,10 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     )
 
     def __init__(self, config: PoodleConfig):
-        super().__init__(config)
         if config.dense_weight == 0 and config.num_decoder_blocks:
-            raise ValueError(
-                "PoodleConfig.num_decoder_blocks must be 0 where dense_weight is 0 (nothing would train the decoder), "
-                f"got {config.num_decoder_blocks}"
-            )
+            logger.warning("dense_weight is 0, nothing would train a decoder: the model has none")
+            config = type(config).from_dict(config.to_dict(), num_decoder_blocks=0)
+        super().__init__(config)
         self.student = PoodleModel(config)
         self.teacher = PoodleModel(config)
         hidden, size = config.projection_hidden_size, config.projection_size

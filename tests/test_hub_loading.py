@@ -175,3 +175,25 @@ print(sorted({segment["label"] for segment in segments} - {"road", "sky", "car"}
         ("accuracy", 0.75),
     }
     assert "trust_remote_code=True" in card.text and "fitted on camvid" in card.text
+
+
+def test_a_run_s_model_loads_without_this_package_before_it_is_published(clean, published_run, tmp_path):
+    expected = PoodleModel.from_pretrained(published_run / "model").eval()
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        save_file({"image": image, "decoder": expected(image).last_hidden_state}, tmp_path / "expected.safetensors")
+    (tmp_path / "folder.txt").write_text(str(published_run / "model"))
+    clean(
+        tmp_path,
+        SAME
+        + """
+from transformers import AutoModel
+expected, folder = load_file("expected.safetensors"), Path("folder.txt").read_text()
+same(AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(expected["image"]).last_hidden_state, expected["decoder"])
+try:
+    AutoModel.from_pretrained(folder, trust_remote_code=False)
+    raise SystemExit("custom code ran though nobody trusted it")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+""",
+    )

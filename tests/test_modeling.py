@@ -170,8 +170,20 @@ def test_only_the_student_gets_gradients_and_all_of_it_does(changes):
 def test_an_objective_of_weight_zero_has_no_heads():
     names = dict(PoodleForPreTraining(config(pooled_weight=0)).named_children())
     assert "dense_projector" in names and not any("pooled" in name for name in names)
-    with pytest.raises(ValueError, match="num_decoder_blocks must be 0 where dense_weight is 0"):
-        PoodleForPreTraining(config(dense_weight=0))
+
+
+def test_without_the_dense_objective_there_is_no_decoder(tmp_path):
+    given = config(dense_weight=0)
+    model = PoodleForPreTraining(given).train()
+    model(**inputs()).loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(gradient is not None for gradient in trained.values())
+    assert not any("dense" in name or "decoder" in name for name in trained)
+    # Whoever reads what it leaves gets the encoder's map, not that of a decoder which nothing has trained.
+    assert (given.num_decoder_blocks, model.config.num_decoder_blocks, model.config.out_features) == (2, 0, ["stage4"])
+    model.save_pretrained(tmp_path)
+    again = PoodleForPreTraining.from_pretrained(tmp_path)
+    assert again.config.num_decoder_blocks == 0 and again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_teacher_is_a_copy_and_follows_the_closed_form():

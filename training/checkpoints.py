@@ -29,6 +29,7 @@ from training.checkpoint_files import (
 )
 from training.ranks import on_all, on_main
 from training.recipe import Recipe, RunRecipe
+from training.remote_code import add_code
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -230,7 +231,7 @@ def hardware(num_processes: int) -> str:
 
 def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], str]) -> None:
     """
-    Write `encoder/` and `model/`, each aside first, then renamed.
+    Write `encoder/` and `model/`, each aside first, then renamed. `model/` has its code beside it, for those without this package.
 
     Args:
         card: text of the model card of "encoder" and of "model".
@@ -252,6 +253,7 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
             module.save_pretrained(partial, state_dict=state)
             encoder_config.out_features = kept
         processor.save_pretrained(partial)
+        add_code(partial, json.loads((partial / "config.json").read_text()), partial)
         (partial / "README.md").write_text(card(name))
         _put_in_place(partial, output_dir / name)
 
@@ -272,5 +274,6 @@ def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_proces
     partial = Path(recipe.output_dir, ".model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
+    add_code(partial, json.loads((partial / "config.json").read_text()), partial)
     (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))
     _put_in_place(partial, Path(recipe.output_dir, "model"))

@@ -22,29 +22,10 @@ from huggingface_hub import get_token
 
 from training import cards
 from training.hub import belongs, check_repo_id, push
+from training.remote_code import add_code
 from training.resnet_names import add_timm, timm_architecture
 
 logger = logging.getLogger("poodle")
-_CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
-# By model type: the code that a repository holds, and its config's class.
-_CODE_FILES = {
-    "poodle": ("configuration_poodle.py", "modeling_poodle.py"),
-    "poodle_flow": (
-        "configuration_poodle.py",
-        "configuration_poodle_flow.py",
-        "geometry_poodle.py",
-        "modeling_poodle_flow.py",
-    ),
-}
-_CONFIGS = {"poodle": "configuration_poodle.PoodleConfig", "poodle_flow": "configuration_poodle_flow.PoodleFlowConfig"}
-# By architecture, what the Auto classes find in a repository. One checkpoint serves PoodleModel and PoodleBackbone.
-_AUTO_MAPS = {
-    "PoodleModel": {"AutoModel": "modeling_poodle.PoodleModel", "AutoBackbone": "modeling_poodle.PoodleBackbone"},
-    "PoodleFlowModel": {"AutoModel": "modeling_poodle_flow.PoodleFlowModel"},
-    "PoodleForSemanticSegmentation": {
-        "AutoModelForSemanticSegmentation": "modeling_poodle.PoodleForSemanticSegmentation"
-    },
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -248,16 +229,7 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
             content = without_local_paths(_mapping(path))
             (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
     config_file = target / "config.json"
-    config = _mapping(config_file)
-    kind = config.get("model_type")
-    if kind in _CODE_FILES:
-        names = config.get("architectures")
-        if not isinstance(names, list) or len(names) != 1 or names[0] not in _AUTO_MAPS:
-            raise ValueError(f"{source}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}")
-        config["auto_map"] = {"AutoConfig": _CONFIGS[kind], **_AUTO_MAPS[names[0]]}
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
-        for file in _CODE_FILES[kind]:
-            shutil.copyfile(_CODE / file, target / file)
+    config = add_code(target, _mapping(config_file), source)
     if timm_architecture(config) is not None and (target / "model.safetensors").exists():
         processor = _mapping(source / "preprocessor_config.json")
         if not {"image_mean", "image_std"} <= processor.keys():

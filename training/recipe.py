@@ -284,10 +284,6 @@ class Recipe(RunRecipe):
             "crop_size",
             f"multiples of the encoder's stride {stride}",
         )
-        if config.dense_weight == 0 and config.num_decoder_blocks:
-            raise ValueError(
-                "model.num_decoder_blocks must be 0 where dense_weight is 0: nothing would train the decoder"
-            )
 
     def poodle_config(self) -> PoodleConfig:
         return self.model_config()
