@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,7 +96,7 @@ class OurStep:
 
     def estimate_flow(self) -> torch.Tensor:
         if self.flow_module is None:
-            return dis_flow(self.pair_flow, self.frames)
+            return self.pair_flow.batch(self.frames)
         with self.accelerator.autocast():
             return self.flow_module(self.frames)
 
@@ -124,12 +123,6 @@ class OurStep:
             self.optimizer.zero_grad(set_to_none=True)
         with clock.part("ema"):
             self.model.update_teacher(0.996)
-
-
-def dis_flow(pair_flow, frames: torch.Tensor) -> torch.Tensor:
-    """DIS of a batch (B, 2, 3, H, W) uint8, pair by pair on the CPU -> (B, 2, 2, H, W) on the frames' device."""
-    flows = [pair_flow.estimate(pair) for pair in frames.cpu().numpy()]
-    return torch.from_numpy(np.stack(flows)).to(frames.device)
 
 
 # --- time, memory, arithmetic ---

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resized_crop
 
-from benchmarks.common import Clock, dis_flow, moving_frames
+from benchmarks.common import Clock, moving_frames
 from modeling_poodle import PoodleForPreTraining
 from training.assembly import build_model, make_accelerator
 from training.flow import build_flow
@@ -272,7 +272,7 @@ class ReferenceStep:
     @torch.no_grad()
     def estimate_flow(self) -> Tensor:
         if self.raft is None:
-            return dis_flow(self.pair_flow, self.frames)
+            return self.pair_flow.batch(self.frames)
         earlier, later = (self.frames[:, index].float() / 127.5 - 1 for index in (0, 1))
         updates = self.recipe.flow_updates
         both = [

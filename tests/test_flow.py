@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import optical_flow
 
-from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, check_sidecars, flow_to_rgb
+from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow, check_sidecars, flow_function, flow_to_rgb
 from training.flow_quality import build_estimator
 from training.street import Street
 
@@ -58,6 +58,21 @@ def test_dis_finds_a_shift_in_both_directions():
     sample = {"frames": smooth_frames(96, 160, 6)}
     DisFlow()(sample)
     assert sample["flow"].dtype == np.float16 and sample["flow"].shape == (2, 2, 96, 160)
+
+
+def test_every_estimator_of_frames_is_one_function():
+    frames = torch.from_numpy(np.stack([smooth_frames(128, 136, shift) for shift in (3, 6)]))
+    dis, raft = flow_function("dis")(frames), flow_function("raft_small", weights="random", num_updates=1)(frames)
+    for flow in (dis, raft):
+        assert flow.shape == (2, 2, 2, 128, 136) and flow.dtype == torch.float32
+    for number, shift in enumerate((3, 6)):
+        np.testing.assert_array_equal(dis[number], DisFlow().estimate(frames[number].numpy()))
+        assert abs(float(dis[number, 0, 0, 16:-16, 16:-16].median()) - shift) < 0.3
+    for name in ("exact", "precomputed"):
+        with pytest.raises(ValueError, match=f"flow {name} belongs to videos"):
+            flow_function(name)
+    with pytest.raises(ValueError, match="did you mean 'dis'"):
+        flow_function("diss")
 
 
 @pytest.mark.parametrize(

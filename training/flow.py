@@ -50,6 +50,11 @@ class DisFlow:
         both = [self._dis.calc(earlier, later, None), self._dis.calc(later, earlier, None)]
         return np.stack(both).transpose(0, 3, 1, 2)
 
+    def batch(self, frames: Tensor) -> Tensor:
+        """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32 on their device; pair by pair on the CPU."""
+        flows = [self.estimate(pair) for pair in frames.cpu().numpy()]
+        return torch.from_numpy(np.stack(flows)).to(frames.device)
+
     def __call__(self, sample: dict) -> None:
         # Half precision halves what the worker hands over; at 64 px its step is 1/16 px, far below the estimate's error.
         sample["flow"] = self.estimate(sample["frames"]).astype(np.float16)
@@ -312,6 +317,23 @@ def build_flow(
     if name == "unflow":
         return None, UnFlow(model)
     raise ValueError(f"flow must be one of {', '.join(FLOWS)}{nearest(name, FLOWS)}, got {name!r}")
+
+
+def flow_function(name: str, device: str | torch.device = "cpu", **options) -> Callable[[Tensor], Tensor]:
+    """
+    An estimator that sees frames alone (dis, raft_large, raft_small, unflow), as one function of frames (B, 2, 3, H, W) uint8 that
+    returns flow (B, 2, 2, H, W) float32, pixels, x then y; index 0 earlier to later.
+
+    Args:
+        device: where networks compute; frames and flow are there too. options: as of [`build_flow`].
+
+    Raises:
+        ValueError: as `build_flow`; or flow that belongs to videos (exact, precomputed).
+    """
+    if name in ("exact", "precomputed"):
+        raise ValueError(f"flow {name} belongs to videos, it is not estimated from frames")
+    pair_flow, module = build_flow(name, **options)
+    return pair_flow.batch if module is None else module.to(device)
 
 
 def flow_to_rgb(flow: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 
 from modeling_poodle.geometry_poodle import flow_valid_mask
 from modeling_poodle.recipe_files import run_script
-from training.flow import DisFlow, build_flow
+from training.flow import flow_function
 from training.street import Street
 from training.street_cameras import CAMERAS, check_camera
 from training.street_files import HELD_OUT_SEED
@@ -88,12 +88,9 @@ def build_estimator(spec: str):
         raise ValueError("--flow unflow needs its model: --flow unflow:DIR")
     if name == "precomputed":
         raise ValueError("--flow precomputed is of other pairs: name the estimator that wrote it")
-    pair_flow, module = build_flow(name, weights=file or None, model=file)
-    if isinstance(pair_flow, DisFlow):
-        return pair_flow.estimate
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module.to(device)
-    return lambda frames: module(torch.from_numpy(frames)[None].to(device))[0].cpu().numpy()
+    estimate = flow_function(name, device, weights=file or None, model=file)
+    return lambda frames: estimate(torch.from_numpy(frames)[None].to(device))[0].cpu().numpy()
 
 
 def held_out_pairs(

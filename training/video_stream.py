@@ -163,10 +163,10 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
 
 
 def generate_pairs(
-    groups: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None
+    paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None
 ) -> Iterator[dict]:
-    """The generator behind the stream. `groups` are the shards, each of (epoch, path); the pairs of a group's videos take turns."""
-    for group in groups:
+    """The generator behind the stream. `paths` are the shards, groups of (epoch, path); the pairs of a group's videos take turns."""
+    for group in paths:
         for samples in zip_longest(*(readable_pairs(path, sampling, epoch, pair_flow) for epoch, path in group)):
             for sample in samples:
                 if sample is None:  # of a video that was skipped, or broke off
@@ -300,7 +300,7 @@ class PairLoader:
     def _make_loader(self) -> StatefulDataLoader:
         stream = datasets.IterableDataset.from_generator(
             generate_pairs,
-            gen_kwargs={"groups": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
+            gen_kwargs={"paths": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
         )
         return StatefulDataLoader(
             split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size),
