@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counting import counted_step, counted_work
 from benchmarks.profiling import kernel_seconds
 from modeling_poodle.recipe_files import usable_cores
-from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
+from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator, prepared
 from training.flow import build_flow
 from training.health import Health
 from training.recipe import Recipe, parse_recipe
@@ -82,7 +82,7 @@ class OurStep:
         self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
         self.health = Health(self.accelerator)
         compile_modules(recipe, self.model, self.flow_module)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = prepared(self.accelerator, self.model)
         self.model.train()
         self.frames = moving_frames(recipe.per_device_train_batch_size, *recipe.crop_size, self.device)
         self.generator = torch.Generator(device=self.device).manual_seed(0)
@@ -259,10 +259,11 @@ class Contender:
         other.close()
 
     def ask(self, name: str, argument=None):
-        self.connection.send((name, argument))
         try:
+            self.connection.send((name, argument))
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
+            self.process.join()  # until then its memory may not be free for the next
             raise RuntimeError(f"the process of this contender ended at {name!r}; its error is above") from None
 
     def close(self) -> None:

@@ -7,12 +7,14 @@ RAFT of both directions of a pair: our arrangement beside torchvision's run twic
 
 Ours runs in float32 and under autocast (float16). Untrained weights give flow of a fraction of a pixel, on which no precision shows an error;
 --overfit N first fits the weights to one pair of street frames with exact flow for N steps, so that flow is large and the update matters.
-Differences are lengths of vectors, in pixels, against torchvision's in float32 without TF32. Weights of your own: --weights FILE.
+Differences are lengths of vectors, in pixels, against torchvision's in float32 without TF32, in which PyTorch computes convolutions on a GPU
+unless it is told not to; there both float32 rows come with it and without. Weights of your own: --weights FILE.
 """
 
 import copy
 import statistics
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,6 +85,15 @@ def timed(function, device: torch.device, repeats: int) -> tuple[Tensor, float, 
     return result, 1000 * statistics.median(seconds[2:]), peak
 
 
+@contextmanager
+def tf32_convolutions(allowed: bool):
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--variant", choices=("raft_large", "raft_small"), default="raft_large")
@@ -97,7 +108,6 @@ def main() -> None:
     if any(side % 8 for side in options.crop_size):
         parser.error(f"--crop_size must be multiples of 8, which torchvision's model needs, got {options.crop_size}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     frames, flow, seen = (array.to(device) for array in street_pairs(options.pairs, *options.crop_size))
     ours = RaftFlow(options.variant, options.weights, options.updates).to(device)
@@ -121,17 +131,21 @@ def main() -> None:
         compiled = copy.copy(ours)  # of the same weights
         compiled.compile()
         ways |= {"compiled, float32": lambda: compiled(frames), "compiled, float16": lambda: reduced(compiled)}
-    rows, expected = [], None
-    for name, function in ways.items():
-        found, milliseconds, peak = timed(function, device, options.repeats)
-        expected = found if expected is None else expected
+    # PyTorch's default convolutions on a GPU are in TF32, which is no full precision: there what both do without it is measured too.
+    full = {f"{name}, no TF32": ways[name] for name in ("torchvision twice", "ours, float32")}
+    with tf32_convolutions(False), torch.no_grad():
+        expected = ways["torchvision twice"]()
+    rows = []
+    for name, function in {**ways, **(full if device.type == "cuda" else {})}.items():
+        with tf32_convolutions(name not in full):
+            found, milliseconds, peak = timed(function, device, options.repeats)
         difference = (found - expected).norm(dim=2)
         rows.append({"RAFT": name, "ms_a_pair": milliseconds / options.pairs, "gib": peak})
         rows[-1] |= {"mean_px": difference.mean().item(), "max_px": difference.max().item()}
         rows[-1]["ratio"] = rows[0]["ms_a_pair"] / rows[-1]["ms_a_pair"]
     length = expected.norm(dim=2).mean().item()
     print(f"{options.variant}, {options.updates} updates, {options.pairs} pairs of {options.crop_size}, {device}")
-    print(f"mean length of the flow {length:.2f} px; mean_px, max_px: difference to torchvision in float32")
+    print(f"mean length of the flow {length:.2f} px; mean_px, max_px: difference to torchvision in float32, no TF32")
     formats = {"ms_a_pair": ".1f", "ratio": ".2f", "gib": ".2f", "mean_px": ".5f", "max_px": ".5f"}
     print_table(rows, {"RAFT": "", **formats})
     write_json(options.json, {**figures, "mean_flow_px": length, "rows": rows})

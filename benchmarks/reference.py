@@ -249,6 +249,7 @@ class ReferenceStep:
     def __init__(self, recipe: Recipe):
         self.recipe = dataclasses.replace(recipe, bf16=False, torch_compile=False, gradient_checkpointing=False)
         accelerator = make_accelerator(self.recipe)
+        torch.set_float32_matmul_precision("highest")  # PyTorch's default, which the released code leaves as it is
         self.device = accelerator.device
         self.pair_flow, flow_module = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates)
         self.raft = None

@@ -19,13 +19,32 @@ from transformers.modeling_outputs import (
 
 from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
+# PyTorch's CUDA kernel for channels_last maps writes so many numbers at most, and refuses more.
+MOST_NUMBERS = 2**31 - 2
+
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (N, C, h, w) bilinearly to `size`, in their own type: autocast's float32 would double the largest maps that a step keeps."""
     kind = maps.device.type
     # "meta" has no autocast. (Asking torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
     with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
+        if torch.compiler.is_compiling() and size == tuple(2 * side for side in maps.shape[-2:]):
+            points = maps.permute(0, 2, 3, 1)  # as channels_last maps lie, and are to lie afterwards
+            return _doubled(_doubled(points, 1), 2).permute(0, 3, 1, 2)
+        if len(maps) > 1 and len(maps) * maps.shape[1] * size[0] * size[1] > MOST_NUMBERS:
+            return torch.cat([upsample(part, size) for part in maps.chunk(2)])
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _doubled(maps: Tensor, dim: int) -> Tensor:
+    """
+    Twice as many cells along `dim`, what bilinear interpolation is then: 3/4 of a cell and 1/4 of its nearer neighbour. For torch.compile,
+    which makes interpolation's gradient of additions one by one into float32 maps in another layout, and fuses this one's with what is beside it.
+    """
+    last = maps.shape[dim] - 1
+    before = torch.cat([maps.narrow(dim, 0, 1), maps.narrow(dim, 0, last)], dim)
+    after = torch.cat([maps.narrow(dim, 1, last), maps.narrow(dim, last, 1)], dim)
+    return torch.stack([torch.lerp(maps, before, 0.25), torch.lerp(maps, after, 0.25)], dim + 1).flatten(dim, dim + 1)
 
 
 def upsample_onto(maps: Tensor, size: tuple[int, int]) -> Tensor:

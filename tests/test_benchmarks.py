@@ -253,6 +253,18 @@ def test_step_beside_the_reference(tmp_path):
     assert figures["ours"]["convolutions_tflops_per_second"] > figures["ours"]["model_tflops_per_second"] > 0
 
 
+def test_a_reference_that_does_not_fit_leaves_our_figures(tmp_path):
+    script = "import benchmarks.step as step\nstep.ReferenceStep = lambda recipe: 1 / 0\nstep.main()"
+    command = [sys.executable, "-c", script, "--reference", "--steps", "1", "--warmup", "1", *SMALL]
+    result = subprocess.run(
+        [*command, "--json", str(tmp_path / "f.json")], capture_output=True, text=True, cwd=REPOSITORY, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert "without the reference: the process of this contender ended" in result.stdout
+    assert figures["ours"]["ms_a_step"] > 0 and "reference" not in figures
+
+
 def test_live_bytes_of_a_known_sequence():
     with LiveBytes() as counted:
         a = torch.zeros(1000)  # 4,000 bytes

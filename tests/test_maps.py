@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_poodle import PoodleBackbone, PoodleConfig, PoodleModel
+from modeling_poodle import PoodleBackbone, PoodleConfig, PoodleModel, modeling_poodle
+from modeling_poodle.modeling_poodle import upsample
 
 TRANSFORMER = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 6, "image_size": 64}
 HIERARCHY = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24]}
@@ -81,3 +82,33 @@ def test_decoder_maps_lie_on_the_encoder_s_at_any_size(model_type, image):
         ]
         assert inside.numel() == 0 or inside.max() < 1e-2, name
         assert drift.max() <= 40, name  # of a map of one cell, or the edge that ConvNeXt leaves out
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 1, 5), (3, 1, 2, 1)])
+def test_compiled_upsampling_is_bilinear_interpolation(shape):
+    graphs = []
+    maps = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(*shape[:2], 2 * shape[2], 2 * shape[3], dtype=torch.float64)
+    compiled = torch.compile(upsample, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    results = []
+    for function in (compiled, upsample):
+        result = function(maps, tuple(weights.shape[-2:]))
+        if function is compiled and min(shape[1:]) > 1:
+            lying = function(maps.detach().contiguous(memory_format=torch.channels_last), tuple(weights.shape[-2:]))
+            assert lying.is_contiguous(memory_format=torch.channels_last)
+        results.append((result, *torch.autograd.grad((result * weights).sum(), maps)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    assert graphs and not any("interpolate" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_maps_larger_than_a_kernel_takes_are_upsampled_in_parts(monkeypatch):
+    maps = torch.randn(5, 3, 4, 6)
+    whole = upsample(maps, (9, 7))
+    monkeypatch.setattr(modeling_poodle, "MOST_NUMBERS", 2 * 3 * 9 * 7)
+    interpolate, parts = nn.functional.interpolate, []
+    monkeypatch.setattr(
+        nn.functional, "interpolate", lambda part, **options: parts.append(len(part)) or interpolate(part, **options)
+    )
+    assert torch.equal(upsample(maps, (9, 7)), whole)
+    assert sorted(parts) == [1, 2, 2]

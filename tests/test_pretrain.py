@@ -5,21 +5,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small_runs import MODEL, RESNET, flags, train
-from torch import nn
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from evaluation.encoders import build
 from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
 from training import video_stream
-from training.assembly import computes_in_bfloat16, make_accelerator, synchronise_batch_norm
-from training.pretrain import main
+from training.assembly import computes_in_bfloat16, make_accelerator
+from training.pretrain import Run, main
 from training.recipe import Recipe
 from training.schedules import teacher_momentum
 from training.video_stream import PairLoader
@@ -78,7 +78,11 @@ def test_bf16_follows_fp32(drives, tmp_path):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
     compile_module, used = torch.nn.Module.compile, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: used.append(m) or compile_module(m, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda m, **options: used.append(m) or compile_module(m, backend=backend, **options),
+    )
     plain = train(drives, tmp_path / "plain", steps=2)
     AcceleratorState._reset_state(True)
     assert used == []
@@ -88,6 +92,20 @@ def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     names = load_file(tmp_path / "compiled" / "model" / "model.safetensors").keys()
     assert not any("_orig_mod" in name for name in names)
+
+
+def test_a_gpu_s_own_generator_is_seeded_with_every_micro_step(monkeypatch):
+    """Encoders that drop paths draw from it, and checkpoints do not hold it."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), process_index=1, num_processes=2)
+    recipe = SimpleNamespace(gradient_accumulation_steps=2, seed=3)
+    for step in (5, 6, 5):
+        run = SimpleNamespace(accelerator=accelerator, recipe=recipe, step=step, generator=torch.Generator())
+        for micro_step in range(2):
+            Run.seed(run, micro_step)
+            assert run.generator.initial_seed() == seeds[-1]
+    assert seeds[:2] == seeds[4:] and len(set(seeds)) == 4
 
 
 VIT = {
@@ -198,20 +216,6 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     exec(lines, scope)
     with torch.no_grad():
         assert torch.equal(scope["backbone"].eval()(image).feature_maps[-1], measured(image))
-
-
-@pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
-def test_batch_norm_over_processes_keeps_timm_s_activations(name):
-    pytest.importorskip("timm")
-    torch.manual_seed(0)
-    encoder = {"model_type": "timm_backbone", "backbone": name, "out_indices": [1, 2, 3, 4]}
-    model = PoodleModel(PoodleConfig(backbone_config=encoder, decoder_reduction=2)).eval()
-    images = torch.randn(1, 3, 64, 64)
-    expected = model(images).last_hidden_state
-    spread = synchronise_batch_norm(model).eval()
-    torch.testing.assert_close(spread(images).last_hidden_state, expected)
-    kinds = {type(m) for m in spread.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
 
 
 def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):
@@ -399,7 +403,6 @@ accelerator.wait_for_everyone()
 """
     from safetensors.torch import save_file
 
-    from modeling_poodle import PoodleConfig
     from training.recipe import Recipe
     from training.views import model_inputs
 

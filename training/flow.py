@@ -168,7 +168,7 @@ class RaftFlow(nn.Module):
         One core does 128x256 pairs in 1388 ms instead of 1755 (raft_large, 24 updates, float32): a lookup writes what it found and none of
         the indices and windows that lead there, counted a third of all bytes that RAFT writes.
         """
-        self._one_update = torch.compile(update, fullgraph=True, dynamic=False, **options)
+        self._one_update = torch.compile(update, **{"fullgraph": True, "dynamic": False, **options})
 
     def _load(self, variant: str, weights: str | None) -> None:
         enum = {"raft_large": "Raft_Large_Weights.C_T_V2", "raft_small": "Raft_Small_Weights.C_T_V2"}[variant]

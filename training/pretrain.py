@@ -36,7 +36,7 @@ from tqdm import tqdm
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.recipe_files import run_script
 from training.addresses import public_value, video_name
-from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator
+from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator, prepared
 from training.checkpoint_files import replace_text, sync_file
 from training.checkpoints import export, load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
@@ -194,7 +194,7 @@ class Run:
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
                 )
         compile_modules(self.recipe, self.model, self.flow_module)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = prepared(self.accelerator, self.model)
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
             self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
@@ -227,6 +227,7 @@ class Run:
                 self.save_panel(batch, inputs, output)
             if self.probe is not None and (self.step % recipe.probe_steps == 0 or last):
                 self.run_probe()
+            del output, inputs, batch  # or they would lie beside the next step's until it has its own
             stop = self.signals.agreed()
             if self.step % recipe.save_steps == 0 or last or stop:
                 self.save()
@@ -276,7 +277,11 @@ class Run:
         """A seed of its own for the draws of every micro-step and rank: a resumed run draws what an uninterrupted one would."""
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        self.generator.manual_seed((self.recipe.seed * 1_000_003 + number) * ranks + rank)
+        seed = (self.recipe.seed * 1_000_003 + number) * ranks + rank
+        self.generator.manual_seed(seed)
+        # A GPU's own generator, of which checkpoints hold nothing, is drawn from by encoders that drop paths (Swin, ConvNeXt).
+        if self.accelerator.device.type != "cpu":
+            torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def estimate_flow(self, frames: torch.Tensor) -> torch.Tensor:
         with self.accelerator.autocast():

@@ -94,7 +94,8 @@ class FlowRun(Run):
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
         """Up to four pairs, a row each: both frames, both flows, and the earlier frame without what is hidden in the later one."""
         frames = batch["frames"][:4].to(self.accelerator.device)
-        flow = self.model(frames.float() / 255).flow
+        with self.accelerator.autocast():
+            flow = self.model.forward(frames.float() / 255).flow  # itself: another batch size would be compiled anew
         seen = frames[:, 0] * visible_mask(flow)[:, 0, None]
         rows = [
             torch.cat([*pair, *map(flow_to_rgb, flows), rest], dim=2).cpu()

@@ -162,9 +162,7 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
         }
 
 
-def generate_pairs(
-    paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None
-) -> Iterator[dict]:
+def generate_pairs(paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
     """The generator behind the stream. `paths` are the shards, groups of (epoch, path); the pairs of a group's videos take turns."""
     for group in paths:
         for samples in zip_longest(*(readable_pairs(path, sampling, epoch, pair_flow) for epoch, path in group)):
