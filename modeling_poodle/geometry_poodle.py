@@ -209,6 +209,6 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     own = (frame_index[..., None] == torch.arange(f, device=frames.device)).to(rows.dtype)  # (B, M, F)
     rows = (own[:, :, None, :, None] * rows[:, :, :, None]).view(b, m * size, f * height)
     stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, f * height, c * width)
-    strips = (rows @ stacked).view(b, m, size, c, width).transpose(2, 3)  # (B, M, C, size, W)
-    columns = resize_weights(x0, x1, width, size).to(frames.dtype)[:, :, None]  # (B, M, 1, size, W)
-    return strips @ columns.transpose(-1, -2)
+    strips = (rows @ stacked).view(b, m, size * c, width)  # of a row of a crop the channels one below the other
+    columns = resize_weights(x0, x1, width, size).to(frames.dtype)  # (B, M, size, W)
+    return (strips @ columns.transpose(-1, -2)).view(b, m, size, c, size).transpose(2, 3)

@@ -137,3 +137,32 @@ def test_a_step_of_segmentation(gpu):
     labels = gpu.run(torch.zeros, 2, 64, 128, dtype=torch.long, device=GPU)
     output = gpu.run(model, images, labels=labels)
     assert output.loss.device == GPU and output.loss.dtype == torch.float32
+
+
+def test_maps_stay_channels_last_through_student_teacher_and_heads(gpu):
+    """In float16: without a driver bfloat16 convolutions are given to another library than a GPU's, whose maps lie otherwise."""
+    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", "dis"])
+    model = PoodleForPreTraining(recipe.poodle_config()).train().to(memory_format=torch.channels_last)
+    model = gpu.put(model)
+    elsewhere, count = [], []
+
+    def look(name):
+        def hook(module, inputs, output):
+            count.append(name)
+            if isinstance(output, torch.Tensor) and not output.is_contiguous(memory_format=torch.channels_last):
+                elsewhere.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) or ".decoder." in name and name[-1].isdigit():
+            module.register_forward_hook(look(name))
+    pixels = gpu.run(torch.zeros, 1, 2, 3, 128, 256, device=GPU)
+    flow = gpu.run(torch.zeros, 1, 2, 2, 128, 256, device=GPU)
+    mask = gpu.run(torch.ones, 1, 2, 128, 256, dtype=torch.bool, device=GPU)
+    view = gpu.run(lambda: torch.eye(2, 3, device=GPU).expand(1, 2, 2, 3))
+    boxes = gpu.run(lambda: torch.tensor([0.0, 0, 64, 64], device=GPU).expand(1, 2, 3, 4))
+    frames = gpu.run(torch.zeros, 1, 2, 3, dtype=torch.long, device=GPU)
+    with gpu.mode, torch.autocast("cuda", dtype=torch.float16):
+        model(pixels, flow, mask, view, view, boxes, boxes, frames, subcrop_size=64)
+    assert len(count) > 200 and elsewhere == []
