@@ -1,5 +1,6 @@
 """Precomputed flow: what is written is what a run reads, and what is of other pairs is refused before the first step."""
 
+import dataclasses
 import json
 import os
 import re
@@ -173,6 +174,26 @@ def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, 
         for k, key in enumerate(zip(batch["video"], batch["epoch"].tolist(), batch["repeat"].tolist())):
             assert (key in first) == (number >= 6)
             assert torch.equal(first.setdefault(key, batch["frames"][k]), batch["frames"][k])
+
+
+def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypatch):
+    shutil.copytree(drives, tmp_path / "mine")
+    given = writer_flags(tmp_path / "mine", "", "--max_steps", "1")
+    at = given.index("--out")
+    AcceleratorState._reset_state(True)
+    flow_writer.main([*given[:at], *given[at + 2 :], "--epochs", "1"])
+    assert sorted(path.name for path in (tmp_path / "mine" / "flow").iterdir()) == ["epoch-0000", "flow.json"]
+    recipe = parse_recipe([*given[:at], *given[at + 2 :], "--flow", "precomputed"])
+    assert recipe.flow_dir == str(tmp_path / "mine" / "flow")
+    loader = PairLoader(videos(tmp_path / "mine"), PairSampling.of(recipe), 4)
+    assert precomputed_epochs(dataclasses.replace(recipe, flow_epochs=1), loader) == 1
+    monkeypatch.chdir(tmp_path)
+    Path("street").mkdir()  # the source of this name is no folder
+    for several in (["street"], ["mine", "mine/flow"], ["mine/*.mp4"], ["gone"]):
+        with pytest.raises(ValueError, match="flow_dir must be the folder"):
+            parse_recipe(["--flow", "precomputed", "--videos", *several])
+        with pytest.raises(ValueError, match="--out must be the folder"):
+            flow_writer.main(["--videos", *several])
 
 
 # --- refused before the first step ---

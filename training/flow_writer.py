@@ -1,7 +1,7 @@
 """
 Write flow for all pairs of a recipe, to be read by `--flow precomputed --flow_dir DIR`.
 
-    python -m training.flow [--config RECIPE] [--videos SOURCE ...] --out DIR [--epochs N] [--FIELD VALUE ...]
+    python -m training.flow [--config RECIPE] [--videos SOURCE ...] [--out DIR] [--epochs N] [--FIELD VALUE ...]
     torchrun --nproc_per_node 8 -m training.flow ...       # or accelerate launch: each process writes its share
 
 The recipe's `flow` names the estimator. What is there is left as it is, so that a command that was stopped goes on where it is given again, and
@@ -38,7 +38,7 @@ from training.flow_files import (
     sampling_fields,
 )
 from training.pretrain import build_loader, resolve_videos
-from training.recipe import Recipe, parse_recipe
+from training.recipe import Recipe, flow_beside, parse_recipe
 from training.video_files import UnreadableVideo
 from training.video_stream import PairSampling, start_worker, video_pairs
 
@@ -50,18 +50,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, help="folder of the flow")
+    parser.add_argument(
+        "--out", help="folder of the flow; unset: flow/ in the folder that is the only one of --videos"
+    )
     parser.add_argument("--epochs", type=int, help="epochs of pairs; unset: those that the recipe's steps need")
     options, flags = parser.parse_known_args(arguments)
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
+    recipe = parse_recipe(flags)
+    out = options.out or flow_beside(recipe.videos)
+    if out is None:
+        raise ValueError(
+            "--out must be the folder of the flow; it may be unset where --videos is one local folder alone"
+        )
     # "latest": videos of the Hub keep the commit that is noted in --out, and where none is there, theirs of now is noted.
-    recipe = dataclasses.replace(parse_recipe(flags), output_dir=options.out, resume_from_checkpoint="latest")
+    recipe = dataclasses.replace(recipe, output_dir=out, resume_from_checkpoint="latest")
     if recipe.flow == "precomputed":
         raise ValueError("flow must name the estimator that computes what is written (--flow dis), got 'precomputed'")
     accelerator = make_accelerator(recipe)
     shown = [without_secrets(flag, flag) for flag in flags]
-    folder, command = Path(options.out), ["python", "-m", "training.flow", *shown, "--out", options.out]
+    folder, command = Path(out), ["python", "-m", "training.flow", *shown, "--out", out]
     with accelerator.main_process_first():
         write_manifest(folder, recipe, shlex.join(command))
     paths = resolve_videos(accelerator, recipe)

@@ -222,7 +222,10 @@ class Recipe(RunRecipe):
         "Forward-backward error above which a pixel's flow is not used, pixels; unset: PooDLe's bound, which grows with the flow.",
     )
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
-    flow_dir: str | None = described(None, "Folder that `python -m training.flow` wrote, for precomputed flow.")
+    flow_dir: str | None = described(
+        None,
+        "Folder that `python -m training.flow` wrote, for precomputed flow; unset: flow/ in the folder that is the only one of videos.",
+    )
     flow_epochs: int | None = described(
         None, "Epochs of pairs that a run with precomputed flow goes through again and again; unset: all are its own."
     )
@@ -259,10 +262,13 @@ class Recipe(RunRecipe):
         bound = self.flow_max_error
         self.need(bound is None or (is_finite(bound) and bound > 0), "flow_max_error", "a number above 0, or unset")
         precomputed = self.flow == "precomputed"
+        if precomputed and self.flow_dir is None:
+            self.flow_dir = flow_beside(self.videos)
         self.need(
             (self.flow_dir is not None) == precomputed,
             "flow_dir",
-            "the folder that `python -m training.flow` wrote where flow is precomputed, and unset elsewhere",
+            "the folder that `python -m training.flow` wrote where flow is precomputed (it may be unset where videos is one folder, and "
+            "that flow lies in its flow/), and unset elsewhere",
         )
         good = self.flow_epochs is None or (precomputed and is_int(self.flow_epochs) and self.flow_epochs >= 1)
         self.need(good, "flow_epochs", "an integer of at least 1 where flow is precomputed, and unset elsewhere")
@@ -287,6 +293,12 @@ class Recipe(RunRecipe):
 
     def poodle_config(self) -> PoodleConfig:
         return self.model_config()
+
+
+def flow_beside(videos: list[str]) -> str | None:
+    """Where flow that is computed once lies unless that is said: beside the videos, where these are one local folder."""
+    alone = videos[0] if len(videos) == 1 and street_camera(videos[0]) is None else ""
+    return str(Path(alone, "flow")) if alone and Path(alone).is_dir() else None
 
 
 _AT_LEAST_ONE = (
