@@ -3,7 +3,7 @@ One training step: pairs a second, peak memory, FLOPs, and where the time goes; 
 code's behaviour (benchmarks/reference.py), in one run.
 
     python benchmarks/step.py --config street --reference
-    python benchmarks/step.py --config bdd100k_r50 --crop_size 256 512 --flow dis --per_device_train_batch_size 2 --reference
+    python benchmarks/step.py --config bdd100k_r50 --crop_size 256 512 --bf16 false --flow dis --per_device_train_batch_size 2 --reference
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --torch_compile --reference --json step.json   # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow_weights random --bf16 --largest_batch                                # on a GPU
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
