@@ -222,7 +222,16 @@ def test_incomplete_folders_are_a_sentence(own_hub, published_run, tmp_path):
     config = json.loads((bare / "config.json").read_text())  # of a ResNet that timm has
     known = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
     (bare / "config.json").write_text(json.dumps({**config, **known}))
+    half = copied("half")
+    (half / "model" / "model.safetensors").write_bytes((half / "model" / "model.safetensors").read_bytes()[:-8])
+    unnamed = []
+    for field in ("model_type", "architectures"):
+        unnamed.append(copied(f"no {field}") / "encoder")
+        (unnamed[-1] / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != field}))
     for folder, message in (
+        (half, "model/model.safetensors is damaged"),
+        (unnamed[0], "config.json has no model_type: nobody could load"),
+        (unnamed[1], "config.json has no architectures: nobody could load"),
         (bare, "preprocessor_config.json cannot be read"),
         (cut / "encoder", "preprocessor_config.json cannot be read"),
         (copied("no model", "model"), "has encoder/ but no model/config.json, as a run has: give"),

@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 
 from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
 
 from training import cards
 from training.hub import belongs, check_repo_id, push
@@ -113,6 +114,16 @@ def _need_weights(folder: Path) -> None:
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}")
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "np"):  # reads its header, and whether all that it declares is there
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+    config = _mapping(folder / "config.json")
+    for name, kind in (("model_type", str), ("architectures", list)) if "detector" not in config else ():
+        if not isinstance(config.get(name), kind) or not config[name]:
+            raise ValueError(f"{folder}/config.json has no {name}: nobody could load what would be sent")
 
 
 def student_of(folder: Path, target: Path) -> Path:
