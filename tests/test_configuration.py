@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_modeling import RESNET, VIT, config
+from test_modeling_pretraining import RESNET, VIT, config
 from transformers import AutoConfig, BertConfig, TimmBackboneConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
