@@ -36,7 +36,7 @@ from training.recipe import Recipe, parse_recipe
 from training.street import Street
 from training.street_files import street_videos
 from training.video_decoding import decode_cuts
-from training.video_index import index_video
+from training.video_index import by_index, index_video
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling, plan_pairs
 
@@ -63,10 +63,14 @@ def ours(path: str, sampling: PairSampling, number: int) -> tuple[list, dict[str
     """The pairs of one opening, and seconds of each part. The index is made anew, as for a file that was never seen."""
     index_video.cache_clear()
     marks = [time.process_time()]
-    index = index_video(path)
-    pairs = plan_pairs(index, sampling, number, path)
-    marks.append(time.process_time())
-    decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+
+    def read(index, video):
+        pairs = plan_pairs(index, sampling, number, path)
+        marks.append(time.process_time())
+        decode_cuts(path, index, [cut for pair in pairs for cut in pair], video)
+        return pairs
+
+    pairs = by_index(path, read)
     marks.append(time.process_time())
     return pairs, {"index": marks[1] - marks[0], "decode": marks[2] - marks[1]}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from training.addresses import printable, video_name
 from training.video_decoding import Cut, decode_cuts
-from training.video_files import UnreadableVideo, time_limit
+from training.video_files import OpenVideo, UnreadableVideo, time_limit
 from training.video_index import VideoIndex, by_index, index_video
 
 
@@ -61,11 +61,11 @@ def _send_indices(paths: Sequence[str], receiver, sender) -> None:
             return
 
 
-def _decoded(path: str, index: VideoIndex) -> VideoIndex:
+def _decoded(path: str, index: VideoIndex, video: OpenVideo | None) -> VideoIndex:
     """An index whose first frame, or the one in the middle, can be decoded."""
     corner = (0, 0, 2, 2)
     try:
-        decode_cuts(path, index, [Cut(0, corner, (2, 2))])
+        decode_cuts(path, index, [Cut(0, corner, (2, 2))], video)
     except UnreadableVideo:
         signal.setitimer(signal.ITIMER_REAL, patience(path))  # which is that of a worker, who opens a file less often
         decode_cuts(path, index, [Cut(len(index.pts) // 2, corner, (2, 2))])

@@ -1,13 +1,14 @@
 """Frames of a video at asked-for times, cropped first and resized after. PyAV; nothing here knows pairs or models."""
 
 import bisect
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import av
 import av.filter
 import numpy as np
 
-from training.video_files import Deadline, UnreadableVideo, open_video
+from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video
 from training.video_index import (
     VideoIndex,
     explained,
@@ -26,9 +27,14 @@ class Cut:
     size: tuple[int, int]
 
 
-def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[np.ndarray], list[float]]:
+def decode_cuts(
+    source: str, index: VideoIndex, cuts: list[Cut], video: OpenVideo | None = None
+) -> tuple[list[np.ndarray], list[float]]:
     """
     Decode the wanted pictures in one pass over the file.
+
+    Args:
+        video: the file where it is open already, and nothing was decoded of it.
 
     Returns:
         RGB uint8 arrays (3, H, W), and the frames' times in seconds, both in the order of `cuts`.
@@ -41,7 +47,7 @@ def decode_cuts(source: str, index: VideoIndex, cuts: list[Cut]) -> tuple[list[n
         wanted.setdefault(index.pts[cut.number], []).append(position)
     pictures: list = [None] * len(cuts)
     times = [0.0] * len(cuts)
-    with open_video(source) as video, explained():
+    with open_video(source) if video is None else nullcontext(video) as video, explained():
         if video.version != index.version:
             index_video.drop(source)  # its next opening reads it anew
             raise UnreadableVideo("has changed since it was first read")

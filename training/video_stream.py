@@ -25,7 +25,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training.addresses import printable, video_name
 from training.first_look import indices_apart, patience
 from training.video_decoding import Cut, decode_cuts
-from training.video_files import UnreadableVideo, ended_if_stuck
+from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 
 OPENINGS_PER_SPAN = 2048
@@ -145,9 +145,9 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
     """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
 
-    def read(index: VideoIndex):
+    def read(index: VideoIndex, video: OpenVideo | None):
         pairs = plan_pairs(index, sampling, epoch, path)
-        return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair])
+        return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair], video)
 
     with ended_if_stuck(video_name(path), patience(path)):
         pairs, (pictures, times) = by_index(path, read)
