@@ -74,7 +74,7 @@ class OurStep:
         self.recipe, self.accelerator = recipe, make_accelerator(recipe)
         self.device = self.accelerator.device
         self.pair_flow, self.flow_module = build_flow(
-            recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_dir, model=recipe.flow_model
+            recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
         )
         if self.flow_module is not None:
             self.flow_module.to(self.device)

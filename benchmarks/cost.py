@@ -4,7 +4,7 @@ Cost against size: time, FLOPs and memory of a step as one thing at a time is ch
     python benchmarks/cost.py --config street --per_device_train_batch_size 4
     python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 8    # on a GPU
     python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
-    python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --per_device_train_batch_size 1 --count_only
+    python benchmarks/cost.py --config bdd100k_r50 --bf16 false --flow_weights random --per_device_train_batch_size 1 --count_only
 
 Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow); the first row is that recipe as it is. Every row is a
 process of its own. Milliseconds are of computing (all threads) on a CPU, of time on a GPU. With --count_only one step a row: its FLOPs and memory, no times.

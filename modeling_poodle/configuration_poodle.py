@@ -143,13 +143,17 @@ class ChecksOverrides:
             if not hasattr(cls, key) and _nearest(key, own, SURE):
                 raise ValueError(f"{cls.__name__} has no field {key!r}.{_nearest(key, own)}")
         # Those of the file are of another network then, or replaced.
-        if given.keys() & {"backbone_config", "num_decoder_blocks", *maps}:
+        if given.keys() & {"backbone_config", "num_decoder_blocks", "decoder_laterals", *maps}:
             values = {name: value for name, value in values.items() if name not in maps}
         part = given.get("backbone_config")
         if isinstance(part, dict):
             whole = {**values.get("backbone_config", {}), **part} if "model_type" not in part else part
             given["backbone_config"] = _as_backbone_config(whole, saved=whole is not part)
         return super().from_dict(values | given, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Of what is saved anew, or of a network of which this is a part, it would name code that is not there.
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
 
 
 class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
@@ -274,8 +278,8 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
                 )
         blocks = self.num_decoder_blocks if self.decoder_laterals else 0
         encoder = self.backbone_config
-        if encoder.model_type == "timm_backbone" and len(encoder.out_indices or [0]) == 1 and 0 < blocks < 4:
-            encoder.out_indices = [-4, -3, -2, -1]
+        if encoder.model_type == "timm_backbone" and list(encoder.out_indices or [-1]) == [-1] and blocks:
+            encoder.out_indices = list(range(-blocks - 1, 0))
         available = len(self._encoder_stages()) - 1
         if self.decoder_laterals and self.num_decoder_blocks > available:
             expected = f"at most {available}: each lateral needs an earlier stage of the encoder"
@@ -284,8 +288,9 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             refuse("num_decoder_blocks", expected)
         # Of others the network alone knows, and refuses it when it is built.
         sizes, last = getattr(encoder, "hidden_sizes", None), self._encoder_stages()[-1]
-        if self.num_decoder_blocks and self.decoder_top_down and sizes and re.fullmatch(r"stage\d+", last):
-            channels = sizes[min(int(last.removeprefix("stage")), len(sizes)) - 1]
+        if self.num_decoder_blocks and self.decoder_top_down and sizes and last in getattr(encoder, "stage_names", ()):
+            behind = len(encoder.stage_names) - encoder.stage_names.index(last)  # some begin with the stem's, some not
+            channels = sizes[-behind]
             if self.decoder_reduction > channels:
                 refuse("decoder_reduction", f"at most {channels}, the channels of the encoder's {last}")
 

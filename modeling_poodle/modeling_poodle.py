@@ -28,10 +28,11 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     kind = maps.device.type
     # "meta" has no autocast. (Asking torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
     with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
-        if torch.compiler.is_compiling() and size == tuple(2 * side for side in maps.shape[-2:]):
+        compiling, pays = torch.compiler.is_compiling(), maps.requires_grad or maps.is_cuda
+        if compiling and pays and not torch.compiler.is_exporting() and size == tuple(2 * s for s in maps.shape[-2:]):
             points = maps.permute(0, 2, 3, 1)  # as channels_last maps lie, and are to lie afterwards
             return _doubled(_doubled(points, 1), 2).permute(0, 3, 1, 2)
-        if len(maps) > 1 and len(maps) * maps.shape[1] * size[0] * size[1] > MOST_NUMBERS:
+        if not compiling and maps.shape[0] > 1 and maps.shape[:2].numel() * size[0] * size[1] > MOST_NUMBERS:
             return torch.cat([upsample(part, size) for part in maps.chunk(2)])
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
@@ -39,7 +40,8 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _doubled(maps: Tensor, dim: int) -> Tensor:
     """
     Twice as many cells along `dim`, what bilinear interpolation is then: 3/4 of a cell and 1/4 of its nearer neighbour. For torch.compile,
-    which makes interpolation's gradient of additions one by one into float32 maps in another layout, and fuses this one's with what is beside it.
+    which makes interpolation's gradient of additions one by one into float32 maps in another layout, and fuses this one's with what is beside it
+    (64 to 128 rows on a CPU: forward and backward 5.6 ms, 80 with interpolation compiled, 18 not compiled; forward alone 2.3 and 0.9).
     """
     last = maps.shape[dim] - 1
     before = torch.cat([maps.narrow(dim, 0, 1), maps.narrow(dim, 0, last)], dim)

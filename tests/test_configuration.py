@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from test_modeling_pretraining import RESNET, VIT, config
-from transformers import AutoConfig, BertConfig, TimmBackboneConfig
+from transformers import AutoConfig, BertConfig, TimmBackboneConfig, UperNetConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from modeling_poodle import PoodleConfig, PoodleModel
-from modeling_poodle.configuration_poodle import PLAIN_VITS
+from modeling_poodle.configuration_poodle import PLAIN_VITS, check_config
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,10 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
         (
             {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indeces": [1, 2, 3, 4]}},
             "TimmBackboneConfig has no field 'out_indeces'. Did you mean 'out_indices'[?]",
+        ),
+        (
+            {"backbone_config": TimmBackboneConfig(backbone="resnet18", out_indices=[3])},
+            r"num_decoder_blocks must be at most 0: .* out_indices: \[1, 2, 3, 4\] has four\), got 2",
         ),
         (
             {"backbone_config": TimmBackboneConfig(backbone="resnet18", out_indices=[3, 4])},
@@ -135,6 +139,30 @@ def test_a_timm_encoder_may_come_as_its_config(stages):
     images = torch.randn(1, 3, 64, 96)
     features = model(images).last_hidden_state
     assert features.shape == (1, 512, 8, 12) and torch.equal(features, twin(images).last_hidden_state)
+
+
+def test_a_timm_encoder_returns_as_many_stages_as_the_decoder_reads():
+    encoder = {"model_type": "timm_backbone", "backbone": "resnet18"}
+    for blocks, indices in ((0, [-1]), (1, [-2, -1]), (2, [-3, -2, -1]), (4, [-5, -4, -3, -2, -1])):
+        assert config(backbone_config=encoder, num_decoder_blocks=blocks).backbone_config.out_indices == indices
+    alone = config(backbone_config=encoder, decoder_laterals=False)
+    assert alone.backbone_config.out_indices == [-1]
+    assert PoodleConfig.from_dict(alone.to_dict(), decoder_laterals=True).decoder_inputs == [
+        "stage1",
+        "stage2",
+        "stage3",
+    ]
+
+
+def test_a_config_that_is_saved_anew_names_no_code(tmp_path):
+    """Nor does that of a network of which it is a part: what is written by hand is beside no code."""
+    values = {**config().to_dict(), "auto_map": {"AutoModel": "modeling_poodle.PoodleModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded = PoodleConfig.from_pretrained(tmp_path)
+    assert loaded.auto_map == values["auto_map"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    check_config(UperNetConfig(backbone_config=loaded).to_dict(), "UperNetConfig")
 
 
 def test_a_bottleneck_without_channels_is_refused():

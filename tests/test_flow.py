@@ -71,6 +71,8 @@ def test_every_estimator_of_frames_is_one_function():
     for name in ("exact", "precomputed"):
         with pytest.raises(ValueError, match=f"flow {name} belongs to videos"):
             flow_function(name)
+    with pytest.raises(ValueError, match="flow unflow needs its network"):
+        flow_function("unflow")
     with pytest.raises(ValueError, match="did you mean 'dis'"):
         flow_function("diss")
 

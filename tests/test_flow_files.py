@@ -184,7 +184,11 @@ def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypat
     flow_writer.main([*given[:at], *given[at + 2 :], "--epochs", "1"])
     assert sorted(path.name for path in (tmp_path / "mine" / "flow").iterdir()) == ["epoch-0000", "flow.json"]
     recipe = parse_recipe([*given[:at], *given[at + 2 :], "--flow", "precomputed"])
-    assert recipe.flow_dir == str(tmp_path / "mine" / "flow")
+    assert recipe.flow_folder == str(tmp_path / "mine" / "flow")
+    (tmp_path / "kept.yaml").write_text(recipe.to_yaml())  # nobody has said it: other flow and other videos may be
+    again = parse_recipe(["--config", str(tmp_path / "kept.yaml"), "--videos", str(drives)])
+    assert again.flow_folder == str(drives / "flow")
+    assert parse_recipe(["--config", str(tmp_path / "kept.yaml"), "--flow", "dis"]).flow_folder is None
     loader = PairLoader(videos(tmp_path / "mine"), PairSampling.of(recipe), 4)
     assert precomputed_epochs(dataclasses.replace(recipe, flow_epochs=1), loader) == 1
     monkeypatch.chdir(tmp_path)

@@ -103,12 +103,26 @@ def test_compiled_upsampling_is_bilinear_interpolation(shape):
     for function in (compiled, upsample):
         result = function(maps, tuple(weights.shape[-2:]))
         if function is compiled and min(shape[1:]) > 1:
-            lying = function(maps.detach().contiguous(memory_format=torch.channels_last), tuple(weights.shape[-2:]))
+            lying = function(maps.contiguous(memory_format=torch.channels_last), tuple(weights.shape[-2:]))
             assert lying.is_contiguous(memory_format=torch.channels_last)
         results.append((result, *torch.autograd.grad((result * weights).sum(), maps)))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
     assert graphs and not any("interpolate" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_a_model_exports_with_sizes_that_are_not_fixed():
+    model = PoodleModel(config()).eval()
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"pixel_values": sizes}, strict=False
+    )
+    for shape in ((2, 3, 64, 96), (3, 3, 128, 160), (1, 3, 192, 64)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                program.module()(images).last_hidden_state, model(images).last_hidden_state, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_maps_larger_than_a_kernel_takes_are_upsampled_in_parts(monkeypatch):

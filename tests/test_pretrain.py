@@ -104,7 +104,8 @@ def test_a_gpu_s_own_generator_is_seeded_with_every_micro_step(monkeypatch):
         run = SimpleNamespace(accelerator=accelerator, recipe=recipe, step=step, generator=torch.Generator())
         for micro_step in range(2):
             Run.seed(run, micro_step)
-            assert run.generator.initial_seed() == seeds[-1]
+            # Another one: whose frames are jittered would else be whose paths are dropped.
+            assert run.generator.initial_seed() not in seeds
     assert seeds[:2] == seeds[4:] and len(set(seeds)) == 4
 
 

@@ -56,7 +56,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         logging.getLogger(name).setLevel(logging.WARNING)
     if recipe.bf16 and accelerator.device.type == "cpu" and not computes_in_bfloat16():
         logger.warning(
-            "bf16: this processor has no AVX-512 and computes bfloat16 about ten times as slowly as float32; leave it out"
+            "bf16: this processor has no AVX-512 and computes bfloat16 about ten times as slowly as float32; give --bf16 false"
         )
     if (
         recipe.bf16
@@ -122,7 +122,8 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and whoever calls it enters autocast himself.
     """
     wrapped = accelerator.prepare_model(model)
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # in place: what is within `wrapped` loses it too
+    # In place: what is within `wrapped` loses it too.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     return wrapped
 
 

@@ -315,6 +315,8 @@ def build_flow(
     if name in ("raft_large", "raft_small"):
         return None, RaftFlow(name, weights, num_updates)
     if name == "unflow":
+        if model is None:
+            raise ValueError("flow unflow needs its network: a run of training/train_flow.py, its model/, or a Hub id")
         return None, UnFlow(model)
     raise ValueError(f"flow must be one of {', '.join(FLOWS)}{nearest(name, FLOWS)}, got {name!r}")
 

@@ -235,7 +235,7 @@ def precomputed_epochs(recipe, loader: PairLoader) -> int | None:
         return None
     needed = epochs_needed(recipe, loader)
     epochs = recipe.flow_epochs or needed
-    folder, about = Path(recipe.flow_dir), read_manifest(recipe.flow_dir)
+    folder, about = Path(recipe.flow_folder), read_manifest(recipe.flow_folder)
     if about is None:
         raise ValueError(
             f"flow_dir {folder} holds no flow (no flow.json). Write it by `python -m training.flow` with this run's flags, --flow dis (or "

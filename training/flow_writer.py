@@ -141,7 +141,7 @@ def write_file(file: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ValueError(
-            f"{file} cannot be written ({error.strerror}). What is there is whole: make room and give the same command again"
+            f"{file} cannot be written ({error.strerror}). What is there is whole: make room and give the same command again, or another --out"
         ) from error
 
 

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = prepare_output_dir(accelerator, recipe)
     paths = resolve_videos(accelerator, recipe)
     pair_flow, flow_module = build_flow(
-        recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_dir, model=recipe.flow_model
+        recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
     loader = build_loader(accelerator, recipe, paths, pair_flow)
     probe = build_probe(accelerator, recipe)
@@ -86,7 +86,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             paths += by_source[f"street:{camera}"]
         others = [source for source in recipe.videos if street_camera(source) is None]
         if others:
-            flow_dir = getattr(recipe, "flow_dir", None)  # recipes of train_flow.py read no flow
+            flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py read no flow
             pins = Path(flow_dir or recipe.output_dir, "revisions.json")
             new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
             if new and accelerator.is_main_process:
@@ -132,7 +132,7 @@ def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], 
     )
     if pair_flow is not None:
         loader.epochs = precomputed_epochs(recipe, loader)
-        loader.estimator = read_manifest(recipe.flow_dir)["estimator"] if recipe.flow == "precomputed" else None
+        loader.estimator = read_manifest(recipe.flow_folder)["estimator"] if recipe.flow == "precomputed" else None
     return loader
 
 
@@ -281,7 +281,8 @@ class Run:
         self.generator.manual_seed(seed)
         # A GPU's own generator, of which checkpoints hold nothing, is drawn from by encoders that drop paths (Swin, ConvNeXt).
         if self.accelerator.device.type != "cpu":
-            torch.get_device_module(self.accelerator.device).manual_seed(seed)
+            # Of another seed: drawn from the same numbers, what is dropped would be what is jittered.
+            torch.get_device_module(self.accelerator.device).manual_seed(seed + (1 << 62))
 
     def estimate_flow(self, frames: torch.Tensor) -> torch.Tensor:
         with self.accelerator.autocast():

@@ -262,10 +262,8 @@ class Recipe(RunRecipe):
         bound = self.flow_max_error
         self.need(bound is None or (is_finite(bound) and bound > 0), "flow_max_error", "a number above 0, or unset")
         precomputed = self.flow == "precomputed"
-        if precomputed and self.flow_dir is None:
-            self.flow_dir = flow_beside(self.videos)
         self.need(
-            (self.flow_dir is not None) == precomputed,
+            self.flow_folder is not None if precomputed else self.flow_dir is None,
             "flow_dir",
             "the folder that `python -m training.flow` wrote where flow is precomputed (it may be unset where videos is one folder, and "
             "that flow lies in its flow/), and unset elsewhere",
@@ -290,6 +288,11 @@ class Recipe(RunRecipe):
             "crop_size",
             f"multiples of the encoder's stride {stride}",
         )
+
+    @property
+    def flow_folder(self) -> str | None:
+        """Where precomputed flow lies: `flow_dir`, else beside the videos."""
+        return self.flow_dir or (flow_beside(self.videos) if self.flow == "precomputed" else None)
 
     def poodle_config(self) -> PoodleConfig:
         return self.model_config()
