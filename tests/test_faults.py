@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train, without_timings
 
 from modeling_poodle.locks import lock_output_dir
-from training import pretrain
+from training import run
 from training.checkpoint_files import damage, finish, list_checkpoints, rotate, sweep, write_text
 from training.ranks import StopSignals
 from training.recipe import parse_recipe
@@ -317,7 +317,7 @@ def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_pa
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_to_do(drives, whole, tmp_path, monkeypatch):
     """A limit on file sizes stands for the full disk: writing fails at the same calls."""
-    original, before = pretrain.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, before = run.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(accelerator, recipe, step, *args, **kwargs):
         try:
@@ -328,7 +328,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_to_do(drives, who
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_checkpoint", save)
+        patch.setattr(run, "save_checkpoint", save)
         with pytest.raises(
             OSError, match=r"checkpoint of step 2 could not be written \(.*safetensors.*File too large"
         ):

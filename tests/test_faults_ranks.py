@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from modeling_poodle.recipe_files import run_script
-from training import pretrain
+from training import pretrain, run
 from training.ranks import on_all, on_main, same_on_all
 
 rank, told = int(os.environ["RANK"]), {}
@@ -43,9 +43,9 @@ def fail(number, error):
 
 at_step = {}
 original = pretrain.Run.next_batch
-def next_batch(run, batches):
-    at_step.get((rank, run.step + 1), lambda: None)()
-    return original(run, batches)
+def next_batch(own, batches):
+    at_step.get((rank, own.step + 1), lambda: None)()
+    return original(own, batches)
 pretrain.Run.next_batch = next_batch
 """
 
@@ -82,7 +82,7 @@ failing = dataclasses.replace(recipe, output_dir=recipe.output_dir + "-failing")
 model = pretrain.build_model(accelerator, failing)
 optimizer = pretrain.build_optimizer(accelerator, failing, model)
 def save(step):
-    return pretrain.save_checkpoint(accelerator, failing, step, model, optimizer, {"sums": torch.ones(3)}).name
+    return run.save_checkpoint(accelerator, failing, step, model, optimizer, {"sums": torch.ones(3)}).name
 note("saved", lambda: save(1))
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft if rank == 0 else 0, hard))
@@ -92,7 +92,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 def keeping_buffers(accelerator, recipe, step, model, *more, **kwargs):
     save_file(dict(model.named_buffers()), f"{recipe.output_dir}/buffers-{step}-{rank}.safetensors")
     return save_checkpoint(accelerator, recipe, step, model, *more, **kwargs)
-save_checkpoint, pretrain.save_checkpoint = pretrain.save_checkpoint, keeping_buffers
+save_checkpoint, run.save_checkpoint = run.save_checkpoint, keeping_buffers
 print("told", json.dumps(told), flush=True)
 at_step[1, 2] = lambda: time.sleep(3)
 at_step[1, 3] = lambda: os.kill(os.getpid(), signal.SIGTERM)

@@ -24,9 +24,9 @@ from training import flow_writer, pretrain
 from training.assembly import make_accelerator
 from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow
 from training.flow_files import FlowFiles, decode_flow, encode_flow, opening_file, precomputed_epochs
-from training.pretrain import build_loader
 from training.recipe import Recipe, parse_recipe
 from training.video_files import UnreadableVideo
+from training.video_loader import build_loader
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
 REPOSITORY = Path(__file__).resolve().parent.parent

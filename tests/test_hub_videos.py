@@ -14,7 +14,7 @@ from published import REPOSITORY, flags
 from safetensors.torch import load_file
 from test_video_stream import CFR, numbered_video
 
-from training import pretrain
+from training import video_loader
 from training.assembly import make_accelerator
 from training.recipe import Recipe
 from training.street_files import write_videos
@@ -165,15 +165,15 @@ def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp
     (tmp_path / "first" / "checkpoints" / "step-3").mkdir(parents=True)
     (tmp_path / "first" / "revisions.json").write_text('{"datasets/org/streets@main": "abc"}')
     seen = []
-    monkeypatch.setattr(pretrain, "videos_by_source", lambda sources, pins: seen.append(pins.read_text()) or {})
-    monkeypatch.setattr(pretrain, "check_videos", lambda *_: [])
+    monkeypatch.setattr(video_loader, "videos_by_source", lambda sources, pins: seen.append(pins.read_text()) or {})
+    monkeypatch.setattr(video_loader, "check_videos", lambda *_: [])
     checkpoint = str(tmp_path / "first" / "checkpoints" / "step-3")
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint)
-    pretrain.resolve_videos(make_accelerator(recipe), recipe)
+    video_loader.resolve_videos(make_accelerator(recipe), recipe)
     assert seen == ['{"datasets/org/streets@main": "abc"}']
     # "latest" is no checkpoint of another run: commits that lie where the command is given are none of its own.
     monkeypatch.chdir(tmp_path / "first")
-    monkeypatch.setattr(pretrain, "videos_by_source", lambda sources, pins: seen.append(pins.exists()) or {})
+    monkeypatch.setattr(video_loader, "videos_by_source", lambda sources, pins: seen.append(pins.exists()) or {})
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "third"), resume_from_checkpoint="latest")
-    pretrain.resolve_videos(make_accelerator(recipe), recipe)
+    video_loader.resolve_videos(make_accelerator(recipe), recipe)
     assert seen[1:] == [False]

@@ -19,8 +19,9 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
-from training.pretrain import Run, main
+from training.pretrain import main
 from training.recipe import Recipe
+from training.run import Run
 from training.schedules import teacher_momentum
 from training.video_stream import PairLoader
 

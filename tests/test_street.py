@@ -270,8 +270,8 @@ def test_sidecars_carry_the_camera(tmp_path):
 def test_a_camera_is_a_source_of_videos_with_a_cache_of_its_own(tmp_path, monkeypatch):
     from accelerate import Accelerator
 
-    from training.pretrain import resolve_videos
     from training.recipe import parse_recipe
+    from training.video_loader import resolve_videos
 
     monkeypatch.setenv("POODLE_CACHE", str(tmp_path))
     for name, value in {"num_videos": 1, "duration": 2.0, "height": 64, "width": 128}.items():

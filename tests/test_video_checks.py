@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from test_video_stream import SAMPLING, videos
 
 from training import first_look, video_checks
-from training.pretrain import resolve_videos
 from training.recipe import Recipe
 from training.video_checks import check_videos
 from training.video_index import by_index, index_video, read_index
+from training.video_loader import resolve_videos
 from training.video_sources import merged, videos_by_source
 
 __all__ = ["videos"]  # a fixture

@@ -37,9 +37,9 @@ from training.flow_files import (
     read_manifest,
     sampling_fields,
 )
-from training.pretrain import build_loader, resolve_videos
 from training.recipe import Recipe, flow_beside, parse_recipe
 from training.video_files import UnreadableVideo
+from training.video_loader import build_loader, resolve_videos
 from training.video_stream import PairSampling, start_worker, video_pairs
 
 logger = logging.getLogger("poodle")

@@ -29,10 +29,10 @@ from training.checkpoints import export_flow
 from training.flow import flow_to_rgb
 from training.flow_objectives import FlowLosses, flow_losses, known_motion_loss, visible_mask
 from training.flow_recipe import parse_flow_recipe
-from training.pretrain import Run, build_loader, resolve_videos
-from training.ranks import on_main
 from training.resume import prepare_output_dir
+from training.run import Run
 from training.schedules import count_steps
+from training.video_loader import build_loader, resolve_videos
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
     loader = build_loader(accelerator, recipe, paths, pair_flow=None)
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
-    run = FlowRun(accelerator, recipe, model, optimizer, loader, None, max_steps, None)
+    run = FlowRun(accelerator, recipe, model, optimizer, loader, max_steps)
     run.run(checkpoint)
 
 
 class FlowRun(Run):
-    """A run of pretrain.py with another step: no teacher, views or flow from outside."""
+    """A run that learns flow: no teacher, views or flow from outside."""
 
     METRICS = tuple(FlowLosses.__dataclass_fields__)
     WRITTEN = "model/, panels/, metrics.jsonl and checkpoints/"
@@ -57,9 +57,6 @@ class FlowRun(Run):
 
     def objective(self, batch: dict):
         return self.losses(batch), {}, {}
-
-    def after_update(self) -> None:
-        """There is no teacher."""
 
     def losses(self, batch: dict) -> FlowLosses:
         """The losses of a batch of the loader, by the share of the run that is done."""
@@ -83,12 +80,9 @@ class FlowRun(Run):
     def figures(self, output) -> dict:
         return dict(zip(self.METRICS, self.window_means()))
 
-    def hand_out(self) -> None:
-        """model/ of this step, and to the Hub where that was asked for."""
-        processes = self.accelerator.num_processes
-        on_main(self.accelerator, lambda: export_flow(self.model, self.recipe, self.step, processes))
-        if self.publisher is not None:
-            self.publisher.submit(self.step)
+    def export(self) -> None:
+        """model/."""
+        export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)
 
     @torch.no_grad()
     def save_panel(self, batch: dict, inputs: dict, output) -> None:

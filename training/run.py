@@ -1,0 +1,300 @@
+"""A training run, whatever is trained: steps, logs, checkpoints, signals, and exact resumption."""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from training import stopping
+from training.addresses import public_value
+from training.assembly import compile_modules, prepared
+from training.checkpoint_files import replace_text, sync_file
+from training.checkpoints import load_checkpoint, save_checkpoint
+from training.faults import faults_in_words
+from training.health import Health
+from training.publish import BackgroundPublisher
+from training.ranks import StopSignals, on_main
+from training.resume import cut_metrics
+from training.schedules import learning_rate
+
+logger = logging.getLogger("poodle")
+
+
+class Run:
+    """
+    One training run of a model on videos: the state that a checkpoint holds, the loop, and what is written for people. By which step a model
+    is trained, and what is written of it, is a subclass's: `objective`, `figures`, `export` and `save_panel`.
+    """
+
+    METRICS: tuple[str, ...]  # names of scalars that are averaged over a log window
+    LOGS = ("metrics.jsonl",)  # files with a line a step
+    WRITTEN: str  # what `output_dir` holds in the end, in words
+    LINE: str  # a logged step in words
+
+    def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
+        self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
+        self.model, self.optimizer = model, optimizer  # the bare model: a teacher and the files are its business
+        self.compiled = [model]  # where the recipe says so
+        self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
+        self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
+        self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
+        self.health = Health(accelerator)
+        self.signals = StopSignals(accelerator, timedelta(seconds=recipe.ddp_timeout))
+        self.generator = torch.Generator(device=accelerator.device)
+        self.skipped: dict[str, str] = {}  # path and first reason
+
+    def objective(self, batch: dict) -> tuple[Any, dict, dict]:
+        """A batch of the loader -> (output with its loss, the model's inputs for the panel, further METRICS)."""
+        raise NotImplementedError
+
+    def after_update(self) -> None:
+        """Once an optimizer step."""
+
+    def figures(self, output) -> dict:
+        """What a line of metrics.jsonl says of the method: over this log window and all ranks."""
+        raise NotImplementedError
+
+    def measure(self, last: bool) -> None:
+        """What is measured now and then beside the steps. `last`: after the run's last one."""
+
+    def export(self) -> None:
+        """Write the folders of weights of this step, on the first process."""
+        raise NotImplementedError
+
+    def save_panel(self, batch: dict, inputs: dict, output) -> None:
+        """Write a picture of this step, on the first process."""
+        raise NotImplementedError
+
+    def run(self, checkpoint: Path | None) -> None:
+        """All of it. Raises SystemExit with RESUMABLE_EXIT_CODE where a signal asked it to stop."""
+        with faults_in_words(self.recipe, self.loader):
+            self.accelerator.wait_for_everyone()
+            self.open(checkpoint)
+            try:
+                with self.signals:
+                    self.train()
+            finally:
+                self.loader.close()
+            self.close()
+        if self.step < self.max_steps:
+            raise SystemExit(stopping.RESUMABLE_EXIT_CODE)
+
+    def open(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            own, inexact = self.rank_state(), self.recipe.resume_inexact
+            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
+            self.loader.load_state_dict(state["loader"], inexact)
+            self.sums.copy_(state["sums"])
+            self.health.load_state_dict(state)
+            try:
+                torch.set_rng_state(state["rng"])
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint {checkpoint}: rng is no state of torch's generator ({error})") from error
+            self.skipped = dict(state["skipped"])
+            logger.info("resuming from %s", checkpoint)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            stopping.mark_begun()
+            replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
+            for name in self.LOGS:
+                cut_metrics(self.output_dir / name, self.step)
+            if self.recipe.push_to_hub:
+                self.publisher = BackgroundPublisher(
+                    self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
+                )
+        compile_modules(self.recipe, *self.compiled)
+        self.wrapped = prepared(self.accelerator, self.model)
+        if self.recipe.report_to != "none":
+            shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
+            self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
+        logger.info(
+            "%d steps of %d pairs on %d process(es), %s; %d videos",
+            self.max_steps,
+            self.recipe.pairs_per_process * self.accelerator.num_processes,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+            len(self.loader.paths),
+        )
+
+    def train(self) -> None:
+        recipe, batches = self.recipe, iter(self.loader)
+        self.model.train()
+        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        if self.step >= self.max_steps:  # killed after its last checkpoint, perhaps before these were written
+            self.hand_out()
+        while self.step < self.max_steps:
+            last = self.step + 1 == self.max_steps
+            output, inputs, batch = self.train_step(batches)
+            self.step += 1
+            self.timed_steps += 1
+            progress.update()
+            if self.step % recipe.logging_steps == 0 or last:
+                self.log(output, progress)
+            if (self.step % recipe.panel_steps == 0 or self.step == 1 or last) and self.accelerator.is_main_process:
+                self.save_panel(batch, inputs, output)
+            self.measure(last)
+            del output, inputs, batch  # or they would lie beside the next step's until it has its own
+            stop = self.signals.agreed()
+            if self.step % recipe.save_steps == 0 or last or stop:
+                self.save()
+            if stop:
+                break
+        progress.close()
+
+    def train_step(self, batches):
+        """One optimizer step."""
+        rate = learning_rate(
+            self.step, self.max_steps, self.warmup, self.recipe.learning_rate, self.recipe.min_learning_rate
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micro_steps = self.recipe.gradient_accumulation_steps
+        for micro_step in range(micro_steps):
+            batch = self.next_batch(batches)
+            self.seed(micro_step)
+            with self.accelerator.no_sync(self.wrapped) if micro_step + 1 < micro_steps else nullcontext():
+                output, inputs, more = self.objective(batch)
+                self.accelerator.backward(output.loss / micro_steps)
+            self.accumulate(output, batch, **more)
+        self.grad_norm = self.health.guard(self.model, self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_update()
+        return output, inputs, batch
+
+    def next_batch(self, batches) -> dict:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def seed(self, micro_step: int) -> None:
+        """A seed of its own for the draws of every micro-step and rank: a resumed run draws what an uninterrupted one would."""
+        number = self.step * self.recipe.gradient_accumulation_steps + micro_step
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        seed = (self.recipe.seed * 1_000_003 + number) * ranks + rank
+        self.generator.manual_seed(seed)
+        # A GPU's own generator, of which checkpoints hold nothing, is drawn from by encoders that drop paths (Swin, ConvNeXt).
+        if self.accelerator.device.type != "cpu":
+            # Of another seed: drawn from the same numbers, what is dropped would be what is jittered.
+            torch.get_device_module(self.accelerator.device).manual_seed(seed + (1 << 62))
+
+    @torch.no_grad()
+    def accumulate(self, output, batch, **more) -> None:
+        """Add to the sums of this log window, on the device: the host does not wait. METRICS are of `output` and of `more`."""
+        zero = output.loss.new_zeros(())
+        found = {**vars(output), **more}
+        values = [found[name] for name in self.METRICS]
+        values = torch.stack([zero if value is None else value.detach().float() for value in values])
+        self.sums += values / self.recipe.gradient_accumulation_steps
+        self.health.watch(output.loss.detach(), self.step + 1, batch["video"])
+        self.name_skipped(batch["skipped"])
+
+    def name_skipped(self, found: list[tuple[str, str]]) -> None:
+        """A file is named once in a run, by its first reason: other frames of it can be damaged otherwise."""
+        for path, reason in found:
+            if path not in self.skipped:
+                self.skipped[path] = reason
+                if self.accelerator.is_main_process:
+                    logger.warning("skipped %s: %s", path, reason)
+
+    def share_skipped(self) -> None:
+        """Each rank's workers skip files of their own; from here on every rank knows of all."""
+        if self.accelerator.num_processes > 1:
+            self.name_skipped([entry for found in gather_object([self.skipped]) for entry in found.items()])
+
+    @torch.no_grad()
+    def log(self, output, progress) -> None:
+        self.health.stop_if_not_finite()
+        self.share_skipped()
+        metrics = {"step": self.step, "epoch": self.epoch(), **self.figures(output)}
+        self.sums.zero_()
+        elapsed = time.perf_counter() - self.started
+        pairs = self.timed_steps * self.recipe.pairs_per_process
+        metrics |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm if math.isfinite(norm := self.grad_norm.item()) else None,
+            "pairs_per_second": pairs * self.accelerator.num_processes / elapsed,
+            "data_wait": self.waited / elapsed,
+            "skipped_videos": len(self.skipped),
+            "skipped_updates": int(self.health.skipped_updates),
+        }
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.report(metrics, progress)
+        self.health.judge(metrics)
+
+    def report(self, metrics: dict, progress) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if progress.disable:
+            print(self.LINE.format(of=self.max_steps, **metrics), flush=True)
+        else:
+            progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['pairs_per_second']:.1f} pairs/s")
+        if self.recipe.report_to != "none":
+            numbers = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+            self.accelerator.log(numbers, step=self.step)
+
+    def window_means(self, *more: torch.Tensor) -> list[float]:
+        """Means of METRICS over this log window and all ranks, then of `more` over the ranks."""
+        window = (self.step - 1) % self.recipe.logging_steps + 1
+        sums = self.sums / window
+        return self.accelerator.reduce(torch.cat([sums, *(value[None] for value in more)]), reduction="mean").tolist()
+
+    def epoch(self) -> float:
+        return self.step * self.recipe.pairs_per_process * self.accelerator.num_processes / self.loader.pairs_per_epoch
+
+    def save(self) -> None:
+        self.health.stop_if_not_finite()
+        on_main(self.accelerator, self.before_saving)
+        self.share_skipped()  # what a checkpoint has is not named again
+        state, doubtful = self.rank_state(), self.health.doubtful
+        save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
+        self.hand_out()
+
+    def rank_state(self) -> dict:
+        """What this rank needs, besides weights and moments, to go on."""
+        state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
+        return state | {"skipped": self.skipped, **self.health.state_dict()}
+
+    def before_saving(self) -> None:
+        self.health.refuse_bad_weights(self.model, self.optimizer)
+        log = self.output_dir / "metrics.jsonl"
+        if log.exists():
+            sync_file(log)  # lines up to a checkpoint's step must outlive a power cut as it does
+
+    def hand_out(self) -> None:
+        """The folders of weights of this step, and to the Hub where that was asked for."""
+        on_main(self.accelerator, self.export)
+        if self.publisher is not None:
+            self.publisher.submit(self.step)
+
+    def close(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.recipe.report_to != "none":
+            self.accelerator.end_training()
+        if self.publisher is not None:
+            self.publisher.close()
+        if self.accelerator.is_main_process:
+            if self.step < self.max_steps:
+                again = "go on with --resume_from_checkpoint latest"
+                logger.info("%s: saved at step %d; %s", self.signals.name, self.step, again)
+            else:
+                logger.info("%s: %s are there", self.output_dir, self.WRITTEN)
+            for path, reason in sorted(self.skipped.items()):
+                logger.warning("skipped %s: %s", path, reason)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,70 @@
+"""From a recipe's videos to its loader: sources expanded and looked at, the same on all ranks."""
+
+import shutil
+import zlib
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from training.addresses import video_name
+from training.flow import check_sidecars
+from training.flow_files import precomputed_epochs, read_manifest
+from training.ranks import main_first, same_on_all
+from training.recipe import RunRecipe
+from training.street import street_videos
+from training.street_cameras import CAMERAS, street_camera
+from training.video_checks import check_videos
+from training.video_sources import merged, videos_by_source
+from training.video_stream import PairLoader, PairSampling
+
+
+def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
+    """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
+
+    def find() -> list[str]:
+        paths, by_source = [], {}
+        for camera in [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]:
+            by_source[f"street:{camera}"] = street_videos(camera=camera)
+            paths += by_source[f"street:{camera}"]
+        others = [source for source in recipe.videos if street_camera(source) is None]
+        if others:
+            flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py read no flow
+            pins = Path(flow_dir or recipe.output_dir, "revisions.json")
+            new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
+            if new and accelerator.is_main_process:
+                pins.unlink(missing_ok=True)
+            elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
+            if elsewhere and not (flow_dir or pins.exists()) and accelerator.is_main_process:
+                # The checkpoint of another run: its stream goes on with the commits that it had.
+                origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
+                if origin.is_file():
+                    pins.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(origin, pins)
+            found = videos_by_source(others, pins)
+            by_source, paths = {**by_source, **found}, paths + merged(found)
+        check_videos(paths, PairSampling.of(recipe), by_source)
+        if getattr(recipe, "flow", None) == "exact":
+            check_sidecars(paths)
+        return paths
+
+    # Rank 0 renders the street and writes down commits of the Hub; the others find both there.
+    paths = main_first(accelerator, find)
+    names = " ".join(map(video_name, paths)).encode(errors="surrogateescape")  # names of files need not be UTF-8
+    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")
+    return paths
+
+
+def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
+    loader = PairLoader(
+        paths,
+        PairSampling.of(recipe),
+        batch_size=recipe.per_device_train_batch_size,
+        num_workers=recipe.dataloader_num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pair_flow=pair_flow,
+    )
+    if pair_flow is not None:
+        loader.epochs = precomputed_epochs(recipe, loader)
+        loader.estimator = read_manifest(recipe.flow_folder)["estimator"] if recipe.flow == "precomputed" else None
+    return loader
