@@ -28,11 +28,16 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     kind = maps.device.type
     # "meta" has no autocast. (Asking torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
     with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
-        compiling, pays = torch.compiler.is_compiling(), maps.requires_grad or maps.is_cuda
-        if compiling and pays and not torch.compiler.is_exporting() and size == tuple(2 * s for s in maps.shape[-2:]):
+        doubled, pays = size == tuple(2 * side for side in maps.shape[-2:]), maps.requires_grad or maps.is_cuda
+        # Not is_compiling, which is true of torch.export as well, where slices would fix the sizes.
+        if torch.compiler.is_dynamo_compiling() and doubled and pays:
             points = maps.permute(0, 2, 3, 1)  # as channels_last maps lie, and are to lie afterwards
             return _doubled(_doubled(points, 1), 2).permute(0, 3, 1, 2)
-        if not compiling and maps.shape[0] > 1 and maps.shape[:2].numel() * size[0] * size[1] > MOST_NUMBERS:
+        if (
+            not torch.compiler.is_compiling()
+            and maps.shape[0] > 1
+            and maps.shape[:2].numel() * size[0] * size[1] > MOST_NUMBERS
+        ):
             return torch.cat([upsample(part, size) for part in maps.chunk(2)])
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
