@@ -121,6 +121,17 @@ def test_of_the_media_three_packets_are_read(clips, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_each_frame_is_found_alone_as_in_one_pass(clips, name):
+    path = str(clips[name])
+    index = read_index(path)
+    whole = (0, 0, index.width, index.height), (index.height, index.width)
+    together, _ = decode_cuts(path, index, [Cut(number, *whole) for number in range(FRAMES)])
+    for number in range(FRAMES):
+        (alone,), _ = decode_cuts(path, index, [Cut(number, *whole)])
+        assert np.array_equal(alone, together[number]), number
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monkeypatch, name):
     path, opened, open_container = str(clips[name]), [], video_files.av.open
     monkeypatch.setattr(video_files.av, "open", lambda file, **how: opened.append(file) or open_container(file, **how))

@@ -1,6 +1,7 @@
 """Frames of a video at asked-for times, cropped first and resized after. PyAV; nothing here knows pairs or models."""
 
 import bisect
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -85,10 +86,9 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
     asked, pending, position, packets, damaged = set(wanted), list(wanted), None, None, False
     while pending:
         target = pending[0]
-        keyframe, seek_point = _entry(index, target)
+        keyframe, _ = _entry(index, target)
         if position is None or keyframe > position:
-            container.seek(min(seek_point, target), stream=stream, backward=True)
-            packets, damaged = container.demux(stream), False
+            packets, damaged = _packets_up_to(container, stream, index, target, deadline), False
         found = False
         for packet in packets:
             deadline.check()
@@ -126,6 +126,23 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
                 break
         else:
             return
+
+
+def _packets_up_to(container, stream, index: VideoIndex, target: int, deadline: Deadline):
+    """
+    Packets from the last keyframe up to a frame on. A MOV without edit lists is sought in the order of decoding, in which its frames are
+    some earlier than they are shown: of two keyframes closer than that (a cut just before a group's end) it takes the later one.
+    """
+    _, place = _entry(index, target)
+    while True:
+        deadline.check()
+        container.seek(min(place, target), stream=stream, backward=True)
+        packets = container.demux(stream)
+        first = next(packets)
+        earlier = bisect.bisect_left(index.seek_points, place) - 1
+        if not index.exact or first.pts is None or first.pts <= target or earlier < 0:
+            return itertools.chain([first], packets)
+        place = index.seek_points[earlier]
 
 
 def _entry(index: VideoIndex, target: int) -> tuple[int, int]:
