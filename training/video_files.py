@@ -28,7 +28,7 @@ MAX_PIXELS = 35_651_584
 # Of all tracks of a MOV or MP4, for each of which FFmpeg takes up to 70 bytes before anything can be asked of it. A day of 60 frames a
 # second and of AAC has 9 million.
 MAX_ENTRIES = 10_000_000
-# Time that one opening of a video may take, for its index or for all its pairs: fixed, and for a local file more by its size, since
+# Time that one opening of a video may take, for its index, for all its pairs or for both: fixed, and for a local file more by its size, since
 # its index is read from end to end.
 SECONDS = 60.0
 BYTES_PER_SECOND = 10e6
