@@ -109,15 +109,22 @@ def wait_for_a_moment(kind: int, pid: int, run: Path, rng: random.Random) -> Non
     """A random one while the run starts (kind 0), takes its steps (1), or writes or deletes a checkpoint (2 and 3)."""
     size, left = metrics_size(run), unfinished(run)
     if kind == 0:
-        time.sleep(rng.uniform(0, 2))
+        sleep_while_no_line_is_added(run, size, rng.uniform(0, 2))
     elif kind == 1:
         while metrics_size(run) <= size and not ended(pid):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.4))
+        sleep_while_no_line_is_added(run, metrics_size(run), rng.uniform(0, 0.4))
     else:
         while not unfinished(run) - left and not ended(pid):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
+
+
+def sleep_while_no_line_is_added(run: Path, size: int, seconds: float) -> None:
+    """On a fast machine the run would else be over before its twenty kills are."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and metrics_size(run) <= size:
+        time.sleep(0.001)
 
 
 def unfinished(run: Path) -> set[str]:
