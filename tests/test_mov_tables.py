@@ -22,7 +22,7 @@ from fuzzed_videos import (
 )
 from loopback import serve
 
-from training import video_files, video_index
+from training import video_index
 from training.mov_tables import track
 from training.video_checks import check_videos
 from training.video_decoding import Cut, decode_cuts
@@ -118,33 +118,6 @@ def test_of_the_media_three_packets_are_read(clips, tmp_path, monkeypatch):
     with open_video(member) as video:
         packets = [entry.size for entry in video.container.streams.video[0].index_entries]
         assert by_tables < len(video.movie) + sum(packets[:3]) + 4 * 32768 < sum(packets) < sum(map(len, read))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_each_frame_is_found_alone_as_in_one_pass(clips, name):
-    path = str(clips[name])
-    index = read_index(path)
-    whole = (0, 0, index.width, index.height), (index.height, index.width)
-    together, _ = decode_cuts(path, index, [Cut(number, *whole) for number in range(FRAMES)])
-    for number in range(FRAMES):
-        (alone,), _ = decode_cuts(path, index, [Cut(number, *whole)])
-        assert np.array_equal(alone, together[number]), number
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monkeypatch, name):
-    path, opened, open_container = str(clips[name]), [], video_files.av.open
-    monkeypatch.setattr(video_files.av, "open", lambda file, **how: opened.append(file) or open_container(file, **how))
-    sampling = PairSampling(crop_size=(48, 64), frame_gap_seconds=(0.2, 0.5), pairs_per_video=3)
-    stated = read_index(path).stated
-    once = len(opened)  # of MPEG-4 Part 2 twice
-    index_video.cache_clear()
-    first = list(video_pairs(path, sampling, 0))
-    assert len(opened) == once + (once if stated else 2 * once)
-    again = list(video_pairs(path, sampling, 0))
-    assert len(first) == 3 and index_video.kept
-    for one, other in zip(first, again, strict=True):
-        assert np.array_equal(one["frames"], other["frames"]) and np.array_equal(one["times"], other["times"])
 
 
 def test_a_remote_movie_has_its_exact_times(clips):

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,10 +31,10 @@ from training.schedules import learning_rate
 logger = logging.getLogger("poodle")
 
 
-class Run:
+class Run(ABC):
     """
     One training run of a model on videos: the state that a checkpoint holds, the loop, and what is written for people. By which step a model
-    is trained, and what is written of it, is a subclass's: `objective`, `figures`, `export` and `save_panel`.
+    is trained, and what is written of it, is a subclass's.
     """
 
     METRICS: tuple[str, ...]  # names of scalars that are averaged over a log window
@@ -53,27 +54,29 @@ class Run:
         self.generator = torch.Generator(device=accelerator.device)
         self.skipped: dict[str, str] = {}  # path and first reason
 
+    @abstractmethod
     def objective(self, batch: dict) -> tuple[Any, dict, dict]:
         """A batch of the loader -> (output with its loss, the model's inputs for the panel, further METRICS)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_update(self) -> None:
         """Once an optimizer step."""
 
+    @abstractmethod
     def figures(self, output) -> dict:
         """What a line of metrics.jsonl says of the method: over this log window and all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, last: bool) -> None:
         """What is measured now and then beside the steps. `last`: after the run's last one."""
 
+    @abstractmethod
     def export(self) -> None:
         """Write the folders of weights of this step, on the first process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
         """Write a picture of this step, on the first process."""
-        raise NotImplementedError
 
     def run(self, checkpoint: Path | None) -> None:
         """All of it. Raises SystemExit with RESUMABLE_EXIT_CODE where a signal asked it to stop."""

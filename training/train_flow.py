@@ -80,6 +80,12 @@ class FlowRun(Run):
     def figures(self, output) -> dict:
         return dict(zip(self.METRICS, self.window_means()))
 
+    def after_update(self) -> None:
+        """There is no teacher."""
+
+    def measure(self, last: bool) -> None:
+        """There is no readout of flow during a run."""
+
     def export(self) -> None:
         """model/."""
         export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)

@@ -1,0 +1,44 @@
+"""Frames of MOVs and MP4s, by themselves and in passes, of files that are new and that are known."""
+
+import numpy as np
+import pytest
+from fuzzed_videos import FRAMES, write_clip
+from test_mov_tables import ALL
+
+from training import video_files
+from training.video_decoding import Cut, decode_cuts
+from training.video_index import index_video, read_index
+from training.video_stream import PairSampling, video_pairs
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return {name: write_clip(folder / name, kind) for name, kind in ALL.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_frame_is_found_alone_as_in_one_pass(clips, name):
+    path = str(clips[name])
+    index = read_index(path)
+    whole = (0, 0, index.width, index.height), (index.height, index.width)
+    together, _ = decode_cuts(path, index, [Cut(number, *whole) for number in range(FRAMES)])
+    for number in range(FRAMES):
+        (alone,), _ = decode_cuts(path, index, [Cut(number, *whole)])
+        assert np.array_equal(alone, together[number]), number
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monkeypatch, name):
+    path, opened, open_container = str(clips[name]), [], video_files.av.open
+    monkeypatch.setattr(video_files.av, "open", lambda file, **how: opened.append(file) or open_container(file, **how))
+    sampling = PairSampling(crop_size=(48, 64), frame_gap_seconds=(0.2, 0.5), pairs_per_video=3)
+    stated = read_index(path).stated
+    once = len(opened)  # of MPEG-4 Part 2 twice
+    index_video.cache_clear()
+    first = list(video_pairs(path, sampling, 0))
+    assert len(opened) == once + (once if stated else 2 * once)
+    again = list(video_pairs(path, sampling, 0))
+    assert len(first) == 3 and index_video.kept
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one["frames"], other["frames"]) and np.array_equal(one["times"], other["times"])
