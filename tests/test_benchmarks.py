@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from test_modeling_pretraining import RESNET
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -26,13 +27,6 @@ from training.street_files import write_video, write_videos
 from training.video_index import index_video
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RESNET = {
-    "model_type": "resnet",
-    "layer_type": "basic",
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [8, 16, 32, 64],
-    "embedding_size": 8,
-}
 TINY = {"backbone_config": RESNET, "projection_hidden_size": 32, "projection_size": 16}
 FLOW_NETWORK = {"num_levels": 3, "stem_size": 4, "hidden_size": 6, "decoder_sizes": [8], "correlation_radius": 1}
 SMALL = [

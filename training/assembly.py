@@ -119,7 +119,7 @@ def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
     `model` as Accelerate distributes it, without its copy of all outputs in float32: in a step of bfloat16 that of the dense features is 128 MiB
-    a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and whoever calls it enters autocast himself.
+    a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and its callers enter autocast themselves.
     """
     wrapped = accelerator.prepare_model(model)
     # In place: what is within `wrapped` loses it too.

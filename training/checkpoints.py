@@ -253,7 +253,7 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
             module.save_pretrained(partial, state_dict=state)
             encoder_config.out_features = kept
         processor.save_pretrained(partial)
-        add_code(partial, json.loads((partial / "config.json").read_text()), partial)
+        add_code(partial)
         (partial / "README.md").write_text(card(name))
         _put_in_place(partial, output_dir / name)
 
@@ -274,6 +274,6 @@ def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_proces
     partial = Path(recipe.output_dir, ".model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    add_code(partial, json.loads((partial / "config.json").read_text()), partial)
+    add_code(partial)
     (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))
     _put_in_place(partial, Path(recipe.output_dir, "model"))

@@ -240,7 +240,7 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
             content = without_local_paths(_mapping(path))
             (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
     config_file = target / "config.json"
-    config = add_code(target, _mapping(config_file), source)
+    config = add_code(target, source)
     if timm_architecture(config) is not None and (target / "model.safetensors").exists():
         processor = _mapping(source / "preprocessor_config.json")
         if not {"image_mean", "image_std"} <= processor.keys():

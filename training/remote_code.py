@@ -26,25 +26,29 @@ _AUTO_MAPS = {
 }
 
 
-def add_code(folder: Path, config: dict, shown: str | Path) -> dict:
+def add_code(folder: Path, shown: Path | None = None) -> dict:
     """
-    Copy the code of a config's architecture to `folder`; nothing where the architecture is transformers' own.
+    Copy the code of the architecture of a folder of weights there, and name it in its config.json; nothing where the architecture is
+    transformers' own.
 
     Args:
-        config: of the weights there. shown: what errors call its file's folder.
+        shown: what errors call the folder.
 
     Returns:
-        The config with the `auto_map` that names the code; it is written to the folder as well.
+        What its config.json then says.
 
     Raises:
         ValueError: its architecture is none of those that are shared.
     """
+    config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")
     if kind not in _CODE_FILES:
         return config
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in _AUTO_MAPS:
-        raise ValueError(f"{shown}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}")
+        raise ValueError(
+            f"{shown or folder}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}"
+        )
     config = {**config, "auto_map": {"AutoConfig": _CONFIGS[kind], **_AUTO_MAPS[names[0]]}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in _CODE_FILES[kind]:
