@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from fuzzed_videos import (
     B_FRAMES,
-    FAST,
     FRAMES,
     KINDS,
     RATE,
@@ -247,36 +246,6 @@ def test_turns_that_only_the_frames_tell(clips, tmp_path, monkeypatch):
     assert by_index(path, lambda index, _: (decode_cuts(path, index, [Cut(3, (0, 0, 16, 16), (16, 16))]), index))[
         1
     ].same_as(whole)
-
-
-def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monkeypatch):
-    """Of a clip whose size changes, where the header has the later one: pairs of the first frames, of the last, and of both."""
-    monkeypatch.chdir(tmp_path)
-    path = Path("changes.mp4")  # pairs are drawn by the name
-    small, large = (
-        write_clip(tmp_path / f"{n}.h264", Kind("", "libx264", size=(n, n), options=FAST)) for n in (48, 96)
-    )
-    with av.open(str(path), "w") as writer:
-        with av.open(str(small)) as first, av.open(str(large)) as second:
-            stream, number = writer.add_stream_from_template(second.streams.video[0]), 0
-            for source in (first, second):
-                for packet in source.demux(video=0):
-                    if packet.size:
-                        packet.stream, packet.time_base, packet.duration = stream, Fraction(1, RATE), 1
-                        packet.pts = packet.dts = number
-                        writer.mux(packet)
-                        number += 1
-    index_video.cache_clear()
-    assert read_index(str(path)).height == 96 and read_index(str(path), whole=True).height == 48
-    in_turn = [pairs_of(path, epoch) for epoch in range(12)]
-    alone = []
-    for epoch in range(12):
-        index_video.cache_clear()
-        alone.append(pairs_of(path, epoch))
-    index_video.cache_clear()
-    check_videos([str(path)], PairSampling((40, 56), frame_gap_seconds=(0.3, 0.6)))
-    assert in_turn == alone == [pairs_of(path, epoch) for epoch in range(12)]
-    assert {len(pairs) for pairs in alone} == {1, 3}  # left out, and read
 
 
 def test_the_first_look_decodes_whatever_the_tables_say(clips, tmp_path):
