@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from evaluation.boxes import BOX_DATASETS
-from evaluation.recipe import RECIPES, FitRecipe
-from modeling_poodle.recipe_files import described, is_int, nearest, parse_flags, read_recipe_file
+from evaluation.recipe import FitRecipe, read_with_models
+from modeling_poodle.recipe_files import described, is_int, nearest
 
 DETECTORS = ("c4", "fpn")
 
@@ -47,10 +47,7 @@ def parse_detection_recipe(arguments: list[str] | None = None) -> DetectionRecip
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.
     """
-    given = parse_flags(DetectionRecipe, arguments, "Measure encoders by object detection.", repeatable=("model",))
-    config = given.pop("config", None)
-    detector = given.get("detector", DetectionRecipe.detector)
-    if config is None and detector in DETECTORS:
-        config = RECIPES / f"{detector}.yaml"
-    values = {} if config is None else read_recipe_file(DetectionRecipe, config, RECIPES)
-    return DetectionRecipe(**{**values, **given})
+    about = "Measure encoders by object detection."
+    return read_with_models(
+        DetectionRecipe, arguments, about, lambda given: given.get("detector", DetectionRecipe.detector)
+    )

@@ -20,8 +20,8 @@ import evaluation
 import modeling_poodle
 from evaluation.explore_features import list_media
 from evaluation.explore_views import Explorer
-from evaluation.recipe import RECIPES
-from modeling_poodle.recipe_files import CheckedRecipe, described, is_int, parse_flags, read_recipe_file, run_script
+from evaluation.recipe import read_with_models
+from modeling_poodle.recipe_files import CheckedRecipe, described, is_int, run_script
 
 SETTINGS = "explore.yaml"
 
@@ -56,10 +56,7 @@ def parse_explore(arguments: list[str] | None = None) -> ExploreRecipe:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments and beside.is_file():  # a Space starts its app without flags
         arguments = ["--config", str(beside)]
-    given = parse_flags(ExploreRecipe, arguments, "A page to look at features.", repeatable=("model",))
-    config = given.pop("config", None)
-    values = {} if config is None else read_recipe_file(ExploreRecipe, config, RECIPES)
-    return ExploreRecipe(**{**values, **given})
+    return read_with_models(ExploreRecipe, arguments, "A page to look at features.")
 
 
 def main(arguments: list[str] | None = None) -> None:

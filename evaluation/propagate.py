@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.labelled_images import read_image
 from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance, write_aside
-from evaluation.recipe import RECIPES
+from evaluation.recipe import read_with_models
 from evaluation.report import page, palette, percent, picture
 from evaluation.video_masks import (
     VIDEO_DATASETS,
@@ -41,8 +41,6 @@ from modeling_poodle.recipe_files import (
     is_finite,
     is_int,
     nearest,
-    parse_flags,
-    read_recipe_file,
     run_script,
 )
 
@@ -84,10 +82,7 @@ class PropagationRecipe(CheckedRecipe):
 
 
 def parse_propagation(arguments: list[str] | None = None) -> PropagationRecipe:
-    given = parse_flags(PropagationRecipe, arguments, "Measure encoders by label propagation.", repeatable=("model",))
-    config = given.pop("config", None)
-    values = {} if config is None else read_recipe_file(PropagationRecipe, config, RECIPES)
-    return PropagationRecipe(**{**values, **given})
+    return read_with_models(PropagationRecipe, arguments, "Measure encoders by label propagation.")
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

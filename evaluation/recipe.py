@@ -10,8 +10,7 @@ from modeling_poodle.recipe_files import (
     is_finite,
     is_int,
     nearest,
-    parse_flags,
-    read_recipe_file,
+    read_command_line,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,9 +100,17 @@ def parse_recipe(arguments: list[str] | None = None) -> EvaluationRecipe:
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.
     """
-    given = parse_flags(EvaluationRecipe, arguments, "Measure encoders by a readout.", repeatable=("model",))
-    config = given.pop("config", None)
-    if config is None and (RECIPES / f"{given.get('readout', 'linear')}.yaml").is_file():
-        config = RECIPES / f"{given.get('readout', 'linear')}.yaml"
-    values = {} if config is None else read_recipe_file(EvaluationRecipe, config, RECIPES)
-    return EvaluationRecipe(**{**values, **given})
+    return read_with_models(
+        EvaluationRecipe, arguments, "Measure encoders by a readout.", lambda given: given.get("readout", "linear")
+    )
+
+
+def read_with_models(kind: type, arguments: list[str] | None, about: str, recipe_name=lambda given: None):
+    """A recipe of `kind` from the command line; without `--config` the package's recipe that `recipe_name(flags)` names, if any."""
+
+    def default_config(given: dict) -> Path | None:
+        file = RECIPES / f"{recipe_name(given)}.yaml"
+        return file if file.is_file() else None
+
+    values, given = read_command_line(kind, arguments, about, RECIPES, default_config, repeatable=("model",))
+    return kind(**{**values, **given})

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import reprlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -197,22 +199,35 @@ def _as_declared(kind: type, name: str, value, where: str):
     return value
 
 
-def parse_flags(
-    kind: type, arguments: list[str] | None, description: str, json_fields=(), repeatable=()
-) -> dict[str, Any]:
+def read_command_line(
+    kind: type,
+    arguments: list[str] | None,
+    description: str,
+    folder: Path,
+    default_config: Callable[[dict], str | Path | None],
+    json_fields=(),
+    repeatable=(),
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    The flags that were given, by field name, and `config`, the recipe file, where it was.
+    The values of a recipe's file, and the flags that go before them, both by field name. `--help` shows the values of the recipe.
+
+    Args:
+        kind: the dataclass. folder: of the package's recipes.
+        default_config: what stands for `--config` where it is not given, by the flags; `None`: the dataclass's own values.
+        json_fields: mappings, as JSON on the command line. repeatable: lists whose flag may be given several times.
 
     Raises:
-        ValueError: an unknown flag; the nearest field is suggested.
+        ValueError: an unknown flag or field (the nearest is suggested), or a file that cannot be read.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False, add_help=False)
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="Show this and end; with --config, that recipe's values."
+    )
     parser.add_argument("--config", help="Recipe file, or the name of a recipe of the package.")
-    # Defaults are taken away so that only flags that were given override the file.
     for action in parser._actions:
-        if action.dest != "help":
-            action.default = None
+        # Only flags that were given override the file.
+        action.default = argparse.SUPPRESS
         if action.dest in json_fields:
             action.type = str  # read by the dataclass, whose error says what is wrong with it
         if action.dest in repeatable:
@@ -222,7 +237,40 @@ def parse_flags(
         if argument.startswith("--"):
             _refuse_unknown(kind, [argument[2:].split("=")[0].removeprefix("no_")], "command line")
         raise ValueError(f"command line: unexpected argument {argument!r}")
-    return {name: value for name, value in vars(flags).items() if value is not None}
+    given = vars(flags)
+    wants_help = given.pop("help", False)
+    config = given.pop("config", None) or default_config(given)
+    values = {} if config is None else read_recipe_file(kind, config, folder)
+    if wants_help:
+        _show_help(parser, kind, values, config)
+    return values, given
+
+
+def _show_help(parser: HfArgumentParser, kind: type, values: dict, config) -> None:
+    """Print what the flags are, with the values that stand where they are not given, and end."""
+    own = {
+        field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+    }
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"The same as --{action.dest} false."
+        elif action.dest in own:
+            value = _typed(values.get(action.dest, own[action.dest]))
+            action.help = f"{action.help or ''} (default: {value})".strip().replace("%", "%%")
+    if config is not None:
+        parser.epilog = f"The defaults shown are those of the recipe {Path(config).stem}."
+    parser.print_help()
+    parser.exit()
+
+
+def _typed(value) -> str:
+    """A value as one would type it."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return " ".join(map(_typed, value)) or "none"
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run_script(main) -> None:

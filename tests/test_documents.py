@@ -28,7 +28,15 @@ def test_every_promise_names_a_test_that_exists():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/results.md", "docs/reliability.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/scaling.md",
+        "docs/results.md",
+        "docs/reliability.md",
+        "docs/evaluation.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
@@ -60,12 +68,14 @@ def test_the_map_has_every_module():
 def test_the_readme_names_the_data_sets_of_each_evaluation():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.search(
-        r"Data sets of `segment.py`: (.*?); of `detect.py`: (.*?); of `evaluation.propagate`: (.*?)\. A",
+        r"Data sets of `segment.py`: (.*?);\s+of `detect.py`: (.*?); of `evaluation.propagate`: (.*?)\. A",
         text,
         re.DOTALL,
     )
     for found, known in zip(named.groups(), (DATASETS, BOX_DATASETS, VIDEO_DATASETS), strict=True):
         assert set(re.findall(r"`(\w+)`", found)) == {name for name in known if ":" not in name}
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in (*DATASETS, *BOX_DATASETS, *VIDEO_DATASETS) if f"`{name}`" not in page] == []
 
 
 def test_the_spread_of_features_in_the_studies_is_the_one_that_is_told():
@@ -78,7 +88,14 @@ def test_the_spread_of_features_in_the_studies_is_the_one_that_is_told():
 
 
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/results.md", "docs/reliability.md"),
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/scaling.md",
+        "docs/results.md",
+        "docs/reliability.md",
+        "docs/evaluation.md",
+    ),
     *sorted(
         str(path.relative_to(ROOT))
         for folder in ("training", "evaluation", "benchmarks")

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from modeling_poodle import PoodleConfig
@@ -86,6 +88,25 @@ def test_defaults_follow_the_videos_and_flags_override_the_file(tmp_path):
         True,
         False,
     )
+
+
+@pytest.mark.parametrize(
+    "flags, recipe",
+    [([], "street"), (["--videos", "a.mp4"], "own_videos"), (["--config", "bdd100k_r50"], "bdd100k_r50")],
+)
+def test_the_help_shows_the_values_of_the_recipe(flags, recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_recipe([*flags, "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    values = Recipe(**read_yaml(recipe))
+    shown = dict(
+        re.findall(r"--([a-z_0-9]+) (?:(?!--)[^()])*(?:, --\S+ (?:(?!--)[^()])*)?\(default: ([^()]*)\)", text)
+    )
+    assert shown["learning_rate"] == str(values.learning_rate) and shown["max_steps"] == str(values.max_steps)
+    assert shown["crop_size"] == " ".join(map(str, values.crop_size)) and shown["flow"] == values.flow
+    assert shown["bf16"] == str(values.bf16).lower() and shown["flow_weights"] == "unset"
+    assert f"those of the recipe {recipe}." in text
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from modeling_poodle.recipe_files import (
     is_finite,
     is_int,
     nearest,
-    parse_flags,
+    read_command_line,
     read_recipe_file,
     shown,
 )
@@ -323,13 +323,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, defaults: tuple[str, str]):
     """A recipe of `kind` from `--config` in `folder` and flags; `defaults` are for the street's videos alone, and for others."""
+
+    def default_config(given: dict) -> Path:
+        only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
+        return folder / f"{defaults[0 if only_street else 1]}.yaml"
+
     try:
-        given = parse_flags(kind, arguments, about, json_fields=("model",))
-        config = given.pop("config", None)
-        if config is None:
-            only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
-            config = folder / f"{defaults[0 if only_street else 1]}.yaml"
-        values = {**read_recipe_file(kind, config, folder), **given}
+        of_file, given = read_command_line(kind, arguments, about, folder, default_config, json_fields=("model",))
+        values = {**of_file, **given}
         if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
             values["max_steps"] = -1
         if given.get("init_encoder") is not None and "model" not in given:  # the flag's encoder, not that of the file
