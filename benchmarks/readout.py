@@ -28,6 +28,7 @@ from transformers import ResNetConfig, ResNetModel
 from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fit
+from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, LabelledImages
 from evaluation.outputs import make_accelerator
 from evaluation.readouts import LinearReadout, upsample
@@ -40,9 +41,9 @@ ANEW_STEPS = 3  # steps whose features are computed anew; each is slow and like 
 class AllPixels(LinearReadout):
     """The same readout with its loss at all pixels."""
 
-    def batch(self, examples, generator: torch.Generator) -> dict:
-        labels = [torch.from_numpy(self.data.label(example).astype(np.int64)) for example in examples]
-        return {"features": [self.store[example] for example in examples], "labels": labels}
+    def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
+        labels = [torch.from_numpy(label.astype(np.int64)) for _, label in read]
+        return {"features": [features.float() for features, _ in read], "labels": labels}
 
     def forward(self, features: list[Tensor], labels: list[Tensor]) -> Tensor:
         scores = [
@@ -71,7 +72,8 @@ def fitted(
     """A readout of the features that `like` has prepared, fitted anew for some steps; and the time that it took."""
     torch.manual_seed(0)
     readout = kind(like.encoder, like.data, like.recipe)
-    readout.mean, readout.std, readout.store, readout.cached = like.mean, like.std, like.store, kept
+    readout.mean, readout.std, readout.store = like.mean, like.std, like.store if kept else FeatureStore(0)
+    readout.keep = lambda examples: None
     like.recipe.max_steps = steps
     with Timer() as timer, tempfile.TemporaryDirectory() as folder:
         fit(accelerator, readout, like.recipe, list(like.data.train), Path(folder), "", resume=False)
@@ -100,8 +102,9 @@ def measure(accelerator: Accelerator, readout: LinearReadout, steps: int, few: i
     data, small = readout.data, readout.data.limit(None, 8)
     times, scores = {}, {}
     with Timer() as times["features"]:
-        readout.prepare(list(data.train))
-    if not readout.cached:
+        readout.prepare()
+        readout.keep(list(data.train))
+    if len(readout.store.places) < len(data.train):
         raise ValueError(f"the features pass feature_cache_gb = {readout.recipe.feature_cache_gb}: nothing to compare")
     for name, kind in (("points", LinearReadout), ("all pixels", AllPixels)):
         fit_few, times[name] = fitted(accelerator, kind, few, readout)

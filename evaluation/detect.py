@@ -98,7 +98,7 @@ def measure(
 
 def detect_all(accelerator: Accelerator, predict, data: BoxImages) -> list[dict[str, np.ndarray]]:
     """What `predict` finds in every test image, in their order."""
-    return over_test_images(accelerator, data, lambda example: predict(data.image(example)), "detecting")
+    return over_test_images(accelerator, data, lambda example: (data.image(example),), predict, "detecting")
 
 
 if __name__ == "__main__":

@@ -219,11 +219,17 @@ class DetectionReadout(nn.Module):
                 module.eval()
         return self
 
-    def batch(self, examples: list[BoxExample], generator: torch.Generator) -> dict:
+    def keep(self, examples: list[BoxExample]) -> None:
+        """Nothing: the encoder is trained too."""
+
+    def read(self, example: BoxExample) -> tuple[np.ndarray, BoxExample]:
+        return self.data.image(example), example
+
+    def batch(self, read: list[tuple[np.ndarray, BoxExample]], generator: torch.Generator) -> dict:
         device = next(self.model.parameters()).device
         images, targets = [], []
-        for example in examples:
-            image = as_tensor(self.data.image(example), device)
+        for pixels, example in read:
+            image = as_tensor(pixels, device)
             boxes = torch.from_numpy(example.boxes[~example.crowd])
             if torch.randint(2, (1,), generator=generator):
                 image = image.flip(2)

@@ -1,6 +1,7 @@
 """One fit loop and one evaluate loop for all readouts, on any number of processes."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from evaluation.labelled_images import LabelledImages
+from evaluation.labelled_images import LabelledImages, read_ahead
 from evaluation.metrics import MeanIoU, confusion_matrix, scores
 
 
@@ -33,7 +34,8 @@ def fit(
     accelerator: Accelerator, readout: nn.Module, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:
     """
-    Fit a readout with AdamW, warm-up and cosine. `readout.batch(examples, generator)` gives the arguments of its `forward`, the loss.
+    Fit a readout with AdamW, warm-up and cosine. `readout.keep(examples)` may keep what it needs of them; `readout.read(example)`, by threads, ahead of
+    the steps, reads one; `readout.batch([read, ...], generator)` gives the arguments of its `forward`, the loss.
 
     Args:
         examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit. identity: fingerprint of the
@@ -55,6 +57,10 @@ def fit(
             folder, identity, steps, accelerator.num_processes, parameters, moving(readout), optimizer
         )
     wrapped = accelerator.prepare_model(readout)
+    if begin < steps:
+        readout.keep(examples)
+    order = (examples[i] for step in range(begin, steps) for i in draw(len(examples), batch, step, recipe.seed))
+    reads = read_ahead(readout.read, order, ahead=2 * batch)
     warmup = max(1, round(0.05 * steps))
     readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
     losses: list[torch.Tensor] = []
@@ -67,8 +73,7 @@ def fit(
         generator = torch.Generator().manual_seed(
             (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
         )
-        chosen = [examples[i] for i in draw(len(examples), batch, step, recipe.seed)]
-        loss = wrapped(**readout.batch(chosen, generator))
+        loss = wrapped(**readout.batch(list(itertools.islice(reads, batch)), generator))
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -168,11 +173,12 @@ def load_fit(
     return int(metadata["step"]), json.loads(metadata["curve"])
 
 
-def over_test_images(accelerator: Accelerator, data, measure, title: str) -> list:
-    """`measure(example)` of every test example, in their order: each on exactly one process, gathered on all."""
+def over_test_images(accelerator: Accelerator, data, read, measure, title: str) -> list:
+    """`measure(*read(example))` of every test example, in their order: each on exactly one process, gathered on all. Threads read ahead."""
     mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
     shown = accelerator.is_main_process and sys.stderr.isatty()
-    found = [(index, measure(data.test[index])) for index in tqdm(mine, desc=title, disable=not shown)]
+    reads = read_ahead(read, (data.test[index] for index in mine))
+    found = [(index, measure(*reads_of)) for index, reads_of in zip(tqdm(mine, desc=title, disable=not shown), reads)]
     if accelerator.num_processes > 1:
         found = gather_object(found)
     return [value for _, value in sorted(found, key=lambda entry: entry[0])]
@@ -191,15 +197,15 @@ def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[M
     # Several models stand in one table: a class that no test image shows must not count for those alone that predict it.
     metric = MeanIoU(data.classes, groups=data.groups, of_truth=True)
 
-    def measure(example) -> dict:
-        prediction, truth = predict(data.image(example)), data.label(example)
+    def measure(example, image: np.ndarray, truth: np.ndarray) -> dict:
+        prediction = predict(image)
         if prediction.shape != truth.shape:
             raise ValueError(f"{example.name}: image {prediction.shape} and label {truth.shape} differ in size")
         confusion = confusion_matrix(prediction, truth, len(data.classes))
         metric.confusion += confusion
         return {"name": example.name, "miou": scores(confusion)["miou"]}
 
-    images = over_test_images(accelerator, data, measure, "evaluating")
+    images = over_test_images(accelerator, data, lambda example: (example, *data.both(example)), measure, "evaluating")
     total = torch.from_numpy(metric.confusion).to(accelerator.device)
     metric.confusion = accelerator.reduce(total, reduction="sum").cpu().numpy()
     return metric, [{"index": index, **image} for index, image in enumerate(images)]

@@ -1,7 +1,9 @@
 """Labelled images: what a data set is here, whatever its layout, and how its files are read."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import numpy as np
 from PIL import EpsImagePlugin, Image
 
 from evaluation.metrics import class_groups
+from modeling_poodle.recipe_files import usable_cores
 
 IGNORE = 255
+STATISTICS = 200  # training labels that the groups of classes are made from
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # By what is in a file, whatever its name: PIL knows 40 formats more, and hands one of them, PostScript, to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -62,16 +66,20 @@ class LabelledImages:
         """
         stored = example.label() if callable(example.label) else read_label(example.label)
         label = stored if self.table is None else self.table[stored]
-        outside = np.setdiff1d(np.unique(label), [*range(len(self.classes)), IGNORE])
-        if len(outside):
+        outside = [index for index in ids_in(label) if len(self.classes) <= index < IGNORE]
+        if outside:
             where = example.name if callable(example.label) else example.label
             raise ValueError(f"{where} has the label {outside[0]}, but there are classes 0 to {len(self.classes) - 1}")
         return label
 
+    def both(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """An example's image and label."""
+        return self.image(example), self.label(example)
+
     def check(self) -> None:
         """
-        Read the first and last example of each split, and the sizes of all that are files, before anything costly; and
-        look for a labelled pixel to learn from.
+        Read the first and last example of each split, the sizes of all that are files, and all labels of the test, before anything costly:
+        they are read again only when the fit has ended. And look for a labelled pixel to learn from.
         """
         for split in (self.train, self.test):
             for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
@@ -85,6 +93,8 @@ class LabelledImages:
                         raise ValueError(
                             f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
                         )
+        for _ in read_ahead(self.label, self.test):
+            pass
         if not any((self.label(example) != IGNORE).any() for example in self.train):
             raise ValueError(
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"
@@ -97,17 +107,56 @@ class LabelledImages:
         )
 
     def with_groups(self) -> "LabelledImages":
-        """The same with groups from the statistics of (up to 200 of) the training labels."""
+        """
+        The same with groups from the statistics of (up to 200 of) the training labels. The rarest classes may be in none of these: for
+        them the others are read too, until each has been seen.
+        """
         if self.groups is not None:
             return self
         counts = np.zeros((3, len(self.classes)))
-        for example in spread(self.train, 200):
-            label = self.label(example)
-            for index in np.setdiff1d(np.unique(label), [IGNORE]):
+
+        def count(label: np.ndarray, indices) -> None:
+            for index in indices:
                 mask = (label == index).astype(np.uint8)
                 regions = cv2.connectedComponents(mask, connectivity=8)[0] - 1
                 counts[:, index] += mask.sum(), regions, mask.mean()
+
+        first = spread(self.train, STATISTICS)
+        for label in read_ahead(self.label, first):
+            count(label, (index for index in ids_in(label) if index != IGNORE))
+        unseen, read = {index for index in range(len(self.classes)) if not counts[0, index]}, len(first)
+        if unseen and read < len(self.train):
+            known, seen = {example.name for example in first}, set()
+            for label in read_ahead(self.label, (example for example in self.train if example.name not in known)):
+                read += 1
+                here = unseen.intersection(ids_in(label))
+                count(label, here)
+                seen |= here
+                if seen == unseen:
+                    break
+            counts[0, sorted(unseen)] *= len(first) / read  # as many pixels as in so few images
         return dataclasses.replace(self, groups=class_groups(*counts, self.classes))
+
+
+def ids_in(label: np.ndarray) -> list[int]:
+    """The ids that occur in a label of bytes."""
+    # An eighth of the time of np.unique, which sorts the pixels.
+    return np.flatnonzero(cv2.calcHist([np.ascontiguousarray(label)], [0], None, [256], [0, 256])).tolist()
+
+
+def read_ahead(read: Callable, items: Iterable, ahead: int = 16) -> Iterator:
+    """`read(item)` of each item, in their order. Threads read the next ones while the caller works on one: PIL decodes without the GIL."""
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(max(1, min(4, usable_cores())), thread_name_prefix="read-ahead")
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def spread(examples: Sequence, count: int | None) -> tuple:

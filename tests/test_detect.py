@@ -95,7 +95,7 @@ def test_detectors_take_encoders_with_stages(street_boxes, tmp_path, name, detec
             DetectionReadout(encoder, data, recipe(detector=detector))
         return
     readout = DetectionReadout(encoder, data, recipe(detector=detector))
-    loss = readout.train()(**readout.batch(list(data.train[:1]), torch.Generator().manual_seed(0)))
+    loss = readout.train()(**readout.batch(list(map(readout.read, data.train[:1])), torch.Generator().manual_seed(0)))
     loss.backward()
     # DistributedDataParallel needs each trained parameter to have a part in the loss.
     assert all(p.grad is not None for p in readout.trained())
@@ -148,7 +148,7 @@ def test_statistics_stay_and_weights_move(street_boxes, resnet):
     first = readout.model.backbone.encoder.embedder.embedder.convolution.weight
     was = first.detach().clone()
     optimizer = torch.optim.SGD(readout.trained(), lr=1e-3)
-    readout(**readout.batch(list(data.train[:2]), torch.Generator().manual_seed(0))).backward()
+    readout(**readout.batch(list(map(readout.read, data.train[:2])), torch.Generator().manual_seed(0))).backward()
     optimizer.step()
     assert len(norms) == 12 and readout.training and not torch.equal(first, was)
     for norm, (mean, var, count) in zip(norms, before):
@@ -166,7 +166,7 @@ def test_flips_move_the_boxes_with_the_image(tmp_path, resnet):
     readout = DetectionReadout(build(str(resnet), 1), data, recipe())
     lefts = set()
     for seed in range(8):
-        batch = readout.batch(list(data.train), torch.Generator().manual_seed(seed))
+        batch = readout.batch(list(map(readout.read, data.train)), torch.Generator().manual_seed(seed))
         x0, y0, x1, y1 = (int(v) for v in batch["targets"][0]["boxes"][0])
         lefts.add(x0)
         assert batch["images"][0][:, y0:y1, x0:x1].eq(1).all() and batch["images"][0].sum() == 3 * 25

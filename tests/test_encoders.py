@@ -373,7 +373,7 @@ def test_upernet_resizes_images_and_crops_as_other_readouts_do(backbone, size, c
     seen = []
     readout.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2:]))
     assert readout.predict(image).shape == (60, 100) and seen == [size]
-    batch = readout.batch([labelled, labelled], torch.Generator().manual_seed(0))
+    batch = readout.batch(list(map(readout.read, [labelled, labelled])), torch.Generator().manual_seed(0))
     assert batch["pixel_values"].shape[2:] == batch["labels"].shape[1:] == crop
     assert batch["labels"].dtype == torch.int64 and batch["labels"].unique().tolist() == [0, 1]
     assert readout.train()(**batch).isfinite()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from evaluation.data import load_dataset
 from evaluation.encoders import build
 from evaluation.engine import draw, fingerprint, fit
-from evaluation.readouts import FeatureStore, KnnReadout, LinearReadout, UperNetReadout, majority
+from evaluation.feature_store import FeatureStore
+from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, majority
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleForSemanticSegmentation
 
@@ -22,15 +23,17 @@ def recipe(**values) -> EvaluationRecipe:
     return EvaluationRecipe(model=["x"], **values)
 
 
+def batch_of(readout, examples, seed: int = 0) -> dict:
+    return readout.batch([readout.read(example) for example in examples], torch.Generator().manual_seed(seed))
+
+
 def test_the_points_loss_is_the_cross_entropy_of_the_upsampled_logits(shapes, poodle):
     data = load_dataset("folder", str(shapes))
     readout = LinearReadout(build(str(poodle), 3), data, recipe())
-    readout.prepare(list(data.train[:2]))
-    batch = readout.batch(list(data.train[:2]), torch.Generator().manual_seed(0))
+    readout.prepare()
+    batch = batch_of(readout, data.train[:2])
     torch.nn.init.normal_(readout.classifier.weight)
-    estimates = [
-        readout(**readout.batch(list(data.train[:2]), torch.Generator().manual_seed(s))).item() for s in range(8)
-    ]
+    estimates = [readout(**batch_of(readout, data.train[:2], seed)).item() for seed in range(8)]
     full = []
     for features, example in zip(batch["features"], data.train[:2]):
         logits = F.interpolate(readout.classifier(features[None]), size=(64, 96), mode="bilinear", align_corners=False)
@@ -45,12 +48,13 @@ def test_a_batch_without_a_labelled_pixel_counts_nothing_and_others_as_ever(shap
     data = load_dataset("folder", str(shapes))
     void = dataclasses.replace(data.train[0], label=lambda: np.full((64, 96), 255, np.uint8))
     readout = kind(build(str(poodle), 3), data, recipe(crop_size=[32, 32]))
-    readout.prepare([void, *data.train])
+    readout.prepare()
+    readout.keep([void, *data.train])
     torch.nn.init.normal_(readout.trained()[-2])
     readout.train(readout.trains_encoder)
 
     def loss_and_gradients(forward, examples) -> list[torch.Tensor]:
-        loss = forward(**readout.batch(examples, torch.Generator().manual_seed(0)))
+        loss = forward(**batch_of(readout, examples))
         return [loss.detach(), *torch.autograd.grad(loss, readout.trained())]
 
     def means(seed=0, **batch) -> torch.Tensor:
@@ -79,7 +83,7 @@ def test_a_fit_goes_on_over_images_of_void_alone(shapes, poodle, tmp_path):
     data.check()
     values = recipe(per_device_train_batch_size=1, max_steps=4, logging_steps=1)
     readout = LinearReadout(build(str(poodle), 3), data, values)
-    readout.prepare(list(data.train))
+    readout.prepare()
     curve = fit(Accelerator(cpu=True), readout, values, list(data.train), tmp_path, "x", resume=False)
     assert sorted(point["loss"] == 0 for point in curve) == [False, False, True, True]
     with pytest.raises(ValueError, match="folder: none of the 1 training images has a labelled pixel"):
@@ -97,7 +101,7 @@ def test_saved_linear_readout_predicts_alike_and_leaves_the_encoder(shapes, pood
     encoder = build(str(poodle), 3, data.classes)
     before = fingerprint(encoder.model.poodle)
     readout = LinearReadout(encoder, data, recipe())
-    readout.prepare(list(data.train))
+    readout.prepare()
     torch.nn.init.normal_(readout.classifier.weight)
     image = data.image(data.test[0])
     predicted = readout.predict(image)
@@ -113,30 +117,77 @@ def test_saved_linear_readout_predicts_alike_and_leaves_the_encoder(shapes, pood
 
 def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle):
     data = load_dataset("folder", str(shapes))
-    kept, anew = (LinearReadout(build(str(poodle), 3), data, recipe(feature_cache_gb=g)) for g in (1.0, 1e-6))
-    for readout in (kept, anew):
-        readout.prepare(list(data.train))
-    assert kept.cached and not anew.cached
-    ours, theirs = (r.batch(list(data.train[3:5]), torch.Generator().manual_seed(0)) for r in (kept, anew))
-    for a, b in zip(ours["features"], theirs["features"]):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # half precision
+    size = 32 * 8 * 12 * 2  # bytes of an image's features
+    kept, some, anew = (
+        LinearReadout(build(str(poodle), 3), data, recipe(feature_cache_gb=gb)) for gb in (1.0, 4.5e-9 * size, 1e-9)
+    )
+    for readout in (kept, some, anew):
+        readout.prepare()
+        readout.keep(list(data.train))
+    names = [example.name for example in data.train]
+    assert list(kept.store.places) == names and list(some.store.places) == names[:4] and not anew.store.places
+    theirs = batch_of(anew, data.train[3:5])
+    for readout in (kept, some):
+        ours = batch_of(readout, data.train[3:5])
+        assert torch.equal(ours["points"], theirs["points"]) and torch.equal(ours["targets"], theirs["targets"])
+        for a, b in zip(ours["features"], theirs["features"]):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # half precision
 
 
-def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number(shapes):
+def test_a_disk_that_is_full_costs_the_cache_and_not_the_readout(shapes, poodle, tmp_path, caplog, monkeypatch):
+    """On a disk that says it has room and then has none, everything is computed anew, and what was written is given back."""
+    import resource
+
+    data = load_dataset("folder", str(shapes))
+    monkeypatch.setenv("POODLE_SCRATCH", str(tmp_path))
+    readout = LinearReadout(build(str(poodle), 3), data, recipe())
+    readout.prepare()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 32 * 8 * 12, limits[1]))
+    try:
+        readout.keep(list(data.train))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not readout.store.places and list(tmp_path.iterdir()) == []
+    assert f"features are not kept in {tmp_path}" in caplog.text
+    assert batch_of(readout, data.train[:1])["features"][0].shape == (32, 8, 12)
+
+
+def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number():
     """A channel that hardly varies in the images that the deviation is of gives such numbers in another."""
-    example, store = load_dataset("folder", str(shapes)).train[0], FeatureStore(1e6)
-    assert store.fill([example], lambda _: torch.tensor([1e6, -1e6, 60000.0, 0.5])[:, None, None])
-    assert store[example].flatten().tolist() == [65504, -65504, 60000, 0.5]
+    store = FeatureStore(1e6)
+    assert store.fill([("a", torch.tensor([1e6, -1e6, 60000.0, 0.5])[:, None, None])]) == 1
+    assert store["a"].flatten().tolist() == [65504, -65504, 60000, 0.5]
 
 
 def test_knn_finds_the_training_images_themselves(shapes, poodle):
     data = load_dataset("folder", str(shapes))
     readout = KnnReadout(build(str(poodle), 3), data, recipe(num_neighbours=1))
-    readout.prepare([])
+    readout.prepare()
     example = data.train[0]
     predicted = majority(readout.predict(data.image(example)), (8, 12), 3)
     truth = majority(data.label(example), (8, 12), 3)
     assert (predicted == truth)[truth != 255].float().mean() > 0.97
+
+
+def test_knn_votes_are_those_of_a_naive_twin(shapes, poodle):
+    """Cell by cell in numpy and float64: the nearest by cosine, weighted by exp(cosine / 0.07), then upsampled."""
+    data = load_dataset("folder", str(shapes))
+    readout = KnnReadout(build(str(poodle), 3), data, recipe(num_neighbours=7, max_reference_cells=300))
+    readout.prepare()
+    assert 280 < len(readout.labels) <= 300 + len(data.train)
+    image = data.image(data.test[0])
+    bank, labels = readout.bank.t().double().numpy(), readout.labels.numpy()
+    cells = readout._cells(image)[0].double().numpy()
+    votes = np.zeros((3, *cells.shape[1:]))
+    for row in range(cells.shape[1]):
+        for column in range(cells.shape[2]):
+            cosines = [float(cells[:, row, column] @ reference) for reference in bank]
+            for index in sorted(range(len(bank)), key=lambda i: -cosines[i])[:7]:
+                votes[labels[index], row, column] += np.exp(cosines[index] / 0.07)
+            votes[:, row, column] /= votes[:, row, column].sum()
+    scores = F.interpolate(torch.from_numpy(votes)[None], size=image.shape[:2], mode="bilinear", align_corners=False)
+    assert (readout.predict(image) == scores.argmax(1)[0].numpy()).mean() > 0.999
 
 
 def test_every_image_is_drawn_once_an_epoch():

@@ -290,7 +290,7 @@ def test_upernet_reads_four_stages_and_trains_all_that_they_depend_on(shapes, tm
     encoder = Encoder("x", PoodleForSemanticSegmentation(config))
     readout = UperNetReadout(encoder, data, recipe(crop_size=[64, 96])).train()
     assert len(readout.model.backbone.channels) == 4
-    readout(**readout.batch(list(data.train[:2]), torch.Generator().manual_seed(0))).backward()
+    readout(**readout.batch(list(map(readout.read, data.train[:2])), torch.Generator().manual_seed(0))).backward()
     assert all(p.grad is not None for p in readout.trained())
     frozen = [name for name, p in readout.named_parameters() if not p.requires_grad]
     assert all("norm" in name for name in frozen) and bool(frozen) == (kind == "swin")

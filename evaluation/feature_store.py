@@ -1,0 +1,70 @@
+"""Frozen features of images on disk, so that an encoder reads each image once."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("poodle")
+HALF = torch.finfo(torch.float16).max
+
+
+class FeatureStore:
+    """
+    Features of images in half precision, one after the other in a memory-mapped file that disappears with the process.
+
+    Args:
+        limit: bytes. What goes beyond is not kept; nor is what the disk has no room for.
+    """
+
+    def __init__(self, limit: float):
+        self.limit, self.places, self.file, self.memory = limit, {}, None, None
+        self.folder = os.environ.get("POODLE_SCRATCH") or tempfile.gettempdir()
+
+    def fill(self, features: Iterable[tuple[str, Tensor]]) -> int:
+        """
+        Keep (name, features (C, h, w)) as long as there is room.
+
+        Returns:
+            How many are kept.
+        """
+        offset = 0
+        try:
+            # A tenth of the disk is left to others, among them the checkpoints of this very fit.
+            limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free)
+            self.file = tempfile.NamedTemporaryFile(prefix="poodle-features-", dir=self.folder)
+            for name, map in features:
+                # A channel that is nearly dead in the images of the statistics may be thousands of deviations away in others: inf, and the loss nan.
+                array = map.clamp(-HALF, HALF).half().cpu().numpy()
+                if offset + array.size * 2 > limit:
+                    break
+                self.file.write(array.tobytes())
+                self.places[name] = (offset, array.shape)
+                offset += array.size * 2
+            self.file.flush()
+            if offset:
+                self.memory = np.memmap(self.file.name, dtype=np.float16, mode="r")
+        except OSError as error:  # the disk is full after all, or memory that stands for one
+            logger.warning("features are not kept in %s: %s", self.folder, error)
+            if self.file is not None:
+                with contextlib.suppress(
+                    OSError
+                ):  # closing writes what is buffered, for which there is no room either; then it removes the file
+                    self.file.close()
+            self.file, self.memory, self.places = None, None, {}
+        return len(self.places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def __getitem__(self, name: str) -> Tensor:
+        """(C, h, w) float16."""
+        offset, shape = self.places[name]
+        begin = offset // 2
+        return torch.from_numpy(self.memory[begin : begin + int(np.prod(shape))].reshape(shape).copy())
