@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.data import STREETS, street_folder, within
-from evaluation.labelled_images import read_image, spread
+from evaluation.labelled_images import file_size, read_ahead, read_image, spread
 
 logger = logging.getLogger("poodle")
 BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
@@ -72,18 +72,23 @@ class BoxImages:
             ValueError: the image is of another size than its boxes are for.
         """
         image = read_image(example.image)
-        if image.shape[:2] != example.size:
-            told = "{1}x{0}".format(*example.size)
-            raise ValueError(f"{example.image} is {image.shape[1]}x{image.shape[0]}, but its boxes are for {told}")
+        self._need_size(example, image.shape[:2])
         return image
 
+    def _need_size(self, example: BoxExample, size: tuple[int, int]) -> None:
+        if size != example.size:
+            (height, width), (told_height, told_width) = size, example.size
+            raise ValueError(f"{example.image} is {width}x{height}, but its boxes are for {told_width}x{told_height}")
+
     def check(self) -> None:
-        """Look at the first and last image of each split, and for boxes in each, before anything costly."""
+        """Look at the first and last image of each split, the sizes of all, and for boxes in each split, before anything costly."""
         for name, split in (("training", self.train), ("test", self.test)):
             if all(example.crowd.all() for example in split):
                 raise ValueError(f"{self.name}: the {len(split)} {name} images have no boxes; a detector needs some")
             self.image(split[0])
             self.image(split[-1])
+            for example, (width, height) in zip(split, read_ahead(lambda example: file_size(example.image), split)):
+                self._need_size(example, (height, width))
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "BoxImages":
         """The same with fewer images, spread evenly over each split."""
@@ -265,4 +270,8 @@ def _bdd100k_box(label: dict, where: str) -> tuple:
         raise ValueError(f"{where}: unknown category {name!r}; BDD100K's are {', '.join(BDD100K_CLASSES)}")
     crowd = ignored or bool((label.get("attributes") or {}).get("crowd", False))
     box = [label["box2d"].get(key) for key in ("x1", "y1", "x2", "y2")]
+    # x2 and y2 are the last pixels of the box: as in BDD100K's own conversion to COCO's format (scalabel, box2d_to_bbox) its width is x2 - x1 + 1.
+    for side, limit in ((3, BDD100K_SIZE[0]), (2, BDD100K_SIZE[1])):
+        if isinstance(box[side], (int, float)):
+            box[side] = min(box[side] + 1, max(box[side], limit))  # no further than the image, where it was in it
     return box, BDD100K_CLASSES.index(name), crowd, None, where

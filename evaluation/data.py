@@ -1,13 +1,16 @@
 """Labelled images from the folder layouts that data sets are shipped in, the rendered street, and data sets of the Hub."""
 
+import glob
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.labelled_images import IGNORE, IMAGES, UNREADABLE, Example, LabelledImages, as_ids
+from evaluation.labelled_images import IGNORE, IMAGES, UNREADABLE, Example, LabelledImages, as_ids, as_rgb
 from evaluation.metrics import BDD100K_GROUPS
 from evaluation.outputs import write_aside
 from modeling_poodle.folders import files_below
@@ -64,7 +67,7 @@ def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
 
 
 _LAYOUTS = {
-    "camvid": "Expected: train/ and val/, each with images/ and labels/ of the same stems (ids 0 to 10, 11 is void).",
+    "camvid": "Expected: train/ and val/, each with images/ and labels/ (PNG) of the same stems (ids 0 to 10, 11 is void).",
     "cityscapes": "Expected: leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png "
     "(or *_gtFine_labelTrainIds.png), from cityscapes-dataset.com.",
     "bdd100k": "Expected: images/10k/{train,val}/*.jpg and labels/sem_seg/masks/{train,val}/*.png, from bdd-data.berkeley.edu.",
@@ -72,7 +75,7 @@ _LAYOUTS = {
     "the archive ADEChallengeData2016.",
     "wt_sem": "Expected: images/{train,val}/ and annotations/{train,val}/ of the same stems (subfolders allowed), and classes.json "
     "or objectInfo150.txt; labels as in ADE20K (0 is not counted).",
-    "folder": "Expected: images/ and labels/ of the same stems and classes.json, a list of names or "
+    "folder": "Expected: images/, labels/ (PNG, one class id a pixel) of the same stems, and classes.json, a list of names or "
     '{"classes": [...], "ignore_index": 255}; with train/ and val/ (each with images/ and labels/), or without, where the '
     "last third of the images by name is held out.",
 }
@@ -87,16 +90,22 @@ def _pairs(
             raise ValueError(f"{name}: there is no folder {folder}. {_LAYOUTS[name]}")
     files = [p for p in files_below(images) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     files = [p for p in files if image_end is None or p.name.endswith(image_end)]
-    examples, missing = [], []
+    examples, missing, known = [], [], {}
     for path in files:
         relative = path.relative_to(images)
         stem = str(relative)[: -len(image_end or path.suffix)]
+        if (other := known.setdefault(stem, path)) != path:
+            raise ValueError(f"{name}: {other} and {path.name} would have one label, by their stem; remove one")
         label = next((p for p in (labels / (stem + end) for end in label_ends) if p.is_file()), None)
         if label is None:
             missing.append(str(path))
         else:
             examples.append(Example(str(relative.with_suffix("")), path, label))
     if missing:
+        relative = Path(missing[0]).relative_to(images)
+        others = sorted(p.name for p in (labels / relative).parent.glob(f"{glob.escape(relative.stem)}.*"))
+        if others and image_end is None:
+            raise ValueError(f"{name}: labels must be .png, {labels} has {others[0]}. {_LAYOUTS[name]}")
         raise ValueError(
             f"{name}: {len(missing)} of {len(files)} images in {images} have no label in {labels}, the first is {missing[0]}. "
             f"{_LAYOUTS[name]}"
@@ -148,7 +157,9 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
     if not file.is_file():
         raise ValueError(f"{name}: {file} is missing; it holds the names of the classes. {_LAYOUTS[name]}")
     lines = [line for line in file.read_text().splitlines() if line.strip() and line.lstrip()[0].isdigit()]
-    return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
+    names = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
+    _check_names(names, file)
+    return names
 
 
 def _reduced() -> np.ndarray:
@@ -182,11 +193,17 @@ def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
         ignore = values.get("ignore_index", IGNORE)
     if not isinstance(classes, list) or not classes or not all(isinstance(c, str) and c for c in classes):
         raise ValueError(f"{file} must list the names of the classes. {_LAYOUTS['folder']}")
-    if len(set(classes)) < len(classes) or len(classes) > 254:
-        raise ValueError(f"{file} must list at most 254 classes with different names, got {len(classes)}")
+    _check_names(classes, file)
     if not isinstance(ignore, int) or not 0 <= ignore <= 255:
         raise ValueError(f"{file}: ignore_index must be an id from 0 to 255, got {ignore!r}")
     return tuple(classes), ignore
+
+
+def _check_names(classes: Sequence[str], where) -> None:
+    if len(classes) > 254:
+        raise ValueError(f"{where} must list at most 254 classes, got {len(classes)}")
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise ValueError(f"{where} must give classes different names, got {twice[0]!r} twice")
 
 
 def within(folder: Path, name: str, where) -> Path:
@@ -305,20 +322,21 @@ def _hub(name: str) -> LabelledImages:
     classes = tuple(names.get(index, str(index)) for index in range(max(names) + 1))
 
     def examples(split: str) -> tuple[Example, ...]:
-        rows = splits[split]
+        # A row gives all its columns, decoded: by columns a label is read without its image.
+        columns = {column: splits[split].select_columns([column]) for column in (image, label)}
 
         def read(index: int, column: str) -> np.ndarray:
             try:
-                picture = rows[index][column]
+                picture = columns[column][index][column]
             except UNREADABLE as error:
                 raise ValueError(f"{name}[{split}][{index}]: its {column} cannot be read: {error}") from error
             if column == image:
-                return np.asarray(picture.convert("RGB"))
+                return as_rgb(picture)
             return as_ids(np.asarray(picture), f"{name}[{split}][{index}]")
 
         return tuple(
             Example(f"{split}-{index}", lambda index=index: read(index, image), lambda index=index: read(index, label))
-            for index in range(len(rows))
+            for index in range(len(splits[split]))
         )
 
     return LabelledImages(name, classes, examples("train"), examples(test_name))

@@ -25,7 +25,7 @@ from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import fingerprint, fit, over_test_images
-from evaluation.outputs import check_output_dir, make_accelerator, measure_all, provenance, save_aside
+from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
 from modeling_poodle.recipe_files import run_script
 
 
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Results by model; of the first process only, others have none."""
     recipe = parse_detection_recipe(arguments)
     check_output_dir(recipe)
+    if (done := finished(recipe)) is not None:
+        return done
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_boxes(recipe.dataset, recipe.data_dir)

@@ -20,6 +20,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Encoders whose table of positions has one size; larger images are read in windows of that size. (DINOv2 was trained at several
 # sizes and interpolates; DINOv3 and the convolutional ones have no table.)
 WINDOWED = (*PLAIN_VITS, "beit")
+WINDOWS = 16  # that are read at once: a small ViT takes 0.8 of the time of one by one on a CPU
 
 
 class Encoder(nn.Module):
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
         """How images are read, for the report."""
         if self.window is None:
             return "whole image"
-        return f"sliding window of {self.window}, stride {self.window // 2} (a saved readout reads the whole image)"
+        return f"sliding window of {self.window}, stride {self._step} (a saved readout reads the whole image)"
 
     @property
     def undilated(self) -> str:
@@ -94,10 +95,12 @@ class Encoder(nn.Module):
         height, width = pixel_values.shape[-2:]
         pixel_values = F.pad(pixel_values, (0, max(window - width, 0), 0, max(window - height, 0)))
         tops, lefts = (self._offsets(side) for side in pixel_values.shape[-2:])
+        corners = [(top, left) for top in tops for left in lefts]
         total = count = None
-        for top in tops:
-            for left in lefts:
-                part = self.model.features(pixel_values[..., top : top + window, left : left + window])
+        for begin in range(0, len(corners), WINDOWS):
+            some = corners[begin : begin + WINDOWS]
+            windows = [pixel_values[..., top : top + window, left : left + window] for top, left in some]
+            for (top, left), part in zip(some, self.model.features(torch.cat(windows)).split(len(pixel_values))):
                 if total is None:
                     cell = window // part.shape[-1]  # pixels: a patch, or the part of one that the SDM resolves
                     size = [side // cell for side in pixel_values.shape[-2:]]
@@ -109,10 +112,14 @@ class Encoder(nn.Module):
                 count[..., rows, columns] += 1
         return (total / count)[..., : height // cell, : width // cell]
 
+    @property
+    def _step(self) -> int:
+        """Pixels from one window to the next: half a window, in whole cells."""
+        return max(self.window // 2 // self.multiple, 1) * self.multiple
+
     def _offsets(self, side: int) -> list[int]:
-        step = max(self.window // 2 // self.multiple, 1) * self.multiple
         last = side - self.window
-        return [*range(0, last, step), last]
+        return [*range(0, last, self._step), last]
 
 
 def resize_up(pixel_values: Tensor, multiple: int) -> Tensor:

@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.encoders import Encoder
-from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE
+from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE, as_rgb
 from modeling_poodle.folders import files_below
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
-VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+# As in training/video_sources.py and video_files.py, which this package does not import.
+VIDEOS = (
+    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv",
+)  # fmt: skip
 # Containers that hold their frames themselves: a playlist under a video's name would make FFmpeg open other files and addresses.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
+CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
 # The largest frame, 8192x4352, as in training/video_files.py, which this package does not import: FFmpeg takes memory for a larger one
 # that a file of a few bytes declares.
 MAX_PIXELS = 35_651_584
@@ -89,7 +92,7 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
             raise ValueError(f"expected {', '.join((*IMAGES, *VIDEOS))}")
         with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (max_side, max_side))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = Image.fromarray(as_rgb(ImageOps.exif_transpose(image)))
         upright.thumbnail((max_side, max_side))
         return Clip((np.asarray(upright),), (0.0,), 0.0)
     except UNREADABLE as error:

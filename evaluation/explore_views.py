@@ -1,6 +1,7 @@
 """What stands behind the page of features: models, a readout, files, and the pictures and HTML that are made of them."""
 
 import html
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,11 @@ class Readout:
             ) from error
         linear = isinstance(self.model, PoodleForSemanticSegmentation)
         # Encoder pads to whole patches and reads windows where the encoder needs it.
-        self.encoder = Encoder(source, self.model, mean, std) if linear else None
+        self.encoder = (
+            Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model))
+            if linear
+            else None
+        )
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.classes = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
 
@@ -66,6 +71,17 @@ class Readout:
             logits = self.model(pixel_values=((pixels - self.mean) / self.std)[None].to(self.model.device)).logits
         logits = F.interpolate(logits.float(), size=image.shape[:2], mode="bilinear", align_corners=False)
         return logits[0].argmax(dim=0).cpu().numpy()
+
+
+def _measured_whole(source: str, model: PoodleForSemanticSegmentation) -> bool:
+    """Whether an evaluation read whole images, also where a ViT's positions have one size: by its result, which lies beside a readout."""
+    if model.config.num_decoder_blocks:  # PooDLe pretrained it, on its crops
+        return True
+    try:
+        result = json.loads(Path(source).resolve().with_name("evaluation.json").read_text(encoding="utf-8"))
+        return str(result.get("inference")).startswith("whole image")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @dataclass(frozen=True)

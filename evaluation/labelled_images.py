@@ -1,6 +1,7 @@
 """Labelled images: what a data set is here, whatever its layout, and how its files are read."""
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from PIL import EpsImagePlugin, Image
 from evaluation.metrics import class_groups
 from modeling_poodle.recipe_files import usable_cores
 
+logger = logging.getLogger("poodle")
 IGNORE = 255
 STATISTICS = 200  # training labels that the groups of classes are made from
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -42,6 +44,7 @@ class LabelledImages:
         name: for tables. classes: names by id. train, test: examples.
         table: (256,) uint8, stored label -> class id or 255; `None` where stored labels are ids already.
         groups: the paper's groups of classes, or `None`: made from the training labels when they are first read.
+        absent: classes that no training label has, as far as [`with_groups`] found.
     """
 
     name: str
@@ -50,6 +53,7 @@ class LabelledImages:
     test: tuple[Example, ...]
     table: np.ndarray | None = None
     groups: dict[str, Sequence[str]] | None = None
+    absent: tuple[str, ...] = ()
 
     def image(self, example: Example) -> np.ndarray:
         """(H, W, 3) uint8 RGB."""
@@ -78,8 +82,8 @@ class LabelledImages:
 
     def check(self) -> None:
         """
-        Read the first and last example of each split, the sizes of all that are files, and all labels of the test, before anything costly:
-        they are read again only when the fit has ended. And look for a labelled pixel to learn from.
+        Before anything costly: read the first and last training image, the sizes of all that are files, and all of the test, which is
+        read again only when the fit has ended. And look for a labelled pixel to learn from.
         """
         for split in (self.train, self.test):
             for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
@@ -93,12 +97,21 @@ class LabelledImages:
                         raise ValueError(
                             f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
                         )
-        for _ in read_ahead(self.label, self.test):
+        for _ in read_ahead(self.both, self.test):
             pass
         if not any((self.label(example) != IGNORE).any() for example in self.train):
             raise ValueError(
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"
             )
+        if self.absent:
+            told = (
+                f"{self.name}: no training label has a pixel of {', '.join(self.absent[:8])}{', ...' if len(self.absent) > 8 else ''} "
+                f"({len(self.absent)} of {len(self.classes)} classes; {IGNORE} is not counted: are the masks 0 and 255? Ids are the places in the list of "
+                "classes, or set ignore_index)"
+            )
+            if len(self.classes) - len(self.absent) < 2 and len(self.classes) > 1:
+                raise ValueError(f"{told}. With one class alone all figures would be 100 %")
+            logger.warning(told)
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
         """The same with fewer images, spread evenly over each split."""
@@ -135,7 +148,8 @@ class LabelledImages:
                 if seen == unseen:
                     break
             counts[0, sorted(unseen)] *= len(first) / read  # as many pixels as in so few images
-        return dataclasses.replace(self, groups=class_groups(*counts, self.classes))
+        absent = tuple(name for name, pixels in zip(self.classes, counts[0]) if not pixels)
+        return dataclasses.replace(self, groups=class_groups(*counts, self.classes), absent=absent)
 
 
 def ids_in(label: np.ndarray) -> list[int]:
@@ -178,9 +192,20 @@ def file_size(path: Path) -> tuple[int, int]:
 def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
+            return as_rgb(image)
     except UNREADABLE as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture of any kind, as it is stored: it is not turned by its EXIF."""
+    if image.mode[0] not in "IF":
+        return np.asarray(image.convert("RGB"))
+    # Of 16 bits of grey, which are of mode I in some versions of PIL, its own conversion makes all white that is above 255.
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"its pixels are of 32 bits (mode {image.mode}); save it with 8 or 16")
+    return np.repeat(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -196,6 +221,6 @@ def as_ids(label: np.ndarray, where) -> np.ndarray:
     """A stored label as (H, W) uint8; raises ValueError, which names `where` it is from, for what are no ids of a byte."""
     if label.ndim != 2:
         raise ValueError(f"label {where} must hold one class id a pixel, got an array of shape {label.shape}")
-    if label.dtype == bool or label.max(initial=0) > 255 or label.min(initial=0) < 0:
+    if label.dtype != bool and (label.max(initial=0) > 255 or label.min(initial=0) < 0):
         raise ValueError(f"label {where} must hold ids from 0 to 255, got {label.dtype} up to {label.max()}")
     return label.astype(np.uint8)

@@ -23,10 +23,12 @@ FITTED = ("readout", "detector")  # folders of what was fitted
 
 def make_accelerator() -> Accelerator:
     # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    # And the type: `accelerate config` may have another, which would change the figures and stand nowhere in them.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
     for name in ("httpx", "httpx2", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -97,10 +99,24 @@ def places(recipe, folder: Path) -> list[Path]:
 
 
 def left_in(recipe, folder: Path) -> list[str]:
-    """What people look for in an output folder."""
+    """What people look for in an output folder, and in those of several models in it."""
     names = ("evaluation.json", "report.html", *FITTED)
-    found = [name for name in names if any((place / name).exists() for place in places(recipe, folder))]
-    return [f"{name}/" if name in FITTED else name for name in found]
+    found = [
+        place / name for name in names for place in dict.fromkeys(places(recipe, folder)) if (place / name).exists()
+    ]
+    return [f"{path.relative_to(folder)}{'/' if path.name in FITTED else ''}" for path in found]
+
+
+def finished(recipe) -> list[dict] | None:
+    """The results of an evaluation that is to be resumed and has ended already; said where it is so. [`check_output_dir`] comes before."""
+    folder = Path(recipe.output_dir)
+    written = [folder / name for name in ("config.yaml", "evaluation.json", "report.html")]
+    going_on = recipe.resume_from_checkpoint is not None and all(path.is_file() for path in written)
+    if not going_on or any((place / "fit.safetensors").exists() for place in places(recipe, folder)):
+        return None
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    print(f"{folder} holds this evaluation, finished: {', '.join(left_in(recipe, folder))}")
+    return result.get("results", [result])
 
 
 def begin_output_dir(recipe, folder: Path) -> None:

@@ -100,9 +100,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for name in recipe.model:
         result, strips[name] = measure(accelerator.device, recipe, sequences, name)
         results.append(result)
+        # After each: what has been measured is not lost with the next.
+        written = results[0] if len(recipe.model) == 1 else {"results": results}
+        write_aside(output_dir / "evaluation.json", json.dumps(written, indent=1))
     write_aside(output_dir / "report.html", write_html(results, strips))
-    written = results[0] if len(results) == 1 else {"results": results}
-    write_aside(output_dir / "evaluation.json", json.dumps(written, indent=1))
     print(f"\nlabel propagation on {recipe.dataset}, {len(sequences)} sequences\n{table(results)}\n")
     print(f"{output_dir}: evaluation.json, report.html")
     return results

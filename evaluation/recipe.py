@@ -35,7 +35,7 @@ class FitRecipe(CheckedRecipe):
     learning_rate: float = described(
         1e-2, "Peak learning rate of AdamW; warm-up over a twentieth of the steps, then a cosine to 0."
     )
-    weight_decay: float = described(1e-4, "AdamW weight decay.")
+    weight_decay: float = described(1e-4, "AdamW weight decay, of all that is trained.")
     seed: int = described(0, "Of new weights, the order of images and what is drawn in them.")
     logging_steps: int = described(20, "Steps between points of the loss curve.")
     save_steps: int = described(200, "Steps between checkpoints of the fit.")

@@ -20,7 +20,7 @@ from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import evaluate, fingerprint, fit
 from evaluation.labelled_images import LabelledImages
-from evaluation.outputs import check_output_dir, make_accelerator, measure_all, provenance, save_aside
+from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
@@ -30,6 +30,8 @@ from modeling_poodle.recipe_files import run_script
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
     check_output_dir(recipe)
+    if (done := finished(recipe)) is not None:
+        return done
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)

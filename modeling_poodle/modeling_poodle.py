@@ -1,8 +1,8 @@
 """PooDLe: encoder with spatial decoder module (SDM), as a model, as a backbone and with a readout."""
 
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -297,7 +297,7 @@ class PoodleModel(PoodlePreTrainedModel):
         for index, block in enumerate(self.decoder):
             lateral = features[laterals[-1 - index]] if self.config.decoder_laterals else None
             if self.checkpoint_activations and self.training:
-                hidden_state = checkpoint(block, hidden_state, lateral, use_reentrant=False)
+                hidden_state = recomputed(block, block, hidden_state, lateral)
             else:
                 hidden_state = block(hidden_state, lateral)
         return hidden_state
@@ -344,8 +344,33 @@ class _Checkpointed:
 
     def __call__(self, hidden_state: Tensor) -> Tensor:
         if self.block.training and torch.is_grad_enabled():
-            return checkpoint(self.plain, hidden_state, use_reentrant=False)
+            return recomputed(self.block, self.plain, hidden_state)
         return self.plain(hidden_state)
+
+
+def recomputed(block: nn.Module, forward: Callable, *inputs: Tensor | None) -> Tensor:
+    """`forward(*inputs)` of a block, computed again in the backward pass, where its BatchNorms' statistics do not move a second time."""
+    if torch.compiler.is_compiling():  # which writes statistics once by itself
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpoint(
+        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
+    )
+
+
+@contextmanager
+def _still_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = (
+            0.0,
+            None,
+        )  # a share of 0 is taken of the batch's, and no batch counted
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):

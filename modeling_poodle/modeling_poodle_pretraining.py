@@ -48,7 +48,9 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         n, _, height, width = hidden_state.shape
-        points = F.linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), self.weight.flatten(1), self.bias)
+        # The weight by way of its own layout, channels_last in training: DistributedDataParallel warns of gradients that lie otherwise.
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        points = F.linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), weight, self.bias)
         return points.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -138,6 +139,12 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError("a recipe has no aliases (*name)", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise yaml.MarkedYAMLError(f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 def read_yaml_mapping(path: Path) -> dict:
     """
@@ -232,6 +239,7 @@ def read_command_line(
             action.type = str  # read by the dataclass, whose error says what is wrong with it
         if action.dest in repeatable:
             action.__class__ = argparse._ExtendAction  # --model A --model B as well as --model A B
+    parser.error = _raise  # argparse would print all that there is before its sentence, and end the process
     flags, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("--"):
@@ -244,6 +252,10 @@ def read_command_line(
     if wants_help:
         _show_help(parser, kind, values, config)
     return values, given
+
+
+def _raise(message: str) -> None:
+    raise ValueError(f"command line: {message}")
 
 
 def _show_help(parser: HfArgumentParser, kind: type, values: dict, config) -> None:

@@ -1,5 +1,6 @@
 """COCO's figures and the layouts of data sets with boxes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -239,17 +240,28 @@ def test_bdd100k(tmp_path):
     data.check()
     first, second = data.test
     assert [BDD100K_CLASSES[k] for k in first.labels] == ["traffic sign", "motorcycle", "car", "car"]
-    assert first.crowd.tolist() == [False, False, True, True] and first.boxes[0].tolist() == [10.5, 20, 30.5, 60]
-    assert first.areas.tolist() == [800.0] * 4 and second.boxes.shape == (0, 4) and len(BDD100K_CLASSES) == 10
-    labels[1]["box2d"] = {"x1": -0.5, "y1": 20.0, "x2": 0.0, "y2": 60.0}
+    assert first.crowd.tolist() == [False, False, True, True] and first.boxes[0].tolist() == [10.5, 20, 31.5, 61]
+    assert first.areas.tolist() == [21 * 41] * 4 and second.boxes.shape == (0, 4) and len(BDD100K_CLASSES) == 10
+    labels[1]["box2d"] = {"x1": -1.0, "y1": 20.0, "x2": -1.0, "y2": 60.0}
+    labels[2]["box2d"] = {"x1": 1200.0, "y1": 700.0, "x2": 1280.0, "y2": 719.9}  # up to the border, and no further
     (tmp_path / "labels" / "det_20" / "det_val.json").write_text(json.dumps([{"name": "a.jpg", "labels": labels}]))
-    assert [BDD100K_CLASSES[k] for k in load_boxes("bdd100k", str(tmp_path)).test[0].labels] == [
-        "traffic sign",
-        "car",
-        "car",
-    ]
+    cut = load_boxes("bdd100k", str(tmp_path)).test[0]
+    assert [BDD100K_CLASSES[k] for k in cut.labels] == ["traffic sign", "car", "car"]
+    assert cut.boxes[1].tolist() == [1200, 700, 1280, 720]
     labels[0]["category"] = "zebra"
     frames = json.dumps([{"name": "a.jpg", "labels": labels}])
     (tmp_path / "labels" / "det_20" / "det_val.json").write_text(frames)
     with pytest.raises(ValueError, match=r"det_val.json, a.jpg: unknown category 'zebra'"):
         load_boxes("bdd100k", str(tmp_path))
+
+
+def test_an_image_of_another_size_in_the_middle_is_found_before_the_fit(tmp_path):
+    data = load_boxes("street", str(tmp_path / "street")).limit(3, 3)
+    small = tmp_path / "small.png"
+    Image.new("RGB", (32, 32)).save(small)
+    broken = dataclasses.replace(
+        data, test=(data.test[0], dataclasses.replace(data.test[1], image=small), data.test[2])
+    )
+    height, width = data.test[1].size
+    with pytest.raises(ValueError, match=f"small.png is 32x32, but its boxes are for {width}x{height}"):
+        broken.check()

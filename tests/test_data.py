@@ -1,6 +1,7 @@
 """Layouts of labelled data sets, and what a layout that is wrong is told."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from labelled_shapes import squares
 from PIL import Image
 
 from evaluation.data import load_dataset
+from evaluation.labelled_images import Example, LabelledImages, as_rgb, read_image
 from evaluation.readouts import majority
 from training.street_files import write_folder
 
@@ -34,8 +36,89 @@ def test_folder_layouts(tmp_path, shapes):
     with pytest.raises(ValueError, match=r"1 of 7 images .* have no label .*4.png"):
         load_dataset("folder", str(tmp_path))
     (tmp_path / "classes.json").write_text('{"classes": ["a", "a"]}')
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match=r"classes.json must give classes different names, got 'a' twice"):
         load_dataset("folder", str(tmp_path))
+
+
+def of_labels(labels: list[np.ndarray], classes: tuple[str, ...]) -> LabelledImages:
+    examples = [
+        Example(str(k), lambda label=label: np.zeros((*label.shape, 3), np.uint8), lambda label=label: label)
+        for k, label in enumerate(labels)
+    ]
+    return LabelledImages("made", classes, tuple(examples), tuple(examples[:1]))
+
+
+def test_the_rarest_classes_are_in_a_group_too():
+    """Groups are made from 200 labels, evenly spread; a class in none of them is looked for in the others."""
+    labels = [np.zeros((20, 30), np.uint8) for _ in range(401)]
+    for index in (1, 3, 7):
+        labels[index][4, 5] = 1
+    labels[399][5:15] = 2
+    data = of_labels(labels, ("road", "bike", "water", "never")).with_groups()
+    groups = {name: list(members) for name, members in data.groups.items()}
+    # 300 of 240,000 pixels are water: less than 0.3 %, in one region of half an image.
+    assert groups == {
+        "small": ["bike"], "large": ["road", "water"], "rare": ["bike", "water"], "common": ["road"]
+    }  # fmt: skip
+    assert data.absent == ("never",)
+
+
+def test_classes_without_a_pixel_are_named_and_one_class_alone_is_refused(caplog):
+    """Masks of 0 and 255, as programs for drawing write them: 255 is not counted, and all else would be right."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:4] = 255
+    with pytest.raises(
+        ValueError, match=r"no training label has a pixel of fg \(1 of 2 classes; 255 is not counted: are the masks"
+    ):
+        of_labels([mask], ("bg", "fg")).with_groups().check()
+    mask[6:] = 1
+    of_labels([mask], ("bg", "fg")).with_groups().check()
+    assert caplog.text == ""
+    of_labels([mask], ("bg", "fg", "x")).with_groups().check()
+    assert "no training label has a pixel of x (1 of 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["label", "image"])
+def test_what_is_wrong_in_the_middle_of_the_test_is_found_before_the_fit(shapes, tmp_path, kind):
+    shutil.copytree(shapes, tmp_path / "set")
+    path = tmp_path / "set" / "val" / f"{kind}s" / "2.png"
+    if kind == "label":
+        label = np.asarray(Image.open(path)).copy()
+        label[9, 9] = 7
+        Image.fromarray(label).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:3000])
+    message = "2.png has the label 7" if kind == "label" else "image .*2.png cannot be read"
+    with pytest.raises(ValueError, match=message):
+        load_dataset("folder", str(tmp_path / "set")).check()
+
+
+def test_masks_of_one_bit_are_ids_and_other_files_than_png_are_named(tmp_path):
+    squares(tmp_path, 4, 0)
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    for number in range(4):
+        path = tmp_path / "labels" / f"{number}.png"
+        Image.fromarray(np.asarray(Image.open(path)) == 1).save(path)
+    data = load_dataset("folder", str(tmp_path))
+    assert Image.open(path).mode == "1" and set(np.unique(data.label(data.train[0]))) == {0, 1}
+    path.rename(path.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"labels must be .png, .*labels has 3.jpg"):
+        load_dataset("folder", str(tmp_path))
+    path.with_suffix(".jpg").rename(path)
+    Image.new("RGB", (96, 64)).save(tmp_path / "images" / "3.jpg")
+    with pytest.raises(ValueError, match=r"3.jpg and 3.png would have one label"):
+        load_dataset("folder", str(tmp_path))
+
+
+def test_sixteen_bits_of_grey_are_no_white(tmp_path):
+    """PIL's own conversion makes white of all that is above 255."""
+    grey = np.arange(64 * 1024, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    read = read_image(tmp_path / "a.png")
+    assert read.shape == (256, 256, 3) and (read[..., 0] == np.round(grey / 257)).all()
+    assert (read == read[..., :1]).all()
+    with pytest.raises(ValueError, match="32 bits"):
+        as_rgb(Image.fromarray(np.float32([[0.5]])))
 
 
 def test_images_in_linked_folders_are_found(tmp_path):

@@ -1,5 +1,6 @@
 """What the page of features shows: files, colours and similarities against closed forms."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTModel
+from transformers import SegformerImageProcessor, ViTConfig, ViTModel
 
+from evaluation import explore_features
 from evaluation.encoders import build
 from evaluation.explore_features import (
     MAX_PIXELS,
@@ -28,7 +30,9 @@ from evaluation.explore_features import (
     read_clip,
     similarity,
 )
-from training import video_files
+from evaluation.explore_views import Readout
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
+from training import video_files, video_sources
 
 
 def write_video(path: Path, frames, rate: int = 10, **options) -> None:
@@ -112,6 +116,12 @@ def test_frames_beyond_the_limit_are_not_decoded(tmp_path):
         read_clip(str(tmp_path / "large.mp4"), 0, 0.5, 1, 512)
 
 
+def test_the_page_offers_what_a_run_reads():
+    assert (
+        explore_features.VIDEOS == video_sources.EXTENSIONS and explore_features.CONTAINERS == video_files.CONTAINERS
+    )
+
+
 def test_media_of_a_folder(tmp_path, video):
     for name in ("b.png", "a/c.JPG"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -169,6 +179,20 @@ def test_cells_of_pictures_off_the_patch_cover_the_picture(tmp_path):
     assert best_match(torch.eye(5)[:3], features.size)[1] == (7.0, pytest.approx(20 / 3))
     heat = heat_picture(grey(0, (40, 70)), torch.eye(5)[:3], 0.0)
     assert heat.shape == (40, 70, 3) and heat[8, 8].sum() > heat[8, 40].sum()
+
+
+@pytest.mark.parametrize("blocks, beside", [(1, None), (0, "whole image"), (0, "sliding window of 64")])
+def test_a_readout_of_a_vit_is_read_as_it_was_measured(tmp_path, blocks, beside):
+    """Whole where PooDLe pretrained it on its crops, by windows where another's table of positions has one size."""
+    torch.manual_seed(0)
+    vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
+    config = PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=blocks, num_labels=3)
+    PoodleForSemanticSegmentation(config).save_pretrained(tmp_path / "readout")
+    SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path / "readout")
+    if beside is not None:
+        (tmp_path / "evaluation.json").write_text(json.dumps({"inference": beside}))
+    encoder = Readout(str(tmp_path / "readout"), torch.device("cpu")).encoder
+    assert encoder.inference.startswith(beside or "whole image")
 
 
 def test_principal_components_are_those_of_the_exact_decomposition():

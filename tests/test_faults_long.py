@@ -167,6 +167,7 @@ import sys
 from modeling_poodle.recipe_files import run_script
 from training import pretrain, video_stream
 video_stream.OPENINGS_PER_SPAN = 24
+video_stream.OPENINGS_PER_LANE = 1
 run_script(lambda: pretrain.main(sys.argv[1:]))
 """
 

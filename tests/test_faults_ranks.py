@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file
 from small_runs import assert_goes_on_exactly, flags, metrics, names, opened, train, without_timings
 
-from training.checkpoint_files import damage, list_checkpoints
+from training.checkpoint_files import damage, finish, list_checkpoints
 
 # What a rank does at its own time, and what it was told.
 SCRIPT = """
@@ -130,11 +131,19 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     assert 3 <= stopped <= 5 and names(run) == [f"step-{step}" for step in sorted({3, stopped})]
     assert [line["step"] for line in metrics(run)] == list(range(2, stopped + 1, 2))
     checkpoint = run / "checkpoints" / "step-3"
+    # One that lacks the files of a rank is none, though its checksums are those of what is there.
+    partial = tmp_path / "partial"
+    shutil.copytree(checkpoint, partial / "step-3")
+    for path in (*(partial / "step-3").glob("rank-1.*"), partial / "step-3" / "SHA256SUMS"):
+        path.unlink()
+    finish(partial / "step-3", partial / "sealed")
+    assert damage(partial / "sealed") == "it is of 2 processes, and has no rank-1.json"
     assert damage(checkpoint) is None and damage(run / "checkpoints" / names(run)[-1]) is None
     before, third = metrics(run)[:1], ("--resume_from_checkpoint", str(checkpoint))
     AcceleratorState._reset_state(True)
     with pytest.raises(
-        ValueError, match=r"run on 2 processes, this one has 1: .*--num_processes 2\), or .*inexact true"
+        ValueError,
+        match=r"run on 2 processes, this one has 1: .*\(torchrun --standalone --nproc_per_node 2\), or .*inexact true",
     ):
         train(video, run, *third, *workers, "--per_device_train_batch_size", "1", steps=7)
     AcceleratorState._reset_state(True)

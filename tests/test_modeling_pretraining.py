@@ -284,6 +284,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(**inputs()).loss.backward()
     for a, b in zip(plain.student.parameters(), saving.student.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+    # A block is computed twice, and its BatchNorms' statistics move once.
+    moved = dict(saving.named_buffers())
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(moved[name], buffer, msg=name)
+    assert all(m.momentum == 0.1 for m in saving.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -1,6 +1,7 @@
 """The training loop in this process: recipe fields, baselines, other encoders, trackers, and ranks."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,12 +56,25 @@ def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, mon
     assert len(losses) == 2 and line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
+def test_a_warm_up_longer_than_the_run_and_the_network_are_told(drives, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(drives, tmp_path / "run", "--warmup_steps", "8", "--learning_rate", "1e-3", steps=2)
+    told = "the learning rate rises over warmup_steps = 8, of which the run has 2: it ends at 2.5e-04 instead of learning_rate = 1.0e-03"
+    assert told in caplog.messages
+    assert any(
+        re.match(r"resnet encoder and heads of 0\.\d million parameters, 2 steps of", m) for m in caplog.messages
+    )
+    AcceleratorState._reset_state(True)
+    caplog.clear()
+    train(drives, tmp_path / "other", "--warmup_steps", "2", steps=2)
+    assert "warmup_steps" not in caplog.text
+
+
 def test_gradient_checkpointing_changes_no_figure(drives, tmp_path):
     plain = train(drives, tmp_path / "plain")
     AcceleratorState._reset_state(True)
     saving = train(drives, tmp_path / "saving", "--gradient_checkpointing", "true")
     for ours, theirs in zip(saving, plain):
-        # BatchNorm sees a recomputed block twice, which moves its running statistics but nothing that is trained.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
@@ -286,6 +300,7 @@ def test_a_video_that_cannot_be_used_is_counted_once_and_named_at_the_end(drives
 def test_a_skipped_video_is_named_once_by_workers_of_many_spans(drives, tmp_path, caplog, monkeypatch):
     spans, original = [], PairLoader._make_loader
     monkeypatch.setattr(video_stream, "OPENINGS_PER_SPAN", 4)
+    monkeypatch.setattr(video_stream, "OPENINGS_PER_LANE", 1)
     monkeypatch.setattr(PairLoader, "_make_loader", lambda self: spans.append(self.span) or original(self))
     folder, output_dir = tmp_path / "videos", tmp_path / "run"
     shutil.copytree(drives, folder)

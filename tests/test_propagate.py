@@ -24,6 +24,7 @@ from evaluation.propagate import (
     full_range,
     grid_features,
     main,
+    measure,
     measure_sequence,
     parse_propagation,
     propagate,
@@ -403,6 +404,23 @@ def test_script_on_the_street(tmp_path, encoder):
         again = main([*alone, "--features", "stage1", "--output_dir", str(tmp_path / "alone")])
         assert again[0]["sequences"] == found[0]["sequences"]
     assert json.loads((tmp_path / "alone/evaluation.json").read_text())["model"] == str(encoder)
+
+
+def test_what_was_measured_is_kept_though_the_next_model_fails(tmp_path, encoder, monkeypatch):
+    original, calls = measure, []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr("evaluation.propagate.measure", fail_at_the_second)
+    flags = ["--max_sequences", "1", "--data_dir", str(tmp_path / "street"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--model", str(encoder), "--model", f"random:{encoder}", *flags])
+    (found,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
+    assert found["model"] == str(encoder) and 0 < found["j_and_f"] < 1
 
 
 def test_script_ends_with_a_sentence(tmp_path, encoder, as_script):

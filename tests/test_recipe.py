@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -48,6 +49,29 @@ def test_the_encoder_to_start_from_goes_before_that_of_a_recipe_file(config):
     assert recipe.model == {name: value for name, value in plain.model.items() if name != "backbone_config"}
     given = ["--model", '{"backbone_config": {"model_type": "resnet"}}']
     assert "backbone_config" in parse_recipe([*config, "--init_encoder", "converted/encoder", *given]).model
+
+
+def test_fields_of_the_model_that_are_given_leave_the_others_of_the_recipe():
+    """All others at PoodleConfig's own values would be a ResNet-50 with wide heads, and nothing would say so."""
+    plain = parse_recipe([]).model
+    changed = parse_recipe(["--model", '{"projection_size": 32}']).model
+    assert changed == {**plain, "projection_size": 32} and plain["projection_size"] != 32
+    deep = {"model_type": "resnet", "depths": [3, 4, 6, 3]}
+    assert parse_recipe(["--model", json.dumps({"backbone_config": deep})]).model == {**plain, "backbone_config": deep}
+    with pytest.raises(ValueError, match="model must be a JSON mapping of PoodleConfig's fields, got '{'"):
+        parse_recipe(["--model", "{"])
+    with pytest.raises(ValueError, match=r"transformers has no model_type 'resnt' \(did you mean 'resnet'\?\)$"):
+        parse_recipe(["--model", '{"backbone_config": {"model_type": "resnt"}}'])
+
+
+def test_what_argparse_refuses_and_what_yaml_forgives_are_sentences(tmp_path):
+    with pytest.raises(
+        ValueError, match="^command line: argument --crop_size/--crop-size: invalid int value: '64x128'$"
+    ):
+        parse_recipe(["--crop_size", "64x128"])
+    (tmp_path / "twice.yaml").write_text("max_steps: 5\nseed: 1\nmax_steps: 7\n")
+    with pytest.raises(ValueError, match="twice.yaml is not valid YAML: 'max_steps' stands there twice"):
+        parse_recipe(["--config", str(tmp_path / "twice.yaml")])
 
 
 def test_the_crop_fits_the_encoder_that_a_run_starts_from():

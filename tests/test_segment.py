@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
 from forks import in_child, wait_for
 from labelled_shapes import RESNET, squares
@@ -34,7 +35,7 @@ from transformers import (
 from evaluation import data as data_module
 from evaluation.data import load_dataset
 from evaluation.encoders import Encoder
-from evaluation.outputs import check_output_dir
+from evaluation.outputs import check_output_dir, make_accelerator
 from evaluation.propagate import PropagationRecipe
 from evaluation.readouts import LinearReadout, UperNetReadout
 from evaluation.recipe import parse_recipe
@@ -108,6 +109,22 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()
     capsys.readouterr()
+    # A job that always resumes finds what is finished, and does nothing.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
+    (fourth,) = main(flags(shapes, tmp_path / "c", poodle, **options, resume_from_checkpoint="latest"))
+    assert fourth == json.loads(json.dumps(third)) and len(starts) == 1
+    assert "holds this evaluation, finished: evaluation.json, report.html, readout/" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
+
+
+def test_accelerates_own_settings_do_not_change_the_arithmetic(monkeypatch):
+    """`accelerate config` may have asked for bf16: a fit in it would give other figures, and say nothing of it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    try:
+        assert make_accelerator().mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_is_right(shapes, poodle, tmp_path):

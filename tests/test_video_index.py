@@ -4,6 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from fuzzed_videos import FAST, RATE, Kind, write_clip
 from test_mov_tables import pairs_of
 
@@ -40,3 +41,23 @@ def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monke
     check_videos([str(path)], PairSampling((40, 56), frame_gap_seconds=(0.3, 0.6)))
     assert in_turn == alone == [pairs_of(path, epoch) for epoch in range(12)]
     assert {len(pairs) for pairs in alone} == {1, 3}  # left out, and read
+
+
+def test_an_flv_whose_video_begins_later_than_zero_is_read(tmp_path):
+    """As FFmpeg writes those with sound. It seeks to no time before the first keyframe of an FLV of Sorenson video."""
+    path = tmp_path / "late.flv"
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("flv", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 12
+        sound = writer.add_stream("pcm_s16le", rate=44100)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.int16), format="s16", layout="mono")
+        samples.sample_rate, samples.pts = 44100, 0
+        writer.mux(sound.encode(samples))
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 1 + number, Fraction(1, 25)
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode(None))
+    index = read_index(str(path))
+    assert len(index.pts) == 30 and index.pts[0] > 0 and (index.width, index.height) == (64, 48)
+    assert len(pairs_of(path, 0)) == 3

@@ -210,6 +210,17 @@ def test_the_pairs_of_a_batch_come_from_different_videos(videos):
     )  # both pairs of an opening, then the next
 
 
+def test_a_span_grows_with_the_workers(videos):
+    """At its end workers are forked anew and nothing is read ahead: with 64 of them 2,048 openings would be 32 of each."""
+    few, many = PairLoader(videos, SAMPLING, 4, 2), PairLoader(videos, SAMPLING, 4, 8, world_size=8)
+    assert len(few.openings(0)) == 2048 and len(many.openings(0)) >= 64 * 512
+    state = {**many.state_dict(), "openings": 2048}
+    with pytest.raises(
+        ValueError, match="the run is one of an earlier version, whose workers were given other shares"
+    ):
+        many.load_state_dict(state)
+
+
 def test_another_stream_is_not_resumed(videos):
     state = PairLoader(videos, SAMPLING, 4, 2).state_dict()
     with pytest.raises(ValueError, match="dataloader_num_workers was 2, now 1"):
@@ -248,7 +259,7 @@ def test_audio_only_is_named(tmp_path):
         index_video(str(tmp_path / "sound.mp4"))
 
 
-def test_sources(tmp_path, videos):
+def test_sources(tmp_path, videos, caplog):
     folder = str(tmp_path.parent / videos[0]).rsplit("/", 1)[0]
     assert find_videos([folder]) == sorted(videos) == find_videos([folder + "/*.mp4", videos[0]])
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
@@ -275,6 +286,12 @@ def test_sources(tmp_path, videos):
         ValueError, match=r"(?s)in some sources; tried\n  .*shard.tar: 2 videos\n  .*nowhere: no such file"
     ):
         find_videos([str(tmp_path / "shard.tar"), str(tmp_path / "nowhere")])
+    # A compressed tar can only be read from its beginning.
+    (tmp_path / "shard.tar").rename(tmp_path / "drives" / "shard.tar.gz")
+    with pytest.raises(ValueError, match=r"shard.tar.gz: a compressed tar, .*: decompress it, to .tar"):
+        find_videos([str(tmp_path / "drives" / "shard.tar.gz")])
+    assert len(find_videos([str(tmp_path / "drives")])) == len(videos)
+    assert "1 compressed tars are left out, the first is" in caplog.text
 
 
 def test_a_pattern_of_remote_tars_is_opened_as_a_local_one(tmp_path, videos):

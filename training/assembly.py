@@ -15,6 +15,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, not_of_maps
+from training.batch_norm import for_compilation
 from training.recipe import Recipe, RunRecipe
 
 logger = logging.getLogger("poodle")
@@ -29,13 +30,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         raise ValueError(
             f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
         )
-    # Encoders other than ResNet can have parameters without use here (a ViT's mask token).
-    plain = not isinstance(recipe, Recipe) or (
-        recipe.init_encoder is None and recipe.poodle_config().backbone_config.model_type == "resnet"
-    )
-    ddp = DistributedDataParallelKwargs(
-        broadcast_buffers=False, find_unused_parameters=not plain, gradient_as_bucket_view=True
-    )
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
         cpu=not torch.accelerator.is_available(),
@@ -45,6 +40,9 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         # A process that is gone or stands still ends the run of the others, not their patience.
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
+    accelerator.gradient_accumulation_steps = (
+        1  # the environment may have another: the loop divides, and would be divided again
+    )
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     else:
@@ -52,6 +50,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         # take seven times as long by the data sheets (67 and 494 TFLOP/s), and they are more than half of a step.
         torch.set_float32_matmul_precision("high")
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
     for name in ("httpx", "httpx2"):  # the Hub client's, by its version
         logging.getLogger(name).setLevel(logging.WARNING)
     if recipe.bf16 and accelerator.device.type == "cpu" and not computes_in_bfloat16():
@@ -64,7 +63,9 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         logger.warning("bf16: this GPU does not compute it, and emulates it slowly; give --bf16 false")
-    warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
+    # Of what Accelerate and torchdata call torch has deprecated some.
+    warnings.filterwarnings("ignore", message=".*set_vital.*")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     transformers.utils.logging.disable_progress_bar()
     set_seed(recipe.seed)  # the same weights on every rank
     return accelerator
@@ -95,13 +96,20 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     if recipe.gradient_checkpointing:
         model.student.checkpoint_gradients()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = synchronise_batch_norm(model)
+        model = synchronise_batch_norm(model, recipe.torch_compile)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """`model` with BatchNorm over all processes. timm's has the activation within, which PyTorch's conversion would leave out."""
+def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:
+    """
+    `model` with BatchNorm over all processes. timm's has the activation within, which PyTorch's conversion would leave out.
+
+    Args:
+        compiled: with operations that torch.compile takes into one graph (training/batch_norm.py). Without it PyTorch's kernels are the better.
+    """
+    if compiled:
+        model = for_compilation(model)
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         from timm.layers import convert_sync_batchnorm
 
@@ -121,6 +129,10 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     `model` as Accelerate distributes it, without its copy of all outputs in float32: in a step of bfloat16 that of the dense features is 128 MiB
     a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and its callers enter autocast themselves.
     """
+    if accelerator.ddp_handler is not None:
+        # Encoders other than ResNet can have parameters without use here (a ViT's mask token). To look for them costs a walk through the graph.
+        encoder = getattr(getattr(model, "config", None), "backbone_config", None)
+        accelerator.ddp_handler.find_unused_parameters = encoder is not None and encoder.model_type != "resnet"
     wrapped = accelerator.prepare_model(model)
     # In place: what is within `wrapped` loses it too.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)

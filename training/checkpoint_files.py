@@ -75,6 +75,11 @@ def finish(partial: Path, final: Path) -> None:
     sweep(final.parent)
 
 
+def rank_files(ranks: int) -> list[str]:
+    """The files that each of a run's processes writes."""
+    return [f"rank-{rank}.{ending}" for rank in range(ranks) for ending in ("json", "safetensors")]
+
+
 def damage(checkpoint: Path) -> str | None:
     """
     What is wrong with a checkpoint's files: one is missing, or its bytes are not those that were written. `None`: nothing.
@@ -102,7 +107,12 @@ def damage(checkpoint: Path) -> str | None:
         return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
     except ValueError:
         return f"{CHECKSUMS} is not a list of checksums"
-    return None
+    try:
+        ranks = read_state(checkpoint)["num_processes"]
+    except ValueError:
+        return None  # whole, and none: said by whoever reads it
+    missing = [name for name in rank_files(min(ranks, len(found) + 1)) if name not in expected]
+    return f"it is of {ranks} processes, and has no {missing[0]}" if missing else None
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -1,6 +1,7 @@
 """Checkpoints of a run, and the two folders that others load. safetensors and JSON only, no pickle."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from training.checkpoint_files import (
     damage,
     finish,
     list_checkpoints,
+    rank_files,
     read_fields,
     read_state,
     rotate,
@@ -75,6 +77,15 @@ def save_checkpoint(
         state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
         state["hardware"] = hardware(accelerator.num_processes)
         write_text(partial / "state.json", json.dumps(state))
+        for name in rank_files(
+            accelerator.num_processes
+        ):  # of several machines: the folder may not be one that they share
+            if not (partial / name).is_file():
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    "another process has written it, and it is not seen here: do all share the folder?",
+                    name,
+                )
         finish(partial, final)
         if not keep_all:
             rotate(recipe.output_dir, step, recipe.save_total_limit)

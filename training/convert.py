@@ -80,6 +80,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if (
+            begins not in (b"PK", b"\x80\x02") and found is None
+        ):  # a zip, as torch writes since 1.6, or a pickle, as before
+            raise ValueError(
+                f"{path} is no checkpoint: torch wrote neither its first bytes nor anything like them"
+            ) from None
         what = f" ({found.group(1)})" if found else ""
         raise ValueError(
             f"{path} holds more than tensors{what}, and opening it could run code: where you trust its source, open it yourself and "

@@ -287,7 +287,11 @@ class UnFlow(nn.Module):
         stride = self.model.config.stride
         padding = (0, -width % stride, 0, -height % stride)
         images = F.pad(frames.flatten(0, 1).float() / 255, padding, mode="replicate").unflatten(0, (-1, 2))
-        return self.model(images).flow[..., :height, :width].contiguous()
+        # As RAFT: bfloat16 is too coarse for flow (0.15 px on average at 512x1024, float16 0.03).
+        kind = frames.device.type
+        with torch.autocast(kind, dtype=torch.float16, enabled=torch.is_autocast_enabled(kind)):
+            flow = self.model(images).flow
+        return flow[..., :height, :width].float().contiguous()
 
 
 def build_flow(

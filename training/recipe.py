@@ -79,7 +79,8 @@ class RunRecipe(CheckedRecipe):
 
     # Model
     model: dict[str, Any] | str = described(
-        {}, "Fields of the model's config, as a mapping (JSON on the command line)."
+        {},
+        "Fields of the model's config, as a mapping (JSON on the command line, which changes these fields of the recipe and leaves the others).",
     )
 
     # Optimisation
@@ -331,13 +332,26 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
     try:
         of_file, given = read_command_line(kind, arguments, about, folder, default_config, json_fields=("model",))
         values = {**of_file, **given}
+        own = of_file.get("model") or {}
+        if given.get("init_encoder") is not None:  # the flag's encoder, not that of the file
+            own = {name: value for name, value in own.items() if name != "backbone_config"}
+        values["model"] = _changed(own, given.get("model"))
         if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
             values["max_steps"] = -1
-        if given.get("init_encoder") is not None and "model" not in given:  # the flag's encoder, not that of the file
-            values["model"] = {name: v for name, v in (values.get("model") or {}).items() if name != "backbone_config"}
         return kind(**values)
     except ValueError as error:  # which shows the value that came, and YAML's errors what stands around it
         raise ValueError(without_secrets(str(error))) from None
+
+
+def _changed(own: dict, given: str | None) -> dict | str:
+    """The fields of a file's `model` with those of the flag in their place; a `backbone_config` is replaced as a whole."""
+    if given is None:
+        return own
+    try:
+        fields = json.loads(given)
+    except (ValueError, RecursionError):
+        return given  # the recipe says what is wrong with it
+    return {**own, **fields} if isinstance(fields, dict) else given
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:

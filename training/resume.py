@@ -159,13 +159,20 @@ _INEXACT = (
 )
 
 
+def launched_with(accelerator: Accelerator, processes: int) -> str:
+    """How a script is launched on so many processes: on CPUs `accelerate launch` starts one, whatever it is told."""
+    if accelerator.device.type == "cpu" and processes > 1:
+        return f"torchrun --standalone --nproc_per_node {processes}"
+    return f"accelerate launch --num_processes {processes}"
+
+
 def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     was, now = state["num_processes"], accelerator.num_processes
     if was != now and not recipe.resume_inexact:
         raise ValueError(
             f"{checkpoint} is of a run on {was} processes, this one has {now}: resume with as many "
-            f"(accelerate launch --num_processes {was}), or {_INEXACT}"
+            f"({launched_with(accelerator, was)}), or {_INEXACT}"
         )
     pairs = recipe.pairs_per_process * now
     if pairs != state["pairs_per_step"]:

@@ -120,8 +120,17 @@ class Run(ABC):
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
             self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
+        if 1 <= self.recipe.warmup_steps > self.max_steps:
+            logger.warning(
+                "the learning rate rises over warmup_steps = %d, of which the run has %d: it ends at %.1e instead of learning_rate = %.1e",
+                *(self.recipe.warmup_steps, self.max_steps),
+                *(self.recipe.learning_rate * self.max_steps / self.recipe.warmup_steps, self.recipe.learning_rate),
+            )
+        encoder = getattr(self.model.config, "backbone_config", None)
         logger.info(
-            "%d steps of %d pairs on %d process(es), %s; %d videos",
+            "%s of %.1f million parameters, %d steps of %d pairs on %d process(es), %s; %d videos",
+            type(self.model).__name__ if encoder is None else f"{encoder.model_type} encoder and heads",
+            sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad) / 1e6,
             self.max_steps,
             self.recipe.pairs_per_process * self.accelerator.num_processes,
             self.accelerator.num_processes,

@@ -261,7 +261,8 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         _check_count(len(pts))
     if not pts:
         raise UnreadableVideo("has no frames with time stamps")
-    container.seek(0)
+    # To its first keyframe: to 0, before it, FFmpeg does not seek in an FLV whose video begins later than its sound.
+    container.seek(min(keyframes.values(), default=0), stream=stream)
     return array("q", sorted(pts)), dict(sorted(keyframes.items()))
 
 

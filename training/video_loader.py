@@ -1,5 +1,6 @@
 """From a recipe's videos to its loader: sources expanded and looked at, the same on all ranks."""
 
+import logging
 import shutil
 import zlib
 from pathlib import Path
@@ -16,6 +17,8 @@ from training.street_cameras import CAMERAS, street_camera
 from training.video_checks import check_videos
 from training.video_sources import merged, videos_by_source
 from training.video_stream import PairLoader, PairSampling
+
+logger = logging.getLogger("poodle")
 
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
@@ -42,7 +45,12 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
                     shutil.copyfile(origin, pins)
             found = videos_by_source(others, pins)
             by_source, paths = {**by_source, **found}, paths + merged(found)
-        check_videos(paths, PairSampling.of(recipe), by_source)
+        skipped = check_videos(paths, PairSampling.of(recipe), by_source)
+        if skipped:
+            shown = "".join(f"\n  {reason}" for reason in skipped[:10])
+            logger.warning(
+                "%d of the videos looked at first cannot be used and will be skipped:%s", len(skipped), shown
+            )
         if getattr(recipe, "flow", None) == "exact":
             check_sidecars(paths)
         return paths

@@ -36,6 +36,7 @@ EXTENSIONS = (
     ".3gp",
     ".ogv",
 )
+COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
@@ -104,6 +105,8 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         inside = [str(p) for p in files_below(path) if p.is_file() and not p.name.startswith(".")]
         return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"
     if path.is_file():
+        if path.name.lower().endswith(COMPRESSED_TARS):
+            return [], "a compressed tar, of which no part can be read alone: decompress it, to .tar"
         return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")
     matches = [p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
     if glob.has_magic(source):
@@ -112,6 +115,13 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _videos_among(names: Sequence[str]) -> list[str]:
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED_TARS)]
+    if compressed:
+        logger.warning(
+            "%d compressed tars are left out, the first is %s: decompress them, to .tar",
+            len(compressed),
+            printable(public_url(compressed[0])),
+        )
     return [n for n in names if _is_video(n)] + [m for n in names if n.endswith(".tar") for m in _tar_members(n)]
 
 

@@ -28,7 +28,10 @@ from training.video_decoding import Cut, decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 
-OPENINGS_PER_SPAN = 2048
+OPENINGS_PER_SPAN = 2048  # at least
+OPENINGS_PER_LANE = (
+    512  # of a span: at its end workers are forked anew, and each decodes a group before its first batch
+)
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
 
 
@@ -265,7 +268,9 @@ class PairLoader:
         # So many videos take turns that a batch has no two pairs of one opening, as far as memory goes.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
         # A multiple of the lanes, or `datasets` would let every rank read everything; enough pairs for a batch in each lane.
-        wanted = max(OPENINGS_PER_SPAN, lanes * -(-2 * batch_size // pairs), len(self.paths))
+        wanted = max(
+            OPENINGS_PER_SPAN, OPENINGS_PER_LANE * lanes, lanes * -(-2 * batch_size // pairs), len(self.paths)
+        )
         self._openings_per_span = -(-wanted // (lanes * self._group)) * lanes * self._group
 
     @property
@@ -379,6 +384,11 @@ class PairLoader:
                 return
             shown = "first_path" if name == "paths" else name
             raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
+        if state["openings"] != (state["span"] + 1) * self._openings_per_span:
+            raise ValueError(
+                "cannot resume the stream exactly: the run is one of an earlier version, whose workers were given other shares; go on with "
+                "--resume_inexact true"
+            )
         self.span, self._restored = state["span"], state["loader"]
 
     def close(self) -> None:

@@ -1,0 +1,73 @@
+"""BatchNorm over processes, for torch.compile."""
+
+import os
+import subprocess
+import sys
+
+from conftest import REPOSITORY
+
+TWO_PROCESSES = """
+import copy, torch, torch.distributed as dist
+from torch import nn
+from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from test_modeling_pretraining import config, inputs
+from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+# Alone, over the batches of both.
+torch.manual_seed(0)
+for momentum, level in ((0.1, 0.0), (None, 300.0)):
+    alone = nn.BatchNorm2d(5, momentum=momentum)
+    nn.init.normal_(alone.weight), nn.init.normal_(alone.bias), nn.init.constant_(alone.running_mean, level)
+    shared = for_compilation(nn.Sequential(copy.deepcopy(alone)))
+    assert type(shared[0]) is EqualSyncBatchNorm2d
+    for step in range(2):
+        whole = (level + torch.randn(4, 5, 6, 7)).requires_grad_()
+        weight = torch.randn(4, 5, 6, 7)
+        mine = whole.detach()[2 * rank : 2 * rank + 2].requires_grad_()
+        alone.zero_grad(), shared.zero_grad()
+        expected, found = alone(whole), shared(mine)
+        (expected * weight).sum().backward()
+        (found * weight[2 * rank : 2 * rank + 2]).sum().backward()
+        close = dict(rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected[2 * rank : 2 * rank + 2], **close)
+        torch.testing.assert_close(mine.grad, whole.grad[2 * rank : 2 * rank + 2], **close)
+        for parameter, twin in zip(shared.parameters(), alone.parameters()):
+            total = parameter.grad.clone()
+            dist.all_reduce(total)
+            torch.testing.assert_close(total, twin.grad, rtol=1e-3, atol=1e-3)
+        for buffer, twin in zip(shared.buffers(), alone.buffers()):
+            torch.testing.assert_close(buffer, twin, rtol=1e-4, atol=1e-4)
+    assert shared(mine.bfloat16()).dtype == torch.bfloat16
+    shared[0].load_state_dict(alone.state_dict())
+    torch.testing.assert_close(shared.eval()(mine), alone.eval()(mine), **close)
+
+# The whole of a step in one graph, whose loss is that of eager; without the sums over both, another.
+torch.manual_seed(0)
+model = PoodleForPreTraining(config()).train()
+batch = inputs(seed=rank)
+own = copy.deepcopy(model)(**batch).loss.item()
+for_compilation(model)
+eager = copy.deepcopy(model)(**batch).loss
+torch._dynamo.reset()
+graphs = []
+compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False)
+losses = [compiled(**batch).loss for _ in range(2)]
+losses[1].backward()
+assert len(graphs) == 1, len(graphs)
+assert abs(eager.item() - own) > 1e-4
+assert abs(losses[0].item() - eager.item()) < 1e-4
+print(f"rank {rank} fine", flush=True)
+"""
+
+
+def test_it_is_batch_norm_over_the_batches_of_all_and_compiles_to_one_graph(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 fine" in done.stdout and "rank 1 fine" in done.stdout
