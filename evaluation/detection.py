@@ -21,8 +21,8 @@ from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
 from modeling_poodle.configuration_poodle import check_config
+from modeling_poodle.encoder_poodle import refuse_giant
 from modeling_poodle.loading_poodle import not_of_maps
-from modeling_poodle.modeling_poodle import refuse_giant
 
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
 # it for others (Lin et al. 2017, arXiv 1612.03144, section 4).

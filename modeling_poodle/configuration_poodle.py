@@ -134,6 +134,11 @@ class ChecksOverrides:
         Raises:
             ValueError: as of the config; also for a misspelt field.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"this is the config of a {kind!r} network, no {cls.__name__}: load it by AutoBackbone or AutoModel, or give it as a backbone_config"
+            )
         # transformers sets what is given on the finished config, past its checks.
         values, own = dict(config_dict), {field.name for field in dataclasses.fields(cls)}
         own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -152,8 +157,10 @@ class ChecksOverrides:
         return super().from_dict(values | given, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        # Of what is saved anew, or of a network of which this is a part, it would name code that is not there.
-        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
+        # Of what is saved anew, or of a network of which this is a part, it would name code that is not there; unless transformers has just copied
+        # the code of a class that came from elsewhere.
+        values = super().to_dict()
+        return values if self._auto_class is not None else {k: v for k, v in values.items() if k != "auto_map"}
 
 
 class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
@@ -195,6 +202,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "poodle"
+    sub_configs = {"backbone_config": AutoConfig}
 
     backbone_config: dict | PreTrainedConfig | None = None
     output_stride: int | None = None

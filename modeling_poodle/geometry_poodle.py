@@ -168,7 +168,7 @@ def resize_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
         low, high: (...) edges, pixels.
 
     Returns:
-        (..., size, length), each row of which sums to 1.
+        (..., size, length), each row of which sums to 1; or is 0, where its cell lies outside the row or the interval is empty.
     """
     steps = torch.arange(size, device=low.device, dtype=low.dtype) + 0.5
     pixels = torch.arange(length, device=low.device, dtype=low.dtype) + 0.5
@@ -178,7 +178,7 @@ def resize_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
     # Only pixels that the interval touches: nothing bleeds in from beside the box.
     touched = (pixels > low[..., None] - 0.5) & (pixels < high[..., None] + 0.5)
     weights = weights * touched[..., None, :]
-    return weights / weights.sum(dim=-1, keepdim=True)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
 def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) -> Tensor:

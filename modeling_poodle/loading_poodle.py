@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmBackbone, TimmBackboneConfig
 
 from .configuration_poodle import PLAIN_VITS, check_config
-from .modeling_poodle import auto_class, refuse_giant
+from .encoder_poodle import auto_class, refuse_giant
 
 
 def read_config(name: str) -> PreTrainedConfig:

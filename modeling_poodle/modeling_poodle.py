@@ -1,14 +1,11 @@
 """PooDLe: encoder with spatial decoder module (SDM), as a model, as a backbone and with a readout."""
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -16,8 +13,10 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     SemanticSegmenterOutput,
 )
+from transformers.utils import ModelOutput
 
-from .configuration_poodle import PLAIN_VITS, PoodleConfig
+from .configuration_poodle import PoodleConfig
+from .encoder_poodle import Checkpointed, build_encoder, recomputed
 
 # PyTorch's CUDA kernel for channels_last maps writes so many numbers at most, and refuses more.
 MOST_NUMBERS = 2**31 - 2
@@ -133,20 +132,38 @@ class PoodlePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    # Of the mean over a batch's labels no part is left to be divided by Trainer's count of all: it would take `**kwargs` for a promise to do so,
+    # and with accumulated gradients leave out its own division.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["PoodleDecoderBlock"]
+    # What of these the encoder supports it says itself; there is no attention elsewhere.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     @classmethod
-    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
         Raises:
-            ValueError: a checkpoint of [`PoodleForPreTraining`], none of whose names this class has: all weights would be random.
+            ValueError: a checkpoint of [`PoodleForPreTraining`], or for that class one of [`PoodleForSemanticSegmentation`], none of whose names the
+                class has: all weights would be random.
         """
+        name = str(pretrained_model_name_or_path)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        if any(key.startswith("teacher.") for key in info["unexpected_keys"]):
+        unexpected = info["unexpected_keys"]
+        if any(key.startswith("teacher.") for key in unexpected):
             raise ValueError(
                 f"{name} holds a PoodleForPreTraining, of student, teacher and heads; {cls.__name__} reads one network. Load the model/ "
-                f"of the run, or save PoodleForPreTraining.from_pretrained({str(name)!r}).teacher and load that"
+                f"of the run, or save PoodleForPreTraining.from_pretrained({name!r}).teacher and load that"
+            )
+        if any(key.startswith("poodle.") for key in unexpected):
+            raise ValueError(
+                f"{name} holds a PoodleForSemanticSegmentation; {cls.__name__} begins with its network alone: save PoodleModel.from_pretrained({name!r}) "
+                "and load that"
             )
         return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> None:
+        """None: images have none. Quantisation asks each model."""
+        return None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -156,99 +173,6 @@ class PoodlePreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
-
-
-class PlainVitEncoder(nn.Module):
-    """A plain ViT, which transformers does not have as a backbone, read like one: its layers are the stages."""
-
-    def __init__(self, config, stages: list[str]):
-        super().__init__()
-        self.config, self.out_features = config, stages
-        self.channels = [config.hidden_size] * len(stages)
-        self.vit = AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
-
-    def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        patch = self.config.patch_size
-        size = [side // patch for side in pixel_values.shape[-2:]]
-        # Positions are interpolated where the image is not of the size that the model was trained on.
-        hidden = self.vit(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-        maps = []
-        for name in self.out_features:
-            index = int(name.removeprefix("stage"))
-            tokens = hidden[index]
-            if index == self.config.num_hidden_layers:
-                tokens = self.vit.layernorm(tokens)
-            tokens = tokens[:, tokens.shape[1] - size[0] * size[1] :]  # class tokens come first
-            maps.append(tokens.transpose(1, 2).unflatten(2, size))
-        return BackboneOutput(feature_maps=tuple(maps))
-
-    def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the ViT itself, in its own architecture's format."""
-        state = self.state_dict() if state_dict is None else state_dict
-        self.vit.save_pretrained(folder, state_dict={key.removeprefix("vit."): value for key, value in state.items()})
-
-
-MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many
-WIDE = 1024  # a config without a number above it is not worth a look
-
-
-def auto_class(config: PreTrainedConfig) -> type:
-    """The Auto class that builds the encoder of `config`."""
-    return AutoModel if config.model_type in PLAIN_VITS else AutoBackbone
-
-
-def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> None:
-    """
-    Count the parameters of the network that `build()` makes of a config from elsewhere, without memory for them.
-
-    Raises:
-        ValueError: more than `MAX_PARAMETERS`.
-    """
-    if not any(int(number) > WIDE for number in re.findall(r"\b\d+\b", config.to_json_string(use_diff=False))):
-        return
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in build().parameters())
-    if count > MAX_PARAMETERS:
-        raise ValueError(
-            f"the config asks for a {config.model_type!r} network of {count:.3g} parameters; "
-            f"at most {MAX_PARAMETERS:.0e} are built"
-        )
-
-
-def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
-    """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
-    backbone_config = type(config.backbone_config).from_dict(config.backbone_config.to_dict())
-    # That of the whole model, not that in which the encoder's own checkpoint is stored.
-    backbone_config.dtype = torch.get_default_dtype()
-    auto = auto_class(backbone_config)
-    refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))
-    if backbone_config.model_type in PLAIN_VITS:
-        return PlainVitEncoder(backbone_config, stages)
-    if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
-        backbone_config.out_features = stages
-    encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
-    if config.output_stride is not None:
-        _dilate_resnet(encoder, config.output_stride)
-    return encoder
-
-
-def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
-    """Trade the stride of the late stages of a ResNet for dilation. The weights stay those of the plain network."""
-    stride, dilation = 4 * (2 if encoder.config.downsample_in_first_stage else 1), 1
-    for stage in encoder.encoder.stages[1:]:
-        stride *= 2
-        first_dilation = dilation
-        shrink = stride > output_stride
-        if shrink:
-            dilation, stride = dilation * 2, stride // 2
-        for index, layer in enumerate(stage.layers):
-            for conv in (module for module in layer.modules() if isinstance(module, nn.Conv2d)):
-                if shrink:
-                    conv.stride = (1, 1)
-                if conv.kernel_size == (3, 3):
-                    # torchvision's rule: a stage's first block still has the dilation of the stage before it.
-                    rate = first_dilation if index == 0 else dilation
-                    conv.dilation = conv.padding = (rate, rate)
 
 
 class PoodleModel(PoodlePreTrainedModel):
@@ -317,7 +241,7 @@ class PoodleModel(PoodlePreTrainedModel):
             pooler_output=self.pool(features),
             hidden_states=(*features.values(), *((dense,) if len(self.decoder) else ())) if keep else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return as_asked(self.config, return_dict, output)
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations block by block in the backward pass: less memory for about a third more time."""
@@ -333,60 +257,53 @@ class PoodleModel(PoodlePreTrainedModel):
                 f"gradient_checkpointing is not available for a {self.config.backbone_config.model_type!r} encoder"
             )
         for block in blocks:
-            block.forward = _Checkpointed(block)
-
-
-class _Checkpointed:
-    """Stands in for a block's `forward`. transformers' ResNet has no gradient checkpointing of its own."""
-
-    def __init__(self, block: nn.Module):
-        self.block, self.plain = block, block.forward
-
-    def __call__(self, hidden_state: Tensor) -> Tensor:
-        if self.block.training and torch.is_grad_enabled():
-            return recomputed(self.block, self.plain, hidden_state)
-        return self.plain(hidden_state)
-
-
-def recomputed(block: nn.Module, forward: Callable, *inputs: Tensor | None) -> Tensor:
-    """`forward(*inputs)` of a block, computed again in the backward pass, where its BatchNorms' statistics do not move a second time."""
-    if torch.compiler.is_compiling():  # which writes statistics once by itself
-        return checkpoint(forward, *inputs, use_reentrant=False)
-    return checkpoint(
-        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
-    )
-
-
-@contextmanager
-def _still_statistics(block: nn.Module) -> Iterator[None]:
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = (
-            0.0,
-            None,
-        )  # a share of 0 is taken of the batch's, and no batch counted
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+            block.forward = Checkpointed(block)
 
 
 class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     """`AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`."""
 
     has_attentions = False
-    base_model_prefix = ""
+    # PoodleModel's parts under its names, so that one checkpoint serves both.
+    encode, decode, encoder_stages = PoodleModel.encode, PoodleModel.decode, PoodleModel.encoder_stages
 
     def __init__(self, config: PoodleConfig):
         super().__init__(config)
         body = PoodleModel(config, stages=[name for name in config.out_features if name != "decoder"])
-        # The same parameter names as PoodleModel's, so that one checkpoint serves both.
-        self.encoder, self.decoder, self._body = body.encoder, body.decoder, (body,)
-        channels = dict(zip(body.encoder_stages, body.encoder.channels), decoder=body.num_features)
+        self.encoder, self.decoder, self.checkpoint_activations = body.encoder, body.decoder, False
+        channels = dict(zip(self.encoder_stages, body.encoder.channels), decoder=body.num_features)
+        if isinstance(self.encoder, BackboneMixin):  # which tells those of the stages that are not asked for too
+            channels = dict(zip(self.encoder.stage_names, self.encoder.num_features)) | channels
         self.num_features = [channels.get(name) for name in self.stage_names]
         self.post_init()
+
+    # As of any backbone, these choose among the stages also once it is built.
+    @property
+    def out_features(self) -> list[str]:
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str]) -> None:
+        self.config.out_features = names
+        self._choose_stages()
+
+    @property
+    def out_indices(self) -> list[int]:
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, indices: list[int]) -> None:
+        self.config.out_indices = indices
+        self._choose_stages()
+
+    def _choose_stages(self) -> None:
+        wanted = {*self.out_features, *self.config.decoder_inputs} - {"decoder"}
+        if self.config.backbone_config.model_type != "timm_backbone":
+            self.encoder.out_features = [name for name in self.stage_names if name in wanted]
+        elif missing := wanted - {*self.encoder_stages}:
+            raise ValueError(
+                f"timm fixes the stages of an encoder as it is built: {sorted(missing)[0]!r} is none of {self.encoder_stages}"
+            )
 
     def post_init(self) -> None:
         # Not BackboneMixin's, which has every layer below it record its output: the encoder's have that already, and recorded twice
@@ -396,18 +313,15 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
     ) -> BackboneOutput:
-        body = self._body[0]
-        # from_pretrained and .to() may replace these modules or their tensors; the body reads ours.
-        body.encoder, body.decoder = self.encoder, self.decoder
-        features = body.encode(pixel_values)
+        features = self.encode(pixel_values)
         if "decoder" in self.out_features:
-            features["decoder"] = body.decode(features)
+            features["decoder"] = self.decode(features)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BackboneOutput(
             feature_maps=tuple(features[name] for name in self.stage_names if name in self.out_features),
             hidden_states=tuple(features.values()) if keep else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return as_asked(self.config, return_dict, output)
 
 
 class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
@@ -430,20 +344,43 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """What the readout reads, (B, C, h, w)."""
-        maps = self.poodle.encode(pixel_values)
+        return self._read(self.poodle.encode(pixel_values))
+
+    def _read(self, maps: dict[str, Tensor]) -> Tensor:
         stage = self.config.readout_stage
         return self.poodle.decode(maps) if stage in (None, "decoder") else maps[stage]
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
     ) -> SemanticSegmenterOutput:
-        logits = self.classifier(self.features(pixel_values))
-        loss = None
-        if labels is not None:
-            full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(full, labels.long(), ignore_index=self.config.semantic_loss_ignore_index)
-        output = SemanticSegmenterOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        maps = self.poodle.encode(pixel_values)
+        logits = self.classifier(self._read(maps))
+        loss = None if labels is None else self._loss(logits, labels)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=tuple(maps.values()) if keep else None
+        )
+        return as_asked(self.config, return_dict, output)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        ignored = self.config.semantic_loss_ignore_index
+        if self.config.num_labels > 1:
+            return F.cross_entropy(full, labels.long(), ignore_index=ignored)
+        # One class against none, as transformers' SegFormer has it: labels are 0 and 1.
+        kept = (labels != ignored).float()
+        losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
+        return (losses * kept).sum() / kept.sum()
+
+
+def as_asked(config: PoodleConfig, return_dict: bool | None, output: ModelOutput) -> ModelOutput | tuple:
+    """`output`, or a tuple of what it holds, as the call asks, or else the config."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 __all__ = ["PoodleBackbone", "PoodleForSemanticSegmentation", "PoodleModel", "PoodlePreTrainedModel"]

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_poodle import PoodleConfig
 from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
-from .modeling_poodle import PoodleModel, PoodlePreTrainedModel
+from .modeling_poodle import PoodleModel, PoodlePreTrainedModel, as_asked
 from .objectives_poodle import dense_loss, pooled_loss
 
 logger = logging.get_logger(__name__)
@@ -152,6 +152,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         teacher_boxes: Tensor | None = None,
         teacher_box_frames: Tensor | None = None,
         subcrop_size: int = 192,
+        return_dict: bool | None = None,
     ) -> PoodleForPreTrainingOutput:
         """
         Args:
@@ -189,7 +190,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
                 pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
             )
             output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
-        return output
+        return as_asked(self.config, return_dict, output)
 
     def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
         """Views, encoder and SDM, dense heads, and the dense loss at matched points (arXiv 2408.11208, section 3)."""
@@ -248,7 +249,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             expected["student_views"] = expected["teacher_views"] = (b, 2, 2, 3)
         if self.config.pooled_weight > 0:
             boxes = _shape(others["student_boxes"])
-            k = "K" if boxes is None or len(boxes) != 4 else boxes[2]
+            k = "K" if boxes is None or len(boxes) != 4 or boxes[2] < 1 else boxes[2]
             expected["student_boxes"] = expected["teacher_boxes"] = (b, 2, k, 4)
             expected["teacher_box_frames"] = (b, 2, k)
         for name, size in expected.items():

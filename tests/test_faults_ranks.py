@@ -25,7 +25,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from modeling_poodle.recipe_files import run_script
-from training import pretrain, run
+from accelerate.utils import gather_object
+from training import pretrain, run, video_sources
 from training.ranks import on_all, on_main, same_on_all
 
 rank, told = int(os.environ["RANK"]), {}
@@ -79,6 +80,11 @@ def videos(*of_rank):
 (video,) = recipe.videos
 note("other videos", videos(os.path.dirname(video), video))
 note("no videos", videos(video, "/nowhere"))
+# Servers are asked by rank 0 alone.
+asked = []
+video_sources._expand_remote = lambda source: (asked.append(source), ([video], "a URL"))[1]
+note("remote videos", videos("https://example.org/a.mp4", "https://example.org/a.mp4"))
+note("asked", lambda: gather_object([len(asked)]))
 failing = dataclasses.replace(recipe, output_dir=recipe.output_dir + "-failing")
 model = pretrain.build_model(accelerator, failing)
 optimizer = pretrain.build_optimizer(accelerator, failing, model)
@@ -115,7 +121,9 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     )
     assert os.listdir(tmp_path / "run-failing" / "checkpoints") == ["step-1"]
     assert damage(tmp_path / "run-failing" / "checkpoints" / "step-1") is None
+    assert told[0].pop("remote videos") == repr([str(video)])
     assert told[0] == {
+        "asked": "[1, 0]",
         "main": "7",
         "main error": "ValueError: no such folder",
         "all error": "OSError: [Errno 28] No space left on device: 'x'",

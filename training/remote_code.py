@@ -7,7 +7,7 @@ from pathlib import Path
 _CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
 # By model type: the code that a folder holds, and its config's class.
 _CODE_FILES = {
-    "poodle": ("configuration_poodle.py", "modeling_poodle.py"),
+    "poodle": ("configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
     "poodle_flow": (
         "configuration_poodle.py",
         "configuration_poodle_flow.py",
@@ -16,13 +16,16 @@ _CODE_FILES = {
     ),
 }
 _CONFIGS = {"poodle": "configuration_poodle.PoodleConfig", "poodle_flow": "configuration_poodle_flow.PoodleFlowConfig"}
-# By architecture, what the Auto classes find. One checkpoint serves PoodleModel and PoodleBackbone.
-_AUTO_MAPS = {
-    "PoodleModel": {"AutoModel": "modeling_poodle.PoodleModel", "AutoBackbone": "modeling_poodle.PoodleBackbone"},
+# What the Auto classes find. One checkpoint serves the network, the backbone, and a readout that is to be fitted on it.
+_POODLE = {
+    "AutoModel": "modeling_poodle.PoodleModel",
+    "AutoBackbone": "modeling_poodle.PoodleBackbone",
+    "AutoModelForSemanticSegmentation": "modeling_poodle.PoodleForSemanticSegmentation",
+}
+_AUTO_MAPS = {  # by architecture
+    "PoodleModel": _POODLE,
+    "PoodleForSemanticSegmentation": _POODLE,
     "PoodleFlowModel": {"AutoModel": "modeling_poodle_flow.PoodleFlowModel"},
-    "PoodleForSemanticSegmentation": {
-        "AutoModelForSemanticSegmentation": "modeling_poodle.PoodleForSemanticSegmentation"
-    },
 }
 
 

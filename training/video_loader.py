@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from training.addresses import video_name
 from training.flow import check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
-from training.ranks import main_first, same_on_all
+from training.ranks import main_first, on_main, same_on_all
 from training.recipe import RunRecipe
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
 from training.video_checks import check_videos
-from training.video_sources import merged, videos_by_source
+from training.video_sources import is_elsewhere, merged, videos_by_source
 from training.video_stream import PairLoader, PairSampling
 
 logger = logging.getLogger("poodle")
@@ -23,27 +23,37 @@ logger = logging.getLogger("poodle")
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
     """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
+    others = [source for source in recipe.videos if street_camera(source) is None]
+    flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py read no flow
+    pins = Path(flow_dir or recipe.output_dir, "revisions.json")
+
+    def expand() -> dict[str, list[str]]:
+        new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
+        if new:
+            pins.unlink(missing_ok=True)
+        elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
+        if elsewhere and not (flow_dir or pins.exists()):
+            # The checkpoint of another run: its stream goes on with the commits that it had.
+            origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
+            if origin.is_file():
+                pins.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(origin, pins)
+        return videos_by_source(others, pins)
+
+    # The first process alone asks servers, for all: a remote tar takes a request a member, and the Hub refuses who asks too often.
+    expanded = on_main(accelerator, expand) if others else {}
 
     def find() -> list[str]:
         paths, by_source = [], {}
         for camera in [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]:
             by_source[f"street:{camera}"] = street_videos(camera=camera)
             paths += by_source[f"street:{camera}"]
-        others = [source for source in recipe.videos if street_camera(source) is None]
         if others:
-            flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py read no flow
-            pins = Path(flow_dir or recipe.output_dir, "revisions.json")
-            new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
-            if new and accelerator.is_main_process:
-                pins.unlink(missing_ok=True)
-            elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
-            if elsewhere and not (flow_dir or pins.exists()) and accelerator.is_main_process:
-                # The checkpoint of another run: its stream goes on with the commits that it had.
-                origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
-                if origin.is_file():
-                    pins.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(origin, pins)
-            found = videos_by_source(others, pins)
+            found = expanded
+            if not accelerator.is_main_process:  # what lies on this machine's disks is looked for on each
+                local = [source for source in others if not is_elsewhere(source)]
+                found = {source: expanded.get(source, []) for source in others if is_elsewhere(source)}
+                found |= videos_by_source(local) if local else {}
             by_source, paths = {**by_source, **found}, paths + merged(found)
         skipped = check_videos(paths, PairSampling.of(recipe), by_source)
         if skipped:
@@ -55,7 +65,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             check_sidecars(paths)
         return paths
 
-    # Rank 0 renders the street and writes down commits of the Hub; the others find both there.
+    # Rank 0 renders the street; the others find it there.
     paths = main_first(accelerator, find)
     names = " ".join(map(video_name, paths)).encode(errors="surrogateescape")  # names of files need not be UTF-8
     same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")

@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -89,6 +90,11 @@ def _refuse_one_name_for_two(found: set[str]) -> None:
             )
 
 
+def is_elsewhere(source: str) -> bool:
+    """Whether a server is asked for a source."""
+    return is_dataset_id(source) or source.startswith("hf://") or is_remote(source)
+
+
 def _is_video(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
@@ -122,7 +128,10 @@ def _videos_among(names: Sequence[str]) -> list[str]:
             len(compressed),
             printable(public_url(compressed[0])),
         )
-    return [n for n in names if _is_video(n)] + [m for n in names if n.endswith(".tar") for m in _tar_members(n)]
+    # Of a remote tar each header is a request: many tars are asked at once.
+    with ThreadPoolExecutor(16) as pool:
+        members = [m for found in pool.map(_tar_members, (n for n in names if n.endswith(".tar"))) for m in found]
+    return [n for n in names if _is_video(n)] + members
 
 
 def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:

@@ -1,0 +1,146 @@
+"""The encoder that a PoodleConfig asks for, built as a backbone; and its blocks computed again in the backward pass."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoBackbone, AutoModel, PreTrainedConfig
+from transformers.modeling_outputs import BackboneOutput
+
+from .configuration_poodle import PLAIN_VITS, PoodleConfig
+
+
+class PlainVitEncoder(nn.Module):
+    """A plain ViT, which transformers does not have as a backbone, read like one: its layers are the stages."""
+
+    def __init__(self, config, stages: list[str]):
+        super().__init__()
+        self.config, self.out_features = config, stages
+        self.channels = [config.hidden_size] * len(stages)
+        self.vit = AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        patch = self.config.patch_size
+        size = [side // patch for side in pixel_values.shape[-2:]]
+        # Positions are interpolated where the image is not of the size that the model was trained on.
+        hidden = self.vit(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        maps = []
+        for name in self.out_features:
+            index = int(name.removeprefix("stage"))
+            tokens = hidden[index]
+            if index == self.config.num_hidden_layers:
+                tokens = self.vit.layernorm(tokens)
+            tokens = tokens[:, tokens.shape[1] - size[0] * size[1] :]  # class tokens come first
+            maps.append(tokens.transpose(1, 2).unflatten(2, size))
+        return BackboneOutput(feature_maps=tuple(maps))
+
+    def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the ViT itself, in its own architecture's format."""
+        state = self.state_dict() if state_dict is None else state_dict
+        self.vit.save_pretrained(folder, state_dict={key.removeprefix("vit."): value for key, value in state.items()})
+
+
+MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many
+WIDE = 1024  # a config without a number above it is not worth a look
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class that builds the encoder of `config`."""
+    return AutoModel if config.model_type in PLAIN_VITS else AutoBackbone
+
+
+def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> None:
+    """
+    Count the parameters of the network that `build()` makes of a config from elsewhere, without memory for them.
+
+    Raises:
+        ValueError: more than `MAX_PARAMETERS`.
+    """
+    if not any(int(number) > WIDE for number in re.findall(r"\b\d+\b", config.to_json_string(use_diff=False))):
+        return
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build().parameters())
+    if count > MAX_PARAMETERS:
+        raise ValueError(
+            f"the config asks for a {config.model_type!r} network of {count:.3g} parameters; "
+            f"at most {MAX_PARAMETERS:.0e} are built"
+        )
+
+
+def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
+    """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
+    backbone_config = copy.deepcopy(
+        config.backbone_config
+    )  # with what is in no dict: the implementation of attention that was asked for
+    # That of the whole model, not that in which the encoder's own checkpoint is stored.
+    backbone_config.dtype = torch.get_default_dtype()
+    auto = auto_class(backbone_config)
+    refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))
+    if backbone_config.model_type in PLAIN_VITS:
+        return PlainVitEncoder(backbone_config, stages)
+    if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
+        backbone_config.out_features = stages
+    encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
+    if config.output_stride is not None:
+        _dilate_resnet(encoder, config.output_stride)
+    return encoder
+
+
+def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
+    """Trade the stride of the late stages of a ResNet for dilation. The weights stay those of the plain network."""
+    stride, dilation = 4 * (2 if encoder.config.downsample_in_first_stage else 1), 1
+    for stage in encoder.encoder.stages[1:]:
+        stride *= 2
+        first_dilation = dilation
+        shrink = stride > output_stride
+        if shrink:
+            dilation, stride = dilation * 2, stride // 2
+        for index, layer in enumerate(stage.layers):
+            for conv in (module for module in layer.modules() if isinstance(module, nn.Conv2d)):
+                if shrink:
+                    conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    # torchvision's rule: a stage's first block still has the dilation of the stage before it.
+                    rate = first_dilation if index == 0 else dilation
+                    conv.dilation = conv.padding = (rate, rate)
+
+
+class Checkpointed:
+    """Stands in for a block's `forward`. transformers' ResNet has no gradient checkpointing of its own."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.plain = block, block.forward
+
+    def __call__(self, hidden_state: Tensor) -> Tensor:
+        if self.block.training and torch.is_grad_enabled():
+            return recomputed(self.block, self.plain, hidden_state)
+        return self.plain(hidden_state)
+
+
+def recomputed(block: nn.Module, forward: Callable, *inputs: Tensor | None) -> Tensor:
+    """`forward(*inputs)` of a block, computed again in the backward pass, where its BatchNorms' statistics do not move a second time."""
+    if torch.compiler.is_compiling():  # which writes statistics once by itself
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpoint(
+        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
+    )
+
+
+@contextmanager
+def _still_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = (
+            0.0,
+            None,
+        )  # a share of 0 is taken of the batch's, and no batch counted
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -1,0 +1,219 @@
+"""The models as others use them: loaded in each other's place, fine-tuned, replicated, saved anew by who has only the code beside the weights."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from test_modeling_pretraining import config, inputs
+from torch.nn import functional as F
+from transformers import ResNetBackbone, Trainer, TrainingArguments
+
+from modeling_poodle import (
+    PoodleBackbone,
+    PoodleConfig,
+    PoodleForPreTraining,
+    PoodleForSemanticSegmentation,
+    PoodleModel,
+)
+from modeling_poodle.geometry_poodle import crop_boxes
+from training.remote_code import add_code
+
+DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "image_size": 56,
+}
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    values = other.state_dict()
+    return all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
+
+
+def test_a_readout_is_loaded_as_the_network_and_the_backbone_below_it(tmp_path):
+    torch.manual_seed(0)
+    readout = PoodleForSemanticSegmentation(config(num_labels=3))
+    readout.save_pretrained(tmp_path)
+    backbone = PoodleBackbone.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, out_features=["stage2", "decoder"]
+    )
+    assert equal(backbone.encoder, readout.poodle.encoder) and equal(backbone.decoder, readout.poodle.decoder)
+    assert equal(PoodleModel.from_pretrained(tmp_path), readout.poodle)
+    with pytest.raises(
+        ValueError, match="holds a PoodleForSemanticSegmentation; PoodleForPreTraining begins with its"
+    ):
+        PoodleForPreTraining.from_pretrained(tmp_path)
+
+
+def test_a_plain_encoder_is_not_taken_for_the_model_around_it(tmp_path):
+    """As in `PoodleModel.from_pretrained("runs/mine/encoder")`: a ResNet-50 with random weights would come."""
+    ResNetBackbone(config().backbone_config).save_pretrained(tmp_path)
+    for kind in (PoodleModel, PoodleBackbone, PoodleConfig):
+        with pytest.raises(
+            ValueError, match="the config of a 'resnet' network, no PoodleConfig: load it by AutoBackbone"
+        ):
+            kind.from_pretrained(tmp_path)
+
+
+def test_stages_of_a_backbone_are_chosen_also_once_it_is_built():
+    backbone = PoodleBackbone(config(out_features=["decoder"])).eval()
+    whole = PoodleBackbone(config(out_features=["stage1", "stage3", "decoder"])).eval()
+    whole.load_state_dict(backbone.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole(image).feature_maps
+        for choose in ({"out_features": ["stage1", "stage3", "decoder"]}, {"out_indices": whole.out_indices}):
+            for name, value in choose.items():
+                setattr(backbone, name, value)
+            maps = backbone(image).feature_maps
+            assert len(maps) == 3 and all(map(torch.equal, maps, expected))
+            assert backbone.channels == whole.channels == [m.shape[1] for m in maps]
+
+
+def test_attention_is_implemented_as_it_is_asked_for(tmp_path):
+    PoodleModel(config(backbone_config=DINOV2)).save_pretrained(tmp_path)
+    for asked in ("eager", "sdpa"):
+        model = PoodleModel.from_pretrained(tmp_path, attn_implementation=asked)
+        assert model.encoder.config._attn_implementation == asked
+
+
+def test_replicas_do_not_read_each_other_s_weights():
+    """As of `nn.DataParallel`, which Trainer takes by itself on a machine of several GPUs."""
+    torch.manual_seed(0)
+    backbone = PoodleBackbone(config(out_features=["stage4", "decoder"])).eval()
+    other = copy.deepcopy(backbone)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    replicas = []
+    for source in (backbone, other):
+        replica = backbone._replicate_for_data_parallel()
+        replica.encoder, replica.decoder = source.encoder, source.decoder
+        replicas.append(replica)
+    image, wrong = torch.randn(1, 3, 32, 32), []
+    with torch.no_grad():
+        expected = [source(image).feature_maps[1] for source in (backbone, other)]
+
+    @torch.no_grad()
+    def run(replica, of):
+        wrong.extend(1 for _ in range(60) if not torch.equal(replica(image).feature_maps[1], of))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(replicas, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(*expected) and wrong == []
+
+
+class Few(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {
+            "pixel_values": torch.randn(3, 32, 32, generator=generator),
+            "labels": torch.randint(3, (32, 32), generator=generator),
+        }
+
+
+def test_trainer_divides_the_loss_of_accumulated_batches(tmp_path):
+    torch.manual_seed(0)
+    first = PoodleForSemanticSegmentation(config(num_labels=3))
+    first.poodle.eval().requires_grad_(False)
+    first.poodle.train = lambda mode=True: first.poodle
+    moved = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        model = copy.deepcopy(first)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, max_steps=1,
+            learning_rate=0.1, max_grad_norm=0.0, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+        Trainer(model, arguments, train_dataset=Few(), optimizers=(optimizer, None)).train()
+        moved.append(model.classifier.weight.detach() - first.classifier.weight.detach())
+    assert moved[0].abs().max() > 1e-3
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_one_class_alone_has_the_loss_of_being_there_or_not():
+    model = PoodleForSemanticSegmentation(config(num_labels=1)).eval()
+    image, labels = torch.randn(2, 3, 32, 32), torch.randint(2, (2, 32, 32))
+    labels[:, :4] = 255
+    with torch.no_grad():
+        output = model(image, labels=labels)
+    logits = F.interpolate(output.logits, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+    kept = labels != 255
+    expected = F.binary_cross_entropy_with_logits(logits[kept], labels[kept].float())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_outputs_are_what_the_call_or_else_the_config_asks():
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        readout = PoodleForSemanticSegmentation(config(num_labels=3)).eval()
+        hidden = readout(image, output_hidden_states=True).hidden_states
+        assert readout(image).hidden_states is None
+        assert all(map(torch.equal, hidden, readout.poodle.encode(image).values()))
+        for kind in (PoodleModel, PoodleBackbone, PoodleForSemanticSegmentation):
+            assert isinstance(kind(config(return_dict=False)).eval()(image), tuple)
+            assert not isinstance(kind(config(return_dict=False)).eval()(image, return_dict=True), tuple)
+        pretraining = PoodleForPreTraining(config())
+        found = pretraining(**inputs(), return_dict=False)
+        assert isinstance(found, tuple) and found[0].ndim == 0
+    assert readout.get_input_embeddings() is None
+
+
+def test_boxes_beyond_the_frame_and_no_boxes_are_no_nan():
+    frames = torch.randn(1, 1, 3, 32, 64)
+    boxes = torch.tensor([[[4.0, 4, 40, 40], [-3, 4, 20, 20], [8, 8, 8, 16], [70, 4, 90, 20]]])
+    crops = crop_boxes(frames, boxes, torch.zeros(1, 4, dtype=torch.long), 16)
+    assert crops.isfinite().all() and not crops[0, 3].any()
+    inner = crop_boxes(frames, torch.tensor([[[4.0, 4, 40, 32]]]), torch.zeros(1, 1, dtype=torch.long), 16)
+    assert inner.isfinite().all() and inner.std() > 0.1
+    batch = inputs()
+    none = {name: batch[name][:, :, :0] for name in ("student_boxes", "teacher_boxes", "teacher_box_frames")}
+    with pytest.raises(
+        ValueError, match=r"student_boxes must be \(2, 2, K, 4\) to fit pixel_values, got \(2, 2, 0, 4\)"
+    ):
+        PoodleForPreTraining(config())(**{**batch, **none})
+
+
+OUTSIDE = """
+import sys, torch
+from transformers import AutoModel, AutoModelForSemanticSegmentation
+run, tuned = sys.argv[1:]
+model = AutoModelForSemanticSegmentation.from_pretrained(run, trust_remote_code=True, num_labels=5).eval()
+model.save_pretrained(tuned)
+again = AutoModelForSemanticSegmentation.from_pretrained(tuned, trust_remote_code=True).eval()
+image = torch.randn(1, 3, 64, 64)
+with torch.no_grad():
+    assert torch.equal(model(image).logits, again(image).logits) and again(image).logits.shape[1] == 5
+AutoModel.from_pretrained(run, trust_remote_code=True).save_pretrained(tuned + "-network")
+network = AutoModel.from_pretrained(tuned + "-network", trust_remote_code=True)
+assert all(torch.equal(value, dict(model.poodle.named_parameters())[name]) for name, value in network.named_parameters())
+assert "modeling_poodle" not in sys.modules
+print("fine")
+"""
+
+
+def test_who_has_only_the_code_beside_the_weights_fine_tunes_saves_and_loads_again(tmp_path):
+    PoodleModel(config()).save_pretrained(tmp_path / "run")
+    add_code(tmp_path / "run")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, str(tmp_path / "run"), str(tmp_path / "tuned")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert saved["auto_map"]["AutoModelForSemanticSegmentation"].endswith(
+        "modeling_poodle.PoodleForSemanticSegmentation"
+    )
