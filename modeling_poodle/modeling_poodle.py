@@ -181,6 +181,9 @@ class PoodleModel(PoodlePreTrainedModel):
 
     `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/8, W/8), the decoder's features (the
     encoder's last stage where there is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged.
+
+    To torch.export give sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`: how the SDM fits maps
+    of others onto one another depends on the size.
     """
 
     def __init__(self, config: PoodleConfig, stages: list[str] | None = None):

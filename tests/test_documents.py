@@ -11,6 +11,11 @@ from evaluation.data import DATASETS
 from evaluation.video_masks import VIDEO_DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("scaling", "results", "reliability", "evaluation")),
+]
 
 
 def test_every_promise_names_a_test_that_exists():
@@ -27,17 +32,7 @@ def test_every_promise_names_a_test_that_exists():
     assert missing == []
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/scaling.md",
-        "docs/results.md",
-        "docs/reliability.md",
-        "docs/evaluation.md",
-    ],
-)
+@pytest.mark.parametrize("page", DOCUMENTS)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), target
@@ -88,14 +83,7 @@ def test_the_spread_of_features_in_the_studies_is_the_one_that_is_told():
 
 
 PAGES = [
-    *(
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/scaling.md",
-        "docs/results.md",
-        "docs/reliability.md",
-        "docs/evaluation.md",
-    ),
+    *DOCUMENTS,
     *sorted(
         str(path.relative_to(ROOT))
         for folder in ("training", "evaluation", "benchmarks")
