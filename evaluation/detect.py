@@ -33,8 +33,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Results by model; of the first process only, others have none."""
     recipe = parse_detection_recipe(arguments)
     check_output_dir(recipe)
-    if (done := finished(recipe)) is not None:
-        return done
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_boxes(recipe.dataset, recipe.data_dir)
@@ -42,8 +40,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     data.check()
     if len(data.train) < accelerator.num_processes:
         raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
+    built = {}
     for name in recipe.model:  # one that is wrong, or does not fit the detector, is found before the first is measured
-        DetectionReadout(build(name, len(data.classes), seed=recipe.seed), data, recipe)
+        encoder = build(name, len(data.classes), seed=recipe.seed)
+        built[name] = fingerprint(encoder.model.poodle)
+        DetectionReadout(encoder, data, recipe)
+    if (done := finished(recipe, built)) is not None:
+        return done
     title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
     return measure_all(
         accelerator,
@@ -61,6 +64,7 @@ def measure(
     began = time.perf_counter()
     set_seed(recipe.seed)
     encoder = build(name, len(data.classes), seed=recipe.seed)
+    built = fingerprint(encoder.model.poodle)
     encoder.to(accelerator.device)
     if name.startswith("random:"):
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
@@ -78,6 +82,7 @@ def measure(
         "model": name,
         **coco_scores(data.test, found, data.classes),
         "dataset": data.name,
+        "built_sha256": built,
         "encoder_sha256": identity,
         "weights_sha256": weights,
         "detector": recipe.detector,

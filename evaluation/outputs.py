@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.locks import lock_output_dir
 
+logger = logging.getLogger("poodle")
 FITTED = ("readout", "detector")  # folders of what was fitted
 
 
@@ -107,16 +108,24 @@ def left_in(recipe, folder: Path) -> list[str]:
     return [f"{path.relative_to(folder)}{'/' if path.name in FITTED else ''}" for path in found]
 
 
-def finished(recipe) -> list[dict] | None:
-    """The results of an evaluation that is to be resumed and has ended already; said where it is so. [`check_output_dir`] comes before."""
+def finished(recipe, built: dict[str, str]) -> list[dict] | None:
+    """
+    The results of an evaluation that is to be resumed and has ended already; said where it is so. [`check_output_dir`] comes before.
+
+    Args:
+        built: fingerprint of each model as it is now; what was measured on other weights is measured again.
+    """
     folder = Path(recipe.output_dir)
     written = [folder / name for name in ("config.yaml", "evaluation.json", "report.html")]
     going_on = recipe.resume_from_checkpoint is not None and all(path.is_file() for path in written)
     if not going_on or any((place / "fit.safetensors").exists() for place in places(recipe, folder)):
         return None
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    print(f"{folder} holds this evaluation, finished: {', '.join(left_in(recipe, folder))}")
-    return result.get("results", [result])
+    results = result.get("results", [result])
+    if {entry.get("model"): entry.get("built_sha256") for entry in results} != built:
+        return None
+    logger.info("%s holds this evaluation, finished: %s", folder, ", ".join(left_in(recipe, folder)))
+    return results
 
 
 def begin_output_dir(recipe, folder: Path) -> None:

@@ -30,17 +30,19 @@ from modeling_poodle.recipe_files import run_script
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
     check_output_dir(recipe)
-    if (done := finished(recipe)) is not None:
-        return done
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # rank 0 renders the street, the others find it
         data = load_dataset(recipe.dataset, recipe.data_dir)
     # Groups are of the whole data set: they do not change with the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
+    built = {}
     for name in recipe.model:  # one that is wrong, or does not fit the readout, is found before the first is measured
         encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+        built[name] = fingerprint(encoder.model.poodle)
         READOUTS[recipe.readout](encoder, data, recipe)
+    if (done := finished(recipe, built)) is not None:
+        return done
     return measure_all(
         accelerator,
         recipe,
@@ -59,6 +61,7 @@ def measure(
     began = time.perf_counter()
     set_seed(recipe.seed)
     encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
+    built = fingerprint(encoder.model.poodle)
     encoder.to(accelerator.device)
     if name.startswith("random:"):
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
@@ -79,6 +82,7 @@ def measure(
         **metric.compute(),
         "dataset": data.name,
         "readout": recipe.readout,
+        "built_sha256": built,
         "encoder_sha256": before,
         "weights_sha256": encoder.weights_sha256,
         # UperNet has a backbone of its own, which reads no windows.

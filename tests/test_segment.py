@@ -18,7 +18,7 @@ from forks import in_child, wait_for
 from labelled_shapes import RESNET, squares
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_readouts import recipe
 from transformers import (
     AutoImageProcessor,
@@ -65,7 +65,8 @@ def flags(shapes, output_dir, *models, readout="linear", **more):
     ]
 
 
-def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, monkeypatch, capsys):
+def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
     options = {"num_train_epochs": 30, "save_steps": 7, "logging_steps": 5}
     (first,) = main(flags(shapes, tmp_path / "a", poodle, **options))
     assert first["miou"] > 0.5 and first["features"] == "decoder" and first["steps"] == 45
@@ -78,6 +79,8 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     # Interrupted after a save, then resumed.
     from evaluation import engine
 
+    model = shutil.copytree(poodle, tmp_path / "model")
+
     original, calls = LinearReadout.forward, []
 
     def stop(self, *args, **kwargs):
@@ -88,13 +91,13 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
 
     monkeypatch.setattr(LinearReadout, "forward", stop)
     with pytest.raises(KeyboardInterrupt):
-        main(flags(shapes, tmp_path / "c", poodle, **options))
+        main(flags(shapes, tmp_path / "c", model, **options))
     assert not (tmp_path / "c" / "evaluation.json").exists() and (tmp_path / "c" / "fit.safetensors").exists()
     monkeypatch.setattr(LinearReadout, "forward", original)
     with pytest.raises(ValueError, match="holds an interrupted evaluation"):
-        main(flags(shapes, tmp_path / "c", poodle, **options))
+        main(flags(shapes, tmp_path / "c", model, **options))
     with pytest.raises(ValueError, match="is of another evaluation"):
-        main(flags(shapes, tmp_path / "c", poodle, **{**options, "seed": 2}, resume_from_checkpoint="latest"))
+        main(flags(shapes, tmp_path / "c", model, **{**options, "seed": 2}, resume_from_checkpoint="latest"))
     with safe_open(tmp_path / "c" / "fit.safetensors", "pt") as file:
         identity = file.metadata()["encoder"]
     with pytest.raises(
@@ -105,16 +108,28 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     starts = []
     load = engine.load_fit
     monkeypatch.setattr(engine, "load_fit", lambda *a: (starts.append(load(*a)), starts[-1])[1])
-    (third,) = main(flags(shapes, tmp_path / "c", poodle, **options, resume_from_checkpoint="latest"))
+    (third,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()
     capsys.readouterr()
     # A job that always resumes finds what is finished, and does nothing.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
-    (fourth,) = main(flags(shapes, tmp_path / "c", poodle, **options, resume_from_checkpoint="latest"))
+    (fourth,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
     assert fourth == json.loads(json.dumps(third)) and len(starts) == 1
-    assert "holds this evaluation, finished: evaluation.json, report.html, readout/" in capsys.readouterr().out
+    assert "holds this evaluation, finished: evaluation.json, report.html, readout/" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
+    # Unless the weights are others than those that were measured.
+    weights = model / "model" / "model.safetensors"
+    state = load_file(weights)
+    save_file(
+        {
+            **state,
+            "encoder.embedder.embedder.convolution.weight": -state["encoder.embedder.embedder.convolution.weight"],
+        },
+        weights,
+    )
+    (fifth,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
+    assert fifth["built_sha256"] != fourth["built_sha256"] and len(starts) == 2 and starts[1][0] == 0
 
 
 def test_accelerates_own_settings_do_not_change_the_arithmetic(monkeypatch):
