@@ -104,14 +104,14 @@ class LabelledImages:
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"
             )
         if self.absent:
-            told = (
-                f"{self.name}: no training label has a pixel of {', '.join(self.absent[:8])}{', ...' if len(self.absent) > 8 else ''} "
-                f"({len(self.absent)} of {len(self.classes)} classes; {IGNORE} is not counted: are the masks 0 and 255? Ids are the places in the list of "
-                "classes, or set ignore_index)"
-            )
+            names = f"{', '.join(self.absent[:8])}{', ...' if len(self.absent) > 8 else ''}"
+            told = f"{self.name}: no training label has a pixel of {names} ({len(self.absent)} of {len(self.classes)} classes)"
             if len(self.classes) - len(self.absent) < 2 and len(self.classes) > 1:
-                raise ValueError(f"{told}. With one class alone all figures would be 100 %")
-            logger.warning(told)
+                raise ValueError(
+                    f"{told}, and with one class alone all figures would be 100 %. {IGNORE} is not counted: are the masks 0 and 255? Ids are the places "
+                    "in the list of classes, or set ignore_index"
+                )
+            logger.info(told)
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
         """The same with fewer images, spread evenly over each split."""
