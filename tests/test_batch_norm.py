@@ -7,7 +7,7 @@ import sys
 from conftest import REPOSITORY
 
 TWO_PROCESSES = """
-import copy, torch, torch.distributed as dist
+import copy, shutil, torch, torch.distributed as dist
 from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from test_modeling_pretraining import config, inputs
@@ -59,6 +59,22 @@ losses[1].backward()
 assert len(graphs) == 1, len(graphs)
 assert abs(eager.item() - own) > 1e-4
 assert abs(losses[0].item() - eager.item()) < 1e-4
+
+# Inductor too, whose buffers are not those of eager: a twin in double precision that nothing was compiled of.
+def gradient(network, dtype, compiled):
+    torch.manual_seed(rank)
+    images = (3 * torch.randn(8, 16, 12, 16) + 1).to(dtype).requires_grad_()
+    network = copy.deepcopy(network).to(dtype)
+    out = (torch.compile(network, dynamic=False) if compiled else network)(images)
+    (out * torch.randn(8, 16, 12, 16).to(dtype)).sum().backward()
+    return images.grad.double()
+
+if shutil.which("g++"):
+    torch.manual_seed(0)
+    network = for_compilation(nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)))
+    expected = gradient(network, torch.float64, False)
+    found = gradient(network, torch.float32, True)
+    assert (found - expected).norm() < 1e-5 * expected.norm(), (found - expected).norm() / expected.norm()
 print(f"rank {rank} fine", flush=True)
 """
 
