@@ -3,10 +3,19 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from small_runs import MODEL, RESNET
 from torch import nn
 
 from modeling_poodle import PoodleConfig, PoodleModel
-from training.assembly import prepared, synchronise_batch_norm
+from training.assembly import (
+    build_model,
+    build_optimizer,
+    check_crop_size,
+    load_into,
+    prepared,
+    synchronise_batch_norm,
+)
+from training.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
@@ -34,3 +43,56 @@ def test_what_a_step_keeps_is_not_copied_to_float32(fresh_accelerator):
     images = torch.ones(2)
     assert accelerator.prepare_model(Halved())(images).dtype == torch.float32
     assert prepared(accelerator, Halved())(images).dtype == torch.bfloat16
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+
+
+def test_the_optimizer_has_the_recipe_s_numbers_and_decays_matrices_alone(fresh_accelerator):
+    recipe = Recipe(learning_rate=0.1, weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-6)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.Linear(2, 2).requires_grad_(False)
+    )
+    decayed, others = build_optimizer(Accelerator(cpu=True), recipe, model).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
+    rest = (model[0].bias, model[1].weight, model[1].bias, model[2].bias)
+    assert {id(p) for p in others["params"]} == {id(p) for p in rest}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    for group in (decayed, others):
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.1, (0.8, 0.7), 1e-6, True)
+
+
+def test_a_model_is_built_as_the_recipe_says(fresh_accelerator, tmp_path):
+    torch.manual_seed(1)
+    encoder = PoodleModel(Recipe(model=MODEL).poodle_config()).encoder
+    for value in encoder.buffers():
+        value.add_(1)
+    encoder.save_pretrained(tmp_path)
+    for checkpointing in (True, False):
+        recipe = Recipe(
+            model=MODEL, init_encoder=str(tmp_path), gradient_checkpointing=checkpointing, crop_size=[64, 64]
+        )
+        model = build_model(Accelerator(cpu=True), recipe)
+        assert model.student.checkpoint_activations == checkpointing and not model.teacher.checkpoint_activations
+        for network in (model.student, model.teacher):
+            state = network.encoder.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
+        kernel = model.student.decoder[0].conv2.weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+
+def test_crops_are_whole_cells_of_the_coarsest_map():
+    for encoder, stride in ((RESNET, 32), ({"model_type": "dinov2", **VIT}, 8), ({"model_type": "convnext"}, 32)):
+        config = PoodleConfig(backbone_config=encoder, decoder_reduction=2, num_decoder_blocks=0)
+        check_crop_size(config, [stride, 3 * stride])
+        for wrong in ([stride, 3 * stride + stride // 2], [stride // 2, stride]):
+            with pytest.raises(ValueError, match=f"crop_size must be multiples of the .* encoder's {stride}, got"):
+                check_crop_size(config, wrong)
+
+
+def test_weights_that_an_encoder_has_no_place_for_are_refused():
+    encoder = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).encoder
+    state = encoder.state_dict()
+    load_into(encoder, state, "mine")
+    with pytest.raises(ValueError, match=r"init_encoder mine does not fit model.backbone_config.*\(other.weight\)"):
+        load_into(encoder, {**state, "other.weight": torch.zeros(1)}, "mine")

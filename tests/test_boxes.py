@@ -265,3 +265,30 @@ def test_an_image_of_another_size_in_the_middle_is_found_before_the_fit(tmp_path
     height, width = data.test[1].size
     with pytest.raises(ValueError, match=f"small.png is 32x32, but its boxes are for {width}x{height}"):
         broken.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotation": {"bbox": [20, 2, 0.5, 5]}}, r"outside its image"),
+        ({"annotation": {"bbox": [2, 10, 5, 0.5]}}, r"outside its image"),
+        ({"image": {"width": 24}}, r"a.png is 20x10, but its boxes are for 24x10"),
+    ],
+)
+def test_boxes_at_the_edge_and_images_of_another_width_are_named(tmp_path, changes, message):
+    write_coco(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_boxes("coco_folder", str(tmp_path)).check()
+
+
+def test_classes_are_in_the_order_of_their_ids_and_a_box_without_area_has_its_own(tmp_path):
+    write_coco(tmp_path)
+    for split in ("train", "val"):
+        annotations = tmp_path / split / "annotations.json"
+        coco = json.loads(annotations.read_text())
+        coco["categories"] = [{"id": 9, "name": "bus"}, {"id": 3, "name": "car"}]
+        coco["annotations"][0]["bbox"] = [-0.5, 2, 5, 5]
+        annotations.write_text(json.dumps(coco))
+    data = load_boxes("coco_folder", str(tmp_path))
+    assert data.classes == ("car", "bus") and data.test[0].labels.tolist() == [0]
+    assert data.test[0].boxes.tolist() == [[0, 2, 4.5, 7]] and data.test[0].areas.tolist() == [25]

@@ -301,3 +301,15 @@ def test_sky_is_at_infinity():
     flow, visible = street.flow(0.0, 1.0)
     sky = street.surface(0.0)[1] == SKY
     assert np.abs(flow[:, sky]).max() < 1e-3 and visible[sky].mean() > 0.5
+
+
+def test_flow_in_half_precision_is_used_as_in_single():
+    """Squares of 256 pixels are beyond float16, and 1/2,048 of a long displacement is part of a pixel."""
+    torch.manual_seed(0)
+    forward = (300 * torch.randn(2, 2, 24, 1024)).half()
+    backward, views = (-forward + torch.randn(2, 2, 24, 1024)).half(), random_views(2, 24, 1024)
+    mask = flow_valid_mask(forward, backward)
+    assert mask.any() and torch.equal(mask, flow_valid_mask(forward.float(), backward.float()))
+    for size in ((24, 1024), (3, 128)):
+        ours, theirs = (alignment_grids(flow, mask, views, views, size) for flow in (forward, forward.float()))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))

@@ -206,3 +206,8 @@ def test_groups_from_statistics():
     truth = np.uint8([[0, 0, 1, 2]])
     result = metric.compute(predictions=[np.uint8([[0, 0, 1, 1]])], references=[truth])
     assert result["groups"] == {"small": 0.5, "large": 0.5, "rare": 0.0, "common": 0.75}
+
+
+def test_rare_is_a_share_of_all_labelled_pixels():
+    groups = class_groups(np.array([5000, 5000, 29]), np.ones(3), np.full(3, 0.5), ("a", "b", "c"))
+    assert groups["rare"] == ["c"] and groups["common"] == ["a", "b"]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from PIL import Image
-from test_modeling_pretraining import config
+from test_modeling_pretraining import RESNET, config
 from torch import nn
 from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor, pipeline
 
@@ -175,3 +175,41 @@ def test_dilated_resnet_equals_torchvision():
     x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
     x = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
     torch.testing.assert_close(ours(images).last_hidden_state, x, atol=1e-4, rtol=1e-4)
+
+
+def test_one_map_larger_than_a_kernel_takes_is_upsampled_whole(monkeypatch):
+    maps = torch.randn(2, 3, 4, 6)
+    whole = upsample(maps, (9, 7))
+    monkeypatch.setattr(modeling_poodle, "MOST_NUMBERS", 3 * 9 * 7 - 1)
+    assert torch.equal(upsample(maps, (9, 7)), whole)
+
+
+def test_a_dilated_resnet_has_the_stride_that_is_asked_for():
+    for first, stride in ((False, 8), (False, 16), (True, 8), (True, 16)):
+        backbone = {**RESNET, "downsample_in_first_stage": first}
+        model = PoodleModel(config(backbone_config=backbone, output_stride=stride, num_decoder_blocks=0)).eval()
+        assert model(torch.zeros(1, 3, 64, 96)).last_hidden_state.shape[-2:] == (64 // stride, 96 // stride)
+
+
+def test_hidden_states_are_the_stages_and_the_decoder_s_map_where_there_is_one():
+    images = torch.randn(1, 3, 64, 96)
+    for blocks, count in ((2, 4), (0, 1)):
+        output = PoodleModel(config(num_decoder_blocks=blocks)).eval()(images, output_hidden_states=True)
+        assert len(output.hidden_states) == count and torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_a_readout_ignores_the_id_that_its_config_names():
+    model = PoodleForSemanticSegmentation(config(num_labels=5, semantic_loss_ignore_index=4)).eval()
+    labels = torch.randint(0, 5, (2, 64, 96))
+    output = model(torch.randn(2, 3, 64, 96), labels)
+    full = nn.functional.interpolate(output.logits, size=(64, 96), mode="bilinear")
+    kept = full.log_softmax(1).gather(1, labels[:, None])[:, 0][labels != 4]
+    assert output.loss.item() == pytest.approx(-kept.mean().item(), abs=1e-5)
+
+
+def test_a_backbone_reads_the_networks_that_it_is_given():
+    one, other = (PoodleBackbone(config(out_features=["stage4", "decoder"])).eval() for _ in range(2))
+    images = torch.randn(1, 3, 64, 96)
+    one.encoder, one.decoder = other.encoder, other.decoder
+    for ours, theirs in zip(one(images).feature_maps, other(images).feature_maps, strict=True):
+        assert torch.equal(ours, theirs)

@@ -354,3 +354,54 @@ def test_student_teacher_and_losses_compile_to_one_graph_that_is_kept(changes):
     output.loss.backward()
     torch._dynamo.reset()  # or sizes that differ between tests would make other compilations dynamic
     assert output.loss.item() == pytest.approx(expected, abs=1e-4) and len(graphs) == 1
+
+
+def test_what_is_weighed_and_logged_is_what_it_is_called():
+    """Weights that differ, points at a stride that does not divide the frame, and the student's features."""
+    torch.manual_seed(0)
+    model = PoodleForPreTraining(config(dense_weight=0.25, pooled_weight=1.5, dense_stride=10)).eval()
+    batch = inputs()
+    with torch.no_grad():
+        output = model(**batch)
+        frames, views = batch["pixel_values"].flatten(0, 1), batch["student_views"].flatten(0, 1)
+        features = model.student(see_through(frames, views)).last_hidden_state
+        crops = crop_boxes(
+            frames[:, None], batch["student_boxes"].flatten(0, 1), torch.zeros(4, 3, dtype=torch.long), 64
+        )
+        others = batch["teacher_views"].flip(1).flatten(0, 1)
+        mask = alignment_grids(batch["flow"].flatten(0, 1), batch["valid_mask"].flatten(0, 1), views, others, (7, 10))[
+            2
+        ]
+        pooled = model.student(crops.flatten(0, 1)).pooler_output
+    assert output.loss.item() == pytest.approx((0.25 * output.dense_loss + 1.5 * output.pooled_loss).item(), abs=1e-5)
+    assert output.valid_fraction.item() == pytest.approx(mask.float().mean().item())
+    torch.testing.assert_close(output.dense_features, features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.pooled_features, pooled, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_another_size_than_the_checkpoint_s_are_alike_in_teacher_and_student(tmp_path):
+    torch.manual_seed(0)
+    PoodleForPreTraining(config()).save_pretrained(tmp_path)
+    again = PoodleForPreTraining.from_pretrained(
+        tmp_path, config=config(projection_size=8), ignore_mismatched_sizes=True
+    )
+    values = again.state_dict()
+    for name in ("dense", "pooled"):
+        ours, theirs = (values[f"{who}{name}_projector.3.weight"] for who in ("", "teacher_"))
+        assert ours.shape == (8, 32, 1, 1) and ours.std() > 0 and torch.equal(ours, theirs)
+
+
+def test_a_teacher_that_is_reset_has_the_student_s_statistics():
+    model = PoodleForPreTraining(config())
+    for value in model.student.buffers():
+        value.fill_(3)
+    model.reset_teacher()
+    pairs = zip(model.student.state_dict().values(), model.teacher.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_statistics_move_once_a_step_without_checkpointing():
+    model = PoodleForPreTraining(config()).train()
+    model(**inputs()).loss.backward()
+    counts = {name: int(value) for name, value in model.student.decoder.named_buffers() if "num_batches" in name}
+    assert counts and set(counts.values()) == {1}

@@ -72,3 +72,22 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
     torch.manual_seed(0)
     assert feature_std(torch.randn(20000, 32)).item() == pytest.approx(1, abs=0.01)
     assert feature_std(torch.ones(100, 32)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_no_gradient_of_the_pooled_loss_reaches_the_target():
+    prediction, target = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    pooled_loss(prediction, target).backward()
+    assert prediction.grad.abs().sum() > 0 and target.grad is None
+
+
+def test_features_in_half_precision_are_compared_in_single():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 64, 5, 7).bfloat16()
+    mask = torch.ones(3, 5, 7, dtype=torch.bool)
+    for function, given in (
+        (lambda x, y: dense_loss(x, y, mask), (a, b)),
+        (pooled_loss, (a[..., 0, 0], b[..., 0, 0])),
+        (feature_std, (a[..., 0, 0],)),
+    ):
+        found = function(*given)
+        assert found.dtype == torch.float32 and found == function(*(value.float() for value in given))

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from training.recipe import Recipe
-from training.schedules import count_steps, learning_rate, teacher_momentum
+from training.schedules import cosine, count_steps, learning_rate, teacher_momentum
 
 
 def test_steps_of_a_recipe():
@@ -28,3 +28,11 @@ def test_momentum_runs_from_start_to_one():
     assert teacher_momentum(0, 1000) == pytest.approx(0.996)
     assert teacher_momentum(500, 1000) == pytest.approx(0.998)
     assert teacher_momentum(1000, 1000) == 1.0
+
+
+def test_schedules_at_their_ends():
+    recipe = Recipe(num_train_epochs=1, per_device_train_batch_size=4)
+    assert [count_steps(recipe, 1, pairs) for pairs in (1, 7, 9)] == [1, 2, 2]
+    assert count_steps(Recipe(max_steps=1), 1, 64) == 1
+    assert cosine(1.0, 0.2, 1.5) == pytest.approx(0.2) and cosine(1.0, 0.2, -0.5) == pytest.approx(1.0)
+    assert learning_rate(10, 10, 10, 2.0, 0.2) == pytest.approx(2.0)  # a run of warm-up alone

@@ -328,3 +328,33 @@ def test_everything_is_made_on_the_device_of_the_generator():
     with torch.device("meta"):
         made = [views.model_inputs({"frames": frames, "flow": flow}, recipe, generator()) for recipe in recipes]
     assert {value.device.type for inputs in made for value in inputs.values()} == {"cpu"}
+
+
+def test_each_jitter_has_a_factor_of_its_own_and_grey_is_the_luma(monkeypatch):
+    factors = {}
+
+    def noting(name):
+        def note(images, factor):
+            factors.setdefault(name, factor)
+            return images
+
+        return note
+
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(views, f"adjust_{name}", noting(name))
+    images = torch.tensor([0.9, 0.5, 0.1])[:, None, None].expand(2000, 3, 4, 4)
+    out = views.photometric_augmentation(images, generator())[:, :, 1, 1]
+    jittered = factors["hue"] != 0
+    drawn = torch.stack([factor[jittered] for factor in factors.values()])
+    off_diagonal = torch.corrcoef(drawn)[~torch.eye(4, dtype=torch.bool)]
+    assert len(factors) == 4 and off_diagonal.abs().max() < 0.1
+    grey = out.amax(1) - out.amin(1) < 1e-4
+    luma = 0.2989 * 0.9 + 0.587 * 0.5 + 0.114 * 0.1
+    assert grey.any() and out[grey].sub(luma).abs().max() < 1e-4
+
+
+def test_the_teacher_s_centre_is_jittered_along_each_side_for_itself():
+    out = views.draw_subcrops(torch.zeros(300, 2, 2, 20, 40), 4, generator(), area=(1e-4, 1e-4))
+    shift = (out["teacher_boxes"] - out["student_boxes"])[..., :2].flatten(0, 2)
+    torch.testing.assert_close(shift.abs().amax(dim=0), torch.tensor([4.0, 2.0]), atol=0.06, rtol=0)
+    assert torch.corrcoef(shift.T)[0, 1].abs() < 0.1
