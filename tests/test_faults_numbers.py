@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from training.checkpoint_files import finish
 from training.checkpoints import rank_state
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint, prepare_output_dir
+from training.run import Run
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling
 from training.views import model_inputs
@@ -231,3 +233,56 @@ def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives
     other = PairLoader(paths[:1], sampling, batch_size=3)
     with pytest.raises(ValueError, match="videos was"):  # the words do not cover another data set
         other.load_state_dict(state, inexact=True)
+
+
+def test_a_log_window_and_counts_go_on_where_they_were(drives, tmp_path, monkeypatch):
+    """Resumed from step 3, in the middle of a window of two steps; the update of step 1 was skipped."""
+    accumulate = Run.accumulate
+
+    def poisoned(run, *args, **kwargs):
+        if run.step == 0:
+            next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        accumulate(run, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "accumulate", poisoned)
+    flags = (*EACH_STEP, "--logging_steps", "2")
+    whole = train(drives, tmp_path, *flags, steps=4)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+    AcceleratorState._reset_state(True)
+    resumed = train(drives, tmp_path, *flags, "--resume_from_checkpoint", "latest", steps=4)
+    assert without_timings(resumed) == without_timings(whole)
+    assert [line["skipped_updates"] for line in resumed] == [1, 1]
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_named_with_its_own_videos(fresh_accelerator):
+    watcher = health.Health(Accelerator(cpu=True))
+    for step, loss in enumerate((0.5, float("nan"), 0.5, float("inf")), 1):
+        watcher.watch(torch.tensor(loss), step, [f"{step}.mp4"])
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 2; videos of that batch on this rank: 2\.mp4\. The"
+    ):
+        watcher.stop_if_not_finite()
+    watcher.judge({"valid_fraction": 1.0})
+    assert watcher.videos == []  # those of a run would fill the memory
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [([[-1, 0], [4, 0]], "loss is not finite at step 4"), ([[-1, 0], [-1, 12]], "not finite in the last 12 steps")],
+)
+def test_what_one_rank_saw_stops_all(ranks, said):
+    watcher = health.Health(SimpleNamespace(device="cpu", gather=lambda own: torch.tensor(ranks).float()))
+    with pytest.raises(FloatingPointError, match=said):
+        watcher.stop_if_not_finite()
+
+
+def test_moments_that_are_not_finite_are_not_saved(fresh_accelerator):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    watcher = health.Health(Accelerator(cpu=True))
+    watcher.refuse_bad_weights(layer, optimizer)
+    optimizer.state[layer.bias]["exp_avg_sq"][1] = float("inf")
+    with pytest.raises(FloatingPointError, match="exp_avg_sq of bias is not finite, so no checkpoint is written"):
+        watcher.refuse_bad_weights(layer, optimizer)

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import cv2
 import numpy as np
@@ -159,3 +160,34 @@ def test_flow_colours_do_not_follow_one_outlier():
     plain = flow_to_rgb(flow)
     flow[:, 0, 0] = 1000
     assert (flow_to_rgb(flow)[:, 20, 20].int() - plain[:, 20, 20].int()).abs().max() < 12
+
+
+def test_exact_flow_of_a_crop_that_is_stretched_stays_in_it(tmp_path):
+    """64x32 pixels at their own width and three times their height: every third row of centres is the pixels' own."""
+    street = Street(3, 64, 128)
+    (tmp_path / "drive.json").write_text(json.dumps({"street": street.to_json()}))
+    flow, visible = street.flow(1.0, 1.2)
+    part = {
+        "video": str(tmp_path / "drive.mp4"), "times": np.array([1.0, 1.2]), "crop": np.array([32.0, 16, 96, 48]),
+        "frames": np.zeros((2, 3, 96, 64), np.uint8),
+    }  # fmt: skip
+    ExactFlow()(part)
+    found = part["flow"][0][:, 1::3].astype(np.float32)
+    stretched = flow[:, 16:48, 32:96] * np.float32([1, 3])[:, None, None]
+    np.testing.assert_allclose(found, stretched, rtol=2e-3, atol=0.05)
+    x, y = np.arange(64) + 0.5 + stretched[0], np.arange(1, 96, 3)[:, None] + 0.5 + stretched[1]
+    stays = (x >= 0) & (x <= 64) & (y >= 0) & (y <= 96)
+    assert not stays[visible[16:48, 32:96]].all()
+    assert np.array_equal(part["valid_mask"][0][1::3], visible[16:48, 32:96] & stays)
+
+
+def test_dis_sees_the_luma_and_goes_to_workers_when_it_was_used():
+    rng = np.random.default_rng(0)
+    frames = np.stack([cv2.resize(rng.integers(0, 255, (8, 12, 3), np.uint8), (96, 64)) for _ in range(2)])
+    frames[1] = np.roll(frames[0], 3, axis=1)
+    grey = np.stack([np.repeat(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2) for frame in frames])
+    dis = DisFlow()
+    coloured, plain = (dis.estimate(np.ascontiguousarray(pair.transpose(0, 3, 1, 2))) for pair in (frames, grey))
+    assert np.array_equal(coloured, plain)
+    again = pickle.loads(pickle.dumps(dis)).estimate(np.ascontiguousarray(grey.transpose(0, 3, 1, 2)))
+    assert np.array_equal(again, plain)

@@ -1,6 +1,7 @@
 """The losses of unsupervised flow against loops, and the cost volume against its definition."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from modeling_poodle.geometry_poodle import see_through
 from modeling_poodle.modeling_poodle_flow import Correlation, warp
 from training.flow_objectives import (
     draw_views,
+    known_motion_loss,
     photometric_loss,
     self_supervision_loss,
     smoothness_loss,
@@ -136,3 +138,35 @@ def test_known_flow_between_two_views_brings_one_onto_the_other():
     inner = -F.max_pool2d(-mask[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
     assert (warp(second, flow) - first).abs().mean(dim=1)[inner].mean() < 0.01
     assert (second - first).abs().mean(dim=1)[inner].mean() > 0.05
+
+
+def test_visible_mask_allows_an_error_of_a_tenth_of_the_motion():
+    flow = torch.zeros(1, 2, 2, 4, 96)
+    flow[0, 0, 0], flow[0, 1, 0] = 20.0, -20.0
+    assert visible_mask(flow)[0, 0, :, :76].all()
+    flow[0, 1, 0] = -17.5  # 6.25 of at most 0.01 (20^2 + 17.5^2) + 0.5 = 7.6
+    assert visible_mask(flow)[0, 0, :, :76].all()
+    flow[0, 1, 0] = -17.0  # 9 of at most 7.4
+    assert not visible_mask(flow).any()
+
+
+def test_what_lies_beside_the_frame_has_no_known_flow():
+    view = torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]])
+    flow, mask = view_flow(view, view, 4, 8)
+    torch.testing.assert_close(flow, torch.zeros(1, 2, 4, 8))
+    assert mask.tolist() == [[[True] * 6 + [False] * 2] * 4]
+
+
+def test_the_known_motion_of_both_directions_has_no_loss():
+    frames, asked = torch.rand(2, 2, 3, 32, 48), []
+    generator = torch.Generator().manual_seed(3)
+    views = [draw_views(4, 32, 48, generator) for _ in range(2)]
+
+    def network(frames):
+        asked.append(frames.shape)
+        both = (views, views[::-1])
+        known = [torch.stack([view_flow(*pair, *size)[0] for pair in both], 1) for size in ((32, 48), (8, 12))]
+        return SimpleNamespace(flow=known[0], level_flows=known)
+
+    losses = known_motion_loss(network, frames, torch.Generator().manual_seed(3))
+    assert asked == [(4, 2, 3, 32, 48)] and 0 < losses.loss <= 2 * 1e-3  # the charbonnier of 0, at two levels

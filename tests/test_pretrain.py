@@ -442,3 +442,20 @@ accelerator.wait_for_everyone()
     assert gradients.keys() == own.keys()
     for name, value in own.items():
         torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_taken_twice_has_the_gradient_of_it_taken_once(drives, tmp_path, monkeypatch):
+    next_batch, seed = Run.next_batch, Run.seed
+
+    def same_batch(run, batches):
+        run.held = getattr(run, "held", None) or next_batch(run, batches)
+        return run.held
+
+    monkeypatch.setattr(Run, "next_batch", same_batch)
+    monkeypatch.setattr(Run, "seed", lambda run, micro_step: seed(run, 0))
+    lines = []
+    for number in (1, 2):
+        AcceleratorState._reset_state(True)
+        lines += train(drives, tmp_path / str(number), "--gradient_accumulation_steps", str(number), steps=1)
+    for name in ("loss", "grad_norm"):
+        assert lines[1][name] == pytest.approx(lines[0][name], rel=1e-5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
@@ -174,3 +175,16 @@ def test_a_recipe_names_a_flow_model_with_unflow_alone(fields):
     ):
         Recipe(**fields)
     assert Recipe(flow="unflow", flow_model="runs/flow").flow_model == "runs/flow"
+
+
+def test_without_occlusion_every_pixel_counts_at_every_level(model):
+    frames = torch.rand(2, 2, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    losses = flow_losses(model, frames, 0.7, 0.0, 0.0, border=8, occlusion=False)
+    output, images, others = model(frames), frames.flatten(0, 1), frames.flip(1).flatten(0, 1)
+    expected = []
+    for flow in (output.flow, *output.level_flows[1:]):
+        small, small_others = (F.avg_pool2d(maps, 64 // flow.shape[-1]) for maps in (images, others))
+        flow = flow.flatten(0, 1)
+        expected.append(photometric_loss(small, small_others, flow, torch.ones_like(flow[:, 0])).item())
+    assert len(expected) > 1 and losses.photometric_loss.item() == pytest.approx(expected[0], rel=1e-5)
+    assert losses.loss.item() == pytest.approx(expected[0] + 0.7 * sum(expected[1:]), rel=1e-5)

@@ -1,0 +1,122 @@
+"""Which pairs are drawn from a video, in which order videos are opened, and what a worker says while it reads."""
+
+import dataclasses
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from test_video_stream import CFR, SAMPLING, WHOLE, numbered_video
+
+from training import video_stream
+from training.video_files import UnreadableVideo
+from training.video_index import VideoIndex
+from training.video_stream import PairLoader, PairSampling, _nearest, generate_pairs, plan_pairs
+
+
+def made_up(times, height=720, width=1280) -> VideoIndex:
+    return VideoIndex(tuple(range(len(times))), np.array(times), (0,), (0,), True, height, width, 0, ())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("videos")
+    return [numbered_video(folder / f"{k}.mp4", CFR[: 40 + 5 * k]) for k in range(5)]
+
+
+def test_a_crop_is_of_a_frame_of_the_size_that_is_asked_for():
+    """Frames of 300x640 at scale 0.8: the crop is 200 of 240 rows and 320 of 512 columns of the video."""
+    sampling = PairSampling((200, 320), (0.8, 0.8), (300, 640), pairs_per_video=60)
+    boxes = np.array([a.box for a, _ in plan_pairs(made_up(np.arange(90) / 30), sampling, 0, "a.mp4")])
+    assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes.tolist()} == {(800, 600)}
+    assert boxes.min() >= 0 and (boxes[:, 2:].max(0) <= (1280, 720)).all()
+    PairSampling((240, 512), (0.8, 1.25), (300, 640))  # just fits
+    for crop, smallest in (((241, 320), "240x512"), ((200, 513), "240x512")):
+        with pytest.raises(ValueError, match=f"is larger than the frame at its smallest scale .{smallest}"):
+            PairSampling(crop, (0.8, 1.25), (300, 640))
+
+
+def test_a_gap_of_half_a_frame_more_than_the_video_is_that_of_its_ends():
+    index = made_up([0.0, 0.5, 1.0])
+    (pair,) = plan_pairs(index, PairSampling(**WHOLE, frame_gap_seconds=(1.2, 1.5)), 0, "a.mp4")
+    assert [cut.number for cut in pair] == [0, 2]
+    with pytest.raises(UnreadableVideo, match="is too short: 1.00 s, the smallest frame gap is 1.3 s"):
+        plan_pairs(index, PairSampling(**WHOLE, frame_gap_seconds=(1.3, 1.5)), 0, "a.mp4")
+
+
+def test_frames_are_those_nearest_to_times_from_the_first_frame_on():
+    times = 10 + np.arange(9.0)
+    assert [_nearest(times, time) for time in (3, 10.4, 10.5, 10.6, 17.7, 30)] == [0, 0, 0, 1, 8, 8]
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(1.0, 3.0), pairs_per_video=200)
+    plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
+    assert {first.number for first, _ in plans} == set(range(8))
+    assert {second.number - first.number for first, second in plans} == {1, 2, 3}
+    # Of a gap shorter than half a frame's time the last frame has its neighbour before it.
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.1, 0.2), pairs_per_video=200)
+    plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
+    assert {(first.number, second.number) for first, second in plans} == {(k, k + 1) for k in range(8)}
+
+
+def test_gaps_end_where_the_video_does_and_one_frame_is_enough_for_none():
+    index = made_up(np.arange(11) / 10)
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 10.0), pairs_per_video=300)
+    gaps = [b.number - a.number for a, b in plan_pairs(index, sampling, 0, "a.mp4")]
+    assert set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100  # not all from end to end
+    (pair,) = plan_pairs(made_up([0.0]), PairSampling(**WHOLE, frame_gap_seconds=(0.0, 0.0)), 0, "a.mp4")
+    assert [cut.number for cut in pair] == [0, 0]
+
+
+def test_a_video_that_is_skipped_is_handed_on_once(tmp_path):
+    good, bad = numbered_video(tmp_path / "good.mp4", CFR[:40]), tmp_path / "bad.mp4"
+    bad.write_bytes(b"")
+    groups = [((epoch, str(bad)), (epoch, good)) for epoch in range(2)]
+    skipped = [sample["skipped"] for sample in generate_pairs(groups, SAMPLING)]
+    assert [[path for path, _ in found] for found in skipped] == [[str(bad)], [], [str(bad)], []]
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    loader = PairLoader([f"{k}.mp4" for k in range(20)], SAMPLING, 4)
+    openings = loader.openings(0)
+    orders = [tuple(path for _, path in openings[20 * epoch : 20 * epoch + 20]) for epoch in range(10)]
+    assert len(set(orders)) == 10 and all(len(set(order)) == 20 for order in orders)
+    # A span goes on where the one before ended.
+    epoch, following = openings[-1][0], loader.openings(1)
+    assert len(openings) % 20 and following[0][0] == epoch
+    assert {path for e, path in (*openings[-20:], *following[:20]) if e == epoch} == set(orders[0])
+
+
+def test_a_worker_notes_whose_flow_it_computes(videos, monkeypatch):
+    note, seen = multiprocessing.RawArray("c", video_stream._NOTE_BYTES), []
+    monkeypatch.setattr(video_stream, "_NOTES", [note])
+    group = tuple((0, path) for path in videos[:2])
+    for _ in generate_pairs([group], SAMPLING, lambda sample: seen.append((sample["video"], note.value.decode()))):
+        pass
+    assert len(seen) == 4 and all(video == noted for video, noted in seen)
+    video_stream._note("x" * 2000 + "/last.mp4")
+    assert note.value.endswith(b"x/last.mp4")
+
+
+def test_as_many_videos_take_turns_as_memory_has_room_for(videos):
+    for pairs, batch_size, turns in ((2, 4, 4), (2, 64, 32), (16, 64, 4), (100, 8, 1)):
+        loader = PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=pairs), batch_size)
+        assert {len(shard) for shard in loader.shards(0)} == {turns}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_generator_of_dropout(videos, workers):
+    loader, before = PairLoader(videos, SAMPLING, 4, workers), torch.get_rng_state()
+    next(iter(loader))
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_span_after_span_every_pair_comes_once_in_whole_batches(videos, monkeypatch):
+    monkeypatch.setattr(video_stream, "OPENINGS_PER_SPAN", 3)
+    monkeypatch.setattr(video_stream, "OPENINGS_PER_LANE", 1)
+    stream, seen = iter(PairLoader(videos, SAMPLING, 3)), []
+    for _ in range(20):  # five spans of six openings each
+        batch = next(stream)
+        seen += list(zip(batch["video"], batch["epoch"].tolist(), batch["repeat"].tolist()))
+    assert len(seen) == 60 and set(seen) == {(v, epoch, r) for v in videos for epoch in range(6) for r in range(2)}
+    stream = iter(PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=16), 40))  # 128 pairs a span
+    assert [len(next(stream)["frames"]) for _ in range(4)] == [40] * 4
