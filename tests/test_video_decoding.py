@@ -1,12 +1,14 @@
 """Frames of MOVs and MP4s, by themselves and in passes, of files that are new and that are known."""
 
+import av
 import numpy as np
 import pytest
 from fuzzed_videos import FRAMES, write_clip
-from test_mov_tables import ALL
+from test_mov_tables import ALL, WHOLE
 
 from training import video_files
 from training.video_decoding import Cut, decode_cuts
+from training.video_files import UnreadableVideo
 from training.video_index import index_video, read_index
 from training.video_stream import PairSampling, video_pairs
 
@@ -42,3 +44,23 @@ def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monke
     assert len(first) == 3 and index_video.kept
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one["frames"], other["frames"]) and np.array_equal(one["times"], other["times"])
+
+
+def test_damage_stays_up_to_the_next_group_of_pictures(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", ALL["h264.mp4"])
+    data = path.read_bytes()
+    with av.open(str(path)) as video:
+        entries = list(video.streams.video[0].index_entries)
+        keys = [number for number, entry in enumerate(entries) if entry.is_keyframe]
+    first = keys[1] + 1
+    place, size = entries[first].pos, entries[first].size
+    path.write_bytes(data[: place + size // 2] + bytes(size - size // 2) + data[place + size :])
+    index, outcomes = read_index(str(path), whole=True), []
+    for number in range(FRAMES):
+        try:
+            decode_cuts(str(path), index, [Cut(number, *WHOLE)])
+            outcomes.append(True)
+        except UnreadableVideo:
+            outcomes.append(False)
+    end = keys[2] if len(keys) > 2 else FRAMES
+    assert outcomes == [not first <= number < end for number in range(FRAMES)]

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,7 +10,8 @@ from fuzzed_videos import FAST, RATE, Kind, write_clip
 from test_mov_tables import pairs_of
 
 from training.video_checks import check_videos
-from training.video_index import index_video, read_index
+from training.video_files import Deadline
+from training.video_index import _estimate_pts, index_video, read_index
 from training.video_stream import PairSampling
 
 
@@ -61,3 +63,13 @@ def test_an_flv_whose_video_begins_later_than_zero_is_read(tmp_path):
     index = read_index(str(path))
     assert len(index.pts) == 30 and index.pts[0] > 0 and (index.width, index.height) == (64, 48)
     assert len(pairs_of(path, 0)) == 3
+
+
+def test_frames_beyond_the_duration_are_not_estimated():
+    container = SimpleNamespace(duration=1_990_000)  # microseconds
+    for duration, count in ((1990, 49), (2000, 50), (None, 49), (1, 1)):
+        stream = SimpleNamespace(
+            average_rate=Fraction(25), guessed_rate=None, duration=duration, time_base=Fraction(1, 1000), start_time=40,
+            container=container,
+        )  # fmt: skip
+        assert _estimate_pts(stream, Deadline()).tolist() == [40 + 40 * number for number in range(count)]
