@@ -28,10 +28,9 @@ from training.video_decoding import Cut, decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 
-OPENINGS_PER_SPAN = 2048  # at least
-OPENINGS_PER_LANE = (
-    512  # of a span: at its end workers are forked anew, and each decodes a group before its first batch
-)
+# At the end of a span workers are forked anew, and each decodes a group before its first batch: a span has at least so many openings, and so many
+# for each worker of all ranks.
+OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
 
 
