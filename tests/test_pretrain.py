@@ -1,4 +1,4 @@
-"""The training loop in this process: recipe fields, baselines, other encoders, trackers, and ranks."""
+"""The training loop in this process: recipe fields, trackers, and ranks."""
 
 import os
 import re
@@ -12,12 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from small_runs import MODEL, RESNET, flags, train
-from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
+from small_runs import MODEL, flags, train
 
-from evaluation.encoders import build
-from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
-from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
+from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
 from training.pretrain import main
@@ -124,133 +121,6 @@ def test_a_gpu_s_own_generator_is_seeded_with_every_micro_step(monkeypatch):
     assert seeds[:2] == seeds[4:] and len(set(seeds)) == 4
 
 
-VIT = {
-    "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8, "image_size": 64,
-    "out_features": ["stage2", "stage3", "stage4"],
-}  # fmt: skip
-CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16]}
-
-
-@pytest.mark.parametrize(
-    ("change", "missing"),
-    [
-        (
-            {"output_stride": 8, "num_decoder_blocks": 0, "pooled_weight": 0, "dense_weight": 1.0},
-            "pooled_loss",
-        ),  # FlowE
-        ({"dense_weight": 0, "pooled_weight": 1.0, "num_decoder_blocks": 0}, "dense_loss"),
-        ({"pooled_weight": 0}, "pooled_loss"),
-        ({"decoder_laterals": False}, None),
-        ({"dense_stride": 1}, None),
-        ({"backbone_config": VIT}, None),
-        ({"backbone_config": CONVNEXT}, None),
-    ],
-    ids=["flowe", "pooled only", "dense only", "no laterals", "stride 1", "vit", "convnext"],
-)
-def test_baselines_and_encoders_train_and_load(drives, tmp_path, change, missing):
-    lines = train(drives, tmp_path / "run", model={**MODEL, **change}, steps=2)
-    assert lines[-1]["loss"] < 4 and lines[-1]["grad_norm"] > 0
-    for name in ("dense_loss", "pooled_loss"):
-        assert (lines[-1][name] is None) == (name == missing)
-    model = PoodleModel.from_pretrained(tmp_path / "run" / "model").eval()
-    image = torch.rand(1, 3, 64, 128)
-    output = model(image)
-    stride = 32 if missing == "dense_loss" else 2 if change.get("backbone_config") == VIT else 8
-    assert output.last_hidden_state.shape[-2:] == (64 // stride, 128 // stride)
-    folder = tmp_path / "run" / "encoder"
-    config = AutoConfig.from_pretrained(folder)
-    assert config.model_type == change.get("backbone_config", RESNET)["model_type"]
-    encoder = type(AutoBackbone.from_config(config)).from_pretrained(folder).eval()
-    if change.get("output_stride") is None:  # the folder's plain architecture is not dilated
-        assert torch.equal(encoder(image).feature_maps[-1].mean(dim=(2, 3)), output.pooler_output)
-
-
-def test_init_encoder_starts_from_its_weights(drives, tmp_path):
-    train(drives, tmp_path / "first", steps=1)
-    AcceleratorState._reset_state(True)
-    first = load_file(tmp_path / "first" / "encoder" / "model.safetensors")
-    heads = {
-        name: value for name, value in MODEL.items() if name != "backbone_config"
-    }  # the encoder brings its config
-    more = ("--init_encoder", str(tmp_path / "first" / "encoder"), "--teacher_momentum", "1.0", "--seed", "3")
-    train(drives, tmp_path / "second", *more, model=heads, steps=1)
-    second = load_file(tmp_path / "second" / "encoder" / "model.safetensors")  # the teacher, which stood still
-    weights = [name for name in first if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    assert weights and all(torch.equal(first[name], second[name]) for name in weights)
-
-
-def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
-    """The decoder reads stages for which a classifier's checkpoint has no norm."""
-    config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16])
-    ConvNextForImageClassification(config).save_pretrained(tmp_path / "convnext")
-    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
-    lines = train(drives, tmp_path / "run", "--init_encoder", str(tmp_path / "convnext"), model=heads, steps=1)
-    assert lines[-1]["loss"] > 0
-    config.hidden_sizes = [8, 8, 16, 24]
-    config.save_pretrained(tmp_path / "convnext")
-    AcceleratorState._reset_state(True)
-    with pytest.raises(ValueError, match="init_encoder"):
-        train(drives, tmp_path / "other", "--init_encoder", str(tmp_path / "convnext"), model=heads, steps=1)
-
-
-def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, monkeypatch):
-    """All four stages of a network whose weights a download would bring."""
-    timm = pytest.importorskip("timm")
-    original = timm.create_model
-    brought = {key: value.clone() for key, value in original("resnet18", features_only=True).state_dict().items()}
-
-    def create(name, pretrained=False, **kwargs):
-        model = original(name, pretrained=False, **kwargs)
-        if pretrained:
-            model.load_state_dict(brought)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", create)
-    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
-    more = ("--init_encoder", "timm/resnet18", "--teacher_momentum", "1.0")
-    lines = train(drives, tmp_path, *more, model=heads, steps=1)
-    assert lines[-1]["loss"] > 0
-    model = from_pretrained_whole(PoodleModel, str(tmp_path / "model")).eval()  # the teacher, which stood still
-    assert model.config.stage_names == ["stage1", "stage2", "stage3", "stage4", "decoder"]
-    assert model(torch.rand(1, 3, 64, 128)).last_hidden_state.shape == (1, 512, 8, 16)
-    state = model.encoder._backbone.state_dict()
-    weights = [name for name in brought if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    assert weights and all(torch.equal(brought[name], state[name]) for name in weights)
-
-    # encoder/ begins another run and is measured, by its weights and not by what timm has under that name.
-    _, exported = load_encoder(str(tmp_path / "encoder"))
-    assert exported and all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in exported.items())
-    measured = build(str(tmp_path / "encoder"), 3)
-    image = torch.rand(1, 3, 64, 128)
-    with torch.no_grad():
-        assert torch.equal(measured(image), model.encode(image)["stage4"])
-    # And the lines of its card, where the Hub is this folder.
-    lines = (tmp_path / "encoder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    lines = lines.replace("ORG/NAME", str(tmp_path / "encoder"))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"{repo}/{name}")
-    scope = {}
-    exec(lines, scope)
-    with torch.no_grad():
-        assert torch.equal(scope["backbone"].eval()(image).feature_maps[-1], measured(image))
-
-
-def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):
-    """Its mask token never gets a gradient, so the optimizer has no state for it."""
-    model = {**MODEL, "backbone_config": VIT}
-    whole = train(drives, tmp_path / "run", "--save_steps", "1", "--save_total_limit", "9", model=model, steps=2)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
-    shutil.rmtree(tmp_path / "run" / "model")
-    AcceleratorState._reset_state(True)
-    more = ("--save_steps", "1", "--save_total_limit", "9", "--resume_from_checkpoint", "latest")
-    resumed = train(drives, tmp_path / "run", *more, model=model, steps=2)
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
-    # Killed between its last checkpoint and its folders, a run writes them when it is resumed.
-    shutil.rmtree(tmp_path / "run" / "model")
-    AcceleratorState._reset_state(True)
-    train(drives, tmp_path / "run", *more, model=model, steps=2)
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-
-
 def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
     train(drives, tmp_path / "a", "--save_steps", "1", steps=1)
     AcceleratorState._reset_state(True)
@@ -267,11 +137,6 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
         with pytest.raises(ValueError, match="holds encoder, model, metrics.jsonl, checkpoints/step-1, but no config"):
             train(drives, tmp_path / "b", *more, steps=1)
     assert {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()} == before
-
-
-def test_crops_must_be_whole_patches(drives, tmp_path):
-    with pytest.raises(ValueError, match="crop_size must be multiples of the dinov2 encoder's 12"):
-        train(drives, tmp_path / "run", model={**MODEL, "backbone_config": {**VIT, "patch_size": 12}}, steps=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(drives, tmp_path):
