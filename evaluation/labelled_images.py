@@ -85,20 +85,17 @@ class LabelledImages:
         Before anything costly: read the first and last training image, the sizes of all that are files, and all of the test, which is
         read again only when the fit has ended. And look for a labelled pixel to learn from.
         """
-        for split in (self.train, self.test):
-            for example in {split[0].name: split[0], split[-1].name: split[-1]}.values():
-                image, label = self.image(example), self.label(example)
-                if image.shape[:2] != label.shape:
-                    raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
-            for example in split:
-                if isinstance(example.image, Path) and isinstance(example.label, Path):
-                    image, label = file_size(example.image), file_size(example.label)
-                    if image != label:
-                        raise ValueError(
-                            f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
-                        )
-        for _ in read_ahead(self.both, self.test):
-            pass
+        for example in (*self.train, *self.test):
+            if isinstance(example.image, Path) and isinstance(example.label, Path):
+                image, label = file_size(example.image), file_size(example.label)
+                if image != label:
+                    raise ValueError(
+                        f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
+                    )
+        some = (self.train[0], self.train[-1], *self.test)
+        for example, (image, label) in zip(some, read_ahead(self.both, some)):
+            if image.shape[:2] != label.shape:
+                raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
         if not any((self.label(example) != IGNORE).any() for example in self.train):
             raise ValueError(
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"

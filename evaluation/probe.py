@@ -36,9 +36,8 @@ class Probe:
             name, folder = source, ""
         elif not (name == "folder" and folder):
             raise ValueError(f"probe must be one of {', '.join(STREETS)}, or folder:PATH, got {source!r}")
-        self.data = load_dataset(name, folder or None)
+        self.data = load_dataset(name, folder or None).with_groups()
         self.data.check()
-        self.data = self.data.with_groups()
         self.recipe = EvaluationRecipe(model=["probe"], readout="knn", dataset=name, data_dir=folder or None)
 
     def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:

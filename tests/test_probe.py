@@ -170,3 +170,17 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no segmentation results"):
         compare([str(tmp_path / "other.json")])
+
+
+def test_a_probe_of_one_class_alone_is_refused(tmp_path):
+    """Masks of 0 and 255: each of its figures would be 100 %."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:16] = 255
+    for number in range(3):
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "labels" / f"{number}.png")
+    (tmp_path / "classes.json").write_text('["road", "car"]')
+    with pytest.raises(ValueError, match="no training label has a pixel of car .* are the masks 0 and 255?"):
+        Probe(f"folder:{tmp_path}")
