@@ -372,9 +372,8 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
                 "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
             )
         if model_type not in CONFIG_MAPPING:  # transformers' own error lists all that there are
-            close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"PoodleConfig.backbone_config: transformers has no model_type {model_type!r}{hint}")
+            hint = _nearest(str(model_type), CONFIG_MAPPING)
+            raise ValueError(f"PoodleConfig.backbone_config: transformers has no model_type {model_type!r}.{hint}")
         try:
             config = AutoConfig.for_model(model_type, **config)
         except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take

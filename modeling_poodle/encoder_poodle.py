@@ -73,9 +73,8 @@ def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> No
 
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
-    backbone_config = copy.deepcopy(
-        config.backbone_config
-    )  # with what is in no dict: the implementation of attention that was asked for
+    # With what is in no dict: the implementation of attention that was asked for.
+    backbone_config = copy.deepcopy(config.backbone_config)
     # That of the whole model, not that in which the encoder's own checkpoint is stored.
     backbone_config.dtype = torch.get_default_dtype()
     auto = auto_class(backbone_config)

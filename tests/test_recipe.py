@@ -60,7 +60,7 @@ def test_fields_of_the_model_that_are_given_leave_the_others_of_the_recipe():
     assert parse_recipe(["--model", json.dumps({"backbone_config": deep})]).model == {**plain, "backbone_config": deep}
     with pytest.raises(ValueError, match="model must be a JSON mapping of PoodleConfig's fields, got '{'"):
         parse_recipe(["--model", "{"])
-    with pytest.raises(ValueError, match=r"transformers has no model_type 'resnt' \(did you mean 'resnet'\?\)$"):
+    with pytest.raises(ValueError, match=r"transformers has no model_type 'resnt'\. Did you mean 'resnet'\?$"):
         parse_recipe(["--model", '{"backbone_config": {"model_type": "resnt"}}'])
 
 

@@ -12,7 +12,9 @@ class _OfAllRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.stack([mean, var])[None]
-        means, variances = _waited(collectives.all_gather_tensor(own, 0, dist.group.WORLD)).unbind(1)  # (ranks, C)
+        means, variances = collectives.wait_tensor(collectives.all_gather_tensor(own, 0, dist.group.WORLD)).unbind(
+            1
+        )  # (ranks, C)
         whole = means.mean(dim=0)
         # Around the mean of all: a difference of squares would be rounded where the mean is large.
         spread = (variances + (means - whole).square()).mean(dim=0)
@@ -23,14 +25,10 @@ class _OfAllRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_mean: Tensor, of_var: Tensor) -> tuple[Tensor, Tensor]:
         (offset,) = ctx.saved_tensors
-        of_mean, of_var = _waited(
+        of_mean, of_var = collectives.wait_tensor(
             collectives.all_reduce(torch.stack([of_mean, of_var]), "avg", dist.group.WORLD)
         ).unbind()
         return of_mean + 2 * offset * of_var, of_var
-
-
-def _waited(values: Tensor) -> Tensor:
-    return collectives.wait_tensor(values)
 
 
 class EqualSyncBatchNorm2d(nn.BatchNorm2d):

@@ -92,7 +92,7 @@ def _refuse_one_name_for_two(found: set[str]) -> None:
 
 def is_elsewhere(source: str) -> bool:
     """Whether a server is asked for a source."""
-    return is_dataset_id(source) or source.startswith("hf://") or is_remote(source)
+    return is_dataset_id(source) or is_remote(source)
 
 
 def _is_video(name: str) -> bool:
