@@ -226,13 +226,21 @@ class Blur(nn.Module):
         return torch.from_numpy(blurred).permute(2, 0, 1)
 
 
-def photometric(height: int, width: int) -> nn.Module:
-    """Photometric augmentation of one image (3, H, W) uint8 (arXiv 2408.11208, section 3), with torchvision's transforms."""
+def photometric(height: int, width: int, torchvision_blur: bool = False) -> nn.Module:
+    """
+    Photometric augmentation of one image (3, H, W) uint8 (arXiv 2408.11208, section 3), with torchvision's transforms.
+
+    Args:
+        torchvision_blur: torchvision's GaussianBlur too, as one would write it, in place of the quicker one that we are held against.
+    """
+    blur = Blur(height, width)
+    if torchvision_blur:
+        blur = v2.GaussianBlur(blur.size, sigma=(0.1, 2.0))
     return v2.Compose(
         [
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([Blur(height, width)], p=0.5),
+            v2.RandomApply([blur], p=0.5),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]

@@ -76,6 +76,8 @@ if shutil.which("g++"):
     found = gradient(network, torch.float32, True)
     assert (found - expected).norm() < 1e-5 * expected.norm(), (found - expected).norm() / expected.norm()
 print(f"rank {rank} fine", flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

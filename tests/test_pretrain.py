@@ -282,6 +282,7 @@ accelerator.backward(wrapped(**mine, subcrop_size=32).loss)
 if accelerator.is_main_process:
     save_file({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder + "/gradients.safetensors")
 accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()  # or its threads may end the process by SIGABRT
 """
     from safetensors.torch import save_file
 

@@ -101,6 +101,7 @@ figures = Probe(sys.argv[2])(accelerator, model)
 assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
     json.dump(figures, file)
+torch.distributed.destroy_process_group()
 """
     torch.manual_seed(0)
     model = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).train()

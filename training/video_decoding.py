@@ -176,6 +176,7 @@ def cut_frame(
     height, width = size if quarter_turns % 2 == 0 else size[::-1]
     flags = "area" if (x1 - x0) > width else "bicubic"
     graph = av.filter.Graph()
+    graph.threads = 1  # or it starts one for each core of the machine, at every cut: 1.9 instead of 1.0 ms with two
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or av.time_base
     )
