@@ -144,6 +144,15 @@ SAMPLING = PairSampling(
 )
 
 
+def test_a_cut_starts_no_threads(monkeypatch):
+    """libavfilter would start one for each core at every cut, in each of the loader's workers."""
+    made, graph = [], av.filter.Graph
+    monkeypatch.setattr(av.filter, "Graph", lambda: made.append(graph()) or made[-1])
+    frame = av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8), format="rgb24")
+    cut_frame(frame, (0, 0, 64, 32), (32, 64), 0)
+    assert [one.threads for one in made] == [1]
+
+
 def test_which_pairs_are_drawn_is_the_same_everywhere_and_next_year():
     """These numbers were drawn once: a change of them makes runs of earlier versions impossible to repeat or resume."""
     index = VideoIndex(tuple(range(300)), np.arange(300) / 30, (0,), (0,), True, 720, 1280, 0, ())
