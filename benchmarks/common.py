@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import multiprocessing
 import platform
 import shlex
@@ -187,7 +188,7 @@ def ceiling(device: torch.device, bf16: bool) -> float:
     dtype = torch.bfloat16 if bf16 else torch.float32
     if device.type == "cuda":
         a = torch.randn(8192, 8192, device=device, dtype=dtype)
-        return max(_rate(lambda: a @ a, 2 * 8192**3, 20) for _ in range(3))
+        return _rate(lambda: a @ a, 2 * 8192**3, 10)
     best = 0.0
     for channels, size, kernel in ((64, 56, 3), (256, 28, 3), (256, 56, 1), (1024, 28, 1)):
         images = torch.randn(8, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
@@ -202,15 +203,24 @@ def ceiling(device: torch.device, bf16: bool) -> float:
     return best
 
 
-def _rate(function: Callable[[], torch.Tensor], flops: int, repeats: int) -> float:
-    """FLOP/s of the fastest of `repeats` calls after two."""
-    seconds, now = [], Clock(function().device).now
-    for _ in range(repeats + 2):
+def _rate(function: Callable[[], torch.Tensor], flops: int, windows: int) -> float:
+    """
+    FLOP/s in the best of `windows` of a fifth of a second each. Not of single calls: the time of a second thread that runs is booked at the
+    system's ticks, some milliseconds late, by which one call of 4 ms in ten seems to take half its time.
+    """
+
+    def run(calls: int) -> float:
         began = now()
-        if function().is_cuda:
+        for _ in range(calls):
+            result = function()
+        if result.is_cuda:
             torch.cuda.synchronize()
-        seconds.append(now() - began)
-    return flops / min(seconds[2:])
+        return now() - began
+
+    now = Clock(function().device).now
+    run(2)
+    calls = max(1, math.ceil(0.2 / max(run(3) / 3, 1e-6)))
+    return flops * calls / min(run(calls) for _ in range(windows))
 
 
 # --- contenders, each in a process of its own ---

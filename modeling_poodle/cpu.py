@@ -1,9 +1,11 @@
-"""The processor as the device that computes: its threads, and memory that is kept."""
+"""The processor as the device that computes: its threads, memory that is kept, and who computes products."""
 
 import ctypes
 import platform
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from .recipe_files import usable_cores
 
@@ -24,3 +26,39 @@ def share_cpu(num_processes: int) -> None:
         if not mallopt(_MMAP_THRESHOLD, 1 << 30):
             mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that earlier versions take
         mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _on_amd() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
+    except OSError:  # another system
+        return False
+
+
+# PyTorch's float32 products are MKL's, which on AMD's processors goes no further than AVX2; its convolutions are oneDNN's, which takes what is there.
+_CONVOLVES = torch.backends.mkl.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability() and _on_amd()
+_FEW_ROWS = 512  # fewer are not worth the other layout that oneDNN brings the weights into
+
+
+def linear(points: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """
+    As torch.nn.functional.linear, points (N, C), weight (O, C): (N, O).
+
+    In float32 on AMD's processors with AVX-512 it is computed as a convolution: on 2 cores of an EPYC forward and backward of (4096, 256) by
+    (512, 256) took 7.8 ms instead of 15.8, of (4096, 2048) by (4096, 2048) 640 instead of 972, a step of the small network 0.87 of the time.
+    """
+    few = points.shape[0] < _FEW_ROWS
+    if (
+        not _CONVOLVES
+        or few
+        or points.device.type != "cpu"
+        or points.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(points, weight, bias)
+    # As many images of one row: where there is one thread, oneDNN is not given a batch of less than 16.
+    count = points.shape[0]
+    width = next((width for width in (64, 32, 16) if count % width == 0 and count >= 16 * width), count)
+    image = points.unflatten(0, (-1, 1, width)).permute(0, 3, 1, 2)
+    return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)

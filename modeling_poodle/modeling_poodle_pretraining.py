@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers.utils import ModelOutput, logging
 
 from .configuration_poodle import PoodleConfig
+from .cpu import linear
 from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
 from .modeling_poodle import PoodleModel, PoodlePreTrainedModel, as_asked
 from .objectives_poodle import dense_loss, pooled_loss
@@ -50,7 +50,7 @@ class PointwiseConv(nn.Conv2d):
         n, _, height, width = hidden_state.shape
         # The weight by way of its own layout, channels_last in training: DistributedDataParallel warns of gradients that lie otherwise.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        points = F.linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), weight, self.bias)
+        points = linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), weight, self.bias)
         return points.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
 
 
