@@ -39,8 +39,8 @@ class PointwiseConv(nn.Conv2d):
     """
     A 1x1 convolution, computed as the product of matrices that it is: on channels_last maps nothing is copied.
 
-    In the heads it makes a step of a ResNet-50 on 2 CPU cores 1.05 times as fast in float32, 1.2 times in bfloat16 (AMX); in the decoder
-    and the encoder's bottlenecks it changes nothing.
+    In the heads it makes a step of a ResNet-50 on 2 cores of an Intel Xeon 1.05 times as fast in float32, 1.2 times in bfloat16 (AMX); in the
+    decoder and the encoder's bottlenecks it changes nothing.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):

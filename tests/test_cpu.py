@@ -6,7 +6,9 @@ import resource
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from modeling_poodle import cpu
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.recipe_files import usable_cores
 
@@ -35,3 +37,48 @@ def test_memory_that_a_step_frees_is_kept_for_the_next():
         pytest.skip("memory comes in large pages here, or by another allocator")
     assert faults[True] < pages / 100
     assert threads == max(1, usable_cores() // 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [24, 512, 640, 4096, 4099])
+def test_products_as_convolutions_are_the_same_products(monkeypatch, count, threads):
+    """With gradients, of rows as they lie in a map and in columns; few rows, another type and autocast are left to PyTorch's own."""
+    convolved, convolution = [], F.conv2d
+    monkeypatch.setattr(cpu, "_CONVOLVES", True)
+    monkeypatch.setattr(F, "conv2d", lambda *inputs: convolved.append(len(inputs[0])) or convolution(*inputs))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        points, weight, bias, gradient = (
+            torch.randn(*shape, generator=generator, dtype=torch.float64)
+            for shape in ((count, 24), (40, 24), (40,), (count, 40))
+        )
+        for turned in (False, True):
+            own = [value.float().requires_grad_() for value in (points.t() if turned else points, weight, bias)]
+            found = cpu.linear(own[0].t() if turned else own[0], *own[1:])
+            found.backward(gradient.float())
+            exact = [value.clone().requires_grad_() for value in (points, weight, bias)]
+            expected = F.linear(*exact)
+            expected.backward(gradient)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+            for value, twin in zip(own, exact):
+                shown = value.grad.t() if turned and value is own[0] else value.grad
+                torch.testing.assert_close(shown.double(), twin.grad, rtol=1e-4, atol=1e-3)
+        assert len(convolved) == (0 if count == 24 else 2)
+        assert all(images >= 16 for images in convolved) or count % 16
+        convolved.clear()
+        assert torch.equal(cpu.linear(points, weight), F.linear(points, weight))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu.linear(points.float(), weight.float()).dtype == torch.bfloat16
+        assert not convolved
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("convolves", [False, True])
+def test_products_compile_to_one_graph(monkeypatch, convolves):
+    monkeypatch.setattr(cpu, "_CONVOLVES", convolves)
+    points, weight = torch.randn(512, 8), torch.randn(16, 8)
+    found = torch.compile(cpu.linear, fullgraph=True, backend="eager")(points, weight)
+    torch.testing.assert_close(found, F.linear(points, weight), rtol=1e-4, atol=1e-4)
