@@ -289,6 +289,8 @@ class Recipe(RunRecipe):
             "crop_size",
             f"multiples of the encoder's stride {stride}",
         )
+        raft = self.flow.startswith("raft")
+        self.need(not raft or min(self.crop_size) >= 128, "crop_size", f"at least 128x128 with flow {self.flow}")
 
     @property
     def flow_folder(self) -> str | None:
