@@ -132,7 +132,7 @@ def test_any_encoder_gives_dense_features(tmp_path, model, channels, name):
     if name == "stage4" and channels == 32:
         with torch.no_grad():
             wide = F.interpolate(encoder.normalise(image), size=(96, 160), mode="bilinear", align_corners=False)
-            whole = model.resnet(wide).last_hidden_state
+            whole = model.to(memory_format=torch.channels_last).resnet(wide).last_hidden_state
         assert torch.equal(features, whole)
 
 
