@@ -23,7 +23,14 @@ from small_runs import flags as run_flags
 from training import flow_writer, pretrain
 from training.assembly import make_accelerator
 from training.flow import DisFlow, ExactFlow, RaftFlow, build_flow
-from training.flow_files import FlowFiles, decode_flow, encode_flow, opening_file, precomputed_epochs
+from training.flow_files import (
+    FlowFiles,
+    decode_flow,
+    encode_flow,
+    opening_file,
+    precomputed_epochs,
+    read_manifest,
+)
 from training.recipe import Recipe, parse_recipe
 from training.video_files import UnreadableVideo
 from training.video_loader import build_loader
@@ -200,6 +207,30 @@ def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypat
             flow_writer.main(["--videos", *several])
 
 
+def test_an_opening_s_file_keeps_its_name():
+    """Or what was written is not found again; videos of one name in two folders have a file each."""
+    assert opening_file("flow", 3, "/data/My drive (1).mp4") == Path(
+        "flow/epoch-0003/My-drive-1-c22dc59e0815cf92.safetensors"
+    )
+    assert opening_file("flow", 0, "/a/x.mp4").name != opening_file("flow", 0, "/b/x.mp4").name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda pair: {"crop": pair["crop"] + 1}, "is that of the crop"),
+        (lambda pair: {"times": pair["times"] + 0.01}, "is from .* s, the pair from"),
+        (lambda pair: {"frames": pair["frames"][..., :-8]}, "is 64x128, the pairs are 64x120"),
+        (lambda pair: {"repeat": 3}, "is that of 3 pairs an opening"),
+    ],
+)
+def test_the_flow_of_another_pair_is_not_taken(drives, written, change, said):
+    pair = next(video_pairs(videos(drives)[0], PairSampling.of(recipe_of(drives, written)), 0))
+    FlowFiles(written)(dict(pair))
+    with pytest.raises(UnreadableVideo, match=f"its flow in .* {said}"):
+        FlowFiles(written)({**pair, **change(pair)})
+
+
 # --- refused before the first step ---
 
 
@@ -298,6 +329,11 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
             {"opening": json.dumps({**about, "crc32": 3})},
             "its flow cannot be read (it was not written by training.flow)",
         ),
+        (
+            {},
+            {"opening": json.dumps({**about, "crc32": []})},
+            "its flow cannot be read (it was not written by training.flow)",
+        ),
         ({}, {"opening": json.dumps(about)}, "its flow cannot be read ("),
         (short, {"opening": lies}, f"its flow in {file} is damaged"),
     ]:
@@ -334,7 +370,69 @@ def test_epochs_that_are_missing_are_written_by_the_command_that_is_named(drives
     assert len(list(out.rglob("*.safetensors"))) == 6
 
 
+def test_an_epoch_behind_a_gap_is_not_offered(drives, written, tmp_path):
+    out = Path(shutil.copytree(written, tmp_path / "flow"))
+    opening_file(out, 0, videos(drives)[1]).unlink()
+    message = refused(drives, out, "--max_steps", "3", "--per_device_train_batch_size", "4")
+    assert "has 0 whole epoch(s)" in message and "1 openings are missing, the first that of" in message
+    assert "drive-0001.mp4 in epoch 0" in message and "--flow_epochs" not in message
+
+
+def test_every_video_is_compared_with_what_was_written(drives, tmp_path):
+    own, out = Path(shutil.copytree(drives, tmp_path / "drives")), tmp_path / "flow"
+    write(own, out, "--epochs", "1")
+    for video in map(Path, videos(own)):
+        whole = video.read_bytes()
+        video.write_bytes(whole + b"\0")
+        said = refused(own, out, "--max_steps", "1", "--per_device_train_batch_size", "2")
+        assert f"the flow of {video} in" in said and "is that of another file" in said
+        video.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": "poodle-flow-0"}', "is of format poodle-flow-0, expected poodle-flow-1: write the flow anew"),
+        ("{}", "cannot be read .* write the flow anew"),
+        ("[]", "cannot be read .* write the flow anew"),
+        ("{", "cannot be read .* write the flow anew"),
+    ],
+)
+def test_a_manifest_of_others_is_named(tmp_path, text, said):
+    assert read_manifest(tmp_path) is None
+    (tmp_path / "flow.json").write_text(text)
+    with pytest.raises(ValueError, match=f"flow.json {said}"):
+        read_manifest(tmp_path)
+
+
 # --- the writer ---
+
+
+def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path):
+    def known(**values) -> dict:
+        return flow_writer.estimator_fields(Recipe(videos=["a.mp4"], **values))
+
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    for file, values in (
+        (tmp_path / "raft.pth", {"flow": "raft_small", "flow_weights": str(tmp_path / "raft.pth")}),
+        (model / "model.safetensors", {"flow": "unflow", "flow_model": str(tmp_path / "run")}),
+    ):
+        file.write_bytes(b"one")
+        before = known(**values)
+        file.write_bytes(b"two")
+        assert known(**values) != before
+        file.write_bytes(b"one")
+        assert known(**values) == before
+    assert known(flow="unflow", flow_model=str(model)) == before
+    assert known(flow="dis", bf16=True) != known(flow="dis", bf16=False)
+
+
+def test_a_flow_that_is_not_finite_is_written_down_as_a_reason(tmp_path):
+    file = tmp_path / "a.safetensors"
+    sample = {"video": "a.mp4", "flow": np.full((2, 2, 4, 4), np.inf, np.float32)}
+    assert flow_writer.write_opening(file, "a.mp4", [sample]) == 0
+    assert not file.exists() and file.with_suffix(".skipped").read_text() == "gives a flow that is not finite"
 
 
 def test_the_writer_refuses_what_would_mix(drives, written, tmp_path):

@@ -267,6 +267,7 @@ def test_giant_indices_are_found_wherever_they_are_declared(tmp_path):
         "endless.mov": bytes(4) + movie[4:],
         "lost.mov": movie.replace(b"moov", b"hoov", 1),
         "freed.mov": movie.replace(b"moov", b"free", 1),
+        "freed_compressed.mov": box(b"free", box(b"cmov", packed)),
         "unknown.mov": box(b"abcd", b"") + movie,
         "sized.mov": movie.replace(b"\0\0\0\x14stsz", b"\0\0\0\1stsz\0\0\0\0\0\0\0\x14"),
         "fours.mov": movie.replace(b"stsz", b"stz2"),

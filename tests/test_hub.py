@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from loopback_hub import TOKEN
 from published import REPOSITORY, flags, publish, python
 from safetensors.torch import load_file, save_file
 
+from training import publish as publishing
 from training.hub import belongs
 from training.pretrain import main as pretrain
+from training.publish import BackgroundPublisher, parts_of, stage, without_local_paths
 from training.publish import main as publish_main
 
 # --- what is sent ---
@@ -106,7 +110,56 @@ def test_the_student_on_request(published_run):
     assert "Weights of the student after 2 steps" in text and "cores" in text and "(panel.png)" in text
 
 
+@pytest.mark.parametrize("private", [True, None])
+def test_a_new_repository_is_private_where_that_was_asked_for(published_run, monkeypatch, private):
+    asked = []
+
+    def push(folder, repo_id, message, private=None):
+        asked.append((repo_id, private))
+        return SimpleNamespace(commit_url="")
+
+    monkeypatch.setattr(publishing, "push", push)
+    publish_main([str(published_run), "--repo_id", "org/p", *(["--private"] if private else [])])
+    assert asked == [("org/p", private), ("org/p-sdm", private)]
+
+
+def test_a_folder_is_staged_without_places_of_this_machine_and_without_what_was_there(published_run, tmp_path):
+    inner = {"_name_or_path": "/home/me", "auto_map": {}, "depths": [1, 2]}
+    assert without_local_paths({"parts": [inner], "inner": inner}) == {
+        "parts": [{"depths": [1, 2]}],
+        "inner": {"depths": [1, 2]},
+    }
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "adapter.safetensors").touch()
+    stage(published_run / "encoder", tmp_path / "staged", "org/p", [])
+    assert not (tmp_path / "staged" / "adapter.safetensors").exists()
+
+
 # --- faults ---
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "README.md"])
+def test_a_token_is_found_in_whatever_is_sent(published_run, tmp_path, monkeypatch, name):
+    folder = Path(shutil.copytree(published_run / "encoder", tmp_path / "encoder"))
+    monkeypatch.setattr(publishing, "get_token", lambda: TOKEN)
+    stage(folder, tmp_path / "staged", "org/p", [])
+    text = (folder / name).read_text()
+    (folder / name).write_text(
+        json.dumps({**json.loads(text), "note": TOKEN}) if name != "README.md" else text + TOKEN
+    )
+    with pytest.raises(ValueError, match=f"{name} holds your Hub token"):
+        stage(folder, tmp_path / "staged", "org/p", [])
+
+
+def test_a_picture_from_elsewhere_and_a_checkpoint_are_not_sent(published_run, tmp_path):
+    shutil.copytree(published_run / "encoder", tmp_path / "encoder")
+    (tmp_path / "panels").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "panels" / "step-000001.png").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="step-000001.png is a link to .*secret"):
+        stage(tmp_path / "encoder", tmp_path / "staged", "org/p", [])
+    with pytest.raises(ValueError, match="step-2 is a checkpoint with its optimizer: publish the run"):
+        parts_of(published_run / "checkpoints" / "step-2", "org/p")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +330,61 @@ def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, inst
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     assert TOKEN not in printed + errors
+
+
+@pytest.fixture
+def two_parts(monkeypatch):
+    """A run's folders `a` and `b`, of a file each, in the place of weights."""
+    monkeypatch.setattr(publishing, "parts_of", lambda run, repo_id: [(run / name, f"org/{name}") for name in "ab"])
+    monkeypatch.setattr(publishing, "stage", lambda source, target, *_: shutil.copytree(source, target))
+
+    def export(run: Path, step: int) -> None:
+        for name in "ab":
+            (run / name).mkdir(exist_ok=True)
+            (run / name / "step").write_text(str(step))
+
+    return export
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_of_uploads_that_wait_the_newest_alone_is_sent(tmp_path, monkeypatch, two_parts, private):
+    begun, go_on, sent = threading.Event(), threading.Event(), []
+
+    def push(folder, repo_id, message, private=None):
+        begun.set()
+        assert go_on.wait(60)
+        sent.append((repo_id, message, (folder / "step").read_text(), private))
+
+    monkeypatch.setattr(publishing, "push", push)
+    (tmp_path / ".publish" / "step-9").mkdir(parents=True)  # of a run that was killed
+    publisher = BackgroundPublisher(tmp_path, "org/p", private)
+    for step in (1, 2, 3):
+        two_parts(tmp_path, step)
+        publisher.submit(step)
+        assert begun.wait(60)
+    assert sorted(path.name for path in (tmp_path / ".publish").iterdir()) == ["step-1", "step-3"]
+    go_on.set()
+    publisher.close()
+    assert sent == [(f"org/{name}", f"Step {n}", str(n), private or None) for n in (1, 3) for name in "ab"]
+    assert not (tmp_path / ".publish").exists()
+
+
+def test_whatever_an_upload_raises_is_a_warning_and_the_next_is_tried(tmp_path, monkeypatch, caplog, two_parts):
+    def push(folder, repo_id, message, private=None):
+        sent.append((repo_id, message))
+        if repo_id == "org/a":
+            raise KeyError("what no one has thought of")
+
+    sent = []
+    monkeypatch.setattr(publishing, "push", push)
+    publisher = BackgroundPublisher(tmp_path, "org/p", False)
+    publisher.submit(1)  # nothing is exported
+    assert "step 1 was not sent to the Hub: [Errno 2]" in caplog.text
+    two_parts(tmp_path, 2)
+    publisher.submit(2)
+    publisher.close()
+    assert sent == [("org/a", "Step 2"), ("org/b", "Step 2")]
+    assert "step 2 was not sent to the Hub (training goes on): 'what no one has thought of'" in caplog.text
 
 
 def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, caplog):
