@@ -117,6 +117,12 @@ def test_a_network_without_decoder_is_shown_and_measured_as_what_it_is(tmp_path,
     PoodleBackbone.from_pretrained(run / "model", out_features=said["out_features"])
 
 
+def test_an_evaluation_of_no_model_is_refused_in_words(tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": 3}))
+    with pytest.raises(ValueError, match="is no evaluation.json of this project"):
+        read_evaluations([tmp_path / "evaluation.json"], [tmp_path])
+
+
 def test_a_card_names_the_last_stage_of_its_own_encoder(tmp_path):
     vit = {"model_type": "dinov2", "hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2}
     config = PoodleConfig(backbone_config={**vit, "out_indices": [2, 4, 6]}, decoder_reduction=2)

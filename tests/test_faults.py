@@ -379,6 +379,9 @@ def test_a_run_without_a_checkpoint_begins_again_only_where_it_had_saved_none(tm
             ValueError, match=rf"no checkpoint in .*, but metrics.jsonl up to step {first // 10 + 1}1 of"
         ):
             find_checkpoint(recipe)
+    logged(run, 30, 35)  # a line each five steps: step 30 was saved
+    with pytest.raises(ValueError, match="but metrics.jsonl up to step 35 of"):
+        find_checkpoint(recipe)
     logged(run, 26)
     shutil.rmtree(origin)
     with pytest.raises(ValueError, match="no checkpoint yet and began at .*step-25, which is damaged: .*restore that"):
@@ -426,7 +429,8 @@ def test_lines_behind_the_checkpoint_and_those_that_are_none_are_cut(tmp_path):
     bad = ['{"step": Infinity}', '{"step": null}', "[]", "3", '{"loss": 1}', '{"step": 3}', '{"step": 2, "lo']
     cut_metrics(tmp_path / "none.jsonl", 2)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], *bad[:-1], good[1], bad[-1]]))
+    lines = [good[0], *bad[:-1], good[1], bad[-1]]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
     cut_metrics(tmp_path / "metrics.jsonl", 2)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(f"{line}\n" for line in good)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -149,7 +149,7 @@ def is_written(file: Path) -> bool:
     """True of a whole file; one that a crash of the machine cut off is written anew, and so is what was skipped."""
     try:
         return file.exists() and bool(read_about(file))
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, OSError, KeyError, ValueError):  # or it is of something else
         return False
 
 

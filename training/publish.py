@@ -213,6 +213,7 @@ def _results_in(file: Path) -> list[dict]:
                 raise ValueError(f"{file} is of evaluation.propagate, whose figures a card has no place for")
             for name in ("model", "dataset", "num_test_images", "seed"):
                 entry[name]
+            Path(entry["model"])
         return entries
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no evaluation.json of this project: {type(error).__name__} {error}") from None
@@ -246,7 +247,8 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         if not {"image_mean", "image_std"} <= processor.keys():
             raise ValueError(f"{source}/preprocessor_config.json must hold image_mean and image_std, which timm needs")
         config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
-    panels = sorted((source.parent / "panels").glob("step-*.png")) if source.name in ("encoder", "model") else []
+    found = (source.parent / "panels").glob("step-*.png")
+    panels = sorted(found, key=lambda path: (len(path.name), path.name)) if source.name in ("encoder", "model") else []
     if panels:
         _refuse_link(panels[-1])
         shutil.copyfile(panels[-1], target / "panel.png")

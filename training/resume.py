@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, whether it may, and what of the run's files is kept."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -97,7 +98,10 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     results = [f"{name}/" for name in ("encoder", "model") if (output_dir / name).exists()]
     steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
     save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
-    first = steps[0] if steps and began else 0
+    first = steps[0] - 1 if steps and began else 0
+    if began is not None:
+        with contextlib.suppress(ValueError):  # what is wrong with it is said below
+            first = read_state(Path(began))["step"]
     if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # a line after the first save
         results.append(f"metrics.jsonl up to step {steps[-1]}")
     if results:
@@ -192,7 +196,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of metrics.jsonl with their steps, whole ones alone; none where there is no such file."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             yield int(json.loads(line)["step"]), line
         except (ValueError, KeyError, TypeError, OverflowError):
