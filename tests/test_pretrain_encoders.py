@@ -113,6 +113,7 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     measured = build(str(tmp_path / "encoder"), 3)
     image = torch.rand(1, 3, 64, 128)
     with torch.no_grad():
+        model.to(memory_format=torch.channels_last)  # as evaluation has it
         assert torch.equal(measured(image), model.encode(image)["stage4"])
     # And the lines of its card, where the Hub is this folder.
     lines = (tmp_path / "encoder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -121,7 +122,8 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     scope = {}
     exec(lines, scope)
     with torch.no_grad():
-        assert torch.equal(scope["backbone"].eval()(image).feature_maps[-1], measured(image))
+        backbone = scope["backbone"].eval().to(memory_format=torch.channels_last)
+        assert torch.equal(backbone(image).feature_maps[-1], measured(image))
 
 
 def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):

@@ -290,7 +290,11 @@ class Recipe(RunRecipe):
             f"multiples of the encoder's stride {stride}",
         )
         raft = self.flow.startswith("raft")
-        self.need(not raft or min(self.crop_size) >= 128, "crop_size", f"at least 128x128 with flow {self.flow}")
+        self.need(
+            not raft or min(self.crop_size) >= 128,
+            "crop_size",
+            f"at least 128x128 with flow {self.flow} (--flow dis takes smaller ones)",
+        )
 
     @property
     def flow_folder(self) -> str | None:

@@ -11,7 +11,10 @@ import sys
 
 # EX_TEMPFAIL of sysexits.h, "try again later": the run was asked to stop, what it has done is saved, and it can be resumed.
 RESUMABLE_EXIT_CODE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # SIGTERM last: Python catches the other by itself, and who sees this caught sees both
 _begun, _process = False, None
 
 
