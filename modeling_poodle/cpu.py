@@ -46,7 +46,7 @@ def linear(points: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     As torch.nn.functional.linear, points (N, C), weight (O, C): (N, O).
 
     In float32 on AMD's processors with AVX-512 it is computed as a convolution: on 2 cores of an EPYC forward and backward of (4096, 256) by
-    (512, 256) took 7.8 ms instead of 15.8, of (4096, 2048) by (4096, 2048) 640 instead of 972, a step of the small network 0.87 of the time.
+    (512, 256) took 7.8 ms instead of 15.8, of (4096, 2048) by (4096, 2048) 640 instead of 972; a step of ResNet-50 took 0.77 of the time, of the small network 0.90.
     """
     few = points.shape[0] < _FEW_ROWS
     if (
