@@ -12,9 +12,8 @@ class _OfAllRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.stack([mean, var])[None]
-        means, variances = collectives.wait_tensor(collectives.all_gather_tensor(own, 0, dist.group.WORLD)).unbind(
-            1
-        )  # (ranks, C)
+        gathered = collectives.wait_tensor(collectives.all_gather_tensor(own, 0, dist.group.WORLD))
+        means, variances = gathered.unbind(1)  # (ranks, C)
         whole = means.mean(dim=0)
         # Around the mean of all: a difference of squares would be rounded where the mean is large.
         spread = (variances + (means - whole).square()).mean(dim=0)

@@ -213,7 +213,8 @@ def _results_in(file: Path) -> list[dict]:
                 raise ValueError(f"{file} is of evaluation.propagate, whose figures a card has no place for")
             for name in ("model", "dataset", "num_test_images", "seed"):
                 entry[name]
-            Path(entry["model"])
+            if not isinstance(entry["model"], str):
+                raise TypeError("its model is no name")
         return entries
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no evaluation.json of this project: {type(error).__name__} {error}") from None

@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, whether it may, and what of the run's files is kept."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -99,9 +98,6 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
     save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
     first = steps[0] - 1 if steps and began else 0
-    if began is not None:
-        with contextlib.suppress(ValueError):  # what is wrong with it is said below
-            first = read_state(Path(began))["step"]
     if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # a line after the first save
         results.append(f"metrics.jsonl up to step {steps[-1]}")
     if results:
