@@ -151,3 +151,13 @@ __all__ = [
     "shared_hub",
     "whole",
 ]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def written(drives, tmp_path_factory) -> Path:
+    """Two epochs of DIS."""
+    from flow_folders import write  # with it comes the training, which other tests do without
+
+    out = tmp_path_factory.mktemp("flow") / "dis"
+    write(drives, out, "--epochs", "2")
+    return out

@@ -4,12 +4,8 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from flow_folders import recipe_of, videos, write, writer_flags
 from safetensors.numpy import save
 from small_runs import flags as run_flags
 
@@ -36,40 +33,7 @@ from training.video_files import UnreadableVideo
 from training.video_loader import build_loader
 from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-def writer_flags(drives, out, *more) -> list[str]:
-    return [
-        "--config", "street", "--videos", str(drives), "--crop_size", "64", "128", "--pairs_per_video", "3", "--dataloader_num_workers", "0",
-        "--out", str(out), *more,
-    ]  # fmt: skip
-
-
-def write(drives, out, *more) -> None:
-    AcceleratorState._reset_state(True)
-    flow_writer.main(writer_flags(drives, out, *more))
-
-
-def recipe_of(drives, out, *more) -> Recipe:
-    given = writer_flags(drives, out, "--flow", "precomputed", "--flow_dir", str(out), *more)
-    at = given.index("--out")
-    return parse_recipe(given[:at] + given[at + 2 :])
-
-
-def videos(folder) -> list[str]:
-    return sorted(str(path) for path in folder.glob("*.mp4"))
-
-
-@pytest.fixture(scope="module")
-def written(drives, tmp_path_factory) -> Path:
-    """Two epochs of DIS."""
-    out = tmp_path_factory.mktemp("flow") / "dis"
-    write(drives, out, "--epochs", "2")
-    return out
 
 
 # --- one flow ---
@@ -403,102 +367,3 @@ def test_a_manifest_of_others_is_named(tmp_path, text, said):
     (tmp_path / "flow.json").write_text(text)
     with pytest.raises(ValueError, match=f"flow.json {said}"):
         read_manifest(tmp_path)
-
-
-# --- the writer ---
-
-
-def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path):
-    def known(**values) -> dict:
-        return flow_writer.estimator_fields(Recipe(videos=["a.mp4"], **values))
-
-    model = tmp_path / "run" / "model"
-    model.mkdir(parents=True)
-    for file, values in (
-        (tmp_path / "raft.pth", {"flow": "raft_small", "flow_weights": str(tmp_path / "raft.pth")}),
-        (model / "model.safetensors", {"flow": "unflow", "flow_model": str(tmp_path / "run")}),
-    ):
-        file.write_bytes(b"one")
-        before = known(**values)
-        file.write_bytes(b"two")
-        assert known(**values) != before
-        file.write_bytes(b"one")
-        assert known(**values) == before
-    assert known(flow="unflow", flow_model=str(model)) == before
-    assert known(flow="dis", bf16=True) != known(flow="dis", bf16=False)
-
-
-def test_a_flow_that_is_not_finite_is_written_down_as_a_reason(tmp_path):
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(save({"other": np.zeros(1)}))
-    assert not flow_writer.is_written(file)  # of something else: written anew
-    file.unlink()
-    sample = {"video": "a.mp4", "flow": np.full((2, 2, 4, 4), np.inf, np.float32)}
-    assert flow_writer.write_opening(file, "a.mp4", [sample]) == 0
-    assert not file.exists() and file.with_suffix(".skipped").read_text() == "gives a flow that is not finite"
-
-
-def test_the_writer_refuses_what_would_mix(drives, written, tmp_path):
-    with pytest.raises(ValueError, match="holds another recipe's flow: seed 0 there, 3 now"):
-        write(drives, written, "--seed", "3")
-    with pytest.raises(ValueError, match="another recipe's flow: flow dis there, exact now"):
-        write(drives, written, "--flow", "exact")
-    with pytest.raises(ValueError, match="flow must name the estimator"):
-        write(drives, tmp_path, "--flow", "precomputed", "--flow_dir", str(written))
-    with pytest.raises(ValueError, match="--epochs must be at least 1"):
-        write(drives, tmp_path, "--epochs", "0")
-
-
-def test_a_video_without_pairs_is_written_down_and_tried_again(drives, tmp_path):
-    own, out = tmp_path / "drives", tmp_path / "flow"
-    shutil.copytree(drives, own)
-    late = own / "drive-0001.mp4"
-    whole = late.read_bytes()
-    late.write_bytes(whole[:200])
-    write(own, out, "--epochs", "1")
-    file = opening_file(out, 0, str(late))
-    assert not file.exists() and "cannot be opened" in file.with_suffix(".skipped").read_text()
-    recipe = recipe_of(own, out, "--max_steps", "1", "--per_device_train_batch_size", "2")
-    assert precomputed_epochs(recipe, PairLoader(videos(own), PairSampling.of(recipe), 2)) == 1
-    late.write_bytes(whole)  # readable again, but its flow is not there
-    with pytest.raises(UnreadableVideo, match="has no flow: cannot be opened"):
-        FlowFiles(out)(next(video_pairs(str(late), PairSampling.of(recipe), 0)))
-    write(own, out, "--epochs", "1")
-    assert file.exists() and not file.with_suffix(".skipped").exists()
-
-
-def test_a_write_that_fails_leaves_whole_files_and_a_sentence(drives, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
-    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-        with pytest.raises(ValueError, match="cannot be written .File too large.*give the same command again"):
-            write(drives, tmp_path / "flow", "--epochs", "1")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in (tmp_path / "flow").rglob("*") if path.is_file()] == ["flow.json"]
-
-
-def test_two_processes_write_the_same_files_as_one(drives, written, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "training.flow",
-    ]
-    done = subprocess.run(
-        [*launch, *writer_flags(drives, tmp_path / "two", "--epochs", "2", "--dataloader_num_workers", "1")], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "this process wrote 2 openings" in done.stdout + done.stderr
-    one, two = (
-        {str(p.relative_to(r)): p.read_bytes() for p in r.rglob("*.safetensors")} for r in (written, tmp_path / "two")
-    )
-    assert len(one) == 4 and one == two
-    assert not list((tmp_path / "two").rglob(".*"))
