@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counting import counted_step, counted_work
 from benchmarks.profiling import kernel_seconds
-from modeling_poodle.recipe_files import usable_cores
+from modeling_poodle.cpu import usable_cores
 from training.assembly import build_model, build_optimizer, compile_modules, make_accelerator, prepared
 from training.flow import build_flow
 from training.health import Health

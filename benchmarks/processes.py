@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.common import OurStep, benchmark_parser, print_table, step_recipe, timed_steps, write_json
-from modeling_poodle.recipe_files import usable_cores
+from modeling_poodle.cpu import usable_cores
 from training.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -58,9 +58,15 @@ def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
         folder = Path(data_dir).expanduser()
         if not folder.is_dir():
             raise ValueError(f"--data_dir {folder}: no such folder. {_LAYOUTS[name]}")
-        return {"camvid": _camvid, "cityscapes": _cityscapes, "bdd100k": _bdd100k, "ade20k": _ade20k}.get(
-            name, _folder if name == "folder" else _wt_sem
-        )(folder)
+        readers = {
+            "camvid": _camvid,
+            "cityscapes": _cityscapes,
+            "bdd100k": _bdd100k,
+            "ade20k": _ade20k,
+            "wt_sem": _wt_sem,
+            "folder": _folder,
+        }
+        return readers[name](folder)
     if "/" in name:
         return _hub(name)
     raise ValueError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}, or a Hub id (org/name)")
@@ -291,7 +297,12 @@ def _hub(name: str) -> LabelledImages:
     """A data set of the Hub with an image column, a label column of masks, and `id2label.json` with the names of its classes."""
     import datasets
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         splits = datasets.load_dataset(name)
@@ -313,8 +324,10 @@ def _hub(name: str) -> LabelledImages:
     try:
         with open(hf_hub_download(name, "id2label.json", repo_type="dataset")) as file:
             names = {int(key): str(value) for key, value in json.load(file).items()}
-    except (EntryNotFoundError, HfHubHTTPError):
+    except RemoteEntryNotFoundError:
         raise ValueError(f"--dataset {name} has no id2label.json with the names of its classes") from None
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(f"--dataset {name}: id2label.json cannot be fetched ({error})") from None
     except (AttributeError, ValueError) as error:
         raise ValueError(f"--dataset {name}: id2label.json must map ids to names ({error})") from None
     if not names or not 0 <= min(names) <= max(names) < 254:

@@ -25,6 +25,7 @@ from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import fingerprint, fit, over_test_images
+from evaluation.labelled_images import spread
 from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
 from modeling_poodle.recipe_files import run_script
 
@@ -98,7 +99,7 @@ def measure(
     }
     result["versions"] |= {package: version(package) for package in ("torchvision", "pycocotools")}
     save_aside(readout, folder / "detector")
-    shown = np.unique(np.linspace(0, len(data.test) - 1, 4).round().astype(int))
+    shown = spread(range(len(data.test)), 4)
     pairs = [(data.test[i].name, pair(data.image(data.test[i]), data.test[i], found[i], data.classes)) for i in shown]
     return result, curve, pairs
 

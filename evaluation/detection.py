@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -281,7 +282,7 @@ def load_detector(folder: str | Path) -> FasterRCNN:
     A saved `detector/`, ready to detect; its `config` names the classes.
 
     Raises:
-        ValueError: no such folder, files missing, or weights that do not fit the config.
+        ValueError: no such folder, files missing or damaged, or weights that do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -295,6 +296,10 @@ def load_detector(folder: str | Path) -> FasterRCNN:
     model = build_detector(config)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: model.safetensors cannot be read ({error}); it is damaged or half copied"
+        ) from error
     except RuntimeError as error:
         raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from None
     return model.eval()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from evaluation.boxes import BOX_DATASETS
 from evaluation.recipe import FitRecipe, read_with_models
-from modeling_poodle.recipe_files import described, is_int, nearest
+from modeling_poodle.recipe_files import described, nearest
 
 DETECTORS = ("c4", "fpn")
 
@@ -36,7 +36,7 @@ class DetectionRecipe(FitRecipe):
         self.need(self.dataset in BOX_DATASETS, "dataset", known)
         self.need_integers("boxes_per_image")
         size = self.image_size
-        good = size is None or (len(size) == 2 and all(is_int(v) for v in size) and 32 <= size[0] <= size[1])
+        good = size is None or (len(size) == 2 and 32 <= size[0] <= size[1])
         self.need(good, "image_size", "a shorter and a longer side of at least 32 pixels")
 
 

@@ -199,7 +199,8 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
                     f"--model {name}: {source} cannot be loaded, or is a checkpoint of another architecture ({error})"
                 ) from error
     else:
-        encoder_config, state = load_encoder(source, weights=not untrained)
+        # A network of timm's returns the stages that it is built for.
+        encoder_config, state = load_encoder(source, weights=not untrained, timm_stages=1 if features is None else 4)
         weights = None if untrained else {f"encoder.{key}": value for key, value in state.items()}
         config = PoodleConfig(backbone_config=encoder_config, num_decoder_blocks=0)
     values = {**config.to_dict(), **labels, "readout_stage": features}

@@ -21,7 +21,7 @@ import modeling_poodle
 from evaluation.explore_features import list_media
 from evaluation.explore_views import Explorer
 from evaluation.recipe import read_with_models
-from modeling_poodle.recipe_files import CheckedRecipe, described, is_int, run_script
+from modeling_poodle.recipe_files import CheckedRecipe, described, run_script
 
 SETTINGS = "explore.yaml"
 
@@ -47,8 +47,8 @@ class ExploreRecipe(CheckedRecipe):
     def __post_init__(self):
         self.need_declared()
         self.need_models()
-        self.need(is_int(self.max_side) and 32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
-        self.need(self.port is None or (is_int(self.port) and 0 < self.port < 65536), "port", "from 1 to 65535")
+        self.need(32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
+        self.need(self.port is None or 0 < self.port < 65536, "port", "from 1 to 65535")
 
 
 def parse_explore(arguments: list[str] | None = None) -> ExploreRecipe:
@@ -81,11 +81,15 @@ def write_space(recipe: ExploreRecipe) -> None:
     A Space of the Hub: this file as app.py, both packages that it needs, its requirements, its flags, and the README that the Hub reads.
 
     Raises:
-        ValueError: the folder is not empty, or a model or readout lies on this machine, where a Space cannot see it.
+        ValueError: the folder is not empty, gradio is not installed, or a model or readout lies on this machine, where a Space cannot see it.
     """
     folder = Path(recipe.space)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"space {folder} must be a new or an empty folder")
+    try:
+        gradio = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("a Space names its version of gradio: pip install 'modeling-poodle[explore]'") from None
     for name in (*recipe.model, *([recipe.readout] if recipe.readout else [])):
         if Path(name.removeprefix("random:")).exists():
             raise ValueError(
@@ -116,7 +120,7 @@ def write_space(recipe: ExploreRecipe) -> None:
         "colorFrom": "green",
         "colorTo": "indigo",
         "sdk": "gradio",
-        "sdk_version": importlib.metadata.version("gradio"),
+        "sdk_version": gradio,
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "license": "apache-2.0",

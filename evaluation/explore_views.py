@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from evaluation.encoders import Encoder, build, calibrate_batch_norm
+from evaluation.encoders import Encoder, build, calibrate_batch_norm, resize_up, stage_stride
 from evaluation.explore_features import (
     Basis,
     Cache,
@@ -30,6 +30,7 @@ from evaluation.explore_features import (
     read_clip,
     similarity,
 )
+from evaluation.labelled_images import spread
 from evaluation.outputs import make_accelerator
 from evaluation.report import palette
 from modeling_poodle import PoodleForSemanticSegmentation
@@ -44,7 +45,9 @@ class Readout:
 
     def __init__(self, source: str, device: torch.device):
         try:
-            self.model = from_pretrained_whole(AutoModelForSemanticSegmentation, source).eval().to(device)
+            # In float32, as images come, also where the checkpoint is stored in less.
+            model = from_pretrained_whole(AutoModelForSemanticSegmentation, source, dtype=torch.float32)
+            self.model = model.eval().to(device)
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
             mean, std = processor.image_mean, processor.image_std
         except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -52,12 +55,14 @@ class Readout:
                 f"readout {source} cannot be loaded; expected the readout/ folder of an evaluation: {error}"
             ) from error
         linear = isinstance(self.model, PoodleForSemanticSegmentation)
-        # Encoder pads to whole patches and reads windows where the encoder needs it.
+        # Images of whole cells, as they were measured: Encoder resizes to them (and reads windows where one needs these), UperNet's are resized here.
         self.encoder = (
             Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model))
             if linear
             else None
         )
+        backbone = getattr(self.model, "backbone", None)
+        self.multiple = 1 if backbone is None else stage_stride(backbone)
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.classes = [str(self.model.config.id2label[index]) for index in range(self.model.config.num_labels)]
 
@@ -68,7 +73,8 @@ class Readout:
             logits = self.model.classifier(self.encoder(self.encoder.normalise(image)))
         else:
             pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-            logits = self.model(pixel_values=((pixels - self.mean) / self.std)[None].to(self.model.device)).logits
+            pixels = resize_up(((pixels - self.mean) / self.std)[None], self.multiple)
+            logits = self.model(pixel_values=pixels.to(self.model.device)).logits
         logits = F.interpolate(logits.float(), size=image.shape[:2], mode="bilinear", align_corners=False)
         return logits[0].argmax(dim=0).cpu().numpy()
 
@@ -111,9 +117,9 @@ class Explorer:
         self.readout = None if readout is None else Readout(readout, device)
         self.kept = Cache(KEPT_BYTES)
         clips, wrong = [], None
-        for index in np.linspace(0, len(self.media) - 1, min(len(self.media), 8)).round().astype(int):
+        for _, path in spread(self.media, 8):
             try:
-                clips.append(self.clip(self.media[index][1], 0.0, 0.5))
+                clips.append(self.clip(path, 0.0, 0.5))
             except ValueError as error:
                 wrong = error
         if self.media and not clips:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import EpsImagePlugin, Image
 
 from evaluation.metrics import class_groups
-from modeling_poodle.recipe_files import usable_cores
+from modeling_poodle.cpu import usable_cores
 
 logger = logging.getLogger("poodle")
 IGNORE = 255

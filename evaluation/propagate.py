@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
-from evaluation.labelled_images import read_image
+from evaluation.labelled_images import read_image, spread
 from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance, write_aside
 from evaluation.recipe import read_with_models
 from evaluation.report import page, palette, percent, picture
@@ -39,7 +39,6 @@ from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
     is_finite,
-    is_int,
     nearest,
     run_script,
 )
@@ -72,12 +71,13 @@ class PropagationRecipe(CheckedRecipe):
     def __post_init__(self):
         self.need_declared()
         self.need_models()
+        self.need_output_dir()
         known = f"one of {', '.join(VIDEO_DATASETS)}{nearest(self.dataset, VIDEO_DATASETS)}"
         self.need(self.dataset in VIDEO_DATASETS, "dataset", known)
         self.need_integers("stride", "top_k", "context_frames", "radius")
         count = self.max_sequences
-        self.need(count is None or (is_int(count) and count >= 1), "max_sequences", "an integer of at least 1")
-        self.need(is_finite(self.temperature) and self.temperature > 0, "temperature", "above 0")
+        self.need(count is None or count >= 1, "max_sequences", "an integer of at least 1")
+        self.need(is_finite(self.temperature) and self.temperature > 0, "temperature", "a finite number above 0")
         self.need_integers("seed", low=0)
 
 
@@ -117,8 +117,7 @@ def measure(
     encoder = build(name, 1, features=recipe.features, seed=recipe.seed).to(device)
     if name.startswith("random:"):
         frames = [path for sequence in sequences for path in sequence.frames]
-        spread = np.linspace(0, len(frames) - 1, CALIBRATION_IMAGES).round().astype(int)
-        calibrate_batch_norm(encoder, (read_image(frames[index]) for index in spread))
+        calibrate_batch_norm(encoder, map(read_image, spread(frames, CALIBRATION_IMAGES)))
 
     def cells(image: np.ndarray) -> Tensor:
         return grid_features(encoder, image, recipe.stride)

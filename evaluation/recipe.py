@@ -8,7 +8,6 @@ from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
     is_finite,
-    is_int,
     nearest,
     read_command_line,
 )
@@ -44,12 +43,15 @@ class FitRecipe(CheckedRecipe):
     def __post_init__(self):
         self.need_declared()
         self.need_models()
+        self.need_output_dir()
         self.need_integers("per_device_train_batch_size", "logging_steps", "save_steps")
         self.need_integers(*(n for n in ("max_train_images", "max_test_images") if getattr(self, n) is not None))
         self.need_integers("seed", low=0)
         for name in ("num_train_epochs", "learning_rate"):
-            self.need(is_finite(getattr(self, name)) and getattr(self, name) > 0, name, "above 0")
-        self.need(is_finite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "not negative")
+            self.need(is_finite(getattr(self, name)) and getattr(self, name) > 0, name, "a finite number above 0")
+        self.need(
+            is_finite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "a finite number of at least 0"
+        )
         known = self.max_steps == -1 or self.max_steps >= 1
         self.need(known, "max_steps", "at least 1, or -1 to go by num_train_epochs")
         self.need(self.resume_from_checkpoint in (None, "latest"), "resume_from_checkpoint", "'latest'")
@@ -82,8 +84,12 @@ class EvaluationRecipe(FitRecipe):
         known = f"one of {', '.join(DATASETS)}, or a Hub id (org/name){nearest(self.dataset, DATASETS)}"
         self.need(self.dataset in DATASETS or "/" in self.dataset, "dataset", known)
         self.need_integers("num_neighbours", "max_reference_cells")
-        self.need(is_finite(self.feature_cache_gb) and self.feature_cache_gb >= 0, "feature_cache_gb", "not negative")
-        good = len(self.crop_size) == 2 and all(is_int(v) and v >= 32 for v in self.crop_size)
+        self.need(
+            is_finite(self.feature_cache_gb) and self.feature_cache_gb >= 0,
+            "feature_cache_gb",
+            "a finite number of at least 0",
+        )
+        good = len(self.crop_size) == 2 and min(self.crop_size) >= 32
         self.need(good, "crop_size", "height and width of at least 32 pixels")
         if self.readout == "upernet":
             # Its BatchNorm of the mean over a whole image has no deviation to norm by.

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from evaluation.data import STREETS, render_street, street_place, within
-from evaluation.labelled_images import file_size, read_label
+from evaluation.labelled_images import file_size, read_label, spread
 
 VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12
@@ -60,9 +60,7 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
     names = listed.read_text().split()
     if not names:
         raise ValueError(f"{dataset}: {listed} lists no sequence. {LAYOUT}")
-    if max_sequences is not None and max_sequences < len(names):
-        names = [names[i] for i in np.linspace(0, len(names) - 1, max_sequences).round().astype(int)]
-    return [_sequence(folder, name) for name in names]
+    return [_sequence(folder, name) for name in spread(names, max_sequences)]
 
 
 def _sequence(folder: Path, name: str) -> Sequence:

@@ -126,7 +126,7 @@ def _nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:
 
 
 class ChecksOverrides:
-    """Of a config, whose own fields are checked also where they are given beside its file: `from_pretrained(name, dense_stride=4)`."""
+    """Mixin of a config: fields given as keywords, `from_pretrained(name, dense_stride=4)`, are checked like those of the file."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

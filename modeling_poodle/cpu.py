@@ -1,15 +1,19 @@
 """The processor as the device that computes: its threads, memory that is kept, and who computes products."""
 
 import ctypes
+import os
 import platform
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .recipe_files import usable_cores
-
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's under a scheduler or a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_cpu(num_processes: int) -> None:

@@ -73,9 +73,9 @@ def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> No
 
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
-    # With what is in no dict: the implementation of attention that was asked for.
+    # A copy, not one made of to_dict(): which attention was asked for is in no dict.
     backbone_config = copy.deepcopy(config.backbone_config)
-    # That of the whole model, not that in which the encoder's own checkpoint is stored.
+    # The type of the whole model, not the (half) precision that the encoder's own checkpoint is stored in.
     backbone_config.dtype = torch.get_default_dtype()
     auto = auto_class(backbone_config)
     refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))

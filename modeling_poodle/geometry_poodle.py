@@ -168,7 +168,7 @@ def resize_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
         low, high: (...) edges, pixels.
 
     Returns:
-        (..., size, length), each row of which sums to 1; or is 0, where its cell lies outside the row or the interval is empty.
+        (..., size, length), each row of which sums to 1, or is 0 where its cell lies outside the row. The interval must not be empty.
     """
     steps = torch.arange(size, device=low.device, dtype=low.dtype) + 0.5
     pixels = torch.arange(length, device=low.device, dtype=low.dtype) + 0.5

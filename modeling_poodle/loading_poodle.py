@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmBackbone, TimmBackboneConfig
 
@@ -40,7 +41,7 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
     `model_class.from_pretrained`, which leaves weights that a checkpoint lacks at random with a warning, as an error.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, it is one of another architecture; or its config is refused.
+        ValueError: the checkpoint lacks weights of the model, is one of another architecture, or is damaged; or its config is refused.
     """
     config = kwargs.pop("config", None) or read_config(name)
     if config.model_type != "poodle":  # which looks itself
@@ -52,6 +53,10 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
         raise ValueError(
             f"{name} has its weights in a pickle that holds more than tensors, and so could be code"
         ) from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: its weights cannot be read ({error}); the file is damaged or half copied"
+        ) from error
     missing = not_of_maps(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         first = missing[0] if missing else next(iter(report["mismatched_keys"]))

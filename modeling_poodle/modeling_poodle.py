@@ -132,8 +132,8 @@ class PoodlePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
-    # Of the mean over a batch's labels no part is left to be divided by Trainer's count of all: it would take `**kwargs` for a promise to do so,
-    # and with accumulated gradients leave out its own division.
+    # The loss is a mean over the batch. Were this True, as Trainer concludes from `**kwargs`, it would leave the division by the number of
+    # accumulated batches to the model.
     accepts_loss_kwargs = False
     _no_split_modules = ["PoodleDecoderBlock"]
     # What of these the encoder supports it says itself; there is no attention elsewhere.
@@ -143,8 +143,8 @@ class PoodlePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
         Raises:
-            ValueError: a checkpoint of [`PoodleForPreTraining`], or for that class one of [`PoodleForSemanticSegmentation`], none of whose names the
-                class has: all weights would be random.
+            ValueError: the checkpoint is a [`PoodleForPreTraining`]'s (or, for that class, a [`PoodleForSemanticSegmentation`]'s): no name would
+                match, and all weights would be random.
         """
         name = str(pretrained_model_name_or_path)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -188,8 +188,8 @@ class PoodleModel(PoodlePreTrainedModel):
 
     def __init__(self, config: PoodleConfig, stages: list[str] | None = None):
         super().__init__(config)
-        wanted = [name for name in config.stage_names if name in {*config.decoder_inputs, *(stages or ())}]
-        self.encoder = build_encoder(config, [name for name in wanted if name != "decoder"])
+        wanted = {*config.decoder_inputs, *(stages or ())}
+        self.encoder = build_encoder(config, [name for name in config.stage_names if name in wanted])
         channels = dict(zip(self.encoder_stages, self.encoder.channels))
         *laterals, last = config.decoder_inputs
         self.num_features = channels[last]
@@ -249,8 +249,11 @@ class PoodleModel(PoodlePreTrainedModel):
     def checkpoint_gradients(self) -> None:
         """Recompute activations block by block in the backward pass: less memory for about a third more time."""
         self.checkpoint_activations = True
-        if getattr(self.encoder, "supports_gradient_checkpointing", False):
-            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        network = getattr(self.encoder, "vit", self.encoder)  # within PlainVitEncoder
+        if getattr(network, "supports_gradient_checkpointing", False):
+            # transformers 5.24 has renamed it.
+            enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
             return
         blocks = [
             m for m in self.encoder.modules() if type(m).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer")

@@ -31,11 +31,6 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poodle"
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine's under a scheduler or a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -47,8 +42,11 @@ def is_finite(value) -> bool:
 
 def nearest(name: str, names) -> str:
     """` (did you mean 'x'?)`, or nothing where no name is near."""
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    names, words = list(names), set(str(name).split("_"))
+    # `workers` is dataloader_num_workers, whose letters are far from it; a word that many names have tells nothing.
+    having = [known for known in names if words <= set(known.split("_"))]
+    close = having if 1 <= len(having) <= 3 else difflib.get_close_matches(str(name), names, n=1)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 class CheckedRecipe:
@@ -63,20 +61,23 @@ class CheckedRecipe:
         """Each value is of its field's declared type."""
         # Not by dataclasses.fields, whose types HfArgumentParser changes.
         for name, kind in get_type_hints(type(self)).items():
-            self.need(fits(getattr(self, name), kind), name, in_words(kind))
+            self.need(fits(getattr(self, name), kind), name, type_in_words(kind))
 
     def need_integers(self, *names: str, low: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
-            self.need(is_int(value) and value >= low, name, f"an integer of at least {low}")
+            self.need(value >= low, name, f"an integer of at least {low}")
             self.need(value < 1 << 31, name, "an integer below 2^31")
 
     def need_models(self) -> None:
         """`model` names at least one, and none twice: each has one result and one folder."""
+        self.need(bool(self.model) and all(self.model), "model", "a list of one or more models")
+        self.need(len(set(self.model)) == len(self.model), "model", "a list that names each model once")
+
+    def need_output_dir(self) -> None:
         self.need(
-            bool(self.model) and all(isinstance(m, str) and m for m in self.model), "model", "at least one model"
-        )
-        self.need(len(set(self.model)) == len(self.model), "model", "models that differ")
+            bool(self.output_dir.strip()), "output_dir", "the name of a folder"
+        )  # "" is a variable that was unset
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -100,12 +101,12 @@ _WORDS = {
 }
 
 
-def in_words(kind) -> str:
+def type_in_words(kind) -> str:
     """A declared type as errors have it."""
     if isinstance(kind, UnionType):
-        return " or ".join(in_words(part) for part in get_args(kind))
+        return " or ".join(type_in_words(part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return f"a list, each {in_words(get_args(kind)[0])}"
+        return f"a list, each {type_in_words(get_args(kind)[0])}"
     return _WORDS[get_origin(kind) or kind]
 
 
@@ -243,7 +244,10 @@ def read_command_line(
     flags, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("--"):
-            _refuse_unknown(kind, [argument[2:].split("=")[0].removeprefix("no_")], "command line")
+            name = argument[2:].split("=")[0]
+            _refuse_unknown(kind, [name.removeprefix("no_")], "command line")
+            if name.startswith("no_"):
+                raise ValueError(f"command line: unknown flag {argument}; give --{name[3:]} and its value")
         raise ValueError(f"command line: unexpected argument {argument!r}")
     given = vars(flags)
     wants_help = given.pop("help", False)
@@ -289,8 +293,10 @@ def run_script(main) -> None:
     """Run `main()`; wrong input, and faults of the run, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
     try:
         main()
-    # FloatingPointError and the like: a run that no longer learns. OSError: disks, and processes that are gone.
-    except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+    # FloatingPointError: a run that no longer learns (other ArithmeticErrors are mistakes of the code). OSError: disks, and processes that are gone.
+    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         if os.environ.get("POODLE_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(
+            f"error: {str(error) or type(error).__name__}"
+        ) from None  # a MemoryError may be without words

@@ -10,12 +10,12 @@ from modeling_poodle import PoodleConfig, PoodleModel
 from training.assembly import (
     build_model,
     build_optimizer,
-    check_crop_size,
     load_into,
+    may_idle,
     prepared,
     synchronise_batch_norm,
 )
-from training.recipe import Recipe
+from training.recipe import Recipe, check_crop_size
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
@@ -64,7 +64,7 @@ def test_the_optimizer_has_the_recipe_s_numbers_and_decays_matrices_alone(fresh_
 
 def test_a_model_is_built_as_the_recipe_says(fresh_accelerator, tmp_path):
     torch.manual_seed(1)
-    encoder = PoodleModel(Recipe(model=MODEL).poodle_config()).encoder
+    encoder = PoodleModel(Recipe(model=MODEL).model_config()).encoder
     for value in encoder.buffers():
         value.add_(1)
     encoder.save_pretrained(tmp_path)
@@ -81,8 +81,20 @@ def test_a_model_is_built_as_the_recipe_says(fresh_accelerator, tmp_path):
         assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
 
 
+def test_stages_that_are_not_read_are_known():
+    read = {**RESNET, "model_type": "resnet", "out_features": ["stage2", "stage3"]}
+    for backbone, idle in ((RESNET, False), (read, True), ({"model_type": "dinov2", **VIT}, True)):
+        assert may_idle(PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)) is idle
+
+
 def test_crops_are_whole_cells_of_the_coarsest_map():
-    for encoder, stride in ((RESNET, 32), ({"model_type": "dinov2", **VIT}, 8), ({"model_type": "convnext"}, 32)):
+    slow = {**RESNET, "model_type": "resnet", "downsample_in_first_stage": True}
+    for encoder, stride in (
+        (RESNET, 32),
+        (slow, 64),
+        ({"model_type": "dinov2", **VIT}, 8),
+        ({"model_type": "convnext"}, 32),
+    ):
         config = PoodleConfig(backbone_config=encoder, decoder_reduction=2, num_decoder_blocks=0)
         check_crop_size(config, [stride, 3 * stride])
         for wrong in ([stride, 3 * stride + stride // 2], [stride // 2, stride]):

@@ -131,6 +131,15 @@ def test_a_card_names_the_last_stage_of_its_own_encoder(tmp_path):
     assert 'out_features=["stage6", "decoder"]' in cards.converted_card("model", saved, "a.pth", "teacher")
 
 
+def test_a_readout_of_a_folder_names_no_base_model_of_the_hub():
+    """`runs/mine` looks like an id: a folder's weights have a digest in the result."""
+    config = {"architectures": ["UperNetForSemanticSegmentation"], "model_type": "upernet"}
+    result = {"readout": "upernet", "dataset": "camvid", "model": "runs/mine"}
+    assert ModelCard(cards.folder_card(config, [result])).data.base_model == "runs/mine"
+    card = ModelCard(cards.folder_card(config, [{**result, "weights_sha256": "f" * 64}]))
+    assert card.data.base_model is None and "runs/mine" not in card.text
+
+
 def test_a_folder_given_as_here_is_known_by_its_name(tmp_path, monkeypatch, poodle):
     shutil.copytree(poodle / "model", tmp_path / "run" / "readout")
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "org/other"}))

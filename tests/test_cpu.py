@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from modeling_poodle import cpu
-from modeling_poodle.cpu import share_cpu
-from modeling_poodle.recipe_files import usable_cores
+from modeling_poodle.cpu import share_cpu, usable_cores
 
 
 def count_page_faults(connection, keep: bool) -> None:

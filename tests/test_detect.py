@@ -217,6 +217,9 @@ def test_a_detector_that_is_none_is_refused(overfitted, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "classes": ["a"]}))
     with pytest.raises(ValueError, match="weights do not fit config.json"):
         load_detector(tmp_path / "other")
+    os.truncate(tmp_path / "other" / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match="model.safetensors cannot be read .*; it is damaged or half copied"):
+        load_detector(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="config.json is no detector's"):
         load_detector(tmp_path / "other")

@@ -1,6 +1,7 @@
 """Any encoder read in one way."""
 
 import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -206,6 +207,9 @@ def test_timm(tmp_path):
     model = PoodleForSemanticSegmentation(PoodleConfig(backbone_config=config, num_decoder_blocks=0, num_labels=4))
     encoder = Encoder("timm/resnet18", model.eval())
     assert encoder(torch.rand(1, 3, 64, 96)).shape == (1, 512, 2, 3)
+    for number, channels in enumerate((64, 128, 256, 512)):
+        encoder = build("random:timm/resnet18", 3, features=f"stage{number + 1}")
+        assert encoder(torch.rand(1, 3, 64, 96)).shape == (1, channels, 16 >> number, 24 >> number)
 
 
 def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch):
@@ -397,6 +401,16 @@ def test_wrong_models_are_named(tmp_path, poodle):
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is no encoder that can be loaded"):
         build(str(tmp_path / "bert"), 3)
+
+
+def test_half_a_file_of_weights_is_named(poodle, tmp_path):
+    shutil.copytree(poodle / "model", tmp_path / "model")
+    ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "encoder")
+    for part in ("model", "encoder"):
+        weights = tmp_path / part / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        with pytest.raises(ValueError, match=f"{part}: its weights cannot be read .*damaged or half copied"):
+            build(str(tmp_path / part), 3)
 
 
 def test_a_model_with_a_decoder_is_no_encoder_to_start_from(poodle):

@@ -9,12 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from labelled_shapes import RESNET
 from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerImageProcessor, ViTConfig, ViTModel
 
 from evaluation import explore_features
-from evaluation.encoders import build
+from evaluation.encoders import Encoder, build
 from evaluation.explore_features import (
     MAX_PIXELS,
     Cache,
@@ -31,6 +32,9 @@ from evaluation.explore_features import (
     similarity,
 )
 from evaluation.explore_views import Readout
+from evaluation.labelled_images import Example, LabelledImages
+from evaluation.readouts import UperNetReadout
+from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
 from training import video_files, video_sources
 
@@ -193,6 +197,28 @@ def test_a_readout_of_a_vit_is_read_as_it_was_measured(tmp_path, blocks, beside)
         (tmp_path / "evaluation.json").write_text(json.dumps({"inference": beside}))
     encoder = Readout(str(tmp_path / "readout"), torch.device("cpu")).encoder
     assert encoder.inference.startswith(beside or "whole image")
+
+
+def test_upernet_is_shown_as_it_was_measured(tmp_path):
+    torch.manual_seed(0)
+    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0)
+    encoder = Encoder("x", PoodleForSemanticSegmentation(config))
+    image = np.random.default_rng(0).integers(0, 255, (61, 100, 3), dtype=np.uint8)
+    labelled = Example("a", lambda: image, lambda: image[..., 0] % 3)
+    data = LabelledImages("x", ("a", "b", "c"), (labelled,), (labelled,))
+    measured = UperNetReadout(encoder, data, EvaluationRecipe(model=["x"], readout="upernet", crop_size=[64, 64]))
+    measured.save(tmp_path)
+    truth = measured.eval().predict(image)
+    assert len(np.unique(truth)) > 1
+    assert np.array_equal(Readout(str(tmp_path), torch.device("cpu")).predict(image), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_readout_in_half_precision_is_shown(tmp_path, dtype):
+    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0, num_labels=3)
+    PoodleForSemanticSegmentation(config).to(dtype).save_pretrained(tmp_path)
+    SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    assert Readout(str(tmp_path), torch.device("cpu")).predict(grey(9)).shape == (64, 96)
 
 
 def test_principal_components_are_those_of_the_exact_decomposition():

@@ -1,5 +1,6 @@
 """The page of features: what it asks for, its flags, the Space, and the page itself in a headless Chromium."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -190,6 +191,18 @@ def test_space_is_whole(models, media, tmp_path):
     )
     assert done.returncode == 1 and "--model org/poodle: no such model" in done.stderr
     assert str(folder / "evaluation") in done.stderr and str(REPOSITORY / "evaluation") not in done.stderr
+
+
+def test_a_space_without_gradio_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(
+        ValueError, match=r"a Space names its version of gradio: pip install 'modeling-poodle\[explore\]'"
+    ):
+        main(["--model", "org/poodle", "--space", str(tmp_path / "space")])
+    assert not (tmp_path / "space").exists()
 
 
 # --- the page ---

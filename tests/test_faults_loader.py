@@ -1,5 +1,6 @@
 """Workers of the loader that die, and torch's messages of such faults in words."""
 
+import errno
 import multiprocessing.connection
 import os
 import re
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from training.faults import faults_in_words, in_words
+from training.faults import fault_of, faults_in_words
 from training.recipe import Recipe
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, PairSampling
@@ -121,5 +122,20 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
     ],
 )  # fmt: skip
 def test_messages_of_torch_in_words(message, kind, said):
-    fault = in_words(message, ["a.mp4"], 9)
+    fault = fault_of(message, ["a.mp4"], 9)
     assert type(fault) is (type(None) if kind is None else kind) and (kind is None or said in str(fault))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "^the program that read this run's output has ended"),
+        (OSError(errno.ENOSPC, "No space left on device"), "^output_dir runs/mine: .*No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/mine/metrics.jsonl"), "^output_dir runs/mine: .*No space"),
+        (OSError(errno.EIO, "Input/output error", "/data/labels.json"), r"^\[Errno 5\] Input/output error: '/data/labels.json'\."),
+    ],
+)  # fmt: skip
+def test_faults_of_files_name_the_folder_where_it_is_in_it(error, said):
+    with pytest.raises(OSError, match=f"{said}.*--resume_from_checkpoint latest"):
+        with faults_in_words(Recipe(output_dir="runs/mine"), None):
+            raise error

@@ -23,6 +23,7 @@ from small_runs import (
 )
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from modeling_poodle.recipe_files import run_script
 from training import health, pretrain
 from training.checkpoint_files import finish
 from training.checkpoints import rank_state
@@ -138,7 +139,7 @@ def test_collapse_stops_the_run_and_keeps_the_checkpoints_from_before(drives, tm
     run = tmp_path / "run"
     monkeypatch.setattr(pretrain, "feature_std", collapse)
     with pytest.raises(
-        ArithmeticError, match=r"collapsed to one direction \(feature_std 0.0010\) in the last 3 lines"
+        FloatingPointError, match=r"collapsed to one direction \(feature_std 0.0010\) in the last 3 lines"
     ):
         train(drives, run, "--save_steps", "1", "--save_total_limit", "1", steps=9)
     assert names(run) == ["step-2", "step-3", "step-4"]  # without the doubt only the last
@@ -156,7 +157,7 @@ def test_no_valid_pixel_for_long_stops_the_run(caplog):
     resumed.load_state_dict(watcher.state_dict())
     for _ in range(health.LINES_ALLOWED - 2):
         resumed.judge({"feature_std": 0.5, "valid_fraction": 0.0})
-    with pytest.raises(ArithmeticError, match=r"no pixel has flow .* in the last 20 lines.*another --flow"):
+    with pytest.raises(FloatingPointError, match=r"no pixel has flow .* in the last 20 lines.*another --flow"):
         resumed.judge({"feature_std": 0.5, "valid_fraction": 0.0})
 
 
@@ -286,3 +287,13 @@ def test_moments_that_are_not_finite_are_not_saved(fresh_accelerator):
     optimizer.state[layer.bias]["exp_avg_sq"][1] = float("inf")
     with pytest.raises(FloatingPointError, match="exp_avg_sq of bias is not finite, so no checkpoint is written"):
         watcher.refuse_bad_weights(layer, optimizer)
+
+
+def test_an_error_without_words_is_named(monkeypatch):
+    def out_of_memory():
+        raise MemoryError
+
+    with pytest.raises(SystemExit, match="^error: MemoryError$"):
+        run_script(out_of_memory)
+    with pytest.raises(ZeroDivisionError):  # a mistake of the code, which a stack trace finds
+        run_script(lambda: 1 // 0)

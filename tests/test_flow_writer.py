@@ -26,7 +26,7 @@ from training.video_stream import PairLoader, PairSampling, video_pairs
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path):
+def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path, monkeypatch):
     def known(**values) -> dict:
         return flow_writer.estimator_fields(Recipe(videos=["a.mp4"], **values))
 
@@ -44,6 +44,9 @@ def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path):
         assert known(**values) == before
     assert known(flow="unflow", flow_model=str(model)) == before
     assert known(flow="dis", bf16=True) != known(flow="dis", bf16=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename("unflow")  # which is no estimator's name here, but a folder
+    assert known(flow="unflow", flow_model="unflow") == before
 
 
 def test_a_flow_that_is_not_finite_is_written_down_as_a_reason(tmp_path):

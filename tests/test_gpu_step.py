@@ -103,7 +103,7 @@ def test_a_step_of_pretraining(gpu, generator, flow, small):
         halves = [gpu.put(copy.deepcopy(part).half()) for part in parts]
         module._cast = {(id(part), torch.float16, GPU): half for part, half in zip(parts, halves)}
         estimate = gpu.put(module)
-    model = gpu.put(PoodleForPreTraining(recipe.poodle_config())).train()
+    model = gpu.put(PoodleForPreTraining(recipe.model_config())).train()
     seen = set()
     for block in (*model.student.decoder, model.dense_projector):
         block.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
@@ -142,7 +142,7 @@ def test_a_step_of_segmentation(gpu):
 def test_maps_stay_channels_last_through_student_teacher_and_heads(gpu):
     """In float16: without a driver bfloat16 convolutions are given to another library than a GPU's, whose maps lie otherwise."""
     recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", "dis"])
-    model = PoodleForPreTraining(recipe.poodle_config()).train().to(memory_format=torch.channels_last)
+    model = PoodleForPreTraining(recipe.model_config()).train().to(memory_format=torch.channels_last)
     model = gpu.put(model)
     elsewhere, count = [], []
 

@@ -56,8 +56,18 @@ for name in ("org/none", "org/nameless", "org/untested", "org/giant"):
         load_dataset(name)
     except ValueError as error:
         print(str(error).splitlines()[0])
+import huggingface_hub
+
+def gone(*arguments, **keywords):
+    raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the requested files in the disk cache")
+
+huggingface_hub.hf_hub_download = gone
+try:
+    load_dataset("org/masks")
+except ValueError as error:
+    print(error)
 """
-    classes, *splits, missing, nameless, untested, giant = hub_process(tmp_path, script).splitlines()
+    classes, *splits, missing, nameless, untested, giant, offline = hub_process(tmp_path, script).splitlines()
     assert json.loads(classes) == list(CLASSES)
     for found, truth in zip(splits, (train, test), strict=True):
         assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]
@@ -65,4 +75,5 @@ for name in ("org/none", "org/nameless", "org/untested", "org/giant"):
     assert "--dataset org/none: no such data set on the Hub" in missing
     assert "--dataset org/nameless has no id2label.json" in nameless
     assert "--dataset org/untested needs a train and a validation or test split, it has train" in untested
+    assert "--dataset org/masks: id2label.json cannot be fetched" in offline
     assert "--dataset org/giant: id2label.json must have ids from 0 to 253" in giant

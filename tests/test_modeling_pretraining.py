@@ -291,6 +291,31 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(m.momentum == 0.1 for m in saving.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+def test_gradient_checkpointing_of_a_vit():
+    torch.manual_seed(0)
+    vit = {
+        "model_type": "vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    plain = PoodleModel(
+        PoodleConfig(
+            backbone_config={**vit, "image_size": 32, "patch_size": 8}, num_decoder_blocks=1, decoder_reduction=2
+        )
+    )
+    saving = PoodleModel(plain.config)
+    saving.load_state_dict(plain.state_dict())
+    saving.checkpoint_gradients()
+    assert [m for m in saving.encoder.modules() if getattr(m, "gradient_checkpointing", False)]
+    image = torch.rand(2, 3, 32, 32)
+    for model in (plain, saving):
+        model.train()(image).last_hidden_state.square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     model, batch = PoodleForPreTraining(config()), inputs()
     with pytest.raises(ValueError, match="flow must be"):

@@ -4,8 +4,7 @@ import re
 import pytest
 
 from modeling_poodle import PoodleConfig
-from training.assembly import check_crop_size
-from training.recipe import RECIPES, Recipe, parse_recipe, read_yaml
+from training.recipe import RECIPES, Recipe, check_crop_size, parse_recipe, read_yaml
 from training.schedules import count_steps
 
 NAMES = {
@@ -79,7 +78,7 @@ def test_the_crop_fits_the_encoder_that_a_run_starts_from():
     check_crop_size(PoodleConfig(backbone_config={"model_type": "dinov2", "patch_size": 14}), recipe.crop_size)
     with pytest.raises(ValueError, match=r"crop_size must be multiples of the resnet encoder's 32, got \[252, 504\]"):
         check_crop_size(PoodleConfig(), recipe.crop_size)
-    with pytest.raises(ValueError, match="crop_size must be multiples of the encoder's stride 32"):
+    with pytest.raises(ValueError, match="crop_size must be multiples of the resnet encoder's 32"):
         Recipe(crop_size=[252, 504])
     with pytest.raises(
         ValueError, match=r"crop_size must be at least 128x128 with flow raft_small .*dis.*, got \[96, 128\]"
@@ -97,9 +96,9 @@ def test_bdd100k_has_the_papers_numbers():
         192,
         0.1,
     )
-    config = recipe.poodle_config()
+    config = recipe.model_config()
     assert (config.projection_hidden_size, config.projection_size, config.num_decoder_blocks) == (4096, 256, 2)
-    flowe = Recipe(**read_yaml("flowe_r50")).poodle_config()
+    flowe = Recipe(**read_yaml("flowe_r50")).model_config()
     assert (flowe.output_stride, flowe.num_decoder_blocks, flowe.pooled_weight) == (8, 0, 0)
 
 
@@ -172,7 +171,13 @@ def test_resolved_recipe_reads_back(tmp_path):
         ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0, "),
         ({"crop_size": [100, 200]}, "crop_size must be multiples"),
         ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0"),
+        ({"adam_epsilon": float("inf")}, "adam_epsilon must be a finite number above 0, got inf"),
+        ({"warmup_steps": float("inf")}, "warmup_steps must be a finite number of at least 0, got inf"),
+        ({"output_dir": ""}, "output_dir must be the name of a folder, got ''"),
+        ({"probe": "camvid:x"}, "probe must be street, street:CAMERA or folder:PATH, got 'camvid:x'"),
+        ({"probe": "folder:"}, "probe must be street, street:CAMERA or folder:PATH"),
+        ({"probe": "street:sea"}, "must be one of driving, walking"),
         ({"subcrop_area": [0.1, 1.5]}, "subcrop_area must be shares"),
         ({"model": "{"}, "model must be a JSON mapping"),
         ({"model": {"decoder_lateral": True}}, "Did you mean 'decoder_laterals'"),
@@ -192,3 +197,19 @@ def test_unknown_keys_suggest_the_nearest(tmp_path):
         read_yaml(file)
     with pytest.raises(ValueError, match="did you mean 'max_steps'"):
         parse_recipe(["--max_step", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--batch_size", "did you mean 'per_device_train_batch_size'"),
+        ("--epochs", "did you mean 'num_train_epochs' or 'flow_epochs'"),
+        ("--workers", "did you mean 'dataloader_num_workers'"),
+        ("--gap", "did you mean 'frame_gap_seconds'"),
+        ("--steps", "unknown recipe field 'steps'"),
+        ("--no_seed", "unknown flag --no_seed; give --seed and its value"),
+    ],
+)
+def test_a_part_of_a_name_suggests_the_name(flag, said):
+    with pytest.raises(ValueError, match=said):
+        parse_recipe([flag, "3"])

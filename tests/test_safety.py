@@ -145,7 +145,7 @@ def test_code_that_a_config_names_within_is_refused(inner, message, poodle, tmp_
         ("output_dir: 2020-02-20\n", r"output_dir must be text, got datetime.date\(2020, 2, 20\)"),
         ("flow_weights: [a.pth]\n", "flow_weights must be text or unset"),
         ("seed: " + "9" * 4000 + "\n", "seed must be an integer below 2.31, got 9+[.]{3}9+$"),
-        ("learning_rate: 1" + "0" * 400 + "\n", "learning_rate must be above 0"),
+        ("learning_rate: 1" + "0" * 400 + "\n", "learning_rate must be a finite number above 0"),
     ],
     ids=("tag", "aliases", "depth", "list", "no date", "date", "list of text", "integer", "float"),
 )
@@ -365,6 +365,7 @@ def test_names_in_cards_are_text(tmp_path):
     for text in texts:
         body = ModelCard(text).text
         assert "\n# Title" not in body and body.count("```") % 2 == 0 and "alert(1)" in body
+        assert "&#124;" not in "".join(re.findall("`[^`\n]+`", body))  # in code entities are shown as they are
         # What is left of blocks and lines of code, which show their text as it is.
         prose = re.sub("`[^`\n]*`", "", "".join(body.split("```")[::2]))
         assert not any(piece in prose for piece in ("<script", "<img", "</pre", "[x]("))

@@ -133,7 +133,7 @@ def test_recipes_read_and_say_how_to_launch_them():
         ),
         ({"crop_border": 10}, "crop_border must be a multiple of 4 and of 16"),
         ({"crop_border": 64, "crop_size": [128, 256]}, "crop_border must be .* less than half of the frame"),
-        ({"smoothness_weight": -1}, "smoothness_weight must be not negative"),
+        ({"smoothness_weight": -1}, "smoothness_weight must be a finite number of at least 0"),
         ({"occlusion_start": 1.5}, "occlusion_start must be a share between 0 and 1"),
         ({"model": {"num_leves": 3}}, "Did you mean 'num_levels'"),
         ({"crop_size": [128]}, "crop_size must be two positive integers"),

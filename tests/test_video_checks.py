@@ -74,9 +74,9 @@ def spin():
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (segfault, r"ended its reader \(SIGSEGV\)"),
-        (spin, "no end after 0.4 s"),
-        (lambda: os._exit(3), r"ended its reader \(exit code 3\)"),
+        (segfault, r"it crashed its reader \(SIGSEGV\)"),
+        (spin, "reading it did not end within 0.4 s"),
+        (lambda: os._exit(3), r"it crashed its reader \(exit code 3\)"),
     ],
 )
 def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeypatch, act, said):
@@ -89,7 +89,9 @@ def test_the_first_look_outlives_what_a_video_does_to_its_reader(videos, monkeyp
     monkeypatch.setattr(first_look, "time_limit", lambda path: 0.4 / 5 if path == videos[2] else 60)
     index_video.cache_clear()
     start = time.monotonic()
-    with pytest.raises(ValueError, match=f"{videos[2]}: {said}, as it would end the run. Remove it, or put an empty"):
+    with pytest.raises(
+        ValueError, match=f"{videos[2]}: {said}, and would stop the run in the same way. Remove it, or put an empty"
+    ):
         check_videos(videos, SAMPLING)
     assert time.monotonic() - start < 30 and list(index_video.kept) == videos[:2]
     assert not multiprocessing.active_children()

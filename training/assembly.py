@@ -16,7 +16,7 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, not_of_maps
 from training.batch_norm import for_compilation
-from training.recipe import Recipe, RunRecipe
+from training.recipe import Recipe, RunRecipe, check_crop_size
 
 logger = logging.getLogger("poodle")
 
@@ -63,7 +63,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         logger.warning("bf16: this GPU does not compute it, and emulates it slowly; give --bf16 false")
-    # Of what Accelerate and torchdata call torch has deprecated some.
+    # Accelerate and torchdata still call what torch has deprecated.
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     transformers.utils.logging.disable_progress_bar()
@@ -80,7 +80,7 @@ def computes_in_bfloat16() -> bool:
 
 
 def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:
-    config, weights = recipe.poodle_config(), None
+    config, weights = recipe.model_config(), None
     if recipe.init_encoder is not None:
         try:
             encoder_config, weights = load_encoder(recipe.init_encoder, timm_stages=4)
@@ -130,30 +130,21 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and its callers enter autocast themselves.
     """
     if accelerator.ddp_handler is not None:
-        # Encoders other than ResNet can have parameters without use here (a ViT's mask token). To look for them costs a walk through the graph.
-        encoder = getattr(getattr(model, "config", None), "backbone_config", None)
-        accelerator.ddp_handler.find_unused_parameters = encoder is not None and encoder.model_type != "resnet"
+        config = getattr(model, "config", None)
+        accelerator.ddp_handler.find_unused_parameters = isinstance(config, PoodleConfig) and may_idle(config)
     wrapped = accelerator.prepare_model(model)
     # In place: what is within `wrapped` loses it too.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     return wrapped
 
 
-def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
+def may_idle(config: PoodleConfig) -> bool:
     """
-    Raises:
-        ValueError: a patch embedding or a stage would cut off the crop's edge, and its map would be taken for one of the whole crop.
+    Whether the encoder can have parameters without use: a ViT's mask token, stages behind the last that is read. To look for them costs a walk
+    through the graph at each step; a ResNet that is read to its end has none.
     """
     encoder = config.backbone_config
-    # A ResNet halves twice before its first stage.
-    patch = 4 if encoder.model_type == "resnet" else getattr(encoder, "patch_size", None)
-    if not isinstance(patch, int):
-        return
-    stride = patch * 2 ** (len(encoder.depths) - 1) if hasattr(encoder, "depths") else patch
-    if any(side % stride for side in crop_size):
-        raise ValueError(
-            f"crop_size must be multiples of the {encoder.model_type} encoder's {stride}, got {crop_size}"
-        )
+    return encoder.model_type != "resnet" or config.decoder_inputs[-1] != encoder.stage_names[-1]
 
 
 def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:

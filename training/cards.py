@@ -15,7 +15,7 @@ from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
-# Of a recipe, what is of this machine rather than of the training.
+# Fields of a recipe that tell of this machine, not of the training: left out of cards.
 _PRIVATE_FIELDS = (
     "output_dir", "videos", "flow_weights", "flow_dir", "flow_model", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
     "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers",
@@ -45,6 +45,10 @@ class Facts:
     hardware: str
     num_processes: int
     output_dir: Path
+
+
+class Markdown(str):
+    """Text that is Markdown already, in which names from outside are code or `plain`."""
 
 
 def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
@@ -147,7 +151,9 @@ def folder_card(config: dict, results: list[dict]) -> str:
         )
     result = results[0] if results else {}
     task = "object-detection" if kind == "detector" else "image-segmentation"
-    data = _data(kind, task, base_model=_hub_id(result.get("model")))
+    # A digest is noted of weights from a folder, whose name may look like an id of the Hub.
+    model = None if result.get("weights_sha256") else result.get("model")
+    data = _data(kind, task, base_model=_hub_id(model))
     if kind == "detector":
         data.library_name = None  # torchvision's, and read by this project's own function
     name, dataset = result.get("detector") or result.get("readout") or "", result.get("dataset", "images")
@@ -261,10 +267,10 @@ def _street_in_words(source: str) -> str | None:
     return camera and "the procedural street" + ("" if camera == "driving" else f" ({camera} camera)")
 
 
-def _sources_in_words(sources: list[str | None]) -> str:
+def _sources_in_words(sources: list[str | None]) -> Markdown:
     words = [_street_in_words(source) or code(source) for source in sources if source]
     local = sources.count(None)
-    return ", ".join([*words, *([f"{local} local source{'s' if local > 1 else ''}"] if local else [])])
+    return Markdown(", ".join([*words, *([f"{local} local source{'s' if local > 1 else ''}"] if local else [])]))
 
 
 # --- parts of a card ---
@@ -384,20 +390,23 @@ Input: {inputs}
 
 
 def _table(rows: dict) -> str:
-    return "\n".join(
-        ["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows.items() if value is not None)]
-    )
+    cells = {
+        name: value.replace("|", "\\|") if isinstance(value, Markdown) else plain(value)
+        for name, value in rows.items()
+        if value is not None
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells.items())])
 
 
 def plain(value) -> str:
     """A value from outside (a file's name, a machine's, a source) as text of one line that Markdown and HTML leave alone."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    return text.replace("|", "&#124;").replace("[", "&#91;").replace("]", "&#93;")
+    return text.translate({ord(character): f"&#{ord(character)};" for character in "|[]`"})
 
 
 def code(value) -> str:
-    """The same as code of one line: what is in it stays in it."""
-    return f"`{' '.join(str(value).split()).replace('`', chr(39)).replace('|', '&#124;').replace('<', '&lt;')}`"
+    """The same as code of one line, in which Markdown and HTML read nothing but the backtick that ends it, and so no entities either."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _time(facts: Facts, recipe: dict) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from modeling_poodle.recipe_files import fits, in_words, shown
+from modeling_poodle.recipe_files import fits, shown, type_in_words
 
 CHECKSUMS = "SHA256SUMS"  # lines of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a checkpoint too
 _NAME = re.compile(r"step-(\d+)")
@@ -110,7 +110,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         ranks = read_state(checkpoint)["num_processes"]
     except ValueError:
-        return None  # whole, and none: said by whoever reads it
+        return None  # the files are as written, but state.json is not valid: whoever loads it says so
     missing = [name for name in rank_files(min(ranks, len(found) + 1)) if name not in expected]
     return f"it is of {ranks} processes, and has no {missing[0]}" if missing else None
 
@@ -148,7 +148,7 @@ def _check_fields(values, kinds: dict, where: str) -> None:
         if isinstance(kind, dict):
             _check_fields(value, kind, f"{where} {name}:")
         elif not fits(value, kind) or (kind is int and value < 0):
-            expected = "an integer of at least 0" if kind is int else in_words(kind)
+            expected = "an integer of at least 0" if kind is int else type_in_words(kind)
             raise ValueError(f"{where} {name} must be {expected}, got {shown(value)}")
 
 

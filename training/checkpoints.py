@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, SegformerImageProcessor
 
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
-from modeling_poodle.recipe_files import read_yaml_mapping, usable_cores
+from modeling_poodle.cpu import usable_cores
+from modeling_poodle.recipe_files import read_yaml_mapping
 from training.cards import Facts, flow_card, run_card
 from training.checkpoint_files import (
     damage,
@@ -185,13 +186,11 @@ def _load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) 
                     raise ValueError(
                         f"optimizer.safetensors: {key}.{names[parameter]} is of shape {tuple(value.shape)}"
                     )
-                # preserve the parameter's memory format; the step counter lives where the optimizer made it
-                like = (
-                    torch.empty_like(parameter)
-                    if key != "step"
-                    else value.to(parameter.device if group["fused"] else "cpu")
-                )
-                optimizer.state[parameter][key] = like.copy_(value)
+                if key == "step":  # where the optimizer would make it
+                    value = value.to(parameter.device if group["fused"] else "cpu")
+                else:  # in the parameter's memory format
+                    value = torch.empty_like(parameter).copy_(value)
+                optimizer.state[parameter][key] = value
 
 
 def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes: int = 1) -> None:

@@ -1,8 +1,10 @@
 """Faults of the run's own processes and disk, in words: what happened, and what to do."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -19,29 +21,37 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
 
     Raises:
         ChildProcessError: a loader worker was killed or crashed. MemoryError: no shared memory left.
-        ConnectionError: another process of the run is gone or stands still. OSError: output_dir cannot be written.
+        ConnectionError: another process of the run is gone or stands still. OSError: output_dir or another file cannot be written or read, or nobody reads
+            the run's output any more.
     """
     try:
         yield
+    except BrokenPipeError as error:
+        raise OSError(f"the program that read this run's output has ended (a closed pipe); {GO_ON}") from error
     except (EOFError, ConnectionError) as error:
         if isinstance(error, ConnectionError) and error.errno is None:  # in words already
             raise
         # A worker hands over a batch by a connection to itself: one that died before it was fetched leaves this.
-        raise in_words("DataLoader worker exited unexpectedly", loader.died_at(), recipe.ddp_timeout) from error
+        raise fault_of("DataLoader worker exited unexpectedly", loader.died_at(), recipe.ddp_timeout) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:  # in words already
             raise
+        file = getattr(error, "filename", None)  # a full disk names none
+        elsewhere = (
+            file is not None and Path(recipe.output_dir).resolve() not in Path(os.fsdecode(file)).resolve().parents
+        )
+        where = "" if elsewhere else f"output_dir {recipe.output_dir}: "
         raise OSError(
-            f"output_dir {recipe.output_dir}: {error}. Checkpoints up to the last save are kept; mend the disk or the folder, {GO_ON}"
+            f"{where}{error}. Checkpoints up to the last save are kept; mend the disk or the folder, {GO_ON}"
         ) from error
     except RuntimeError as error:
-        fault = in_words(str(error), loader.died_at(), recipe.ddp_timeout)
+        fault = fault_of(str(error), loader.died_at(), recipe.ddp_timeout)
         if fault is None:
             raise
         raise fault from error
 
 
-def in_words(message: str, died_at: list[str], ddp_timeout: int) -> Exception | None:
+def fault_of(message: str, died_at: list[str], ddp_timeout: int) -> Exception | None:
     """The fault that an error message of torch's stands for; `None` where it is none of these."""
     if re.search(r"shared memory|\bshm\b|Bus error|</torch_\d", message):
         return MemoryError(

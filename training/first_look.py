@@ -31,8 +31,8 @@ def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | Unre
             except EOFError:
                 reader.join()
                 raise ValueError(
-                    f"{printable(video_name(path))}: {_end_of_reader(path, reader.exitcode)}, as it would end the run. "
-                    "Remove it, or put an empty file in its place, which is skipped"
+                    f"{printable(video_name(path))}: {_end_of_reader(path, reader.exitcode)}, and would stop the run in the "
+                    "same way. Remove it, or put an empty file in its place, which is skipped"
                 ) from None
             if isinstance(found, VideoIndex) and kept:
                 index_video.keep(path, found)
@@ -74,8 +74,8 @@ def _decoded(path: str, index: VideoIndex, video: OpenVideo | None) -> VideoInde
 
 def _end_of_reader(path: str, code: int) -> str:
     if code == -signal.SIGALRM:
-        return f"no end after {patience(path):g} s"
-    return f"ended its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+        return f"reading it did not end within {patience(path):g} s"
+    return f"it crashed its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 
 def patience(path: str) -> float:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import optical_flow
+from torchvision.models import get_model, get_model_weights, optical_flow
 from torchvision.utils import flow_to_image
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
@@ -154,7 +154,7 @@ class RaftFlow(nn.Module):
     def __init__(self, variant: str = "raft_large", weights: str | None = None, num_updates: int = 24):
         super().__init__()
         self.num_updates = num_updates
-        self.raft = getattr(optical_flow, variant)(weights=None)
+        self.raft = get_model(variant, weights=None)
         if weights != "random":
             self._load(variant, weights)
         self.raft.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -171,27 +171,28 @@ class RaftFlow(nn.Module):
         self._one_update = torch.compile(update, **{"fullgraph": True, "dynamic": False, **options})
 
     def _load(self, variant: str, weights: str | None) -> None:
-        enum = {"raft_large": "Raft_Large_Weights.C_T_V2", "raft_small": "Raft_Small_Weights.C_T_V2"}[variant]
-        url = optical_flow.__dict__[enum.split(".")[0]].C_T_V2.url
+        published = get_model_weights(variant).C_T_V2
+        source = "torchvision's RAFT weights" if weights is None else f"flow_weights {weights}"
         advice = (
-            f"Download {url} on a machine with internet and give the file with --flow_weights FILE, "
+            f"Download {published.url} on a machine with internet and give the file with --flow_weights FILE, "
             "or use --flow dis, which needs no weights"
         )
         try:
             if weights is None:
-                state = torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True, map_location="cpu")
+                state = published.get_state_dict(
+                    progress=False, check_hash=True, weights_only=True, map_location="cpu"
+                )
             elif Path(weights).suffix == ".safetensors":
                 state = load_file(weights)
             else:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # network, file system and unpickling each have errors of their own
-            source = "torchvision's RAFT weights" if weights is None else f"flow_weights {weights}"
             raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error}). {advice}") from error
         state = {key.removeprefix("module."): value for key, value in state.items()}
         try:
             self.raft.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"flow_weights {weights} do not fit {variant}: {str(error)[:300]}. {advice}") from None
+            raise ValueError(f"{source} do not fit {variant}: {str(error)[:300]}. {advice}") from None
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:

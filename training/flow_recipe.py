@@ -35,12 +35,12 @@ class FlowRecipe(RunRecipe):
         super()._check()
         for name in _WEIGHTS:
             value = getattr(self, name)
-            self.need(is_finite(value) and value >= 0, name, "not negative")
+            self.need(is_finite(value) and value >= 0, name, "a finite number of at least 0")
         for name in _SHARES:
             value = getattr(self, name)
             self.need(is_finite(value) and 0 <= value <= 1, name, "a share between 0 and 1")
         self.need_integers("crop_border")
-        stride = self.flow_config().stride  # raises for each field that does not fit
+        stride = self.model_config().stride  # raises for each field that does not fit
         whole = stride * (2 if self.half_size_share > 0 else 1)
         why = (
             ", twice the network's stride for frames of half size"
@@ -55,9 +55,6 @@ class FlowRecipe(RunRecipe):
             "crop_border",
             f"a multiple of 4 and of {stride // 2}, half the network's stride, and less than half of the frame",
         )
-
-    def flow_config(self) -> PoodleFlowConfig:
-        return self.model_config()
 
 
 def parse_flow_recipe(arguments: list[str] | None = None) -> FlowRecipe:

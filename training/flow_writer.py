@@ -113,15 +113,14 @@ def estimator_fields(recipe: Recipe) -> dict:
     """The recipe's fields on which an estimate depends; files and folders of weights by their contents."""
     fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name.startswith("flow")}
     fields = {name: value for name, value in fields.items() if name not in ("flow_dir", "flow_epochs")}
-    return {name: _contents(value) if isinstance(value, str) else value for name, value in fields.items()} | {
-        "bf16": recipe.bf16
-    }
+    for name in ("flow_weights", "flow_model"):
+        fields[name] = fields[name] and _contents(fields[name])
+    return {**fields, "bf16": recipe.bf16}
 
 
 def _contents(value: str) -> str:
     path = Path(value, "model") if Path(value, "model").is_dir() else Path(value)  # a run of train_flow.py
-    weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("model/*.safetensors"))  # a model, or a run
-    files = weights if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"sha256:{digest}" if files else value
 

@@ -2,7 +2,8 @@
 Whether a run still learns: losses and gradients that are not finite, weights before they are saved, collapse, steps without a pixel.
 
 Policy, in docs/reliability.md: a gradient that is not finite changes no weight (the update is skipped and counted); a loss that is
-not finite, or many skipped updates running, stops the run; so do features that have collapsed, and no valid pixel, for long.
+not finite, or many skipped updates one after another, stops the run; so do features that stay collapsed, and frames that stay
+without a valid pixel.
 """
 
 import logging
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from training.addresses import printable
 
 logger = logging.getLogger("poodle")
-SKIPS_ALLOWED = 10  # updates running
-LINES_ALLOWED = 20  # lines of metrics.jsonl running
+SKIPS_ALLOWED = 10  # skipped updates, one after another
+LINES_ALLOWED = 20  # lines of metrics.jsonl, one after another
 COLLAPSED = 0.01  # feature_std, which is 1 for directions spread evenly; the studies' networks have 0.38 to 0.82
 
 
@@ -23,7 +24,7 @@ class Health:
     """
     Counted on the device at each step, where the host does not wait; judged when a line is logged and before a checkpoint.
 
-    Its verdicts are ArithmeticErrors, the same on all ranks, and checkpoints up to then are kept.
+    Its verdicts are FloatingPointErrors, the same on all ranks, and checkpoints up to then are kept.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -105,7 +106,7 @@ class Health:
         A line of metrics, the same on all ranks.
 
         Raises:
-            ArithmeticError: collapsed features, or no valid pixel, in LINES_ALLOWED lines running.
+            FloatingPointError: collapsed features, or no valid pixel, in LINES_ALLOWED lines one after another.
         """
         self.videos.clear()
         std, valid = metrics.get("feature_std", 1.0), metrics["valid_fraction"]  # training of flow has no features
@@ -123,7 +124,7 @@ class Health:
         if self.streaks[name] == 1:
             logger.warning("%s; the run stops when it stays so for %d lines of metrics", what, LINES_ALLOWED)
         if self.streaks[name] >= LINES_ALLOWED:
-            raise ArithmeticError(
+            raise FloatingPointError(
                 f"{what} in the last {LINES_ALLOWED} lines of metrics. Checkpoints are kept. {advice}"
             )
 

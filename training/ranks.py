@@ -16,11 +16,11 @@ from training.stopping import SIGNALS, stop_with_the_launcher
 
 
 def on_all(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Run `action` on this rank; a ValueError, OSError or ArithmeticError of any rank is raised on all, so that none waits for another."""
+    """Run `action` on this rank; a ValueError, OSError or FloatingPointError of any rank is raised on all, so that none waits for another."""
     error = None
     try:
         action()
-    except (ValueError, OSError, ArithmeticError) as caught:
+    except (ValueError, OSError, FloatingPointError) as caught:
         error = caught
     if accelerator.num_processes > 1:
         error = next((found for found in gather_object([error]) if found is not None), None)

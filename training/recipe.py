@@ -12,7 +12,6 @@ from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
     is_finite,
-    is_int,
     nearest,
     read_command_line,
     read_recipe_file,
@@ -143,10 +142,8 @@ class RunRecipe(CheckedRecipe):
         self.need_integers(*_AT_LEAST_ONE)
         for name in ("crop_size", "frame_size"):
             value = getattr(self, name)
-            good = isinstance(value, list) and len(value) == 2 and all(is_int(v) and v >= 1 for v in value)
-            self.need(
-                good or (name == "frame_size" and value is None), name, "two positive integers, height and width"
-            )
+            good = value is None or (len(value) == 2 and min(value) >= 1)
+            self.need(good, name, "two positive integers, height and width")
         self._need_range("frame_gap_seconds")
         self._need_range("frame_scale", above_zero=True)
         self.need(
@@ -154,9 +151,7 @@ class RunRecipe(CheckedRecipe):
             "frame_scale",
             "at least 1 where frame_size is unset (below 1 the crop would be larger than the frame)",
         )
-        self.need(
-            bool(self.videos) and all(isinstance(v, str) and v for v in self.videos), "videos", "at least one source"
-        )
+        self.need(bool(self.videos) and all(self.videos), "videos", "at least one source")
         for source in self.videos:
             street_camera(source)  # raises for a camera that the street does not have
         self.need(
@@ -171,17 +166,24 @@ class RunRecipe(CheckedRecipe):
         self.need(
             self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs"
         )
-        self.need(is_finite(self.num_train_epochs) and self.num_train_epochs > 0, "num_train_epochs", "above 0")
-        self.need(is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "above 0")
+        self.need(
+            is_finite(self.num_train_epochs) and self.num_train_epochs > 0,
+            "num_train_epochs",
+            "a finite number above 0",
+        )
+        self.need(is_finite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "a finite number above 0")
         self.need(
             0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", "between 0 and learning_rate"
         )
         for name in ("warmup_steps", "weight_decay"):
-            self.need(is_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "not negative")
+            self.need(
+                is_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "a finite number of at least 0"
+            )
         for name in ("adam_beta1", "adam_beta2"):
             self.need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        self.need(self.adam_epsilon > 0, "adam_epsilon", "above 0")
+        self.need(is_finite(self.adam_epsilon) and self.adam_epsilon > 0, "adam_epsilon", "a finite number above 0")
         self.need_integers("dataloader_num_workers", "seed", low=0)
+        self.need_output_dir()
 
     def model_config(self):
         """`model` as a `config_class`. Raises ValueError for each field that does not fit."""
@@ -204,7 +206,7 @@ class RunRecipe(CheckedRecipe):
 
     def _need_range(self, name: str, above_zero: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, list) and len(value) == 2 and all(is_finite(v) for v in value)
+        good = len(value) == 2 and all(is_finite(v) for v in value)
         low, bound = (1e-6, "both above 0 (at least 0.000001)") if above_zero else (0, "not negative")
         self.need(good and low <= value[0] <= value[1], name, f"two numbers, the smaller first, {bound}")
 
@@ -269,26 +271,22 @@ class Recipe(RunRecipe):
             "the folder that `python -m training.flow` wrote where flow is precomputed (it may be unset where videos is one folder, and "
             "that flow lies in its flow/), and unset elsewhere",
         )
-        good = self.flow_epochs is None or (precomputed and is_int(self.flow_epochs) and self.flow_epochs >= 1)
+        good = self.flow_epochs is None or (precomputed and self.flow_epochs >= 1)
         self.need(good, "flow_epochs", "an integer of at least 1 where flow is precomputed, and unset elsewhere")
         trained = (self.flow == "unflow") == (self.flow_model is not None)
         self.need(
             trained, "flow_model", f"a folder or Hub id with flow unflow, and unset with others (flow is {self.flow})"
         )
+        if self.probe is not None and street_camera(self.probe) is None:
+            named = self.probe.startswith("folder:") and self.probe != "folder:"
+            self.need(named, "probe", "street, street:CAMERA or folder:PATH")
         self.need(0 <= self.teacher_momentum <= 1, "teacher_momentum", "between 0 and 1")
         self.need(
             is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
         )
-        config = self.poodle_config()  # raises for each field that does not fit
-        resnet = config.backbone_config.model_type == "resnet"
-        if self.init_encoder is not None and "backbone_config" not in self.model:
-            resnet = False  # that of the encoder is not known yet; `check_crop_size` holds the crop to it
-        stride = 2 ** len(config.backbone_config.depths) * 2 if resnet else 1
-        self.need(
-            all(side % stride == 0 for side in self.crop_size),
-            "crop_size",
-            f"multiples of the encoder's stride {stride}",
-        )
+        config = self.model_config()  # raises for each field that does not fit
+        if self.init_encoder is None or "backbone_config" in self.model:  # else it is known once the encoder is read
+            check_crop_size(config, self.crop_size)
         raft = self.flow.startswith("raft")
         self.need(
             not raft or min(self.crop_size) >= 128,
@@ -301,8 +299,23 @@ class Recipe(RunRecipe):
         """Where precomputed flow lies: `flow_dir`, else beside the videos."""
         return self.flow_dir or (flow_beside(self.videos) if self.flow == "precomputed" else None)
 
-    def poodle_config(self) -> PoodleConfig:
-        return self.model_config()
+
+def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
+    """
+    Raises:
+        ValueError: a patch embedding or a stage would cut off the crop's edge, and its map would be taken for one of the whole crop.
+    """
+    encoder = config.backbone_config
+    patch = getattr(encoder, "patch_size", None)
+    if encoder.model_type == "resnet":  # it halves twice before its first stage
+        patch = 8 if encoder.downsample_in_first_stage else 4
+    if not isinstance(patch, int):
+        return
+    stride = patch * 2 ** (len(encoder.depths) - 1) if hasattr(encoder, "depths") else patch
+    if any(side % stride for side in crop_size):
+        raise ValueError(
+            f"crop_size must be multiples of the {encoder.model_type} encoder's {stride}, got {crop_size}"
+        )
 
 
 def flow_beside(videos: list[str]) -> str | None:

@@ -38,7 +38,7 @@ class Run(ABC):
     """
 
     METRICS: tuple[str, ...]  # names of scalars that are averaged over a log window
-    LOGS = ("metrics.jsonl",)  # files with a line a step
+    LOGS = ("metrics.jsonl",)  # files of lines that have their step, cut back on resumption
     WRITTEN: str  # what `output_dir` holds in the end, in words
     LINE: str  # a logged step in words
 

@@ -147,7 +147,9 @@ def _is_sidecar(path: Path) -> bool:
 
 def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
     """The results of function(*job) in the order of the jobs."""
-    workers = min(num_processes or os.cpu_count() or 1, len(jobs))
+    from modeling_poodle.cpu import usable_cores  # here: the processes that are started need no torch
+
+    workers = min(num_processes or usable_cores(), len(jobs))
     if workers == 1:  # to start a process takes longer than to render a short drive
         yield from (function(*job) for job in jobs)
         return

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
     paths = resolve_videos(accelerator, recipe)
-    model = PoodleFlowModel(recipe.flow_config()).to(accelerator.device)
+    model = PoodleFlowModel(recipe.model_config()).to(accelerator.device)
     loader = build_loader(accelerator, recipe, paths, pair_flow=None)
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
@@ -56,10 +56,10 @@ class FlowRun(Run):
     LINE = "step {step}/{of}  loss {loss:.4f}  photometric {photometric_loss:.4f}  valid {valid_fraction:.2f}  {pairs_per_second:.1f} pairs/s"
 
     def objective(self, batch: dict):
-        return self.losses(batch), {}, {}
+        return self._losses(batch), {}, {}
 
-    def losses(self, batch: dict) -> FlowLosses:
-        """The losses of a batch of the loader, by the share of the run that is done."""
+    def _losses(self, batch: dict) -> FlowLosses:
+        """By the share of the run that is done."""
         recipe, progress = self.recipe, self.step / self.max_steps
         frames = batch["frames"].to(self.accelerator.device, non_blocking=True).float() / 255
         if progress < recipe.half_size_share:

@@ -37,7 +37,8 @@ from evaluation.studies.study import (
     results_of,
     weights_of,
 )
-from modeling_poodle.recipe_files import nearest, run_script, usable_cores
+from modeling_poodle.cpu import usable_cores
+from modeling_poodle.recipe_files import nearest, run_script
 
 logger = logging.getLogger("poodle")
 ROOT = Path(__file__).resolve().parent.parent.parent
