@@ -1,11 +1,11 @@
 #!/bin/bash
-# PooDLe on several machines under SLURM: one task a machine starts one launcher, and that one process a GPU.
+# PooDLe on several machines under SLURM: one task per machine starts a launcher, which starts one process per GPU.
 #
 #   sbatch --nodes 4 training/launch/slurm.sh --config bdd100k_r50 --videos PATH --output_dir SHARED_FOLDER --bf16 \
 #     --per_device_train_batch_size 4
 #
-# Arguments go to training/pretrain.py. Submit from the repository's root; output_dir must lie on a file system that all machines share.
-# A job that is stopped before its time or requeued goes on from its last checkpoint.
+# Arguments go to training/pretrain.py. Submit from the repository's root; output_dir must be on a file system that all machines share.
+# A job that was stopped resumes from its last checkpoint when it is requeued, or submitted again with the same arguments.
 #SBATCH --job-name=poodle
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -29,7 +29,7 @@ done
 [[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
 [[ -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
 
-# Quoted so that each machine fills in its own SLURM_NODEID.
+# In single quotes, so that each machine expands its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
   gpus=$1 host=$2
   shift 2
