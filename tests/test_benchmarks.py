@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from test_modeling_pretraining import RESNET
 from torch.nn import functional as F
 
@@ -414,13 +413,3 @@ def test_cost_names_what_it_changes(tmp_path):
     counted = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert [row["gflops_a_pair"] for row in counted] == [row["gflops_a_pair"] for row in rows]
     assert rows[0].keys() - counted[0].keys() == {"ms_a_pair", "flow_ms"}
-
-
-@pytest.mark.parametrize(
-    ("name", "machines", "processes"), [("one_gpu", 1, 1), ("one_node", 1, 8), ("several_nodes", 4, 32)]
-)
-def test_launch_configurations_are_what_accelerate_reads(name, machines, processes):
-    config = load_config_from_file(str(REPOSITORY / "training" / "launch" / f"{name}.yaml"))
-    assert (config.num_machines, config.num_processes) == (machines, processes)
-    assert config.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
-    assert config.mixed_precision == "no"

@@ -23,9 +23,9 @@ class FlowRecipe(RunRecipe):
     coarse_weight: float = described(0.0, "Weight of the photometric loss of each level coarser than the finest.")
     smoothness_weight: float = described(2.0, "Weight of the second-order smoothness.")
     self_supervision_weight: float = described(0.6, "Weight of the self-supervision by cropping.")
-    self_supervision_start: float = described(0.8, "Share of the steps before self-supervision.")
+    self_supervision_start: float = described(0.8, "Share of the steps after which self-supervision begins.")
     crop_border: int = described(64, "Pixels that the student's crop is smaller by at each side.")
-    occlusion_start: float = described(0.3, "Share of the steps in which hidden pixels count as well.")
+    occlusion_start: float = described(0.3, "Share of the steps after which hidden pixels no longer count.")
     known_motion_share: float = described(
         0.0, "First share of the steps, on single frames that are moved by known maps."
     )

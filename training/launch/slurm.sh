@@ -17,17 +17,23 @@
 set -euo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:?this script is for sbatch, on machines with GPUs}
-main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+main_host=${hosts%%$'\n'*} # not by head, which may end before scontrol has written all: an error under pipefail
 
 resume=()
 output_dir=
 previous=
+chosen=
 for argument in "$@"; do
-  [[ $previous == --output_dir ]] && output_dir=$argument
+  case $previous in --output_dir | --output-dir) output_dir=$argument ;; esac
+  case $argument in
+    --output_dir=* | --output-dir=*) output_dir=${argument#*=} ;;
+    --resume_from_checkpoint* | --resume-from-checkpoint*) chosen=yes ;;
+  esac
   previous=$argument
 done
 [[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
-[[ -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
+[[ -z $chosen && -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
 
 # In single quotes, so that each machine expands its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
