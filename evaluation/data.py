@@ -37,7 +37,7 @@ CAMVID_CLASSES = (
 )  # fmt: skip
 # Cityscapes' labelIds -> train ids (cityscapesScripts, helpers/labels.py); all others are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-STREET = {"train": (96, 0), "val": (48, 10_000)}  # images, and seed among the held-out drives
+STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}  # images, and seed among the held-out drives
 
 
 # --- layouts ---
@@ -268,7 +268,7 @@ def render_street(name: str, what: str, folder: Path, *words: str) -> None:
         raise ValueError(f"the street's {what} could not be rendered: {done.stderr.strip()}")
 
 
-def _is_the_street_s(listed: Path) -> bool:
+def _written_by_street(listed: Path) -> bool:
     """Whether the street's command wrote this classes.json: it says there what it rendered."""
     try:
         values = json.loads(listed.read_text())
@@ -281,11 +281,11 @@ def street_folder(name: str, data_dir: str | None = None) -> Path:
     """Labelled frames of one of `STREETS`, rendered where they are missing."""
     folder = street_place(name, "labelled", data_dir)
     listed = folder / "classes.json"
-    if listed.is_file() and not _is_the_street_s(listed):
+    if listed.is_file() and not _written_by_street(listed):
         raise ValueError(
             f"{listed} is not the street's: data_dir is where {name} is rendered; for data of your own give --dataset folder"
         )
-    for split, (count, seed) in STREET.items():
+    for split, (count, seed) in STREET_SPLITS.items():
         render_street(name, "labelled frames", folder / split, "--labelled", str(count), "--seed", str(seed))
     text = (folder / "train" / "classes.json").read_text()
     if not listed.is_file() or listed.read_text() != text:  # others may be reading it

@@ -23,7 +23,7 @@ from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
 from modeling_poodle.configuration_poodle import check_config
 from modeling_poodle.encoder_poodle import refuse_giant
-from modeling_poodle.loading_poodle import not_of_maps
+from modeling_poodle.loading_poodle import required_keys
 
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
 # it for others (Lin et al. 2017, arXiv 1612.03144, section 4).
@@ -122,7 +122,7 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
     encoder = build_backbone(config)
     if encoder_weights is not None:
         missing, unexpected = encoder.load_state_dict(encoder_weights, strict=False)
-        wrong = not_of_maps((*missing, *unexpected))
+        wrong = required_keys((*missing, *unexpected))
         if wrong:
             raise ValueError(f"detector {config.detector} cannot take this encoder's weights: {wrong[0]} does not fit")
     scale = config.short_side / SHORT_SIDE

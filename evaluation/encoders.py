@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.configuration_poodle import PLAIN_VITS
-from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, not_of_maps, read_config
+from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 from modeling_poodle.recipe_files import is_finite
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
@@ -213,7 +213,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     if weights is not None:
         own = model.poodle.state_dict()
         missing, _ = model.poodle.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
-        if wrong := not_of_maps(missing):
+        if wrong := required_keys(missing):
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
     # Of timm's names transformers knows no numbers: theirs are not all ImageNet's.

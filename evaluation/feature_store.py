@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("poodle")
-HALF = torch.finfo(torch.float16).max
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 class FeatureStore:
@@ -39,9 +39,9 @@ class FeatureStore:
             # A tenth of the disk is left to others, among them the checkpoints of this very fit.
             limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free)
             self.file = tempfile.NamedTemporaryFile(prefix="poodle-features-", dir=self.folder)
-            for name, map in features:
+            for name, values in features:
                 # A channel that is nearly dead in the images of the statistics may be thousands of deviations away in others: inf, and the loss nan.
-                array = map.clamp(-HALF, HALF).half().cpu().numpy()
+                array = values.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy()
                 if offset + array.size * 2 > limit:
                     break
                 self.file.write(array.tobytes())

@@ -13,7 +13,7 @@ from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, st
 from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
-from modeling_poodle.loading_poodle import not_of_maps
+from modeling_poodle.loading_poodle import required_keys
 
 logger = logging.getLogger("poodle")
 # Pixels of an image that the loss is taken at, drawn anew each step: the mean over them is an unbiased estimate of that over all.
@@ -242,7 +242,7 @@ class UperNetReadout(nn.Module):
         missing, unexpected = self.model.backbone.load_state_dict(
             encoder.model.poodle.encoder.state_dict(), strict=False
         )
-        wrong = not_of_maps((*missing, *unexpected))
+        wrong = required_keys((*missing, *unexpected))
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()

@@ -28,7 +28,7 @@ def read_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def not_of_maps(keys: Iterable[str]) -> list[str]:
+def required_keys(keys: Iterable[str]) -> list[str]:
     """
     The names of weights that a checkpoint may not lack: all but those of the norms that backbones of ConvNeXt and Swin add to each map that
     is read. These begin as the identity and are in no classifier.
@@ -57,7 +57,7 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
         raise ValueError(
             f"{name}: its weights cannot be read ({error}); the file is damaged or half copied"
         ) from error
-    missing = not_of_maps(report["missing_keys"])
+    missing = required_keys(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         first = missing[0] if missing else next(iter(report["mismatched_keys"]))
         raise ValueError(
@@ -116,4 +116,4 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
 
 
-__all__ = ["from_pretrained_whole", "load_encoder", "not_of_maps", "read_config"]
+__all__ = ["from_pretrained_whole", "load_encoder", "required_keys", "read_config"]

@@ -26,7 +26,7 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.recipe_files import run_script
 from training import health, pretrain
 from training.checkpoint_files import finish
-from training.checkpoints import rank_state
+from training.checkpoints import read_rank_state
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint, prepare_output_dir
 from training.run import Run
@@ -213,7 +213,8 @@ def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_pa
     assert held["span"] == 8
     # Two ranks with other workers go on at one place too, and an exact resumption of each where it was.
     places = [
-        [rank_state(checkpoint, 2, rank, 2, {}, inexact)["loader"] for rank in (0, 1)] for inexact in (True, False)
+        [read_rank_state(checkpoint, 2, rank, 2, {}, inexact)["loader"] for rank in (0, 1)]
+        for inexact in (True, False)
     ]
     assert [place["openings"] for place in places[0]] == [8 * size, 8 * size]
     assert [place["span"] for place in places[1]] == [1, 3]

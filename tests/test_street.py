@@ -314,7 +314,7 @@ def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
 
     assert ("driving", *data.STREET_CAMERAS) == tuple(CAMERAS)
     monkeypatch.setenv("POODLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "STREET", {"train": (1, 0), "val": (1, 10_000)})
+    monkeypatch.setattr(data, "STREET_SPLITS", {"train": (1, 0), "val": (1, 10_000)})
     found = data.load_dataset("street:static")
     assert found.name == "street:static" and found.test[0].image.parts[-4:-2] == ("street-labelled-static", "val")
     street = Street(HELD_OUT_SEED + 10_000, 192, 384, camera="static")

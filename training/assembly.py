@@ -14,7 +14,7 @@ from torch import nn
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
-from modeling_poodle.loading_poodle import load_encoder, not_of_maps
+from modeling_poodle.loading_poodle import load_encoder, required_keys
 from training.batch_norm import for_compilation
 from training.recipe import Recipe, RunRecipe, check_crop_size
 
@@ -153,7 +153,7 @@ def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         missing, unexpected = [str(error)], []
-    wrong = not_of_maps(missing) + unexpected
+    wrong = required_keys(missing) + unexpected
     if wrong:
         raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")
 

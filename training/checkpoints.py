@@ -123,14 +123,14 @@ def load_checkpoint(
         model.load_state_dict(load_file(checkpoint / "model.safetensors"))
         _load_optimizer_tensors(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
         rank, saved = accelerator.process_index, state["num_processes"]
-        return state["step"], rank_state(checkpoint, saved, rank, accelerator.num_processes, like, inexact)
+        return state["step"], read_rank_state(checkpoint, saved, rank, accelerator.num_processes, like, inexact)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"checkpoint {checkpoint} cannot be read ({error}); name an earlier one with --resume_from_checkpoint PATH"
         ) from error
 
 
-def rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: dict, inexact: bool) -> dict:
+def read_rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: dict, inexact: bool) -> dict:
     """What rank `rank` of `ranks` goes on from, in a checkpoint of `saved` ranks; arguments as of [`load_checkpoint`]."""
     if ranks == saved and not inexact:
         return _read_rank(checkpoint, rank, like)

@@ -11,7 +11,7 @@ from training.video_files import OpenVideo, UnreadableVideo, time_limit
 from training.video_index import VideoIndex, by_index, index_video
 
 
-def indices_apart(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
+def indices_in_subprocess(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
     """
     Each path with the index by which it can be read, or the reason why there is none, found in a process of its own, as in a loader's
     worker: what a decoder does to it, it does not do to this one. The indices are kept, for the workers to be forked with.

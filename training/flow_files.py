@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from training.addresses import is_remote, video_name
-from training.first_look import indices_apart
+from training.first_look import indices_in_subprocess
 from training.schedules import count_steps
 from training.video_files import UnreadableVideo
 from training.video_stream import PairLoader, PairSampling, plan_pairs
@@ -283,7 +283,7 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
 def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[str], epochs: int, about: dict) -> None:
     count = len(paths) * epochs
     numbers = np.unique(np.linspace(0, count - 1, min(_LOOKED_AT, count)).round().astype(int))
-    looked_at = indices_apart([paths[number % len(paths)] for number in numbers])
+    looked_at = indices_in_subprocess([paths[number % len(paths)] for number in numbers])
     for epoch, (path, index) in zip(numbers // len(paths), looked_at):
         file = opening_file(folder, epoch, path)
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from training.addresses import printable, public_url
-from training.video_stream import PairSampling, looks
+from training.video_stream import PairSampling, reasons_to_skip
 
 logger = logging.getLogger("poodle")
 
@@ -44,7 +44,7 @@ def check_videos(
             len(by_source),
         )
     looked_at = list(dict.fromkeys(looked_at + [by_source[source][0] for source in _spread(unseen, limit)]))
-    reasons = dict(looks(looked_at, sampling))
+    reasons = dict(reasons_to_skip(looked_at, sampling))
     if all(reasons.values()):
         of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
         raise ValueError(f"no usable video{of}:\n  " + "\n  ".join(reasons.values()))
@@ -52,7 +52,7 @@ def check_videos(
         seen = [reasons[video] for video in videos if video in reasons]
         if seen and all(seen):
             more = [video for video in _spread(videos, limit) if video not in reasons]
-            _need_usable(source, videos, seen, (reason for _, reason in looks(more, sampling)))
+            _need_usable(source, videos, seen, (reason for _, reason in reasons_to_skip(more, sampling)))
     return [reason for reason in reasons.values() if reason]
 
 

@@ -23,7 +23,7 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.addresses import printable, video_name
-from training.first_look import indices_apart, patience
+from training.first_look import indices_in_subprocess, patience
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
@@ -80,9 +80,9 @@ class PairSampling:
 # --- pairs of one video ---
 
 
-def looks(paths: Sequence[str], sampling: PairSampling) -> Iterator[tuple[str, str]]:
+def reasons_to_skip(paths: Sequence[str], sampling: PairSampling) -> Iterator[tuple[str, str]]:
     """Each path with "path: reason" where it cannot be used, and with "" where it can."""
-    for path, found in indices_apart(paths):
+    for path, found in indices_in_subprocess(paths):
         try:
             if isinstance(found, UnreadableVideo):
                 raise found
@@ -338,7 +338,7 @@ class PairLoader:
                 count += 1
                 yield batch
             if count == 0 and not resumed:
-                reasons = (reason for _, reason in looks(self.paths, self.sampling) if reason)
+                reasons = (reason for _, reason in reasons_to_skip(self.paths, self.sampling) if reason)
                 reason = next(reasons, "frames that could not be decoded")
                 raise ValueError(f"none of the {len(self.paths)} videos gave a full batch, for example {reason}")
             self.span += 1
