@@ -48,7 +48,9 @@ def test_a_source_without_a_usable_video_is_refused_by_its_name(tmp_path, videos
 
 def test_the_first_look_is_bounded_whatever_the_number_of_sources(monkeypatch, caplog):
     looked_at = []
-    monkeypatch.setattr(video_checks, "looks", lambda paths, _: [(p, looked_at.append(p) or "") for p in paths])
+    monkeypatch.setattr(
+        video_checks, "reasons_to_skip", lambda paths, _: [(p, looked_at.append(p) or "") for p in paths]
+    )
     paths = [f"{number:03d}.mp4" for number in range(500)]
     with caplog.at_level("INFO", logger="poodle"):
         assert check_videos(paths, SAMPLING, {f"folder of {path}": [path] for path in paths}) == []
