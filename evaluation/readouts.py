@@ -14,6 +14,7 @@ from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle.loading_poodle import required_keys
+from modeling_poodle.remote_code import add_code
 
 logger = logging.getLogger("poodle")
 # Pixels of an image that the loss is taken at, drawn anew each step: the mean over them is an unbiased estimate of that over all.
@@ -139,6 +140,7 @@ class LinearReadout(nn.Module):
         self.classifier.bias.sub_(self.classifier.weight[:, :, 0, 0] @ self.mean[:, 0, 0])
         model.save_pretrained(folder)
         processor_of(self.encoder).save_pretrained(folder)
+        add_code(folder)
         self.classifier.weight.copy_(plain[0])
         self.classifier.bias.copy_(plain[1])
 

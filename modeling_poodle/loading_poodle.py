@@ -18,8 +18,12 @@ def read_config(name: str) -> PreTrainedConfig:
     The config of a model by Hub id or folder. Code that it names is left alone: the architecture must be one that is installed here.
 
     Raises:
-        ValueError: numbers that no network has, or an architecture that only code from elsewhere would give.
+        ValueError: no such folder, numbers that no network has, or an architecture that only code from elsewhere would give.
     """
+    if (
+        name.count("/") > 1 and not Path(name).exists()
+    ):  # the Hub, asked for it, would answer after half a minute where it is not reached
+        raise ValueError(f"there is no folder {name}")
     values, _ = PreTrainedConfig.get_config_dict(name)
     check_config(values, f"config.json of {name}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)

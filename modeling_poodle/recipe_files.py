@@ -44,7 +44,7 @@ def nearest(name: str, names) -> str:
     """` (did you mean 'x'?)`, or nothing where no name is near."""
     names, words = list(names), set(str(name).split("_"))
     # `workers` is dataloader_num_workers, whose letters are far from it; a word that many names have tells nothing.
-    having = [known for known in names if words <= set(known.split("_"))]
+    having = [known for known in names if words <= set(known.split("_")) or known.startswith(str(name))]
     close = having if 1 <= len(having) <= 3 else difflib.get_close_matches(str(name), names, n=1)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
@@ -174,8 +174,10 @@ def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, An
     if not path.is_file() and (folder / f"{path.stem}.yaml").exists() and path.parent == Path("."):
         path = folder / f"{path.stem}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ValueError(f"--config: no such recipe file {path}; recipes of the package: {known}")
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise ValueError(
+            f"--config: no such recipe file {path}; recipes of the package: {', '.join(known)}{nearest(path.stem, known)}"
+        )
     values = read_yaml_mapping(path)
     _refuse_unknown(kind, values, str(path))
     return {name: _as_declared(kind, name, value, str(path)) for name, value in values.items()}

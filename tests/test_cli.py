@@ -213,7 +213,7 @@ def test_wrong_input_is_a_sentence_not_a_stack_trace(drives, tmp_path, flags, me
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_folder_with_another_run_is_refused(drives, whole_run):
-    assert "holds another run" in refusal(drives, whole_run, "--max_steps", "8")
+    assert "holds a run already" in refusal(drives, whole_run, "--max_steps", "8")
     said = refusal(
         drives, whole_run, "--max_steps", "8", "--learning_rate", "0.5", "--resume_from_checkpoint", "latest"
     )

@@ -21,7 +21,7 @@ from modeling_poodle import (
     PoodleModel,
 )
 from modeling_poodle.geometry_poodle import crop_boxes
-from training.remote_code import add_code
+from modeling_poodle.remote_code import add_code
 
 DINOV2 = {
     "model_type": "dinov2",

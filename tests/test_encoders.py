@@ -386,6 +386,8 @@ def test_upernet_resizes_images_and_crops_as_other_readouts_do(backbone, size, c
 def test_wrong_models_are_named(tmp_path, poodle):
     with pytest.raises(ValueError, match="no such map|must be one of stem, stage1"):
         build(str(poodle), 3, features="stage9")
+    with pytest.raises(ValueError, match="there is no folder runs/none/model"):  # no id of the Hub, which is not asked
+        build("runs/none/model", 3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no model"):
         build(str(tmp_path / "empty"), 3)

@@ -8,6 +8,7 @@ from published import EVALUATION, SAME, publish
 from safetensors.torch import save_file
 
 from modeling_poodle import PoodleForPreTraining, PoodleForSemanticSegmentation, PoodleModel
+from modeling_poodle.remote_code import add_code
 
 # --- use without this package ---
 
@@ -143,6 +144,7 @@ def test_a_readout_is_one_line_for_others(shared_hub, clean, published_run, tmp_
     readout = PoodleForSemanticSegmentation(config).eval()
     readout.save_pretrained(tmp_path / "readout")
     SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path / "readout")
+    add_code(tmp_path / "readout")  # as an evaluation leaves it
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "model": "org/poodle-r18-sdm"}))
     done = publish(shared_hub, tmp_path / "readout", "--repo_id", "org/poodle-r18-camvid-linear")
     assert done.returncode == 0, done.stderr
@@ -156,9 +158,9 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
 expected = load_file("expected.safetensors")
-name = "org/poodle-r18-camvid-linear"
-model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=True).eval()
-same(model(expected["image"]).logits, expected["logits"])
+for name in ("readout", "org/poodle-r18-camvid-linear"):
+    model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=True).eval()
+    same(model(expected["image"]).logits, expected["logits"])
 segments = pipeline("image-segmentation", model=name, trust_remote_code=True)(Image.new("RGB", (96, 64)))
 covered = sum(np.array(segment["mask"]).astype(bool).astype(int) for segment in segments)
 assert covered.shape == (64, 96) and (covered == 1).all()

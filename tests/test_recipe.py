@@ -206,6 +206,7 @@ def test_unknown_keys_suggest_the_nearest(tmp_path):
         ("--epochs", "did you mean 'num_train_epochs' or 'flow_epochs'"),
         ("--workers", "did you mean 'dataloader_num_workers'"),
         ("--gap", "did you mean 'frame_gap_seconds'"),
+        ("--video", "did you mean 'videos' or 'pairs_per_video'"),
         ("--steps", "unknown recipe field 'steps'"),
         ("--no_seed", "unknown flag --no_seed; give --seed and its value"),
     ],

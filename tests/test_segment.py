@@ -72,6 +72,10 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     assert first["miou"] > 0.5 and first["features"] == "decoder" and first["steps"] == 45
     saved = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert saved["miou"] == first["miou"] and set(saved["versions"]) == {"python", "torch", "transformers"}
+    config = json.loads((tmp_path / "a" / "readout" / "config.json").read_text())  # loads without this package too
+    code = config["auto_map"]["AutoModelForSemanticSegmentation"]
+    assert code == "modeling_poodle.PoodleForSemanticSegmentation"
+    assert (tmp_path / "a" / "readout" / "modeling_poodle.py").is_file()
     report = (tmp_path / "a" / "report.html").read_text()
     assert "red &lt;b&gt;" in report and "red <b>" not in report and report.count("<img") == 3 and "polyline" in report
     (second,) = main(flags(shapes, tmp_path / "b", poodle, **options))

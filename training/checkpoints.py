@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.cpu import usable_cores
 from modeling_poodle.recipe_files import read_yaml_mapping
+from modeling_poodle.remote_code import add_code
 from training.cards import Facts, flow_card, run_card
 from training.checkpoint_files import (
     damage,
@@ -32,7 +33,6 @@ from training.checkpoint_files import (
 )
 from training.ranks import on_all, on_main
 from training.recipe import Recipe, RunRecipe
-from training.remote_code import add_code
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -239,7 +240,7 @@ def precomputed_epochs(recipe, loader: PairLoader) -> int | None:
     if about is None:
         raise ValueError(
             f"flow_dir {folder} holds no flow (no flow.json). Write it by `python -m training.flow` with this run's flags, --flow dis (or "
-            f"another estimator) and --out {folder} --epochs {epochs}"
+            f"another estimator) and --out {shlex.quote(str(folder))} --epochs {epochs}"
         )
     sampling = loader.sampling
     changed = [

@@ -21,9 +21,9 @@ from pathlib import Path
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
+from modeling_poodle.remote_code import add_code
 from training import cards
 from training.hub import belongs, check_repo_id, push
-from training.remote_code import add_code
 from training.resnet_names import add_timm, timm_architecture
 
 logger = logging.getLogger("poodle")

@@ -43,7 +43,7 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
     if resume is None:
         if saved_config.exists():
             raise ValueError(
-                f"output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
+                f"output_dir {output_dir} holds a run already: go on with it by --resume_from_checkpoint latest, "
                 "or choose another --output_dir"
             )
         _refuse_other_files(output_dir)

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-_CODE = Path(__file__).resolve().parent.parent / "modeling_poodle"
+_CODE = Path(__file__).resolve().parent
 # By model type: the code that a folder holds, and its config's class.
 _CODE_FILES = {
     "poodle": ("configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
