@@ -192,7 +192,7 @@ def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
     [
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["--frame_gap_seconds", "50", "60"], "is too short"),
-        (["--crop_size", "60", "128"], "crop_size must be multiples of the encoder's stride 32"),
+        (["--crop_size", "60", "128"], "crop_size must be multiples of the resnet encoder's 32"),
         (["--frame_size", "64", "64"], "is larger than the frame"),
         (
             ["--flow", "raft_large"],

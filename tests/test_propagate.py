@@ -336,14 +336,14 @@ def test_wrong_folders_are_explained(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--dataset", "street"], "model must be at least one model"),
-        (["--model", "a", "--model", "a"], "models that differ"),
+        (["--dataset", "street"], "model must be a list of one or more models"),
+        (["--model", "a", "--model", "a"], "a list that names each model once"),
         (
             ["--model", "a", "--dataset", "davies"],
             r"dataset must be one of davis, street, street:walking, street:static, street:aerial \(did you mean 'davis'\?\)",
         ),
         (["--model", "a", "--top_k", "0"], "top_k must be an integer of at least 1, got 0"),
-        (["--model", "a", "--temperature", "-1"], "temperature must be above 0"),
+        (["--model", "a", "--temperature", "-1"], "temperature must be a finite number above 0"),
         (["--model", "a", "--topk", "5"], r"unknown recipe field 'topk' \(did you mean 'top_k'\?\)"),
     ],
 )
