@@ -30,6 +30,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from benchmarks.common import Clock, moving_frames
 from modeling_poodle import PoodleForPreTraining
+from modeling_poodle.modeling_poodle_pretraining import PointwiseConv
 from training.assembly import build_model, make_accelerator
 from training.flow import build_flow
 from training.recipe import Recipe
@@ -51,6 +52,11 @@ class ReferenceModel(nn.Module):
             raise ValueError("the reference has both objectives: dense_weight and pooled_weight must be above 0")
         for name, module in model.named_children():
             setattr(self, name, copy.deepcopy(module).to(memory_format=torch.contiguous_format))
+        for module in self.modules():
+            if isinstance(
+                module, PointwiseConv
+            ):  # as released, convolutions: on a GPU cuDNN's, which PyTorch lets compute in TF32
+                module.__class__ = nn.Conv2d
         self.weights = model.config.dense_weight, model.config.pooled_weight
         self.align_corners_mistake = align_corners_mistake
 

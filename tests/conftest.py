@@ -36,7 +36,6 @@ LONGEST = (
     "cli",
     "pretrain",
     "detect",
-    "evaluation",
     "studies",
     "explore_page",
     "faults",

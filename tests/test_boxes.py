@@ -255,8 +255,8 @@ def test_bdd100k(tmp_path):
         load_boxes("bdd100k", str(tmp_path))
 
 
-def test_an_image_of_another_size_in_the_middle_is_found_before_the_fit(tmp_path):
-    data = load_boxes("street", str(tmp_path / "street")).limit(3, 3)
+def test_an_image_of_another_size_in_the_middle_is_found_before_the_fit(street_boxes, tmp_path):
+    data = load_boxes("coco_folder", str(street_boxes / "five")).limit(3, 3)
     small = tmp_path / "small.png"
     Image.new("RGB", (32, 32)).save(small)
     broken = dataclasses.replace(

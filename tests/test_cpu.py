@@ -15,11 +15,13 @@ from modeling_poodle.cpu import share_cpu, usable_cores
 def count_page_faults(connection, keep: bool) -> None:
     if keep:
         share_cpu(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a child by fork has not its parent's threads, and would wait for them
     for number in range(20):
         if number == 16:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(8 << 20).fill_(1)  # 32 MiB, freed at once
-    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num_threads()))
+    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, threads))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is what is told")
@@ -29,6 +31,7 @@ def test_memory_that_a_step_frees_is_kept_for_the_next():
         receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=count_page_faults, args=(sender, keep))
         process.start()
+        assert receiver.poll(60)
         faults[keep], threads = receiver.recv()
         process.join()
     pages = 4 * (32 << 20) // resource.getpagesize()

@@ -70,7 +70,10 @@ def test_what_is_read_is_what_would_be_computed(drives, written, workers):
     paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
     pair_flow, module = build_flow("precomputed", folder=str(written))
     assert module is None
-    read, computed = (iter(PairLoader(paths, sampling, 2, workers, pair_flow=f)) for f in (pair_flow, DisFlow()))
+    loaders = [PairLoader(paths, sampling, 2, workers, pair_flow=f) for f in (pair_flow, DisFlow())]
+    for loader in loaders:
+        loader.epochs = 2  # what was written: behind it workers would search for more
+    read, computed = map(iter, loaders)
     for _ in range(6):  # both epochs
         ours, theirs = next(read), next(computed)
         assert torch.equal(ours["frames"], theirs["frames"]) and ours["video"] == theirs["video"]
@@ -78,6 +81,8 @@ def test_what_is_read_is_what_would_be_computed(drives, written, workers):
         assert (ours["flow"].float() - theirs["flow"].float()).abs().max() <= 1 / 32
         assert ours["flow"].float().abs().mean() > 0.5
         assert not ours["skipped"]
+    for loader in loaders:
+        loader.close()
 
 
 def test_masks_of_exact_flow_are_kept(drives, tmp_path):

@@ -143,7 +143,7 @@ def naive_contour_accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
     return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(seed=st.integers(0, 10**6), height=st.integers(2, 40), width=st.integers(2, 60), share=st.floats(0, 0.2))
 def test_contour_accuracy_equals_its_slow_twin(seed, height, width, share):
     rng = np.random.default_rng(seed)

@@ -403,7 +403,8 @@ class PairLoader:
         # torch's own name, asked for plainly: where a version has another, workers that are left running would go unseen.
         workers = self._iterator._workers if self.num_workers and self._iterator is not None else []
         # One that has just crashed closes its connections, then its sentinel, and only then has an exit code, for which `join` waits.
-        for sentinel in multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.3):
+        sentinels = [worker.sentinel for worker in workers]
+        for sentinel in multiprocessing.connection.wait(sentinels, timeout=0.3) if workers else ():
             next(worker for worker in workers if worker.sentinel == sentinel).join()
         ended = [worker.exitcode is not None for worker in workers]
         if workers:
