@@ -6,11 +6,12 @@ import math
 import multiprocessing
 import platform
 import shlex
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
@@ -227,7 +228,11 @@ def _rate(function: Callable[[], torch.Tensor], flops: int, windows: int) -> flo
 
 
 def _serve(connection, make, recipe) -> None:
-    step = make(recipe)
+    try:
+        step = make(recipe)
+    except torch.OutOfMemoryError as error:
+        connection.send(TooLarge(str(error)))
+        raise
     base = memory_bytes(step.device)
     reset_peak(step.device)
     actions = {
@@ -243,7 +248,12 @@ def _serve(connection, make, recipe) -> None:
     }
     while (request := connection.recv()) is not None:
         name, argument = request
-        connection.send(actions[name](argument))
+        try:
+            answer = actions[name](argument)
+        except torch.OutOfMemoryError as error:
+            connection.send(TooLarge(str(error)))
+            raise
+        connection.send(answer)
         if step.device.type == "cuda":
             torch.cuda.empty_cache()  # the other one needs the memory now
 
@@ -255,6 +265,10 @@ def _exact(step, steps: int) -> list[dict[str, float]]:
     rows = timed_steps(step, steps)
     step.clock.exact = False
     return rows
+
+
+class TooLarge(RuntimeError):
+    """A step that there is not enough memory for."""
 
 
 class Contender:
@@ -269,12 +283,23 @@ class Contender:
         other.close()
 
     def ask(self, name: str, argument=None):
-        try:
+        """
+        Raises:
+            TooLarge: the GPU's memory is full, or the system killed the process, as it does where its own is.
+            RuntimeError: the process ended by another error, which it has printed.
+        """
+        with suppress(ConnectionError):  # it has ended, perhaps with an answer why
             self.connection.send((name, argument))
-            return self.connection.recv()
+        try:
+            answer = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()  # until then its memory may not be free for the next
-            raise RuntimeError(f"the process of this contender ended at {name!r}; its error is above") from None
+            kind = TooLarge if self.process.exitcode == -signal.SIGKILL else RuntimeError
+            raise kind(f"the process of this contender ended at {name!r}; its error is above") from None
+        if isinstance(answer, TooLarge):
+            self.process.join()
+            raise answer
+        return answer
 
     def close(self) -> None:
         self.connection.send(None)

@@ -16,7 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import Contender, OurStep, benchmark_parser, medians, print_table, step_recipe, write_json
+from benchmarks.common import (
+    Contender,
+    OurStep,
+    TooLarge,
+    benchmark_parser,
+    medians,
+    print_table,
+    step_recipe,
+    write_json,
+)
 from training.recipe import Recipe
 
 
@@ -85,7 +94,10 @@ def main() -> None:
     rows = []
     for name, value, variant in wanted:
         if options.only is None or name in ("recipe", *options.only):
-            rows.append({"changed": name, "to": value, **cost(variant, steps, options.warmup)})
+            try:
+                rows.append({"changed": name, "to": value, **cost(variant, steps, options.warmup)})
+            except TooLarge as error:
+                print(f"{name} {value}: left out, {error}", flush=True)  # the other rows are worth having
     print(
         f"{recipe.per_device_train_batch_size} pairs of {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow {recipe.flow}"
     )

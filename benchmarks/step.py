@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import (
     Contender,
     OurStep,
+    TooLarge,
     benchmark_parser,
     interleave,
     medians,
@@ -153,7 +154,10 @@ def largest_batch(recipe: Recipe) -> int:
             contender.ask("run", 2)
             contender.close()
             works = pairs
-        except RuntimeError:
+        except RuntimeError as error:
+            if not works and not isinstance(error, TooLarge):  # no size's fault
+                raise
+            print(f"{pairs} pairs: {error}", flush=True)
             fails = pairs
         print(f"{pairs} pairs: {'runs' if works == pairs else 'does not run'}", flush=True)
     return works

@@ -46,7 +46,7 @@ for momentum, level in ((0.1, 0.0), (None, 300.0)):
 
 # The whole of a step in one graph, whose loss is that of eager; without the sums over both, another.
 torch.manual_seed(0)
-model = PoodleForPreTraining(config()).train()
+model = PoodleForPreTraining(config(num_decoder_blocks=0, pooled_weight=0)).train()  # the rest takes Dynamo three times as long
 batch = inputs(seed=rank)
 own = copy.deepcopy(model)(**batch).loss.item()
 for_compilation(model)

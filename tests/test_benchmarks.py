@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
+from benchmarks import common, step
 from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from benchmarks.counting import BANDWIDTH, HALF_PEAK, TF32_PEAK, CountedWork, LiveBytes
 from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, flow_is_valid, invert
@@ -256,6 +257,34 @@ def test_a_reference_that_does_not_fit_leaves_our_figures(tmp_path):
     figures = json.loads((tmp_path / "f.json").read_text())
     assert "without the reference: the process of this contender ended" in result.stdout
     assert figures["ours"]["ms_a_step"] > 0 and "reference" not in figures
+
+
+@pytest.mark.parametrize("building", [True, False])
+def test_the_largest_batch_is_found_and_other_errors_are_none_of_its_size(monkeypatch, building):
+    """A step that three pairs fit: what is too large is told from what is wrong."""
+
+    class Step:
+        device = torch.device("cpu")
+        wrong = False
+
+        def __init__(self, recipe):
+            self.pairs = recipe.per_device_train_batch_size
+            if building:
+                self.compute()
+
+        def compute(self):
+            if self.wrong:
+                raise ValueError("no weights")
+            if self.pairs > 3:
+                raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(step, "OurStep", Step)
+    monkeypatch.setattr(common, "timed_steps", lambda made, steps: made.compute())
+    recipe = step_recipe(benchmark_parser(""), SMALL)
+    assert step.largest_batch(recipe) == 3
+    Step.wrong = True
+    with pytest.raises(RuntimeError, match="the process of this contender ended at 'run'"):
+        step.largest_batch(recipe)
 
 
 def test_live_bytes_of_a_known_sequence():
