@@ -229,10 +229,13 @@ def _rate(function: Callable[[], torch.Tensor], flops: int, windows: int) -> flo
 
 def _serve(connection, make, recipe) -> None:
     try:
-        step = make(recipe)
+        _answer(connection, make(recipe), recipe)
     except torch.OutOfMemoryError as error:
         connection.send(TooLarge(str(error)))
         raise
+
+
+def _answer(connection, step, recipe) -> None:
     base = memory_bytes(step.device)
     reset_peak(step.device)
     actions = {
@@ -248,12 +251,7 @@ def _serve(connection, make, recipe) -> None:
     }
     while (request := connection.recv()) is not None:
         name, argument = request
-        try:
-            answer = actions[name](argument)
-        except torch.OutOfMemoryError as error:
-            connection.send(TooLarge(str(error)))
-            raise
-        connection.send(answer)
+        connection.send(actions[name](argument))
         if step.device.type == "cuda":
             torch.cuda.empty_cache()  # the other one needs the memory now
 

@@ -75,9 +75,8 @@ class CheckedRecipe:
         self.need(len(set(self.model)) == len(self.model), "model", "a list that names each model once")
 
     def need_output_dir(self) -> None:
-        self.need(
-            bool(self.output_dir.strip()), "output_dir", "the name of a folder"
-        )  # "" is a variable that was unset
+        # "" is what a shell makes of a variable that is unset; it would be the current folder.
+        self.need(bool(self.output_dir.strip()), "output_dir", "the name of a folder")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -299,6 +298,5 @@ def run_script(main) -> None:
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         if os.environ.get("POODLE_TRACEBACK"):
             raise
-        raise SystemExit(
-            f"error: {str(error) or type(error).__name__}"
-        ) from None  # a MemoryError may be without words
+        # A MemoryError may be without words.
+        raise SystemExit(f"error: {str(error) or type(error).__name__}") from None

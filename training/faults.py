@@ -38,7 +38,8 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
             raise
         file = getattr(error, "filename", None)  # a full disk names none
         elsewhere = (
-            file is not None and Path(recipe.output_dir).resolve() not in Path(os.fsdecode(file)).resolve().parents
+            isinstance(file, (str, bytes))
+            and Path(recipe.output_dir).resolve() not in Path(os.fsdecode(file)).resolve().parents
         )
         where = "" if elsewhere else f"output_dir {recipe.output_dir}: "
         raise OSError(
