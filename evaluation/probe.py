@@ -51,7 +51,7 @@ class Probe:
         training = model.training
         with torch.random.fork_rng():
             readout = KnnReadout(self._encoder(of_first_process(accelerator, model)), self.data, self.recipe)
-            readout.prepare()
+            readout.prepare(accelerator)
             metric, _ = evaluate(accelerator, readout.predict, self.data)
         model.train(training)
         result = metric.compute()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
@@ -54,7 +55,7 @@ class LinearReadout(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         self.store = FeatureStore(recipe.feature_cache_gb * 1e9)
 
-    def prepare(self) -> None:
+    def prepare(self, accelerator: Accelerator | None = None) -> None:
         """Statistics from the data set's first images (the same on all ranks)."""
         sums = torch.zeros(3, self.encoder.channels, dtype=torch.float64)
         for image in read_ahead(self.data.image, self.data.train[:32]):
@@ -160,27 +161,50 @@ class KnnReadout(nn.Module):
         super().__init__()
         self.encoder, self.data, self.recipe = encoder.eval().requires_grad_(False), data, recipe
 
-    def prepare(self) -> None:
-        """The reference cells, from all training images on every rank: `max_reference_cells`, and up to one more an image."""
+    def prepare(self, accelerator: Accelerator | None = None) -> None:
+        """
+        The reference cells: `max_reference_cells`, and up to one more a training image. Each process computes the features of its share of the
+        images; all processes have all cells afterwards, in the images' order.
+
+        Raises:
+            ValueError: an image and its label differ in size, or no image has a labelled cell.
+        """
+        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         generator = torch.Generator().manual_seed(self.recipe.seed)
         share = -(-self.recipe.max_reference_cells // len(self.data.train))
-        bank, labels = [], []
-        for image, label in read_ahead(self.data.both, self.data.train):
-            cells = self._cells(image)[0]
-            label = majority(label, tuple(cells.shape[1:]), len(self.data.classes)).flatten()
-            kept = (label != IGNORE).nonzero()[:, 0]
+        device, bank, labels = self.encoder.model.device, [], []
+
+        def read(numbered: tuple[int, Example]):
+            number, example = numbered
+            mine = number % processes == rank
+            return example.name, self.data.image(example) if mine else None, self.data.label(example)
+
+        for name, image, label in read_ahead(read, enumerate(self.data.train)):
+            if image is not None and image.shape[:2] != label.shape:
+                raise ValueError(f"{name}: image {image.shape[:2]} and label {label.shape} differ in size")
+            found = majority(label, self._size(label.shape), len(self.data.classes)).flatten()
+            kept = (found != IGNORE).nonzero()[:, 0]
+            # Drawn for the images of all processes: the same cells on any number of them.
             kept = kept[torch.randperm(len(kept), generator=generator)[:share]]
-            bank.append(cells.flatten(1).t()[kept.to(cells.device)])
-            labels.append(label[kept])
-        self.bank = torch.cat(bank).t().contiguous()
-        self.labels = torch.cat(labels).to(self.bank.device)
+            labels.append(found[kept])
+            if image is not None:
+                bank.append(self._cells(image)[0].flatten(1).t()[kept.to(device)])
+        self.labels = torch.cat(labels).to(device)
         if len(self.labels) == 0:
             raise ValueError("the training images have no labelled cell: k-NN has nothing to compare with")
+        self.bank = torch.cat(bank) if bank else torch.zeros(0, self.encoder.channels, device=device)
+        if processes > 1:
+            self.bank = _in_order(accelerator, self.bank, [len(of_image) for of_image in labels])
+        self.bank = self.bank.t().contiguous()
+
+    def _size(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Of the grid of cells of an image of this (H, W)."""
+        return max(image[0] // self.STRIDE, 1), max(image[1] // self.STRIDE, 1)
 
     @torch.no_grad()
     def _cells(self, image: np.ndarray) -> Tensor:
-        size = [max(side // self.STRIDE, 1) for side in image.shape[:2]]
         features = self.encoder(self.encoder.normalise(image)).float()
+        size = self._size(image.shape[:2])
         return F.normalize(F.interpolate(features, size=size, mode="bilinear", align_corners=False), dim=1)
 
     @torch.no_grad()
@@ -195,6 +219,17 @@ class KnnReadout(nn.Module):
         scores = torch.cat(votes).t().unflatten(1, cells.shape[2:])[None]
         scores = scores / scores.sum(dim=1, keepdim=True)
         return upsample(scores, image.shape[:2]).argmax(dim=1)[0].byte().cpu().numpy()
+
+
+def _in_order(accelerator: Accelerator, own: Tensor, counts: list[int]) -> Tensor:
+    """Rows of all processes in the images' order. Args: own: rows of this process' images, every n-th; counts: rows of each image."""
+    processes = accelerator.num_processes
+    of_rank = [sum(counts[rank::processes]) for rank in range(processes)]
+    padded = own.new_zeros(max(of_rank), own.shape[1])
+    padded[: len(own)] = own
+    gathered = accelerator.gather(padded).split(max(of_rank))
+    parts = [rows[:count].split(counts[rank::processes]) for rank, (rows, count) in enumerate(zip(gathered, of_rank))]
+    return torch.cat([parts[number % processes][number // processes] for number in range(len(counts))])
 
 
 def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tensor:
@@ -251,7 +286,7 @@ class UperNetReadout(nn.Module):
         self.multiple = stage_stride(backbone)  # of stage4, the coarsest of the maps that are read
         freeze_idle(backbone, backbone(torch.zeros(1, 3, 224, 224)).feature_maps)
 
-    def prepare(self) -> None:
+    def prepare(self, accelerator: Accelerator | None = None) -> None:
         pass
 
     def keep(self, examples: list[Example]) -> None:

@@ -70,7 +70,7 @@ def measure(
     if not mine:
         raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
     before = fingerprint(encoder.model.poodle)
-    readout.prepare()
+    readout.prepare(accelerator)
     curve = []
     if recipe.readout != "knn":
         curve = fit(accelerator, readout, recipe, mine, folder, before, recipe.resume_from_checkpoint is not None)

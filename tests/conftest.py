@@ -21,6 +21,7 @@ else:
 
 import pytest
 import torch
+from forked_scripts import forked, forked_before_hub
 from labelled_shapes import RESNET, squares
 from loopback import serve
 from loopback_hub import HubServer, Interpreter
@@ -49,6 +50,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items) -> None:
     rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_sessionfinish() -> None:
+    forked.close()
+    forked_before_hub.close()
 
 
 @pytest.fixture(scope="session")

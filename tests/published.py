@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from forked_scripts import forked_before_hub
 from loopback import serve
 from loopback_hub import TOKEN, HubServer, Interpreter
 
@@ -87,10 +88,8 @@ def python(hub, home: Path, *arguments, token=TOKEN, **variables) -> subprocess.
 
 
 def publish(hub, folder, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "training.publish", str(folder), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, env=hub.environment(hub.folder / "home", token)
-    )  # fmt: skip
+    environment = hub.environment(hub.folder / "home", token)
+    return forked_before_hub("training.publish", folder, *arguments, environment=environment)
 
 
 @pytest.fixture(scope="module")

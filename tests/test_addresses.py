@@ -3,14 +3,13 @@
 import base64
 import logging
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from forked_scripts import forked
 from loopback import FileHandler, FileServer, serve
 from small_runs import flags, metrics
 
@@ -185,10 +184,7 @@ def test_a_run_shows_and_keeps_no_secret_of_a_url(guarded, drives, tmp_path):
     more = ["--report_to", "tensorboard", "--save_steps", "1", "--save_total_limit", "9", "--flow", "dis", "--dataloader_num_workers", "1"]  # fmt: skip
     run = tmp_path / "run"
     arguments = flags(drives, run, *more, *sources(guarded), steps=4)
-    script = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nfrom training.pretrain import main; main({arguments!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = forked(REPOSITORY / "training" / "pretrain.py", *arguments)
     assert done.returncode == 0, done.stderr
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["skipped_videos"] == 2

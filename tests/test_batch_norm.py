@@ -1,10 +1,7 @@
 """BatchNorm over processes, for torch.compile."""
 
-import os
-import subprocess
-import sys
-
 from conftest import REPOSITORY
+from forked_scripts import forked
 
 TWO_PROCESSES = """
 import copy, shutil, torch, torch.distributed as dist
@@ -84,8 +81,6 @@ dist.destroy_process_group()
 def test_it_is_batch_norm_over_the_batches_of_all_and_compiles_to_one_graph(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    done = forked(script, ranks=2, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 fine" in done.stdout and "rank 1 fine" in done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_scripts import forked
 from test_modeling_pretraining import RESNET
 from torch.nn import functional as F
 
@@ -220,8 +221,7 @@ def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fre
 
 def run(script: str, *arguments: str) -> str:
     """Output of a benchmark run as a user runs it."""
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=600)
+    result = forked(REPOSITORY / "benchmarks" / script, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -248,11 +248,12 @@ def test_step_beside_the_reference(tmp_path):
 
 
 def test_a_reference_that_does_not_fit_leaves_our_figures(tmp_path):
-    script = "import benchmarks.step as step\nstep.ReferenceStep = lambda recipe: 1 / 0\nstep.main()"
-    command = [sys.executable, "-c", script, "--reference", "--steps", "1", "--warmup", "1", *SMALL]
-    result = subprocess.run(
-        [*command, "--json", str(tmp_path / "f.json")], capture_output=True, text=True, cwd=REPOSITORY, timeout=600
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from benchmarks import common, step\nstep.ReferenceStep = lambda recipe: 1 / 0\ncommon.ceiling = lambda *_: 1e12\nstep.main()"
     )
+    command = ("--reference", "--steps", "1", "--warmup", "1", "--json", tmp_path / "f.json")
+    result = forked(script, *command, *SMALL)
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
     assert "without the reference: the process of this contender ended" in result.stdout

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_scripts import forked
 from PIL import Image
 from safetensors.torch import load_file
 from test_boxes import write_coco
@@ -250,17 +249,8 @@ def test_two_processes_give_the_figures_of_one(overfitted, street_boxes, resnet,
     ours = coco_scores(data.test, found, data.classes)
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     run = flags(resnet, street_boxes / "five", tmp_path / "run", detector="fpn", max_steps=2, boxes_per_image=16)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        str(tmp_path / "two.py"),
-        str(overfitted[0] / "detector"),
-        str(street_boxes / "five"),
-        str(tmp_path / "out"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, *run], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
-    )
+    arguments = (overfitted[0] / "detector", street_boxes / "five", tmp_path / "out", *run)
+    done = forked(tmp_path / "two.py", *arguments, ranks=2)
     assert done.returncode == 0, done.stderr
     (seen0, scores0, counts0), (seen1, scores1, counts1) = (
         json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1)

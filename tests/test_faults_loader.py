@@ -54,7 +54,8 @@ def read_all(loader) -> None:
 def test_a_worker_that_crashes_is_named_with_its_video(drives):
     (video,) = loader_of(drives).paths
     with pytest.raises(
-        ChildProcessError, match=r"exited unexpectedly .*an empty file in its place.*--resume_from_checkpoint"
+        ChildProcessError,
+        match=r"(exited unexpectedly|was killed by signal).*an empty file in its place.*--resume_from_checkpoint",
     ) as error:
         read_all(loader_of(drives, crash))
     assert f"while it read {video} (SIGSEGV)" in str(error.value)

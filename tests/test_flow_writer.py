@@ -1,16 +1,14 @@
 """What `python -m training.flow` writes, refuses to mix, and leaves where it fails."""
 
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 from flow_folders import recipe_of, videos, write, writer_flags
+from forked_scripts import forked
 from safetensors.numpy import save
 
 from training import flow_writer
@@ -102,20 +100,8 @@ def test_a_write_that_fails_leaves_whole_files_and_a_sentence(drives, tmp_path):
 
 
 def test_two_processes_write_the_same_files_as_one(drives, written, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "training.flow",
-    ]
-    done = subprocess.run(
-        [*launch, *writer_flags(drives, tmp_path / "two", "--epochs", "2", "--dataloader_num_workers", "1")], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    arguments = writer_flags(drives, tmp_path / "two", "--epochs", "2", "--dataloader_num_workers", "1")
+    done = forked(REPOSITORY / "training" / "flow.py", *arguments, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "this process wrote 2 openings" in done.stdout + done.stderr
     one, two = (

@@ -1,16 +1,14 @@
 """The training loop in this process: recipe fields, trackers, and ranks."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked_scripts import forked
 from safetensors.torch import load_file
 from small_runs import MODEL, flags, train
 
@@ -235,10 +233,7 @@ def test_panels_are_written_and_show_something(drives, tmp_path):
 def two_ranks(tmp_path, script: str, *arguments: str) -> None:
     file = tmp_path / "two_ranks.py"
     file.write_text(script)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file), *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    done = forked(file, *arguments, ranks=2)
     assert done.returncode == 0, done.stderr
 
 

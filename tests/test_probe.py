@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forked_scripts import forked
 from PIL import Image
 from test_faults_ranks import two_ranks
 
@@ -114,7 +115,7 @@ torch.distributed.destroy_process_group()
         Probe(f"folder:{stripes}")(Accelerator(cpu=True), PoodleModel.from_pretrained(tmp_path / str(rank)))
         for rank in (0, 1)
     ]
-    done = two_ranks(tmp_path, script, str(tmp_path), f"folder:{stripes}")
+    done = forked(two_ranks(tmp_path, script), tmp_path, f"folder:{stripes}", ranks=2)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second == pytest.approx(alone[0], abs=1e-6)

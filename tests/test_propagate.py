@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_scripts import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -372,16 +370,11 @@ def test_grid_features_have_unit_length_at_any_stride(encoder):
         torch.testing.assert_close(cells.norm(dim=0), torch.ones(size))
 
 
-def run(*flags, cache=None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"POODLE_CACHE": str(cache)} if cache else {})}
-    command = [sys.executable, "-m", "evaluation.propagate", *map(str, flags)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_script_on_the_street(tmp_path, encoder):
     flags = ["--max_sequences", 2, "--features", "stage1", "--dataset", "street"]
     models = ["--model", encoder, "--model", f"random:{encoder}"]
-    done = run(*models, *flags, "--output_dir", tmp_path / "run", cache=tmp_path)
+    script = REPOSITORY / "evaluation" / "propagate.py"
+    done = forked(script, *models, *flags, "--output_dir", tmp_path / "run", POODLE_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert re.search(r"^model +J&F +J mean +recall +decay +F mean", done.stdout, re.M)
     found = json.loads((tmp_path / "run/evaluation.json").read_text())["results"]

@@ -1,6 +1,7 @@
 """Linear, k-NN and UperNet readouts."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import REPOSITORY
+from forked_scripts import forked
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -78,6 +81,56 @@ def test_a_batch_without_a_labelled_pixel_counts_nothing_and_others_as_ever(shap
     for examples in (list(data.train[:3]), [void, data.train[1]]):
         ours, theirs = (loss_and_gradients(forward, examples) for forward in (readout, means))
         assert ours[0] > 0.5 and all(map(torch.equal, ours, theirs))
+
+
+PARTS_OF_THE_BANK = """
+import json, sys
+from accelerate import Accelerator
+from evaluation import readouts
+from test_readouts import knn_of_odd_images
+accelerator, counted = Accelerator(cpu=True), []
+cells = readouts.KnnReadout._cells
+readouts.KnnReadout._cells = lambda self, image: (counted.append(image.shape[:2]), cells(self, image))[1]
+readout = knn_of_odd_images(*sys.argv[1:3])
+readout.prepare(accelerator)
+own = {"images": counted, "labels": readout.labels.tolist(), "bank": readout.bank.tolist()}
+with open(f"{sys.argv[3]}/{accelerator.process_index}.json", "w") as file:
+    json.dump(own, file)
+accelerator.end_training()
+"""
+
+
+def knn_of_odd_images(shapes, poodle) -> KnnReadout:
+    """Five images, of which two have no labelled pixel and one is of half the size: processes have unequal shares."""
+    data = load_dataset("folder", str(shapes)).limit(5, 1)
+    void = [dataclasses.replace(e, label=lambda: np.full((64, 96), 255, np.uint8)) for e in data.train[1:3]]
+    image, label = data.both(data.train[3])
+    small = dataclasses.replace(data.train[3], image=lambda: image[:32].copy(), label=lambda: label[:32].copy())
+    data = dataclasses.replace(data, train=(data.train[0], *void, small, data.train[4]))
+    torch.manual_seed(0)
+    return KnnReadout(build(str(poodle), 3), data, recipe(max_reference_cells=200))
+
+
+def test_processes_share_the_images_of_k_nn_and_have_all_its_cells(shapes, poodle, tmp_path):
+    alone = knn_of_odd_images(shapes, poodle)
+    alone.prepare()
+    (tmp_path / "script.py").write_text(PARTS_OF_THE_BANK)
+    paths = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    done = forked(tmp_path / "script.py", shapes, poodle, tmp_path, ranks=2, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [of_rank["images"] for of_rank in found] == [[[64, 96]] * 3, [[64, 96], [32, 96]]]
+    assert len(alone.labels) > 60
+    for of_rank in found:
+        assert of_rank["labels"] == alone.labels.tolist() and torch.equal(torch.tensor(of_rank["bank"]), alone.bank)
+
+
+def test_k_nn_refuses_a_training_label_of_another_size(shapes, poodle):
+    data = load_dataset("folder", str(shapes)).limit(1, 1)
+    flat = dataclasses.replace(data.train[0], label=lambda: np.zeros((64, 90), np.uint8))
+    readout = KnnReadout(build(str(poodle), 3), dataclasses.replace(data, train=(flat,)), recipe())
+    with pytest.raises(ValueError, match=r"image \(64, 96\) and label \(64, 90\) differ in size"):
+        readout.prepare()
 
 
 def test_a_fit_goes_on_over_images_of_void_alone(shapes, poodle, tmp_path):

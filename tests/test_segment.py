@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
+from forked_scripts import forked
 from forks import in_child, wait_for
 from labelled_shapes import RESNET, squares
 from PIL import Image
@@ -270,13 +269,10 @@ def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tm
     random = f"random:{poodle}"
     both = main(flags(shapes, tmp_path / "one", poodle, random, readout="knn"))
     assert [r["model"] for r in both] == [str(poodle), random] and both[0]["miou"] != both[1]["miou"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "two.py").write_text(TWO_EVALUATIONS)
     upernet = flags(shapes, tmp_path / "fit", poodle, readout="upernet", max_steps=2, per_device_train_batch_size=2)
     two = (flags(shapes, tmp_path / "two", poodle, random, readout="knn"), [*upernet, "--crop_size", "64", "96"])
-    command += [str(tmp_path / "two.py"), *("|".join(arguments) for arguments in two)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment)
+    done = forked(tmp_path / "two.py", *("|".join(arguments) for arguments in two), ranks=2)
     assert done.returncode == 0, done.stderr
     # BatchNorm's statistics too, of which each process has computed its own in the last step.
     networks = [(tmp_path / f"network-{rank}").read_text() for rank in (0, 1)]

@@ -386,9 +386,17 @@ def main(arguments: list[str] | None = None) -> None:
         default=0,
         help="write N held-out drives with object masks, as DAVIS is laid out, instead",
     )
+    about = {
+        "num_videos": "drives",
+        "duration": "seconds of each",
+        "fps": "frames a second",
+        "height": "pixels",
+        "width": "pixels",
+        "seed": "of the first drive",
+        "camera": f"one of {', '.join(CAMERAS)}",
+    }
     for name, value in DEFAULTS.items():
-        about = f"one of {', '.join(CAMERAS)}" if name == "camera" else " "
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=about)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=about[name])
     options = vars(parser.parse_args(arguments))
     output_dir, labelled, sequences = (options.pop(name) for name in ("output_dir", "labelled", "sequences"))
     size = {name: options[name] for name in ("height", "width", "seed", "camera")}

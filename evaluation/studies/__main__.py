@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if not options.report and options.study is None:
         raise ValueError(f"give a study, one of {', '.join(names())}, or --report")
+    if options.report and not (ROOT / "docs").is_dir():
+        raise ValueError(f"--report writes docs/results.md of a clone of the repository, and {ROOT} has no docs/")
     results = Path(options.results)
     if options.study is not None:
         study = Study.read(options.study)
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.measures,
         )
     if options.report:
+        logger.info("writing docs/results.md and its plots in docs/studies/")  # half a minute
         write_page(ROOT / "docs", read_results(results))
 
 
