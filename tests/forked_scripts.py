@@ -69,7 +69,9 @@ forked = ForkedScripts(
     "benchmarks.step", "evaluation.detect", "evaluation.propagate", "evaluation.segment", "training.flow_writer", "training.pretrain"
 )  # fmt: skip
 # For scripts that talk to a Hub, whose address and cache huggingface_hub reads when it is imported.
-forked_before_hub = ForkedScripts("torch._dynamo", "torch.distributed.tensor", "torchvision", "aiohttp", "httpx")
+forked_before_hub = ForkedScripts(
+    "torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx"
+)
 
 
 def _of_ranks(ranks: int) -> list[dict]:

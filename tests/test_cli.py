@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_scripts import forked
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ResNetBackbone
 
@@ -142,7 +143,7 @@ def kill_run(output_dir) -> None:
 def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
     """
     SIGKILL in the middle of a step after the first checkpoint, and while the second is being written. One process is started without
-    the launcher, which the whole run had: to import it takes as long as the run.
+    the launcher, which the whole run had, and all go on in forks: imports take as long as the run.
     """
     output_dir, whole = tmp_path / "killed", whole_run if processes == 1 else whole_run_of_two
     flags = ("--max_steps", "8", "--save_steps", "3")
@@ -163,9 +164,8 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of
     process.wait()
     assert (output_dir / "checkpoints" / "step-3").is_dir()
     assert not (output_dir / "checkpoints" / "step-8").exists()
-    resumed = run(
-        drives, output_dir, *flags, "--resume_from_checkpoint", "latest", processes=processes, launcher=False
-    )
+    words = command(drives, output_dir, *flags, "--resume_from_checkpoint", "latest", launcher=False)
+    resumed = forked(*words[1:], ranks=processes if processes > 1 else 0, OMP_NUM_THREADS="1")
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(output_dir) == metrics(whole)
     for name in ("encoder", "model"):
