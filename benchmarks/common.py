@@ -247,13 +247,17 @@ def _answer(connection, step, recipe) -> None:
         "work": lambda _: counted_work(step),
         "kernels": lambda steps: kernel_seconds(step, steps),
         "ceiling": lambda _: ceiling(step.device, recipe.bf16),
-        "about": lambda _: {"device": str(step.device), "threads": torch.get_num_threads()},
+        "about": lambda _: {"device": _name(step.device), "threads": torch.get_num_threads()},
     }
     while (request := connection.recv()) is not None:
         name, argument = request
         connection.send(actions[name](argument))
         if step.device.type == "cuda":
             torch.cuda.empty_cache()  # the other one needs the memory now
+
+
+def _name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _exact(step, steps: int) -> list[dict[str, float]]:

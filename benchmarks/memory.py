@@ -6,7 +6,7 @@ Memory over time: batches of the loader, and training steps. Flat is what is wan
     python benchmarks/memory.py --batches 0                  # the steps alone, on a GPU, without PyAV and datasets
 
 Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). The loader runs in this process (its workers do
-the same), each part in a process of its own. Growth is the resident memory at the end over that after the first tenth.
+the same), each part in a process of its own. Growth is the resident memory at the end over that after the first tenth; on a GPU also that of its tensors.
 """
 
 import dataclasses
@@ -26,17 +26,18 @@ from training.recipe import Recipe
 MARKS = 10
 
 
-def watch(act, count: int, device: torch.device) -> list[float]:
-    """Call `act` `count` times; MiB held after each tenth of them."""
-    held = []
+def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
+    """Call `act` `count` times; MiB held after each tenth of them, by this process and on the GPU where it has one."""
+    held = {name: [] for name in dict.fromkeys(("cpu", device.type))}
     for number in range(1, count + 1):
         act()
         if number * MARKS // count > (number - 1) * MARKS // count:
-            held.append(memory_bytes(device) / 2**20)
+            for name, marks in held.items():
+                marks.append(memory_bytes(torch.device(name)) / 2**20)
     return held
 
 
-def watch_loader(recipe: Recipe, count: int) -> list[float]:
+def watch_loader(recipe: Recipe, count: int) -> dict[str, list[float]]:
     # Here alone: a machine without PyAV and datasets can still watch the steps.
     from training.street import street_videos
     from training.video_sources import find_videos
@@ -52,7 +53,7 @@ def watch_loader(recipe: Recipe, count: int) -> list[float]:
     return watch(lambda: next(batches), count, torch.device("cpu"))
 
 
-def watch_steps(recipe: Recipe, count: int) -> list[float]:
+def watch_steps(recipe: Recipe, count: int) -> dict[str, list[float]]:
     step = OurStep(recipe)
     return watch(step, count, step.device)
 
@@ -73,11 +74,11 @@ def main() -> None:
     for name, function, count in asked:
         # No pool of multiprocessing: its daemons may start no processes, as the rendering of the street does.
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            held = pool.submit(function, recipe, count).result()
-        growth = 100 * (held[-1] / held[0] - 1)
-        rows.append({"what": f"{count} {name}", "first_mib": held[0], "last_mib": held[-1], "growth_percent": growth})
-        rows[-1]["held_mib"] = held
-    columns = {"what": "", "first_mib": ".1f", "last_mib": ".1f", "growth_percent": "+.2f"}
+            watched = pool.submit(function, recipe, count).result()
+        for place, held in watched.items():
+            row = {"what": f"{count} {name}", "memory": place, "first_mib": held[0], "last_mib": held[-1]}
+            rows.append({**row, "growth_percent": 100 * (held[-1] / held[0] - 1), "held_mib": held})
+    columns = {"what": "", "memory": "", "first_mib": ".1f", "last_mib": ".1f", "growth_percent": "+.2f"}
     print_table(rows, columns)
     write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
 

@@ -2,7 +2,7 @@
 When precomputed flow pays: milliseconds to decode a pair, to compute, write and read its flow, both directions, and its bytes.
 
     python benchmarks/precomputed.py                                                  # DIS on the street, 128x256 and 512x1024
-    python benchmarks/precomputed.py --videos path/to/videos --raft raft_large        # and RAFT, on the device
+    python benchmarks/precomputed.py --videos path/to/videos --raft raft_large        # and RAFT, on the device; on a GPU add --bf16 --raft_pairs 16
 
 Milliseconds are processor time of this one process, of RAFT on a GPU time; files are read from the page cache. `passes`: how often runs must go
 through the pairs that were written until writing and reading them costs less than computing them each time: the writer decodes every pair once
@@ -65,16 +65,18 @@ def keep(groups: list[tuple[list[dict], float]], folder: Path, compute) -> dict[
     return medians(rows[1:] or rows)  # the first also opens the libraries
 
 
-def raft_ms(module: RaftFlow, groups: list[tuple[list[dict], float]], device: torch.device, repeats: int) -> float:
-    """The fastest of `repeats` calls on one pair after one."""
-    frames, seconds, now = torch.from_numpy(groups[0][0][0]["frames"])[None].to(device), [], Clock(device).now
+def raft_ms(module: RaftFlow, frames: torch.Tensor, bf16: bool, repeats: int) -> float:
+    """Milliseconds a pair of the fastest of `repeats` calls on frames (B, 2, 3, H, W), after one."""
+    device, seconds = frames.device, []
+    now = Clock(device).now
     for _ in range(repeats + 1):
         began = now()
-        module(frames)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            module(frames)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(now() - began)
-    return 1000 * min(seconds[1:])
+    return 1000 * min(seconds[1:]) / len(frames)
 
 
 def paying(row: dict) -> dict:
@@ -93,6 +95,8 @@ def main() -> None:
     parser.add_argument("--raft", choices=("raft_large", "raft_small"), help="also this one")
     parser.add_argument("--flow_weights", help="its weights")
     parser.add_argument("--flow_updates", type=int, default=24, help="its iterations")
+    parser.add_argument("--raft_pairs", type=int, default=1, help="pairs that it computes at once, as a step does")
+    parser.add_argument("--bf16", action="store_true", help="it computes as in a run with --bf16, in half precision")
     parser.add_argument("--repeats", type=int, default=3, help="calls of it that count")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,7 +116,9 @@ def main() -> None:
                         sample["flow"] = module(torch.from_numpy(sample["frames"])[None].to(device))[0].cpu().numpy()
 
                     row = {**row, **keep(groups, Path(folder, "raft"), compute)}
-                time_of = raft_ms(module, groups, device, options.repeats)
+                samples = [sample for of_opening, _ in groups for sample in of_opening][: options.raft_pairs]
+                frames = torch.stack([torch.from_numpy(sample["frames"]) for sample in samples]).to(device)
+                time_of = raft_ms(module, frames, options.bf16, options.repeats)
                 rows.append(paying({**row, "flow": f"{options.raft}, {options.flow_updates}", "compute_ms": time_of}))
     formats = {
         "decode_ms": ".1f",

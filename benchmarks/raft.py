@@ -122,8 +122,12 @@ def main() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return raft(frames)
 
+    # As torchvision gives it: ours has its weights in channels_last.
+    plain = RaftFlow(options.variant, "random", options.updates).raft
+    plain.load_state_dict(ours.raft.state_dict())
+    plain.to(device, memory_format=torch.contiguous_format)
     ways = {
-        "torchvision twice": lambda: torchvision_twice(ours.raft, frames, options.updates),
+        "torchvision twice": lambda: torchvision_twice(plain, frames, options.updates),
         "ours, float32": lambda: ours(frames),
         "ours, float16": lambda: reduced(ours),
     }

@@ -84,8 +84,8 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
-    # bf16's peak would be meaningless for a float32 step.
-    peak = HALF_PEAK if about["device"].startswith("cuda") and recipe.bf16 else None
+    # It would be meaningless for a float32 step, and is of these GPUs alone.
+    peak = HALF_PEAK if recipe.bf16 and any(name in about["device"] for name in GPUS) else None
     result["share_of_ceiling"] = result["ours"]["model_tflops_per_second"] * 1e12 / ceiling
     result["share_of_bf16_peak"] = peak and result["ours"]["model_tflops_per_second"] * 1e12 / peak
     if reference:

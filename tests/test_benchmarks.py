@@ -431,6 +431,17 @@ def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
     assert 1 < row["kib"] < 4 * 64 * 128 * 2 / 1024  # packed: less than the 16-bit numbers
 
 
+def test_memory_over_time_is_told_of_batches_and_steps(drives, tmp_path):
+    counts = ("--batches", "10", "--steps", "10", "--json", tmp_path / "f.json")
+    text = run("memory.py", *counts, "--videos", drives, *SMALL)
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [(row["what"], row["memory"]) for row in rows] == [("10 batches", "cpu"), ("10 steps", "cpu")]
+    for row in rows:
+        assert len(row["held_mib"]) == 10 and all(50 < held < 5000 for held in row["held_mib"])
+        assert row["growth_percent"] == pytest.approx(100 * (row["last_mib"] / row["first_mib"] - 1))
+        assert f"{row['growth_percent']:+.2f}" in text
+
+
 def test_cost_names_what_it_changes(tmp_path):
     figures = ["--steps", "1", "--warmup", "1", "--json", str(tmp_path / "f.json")]
     run("cost.py", "--only", "dense_stride", *figures, *SMALL)
