@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +174,30 @@ def load_fit(
     return int(metadata["step"]), json.loads(metadata["curve"])
 
 
+def on_all(accelerator: Accelerator | None, action: Callable):
+    """The result of `action`; a ValueError or OSError of any process is raised on all, so that none waits for another."""
+    result = error = None
+    try:
+        result = action()
+    except (ValueError, OSError) as caught:
+        error = caught
+    if accelerator is not None and accelerator.num_processes > 1:
+        error = next((found for found in gather_object([error]) if found is not None), None)
+    if error is not None:
+        raise error
+    return result
+
+
 def over_test_images(accelerator: Accelerator, data, read, measure, title: str) -> list:
-    """`measure(*read(example))` of every test example, in their order: each on exactly one process, gathered on all. Threads read ahead."""
+    """
+    `measure(*read(example))` of every test example, in their order: each on exactly one process, gathered on all. Threads read ahead. An image
+    that one process cannot read is every process' error.
+    """
     mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
     shown = accelerator.is_main_process and sys.stderr.isatty()
     reads = read_ahead(read, (data.test[index] for index in mine))
-    found = [(index, measure(*reads_of)) for index, reads_of in zip(tqdm(mine, desc=title, disable=not shown), reads)]
+    shares = zip(tqdm(mine, desc=title, disable=not shown), reads)
+    found = on_all(accelerator, lambda: [(index, measure(*reads_of)) for index, reads_of in shares])
     if accelerator.num_processes > 1:
         found = gather_object(found)
     return [value for _, value in sorted(found, key=lambda entry: entry[0])]

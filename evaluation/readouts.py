@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
+from evaluation.engine import on_all
 from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
@@ -167,12 +168,23 @@ class KnnReadout(nn.Module):
         images; all processes have all cells afterwards, in the images' order.
 
         Raises:
-            ValueError: an image and its label differ in size, or no image has a labelled cell.
+            ValueError: an image and its label differ in size, or no image has a labelled cell. On all processes, whose ever image it is.
         """
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        bank, labels = on_all(accelerator, lambda: self._references(rank, processes))
+        self.labels = torch.cat(labels).to(bank.device)
+        if len(self.labels) == 0:
+            raise ValueError("the training images have no labelled cell: k-NN has nothing to compare with")
+        if processes > 1:
+            bank = _in_order(accelerator, bank, [len(of_image) for of_image in labels])
+        self.bank = bank.t().contiguous()
+
+    def _references(self, rank: int, processes: int) -> tuple[Tensor, list[Tensor]]:
+        """Features (N, C) of the cells of this process' images, one after the other, and the classes of the cells of each image of all."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         share = -(-self.recipe.max_reference_cells // len(self.data.train))
-        device, bank, labels = self.encoder.model.device, [], []
+        device, labels = self.encoder.model.device, []
+        features = [torch.zeros(0, self.encoder.channels, device=device)]
 
         def read(numbered: tuple[int, Example]):
             number, example = numbered
@@ -188,14 +200,8 @@ class KnnReadout(nn.Module):
             kept = kept[torch.randperm(len(kept), generator=generator)[:share]]
             labels.append(found[kept])
             if image is not None:
-                bank.append(self._cells(image)[0].flatten(1).t()[kept.to(device)])
-        self.labels = torch.cat(labels).to(device)
-        if len(self.labels) == 0:
-            raise ValueError("the training images have no labelled cell: k-NN has nothing to compare with")
-        self.bank = torch.cat(bank) if bank else torch.zeros(0, self.encoder.channels, device=device)
-        if processes > 1:
-            self.bank = _in_order(accelerator, self.bank, [len(of_image) for of_image in labels])
-        self.bank = self.bank.t().contiguous()
+                features.append(self._cells(image)[0].flatten(1).t()[kept.to(device)])
+        return torch.cat(features), labels
 
     def _size(self, image: tuple[int, int]) -> tuple[int, int]:
         """Of the grid of cells of an image of this (H, W)."""

@@ -1,6 +1,7 @@
 """
-Scripts in processes that fork from one which has imported what takes seconds; apart from that, as `python FILE ARGUMENTS`,
-`python -m MODULE ARGUMENTS` and `torchrun` run them.
+Scripts in processes that fork from one which has imported what takes seconds. Otherwise they are run as by `python FILE ARGUMENTS`,
+`python -m MODULE ARGUMENTS` or `torchrun`, but for this: modules imported already need no path, ranks have one hash seed, and no launcher
+sums up how they ended. tests/test_cli.py, tests/test_faults_ranks.py and tests/test_benchmarks.py start scripts as users do, too.
 """
 
 import json
@@ -12,9 +13,14 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = dict(os.environ)  # before any test changes it
+# Below those that the system hands out, which other tests' servers may get meanwhile; a hundred for each of pytest-xdist's workers.
+FIRST_PORT = 20_000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+SECONDS_TO_END = 30  # after the first rank that fails, as torchrun has it
 
 
 class ForkedScripts:
@@ -23,12 +29,12 @@ class ForkedScripts:
     fork would hang.
 
     Args:
-        imports: modules. Variables that these read from the environment when they are imported are those of this process, whatever is
-            given to a script.
+        imports: modules. Variables that these read from the environment when they are imported are those with which the tests began,
+            whatever is given to a script.
     """
 
     def __init__(self, *imports: str):
-        self.imports, self.process = imports, None
+        self.imports, self.process, self.port = imports, None, FIRST_PORT
 
     def __call__(
         self, script: Path | str, *arguments, ranks: int = 0, timeout: int = 400, environment=None, **variables
@@ -42,15 +48,17 @@ class ForkedScripts:
             timeout: seconds, after which the processes are killed.
             environment: instead of this process'; variables: beside it.
         """
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             command, pipe = [sys.executable, __file__, *self.imports], subprocess.PIPE
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True)
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True
+            )
         environment = {**(os.environ if environment is None else environment), **variables}
         with tempfile.TemporaryDirectory() as folder:
             stdout, stderr = (Path(folder, name) for name in ("stdout", "stderr"))
             task = {"script": str(script), "arguments": list(map(str, arguments)), "stdout": str(stdout), "stderr": str(stderr),
-                    "environments": [{**environment, **of_rank} for of_rank in _of_ranks(ranks)], "timeout": timeout}  # fmt: skip
-            print(json.dumps(task), file=self.process.stdin, flush=True)
+                    "environments": [{**environment, **of_rank} for of_rank in self._of_ranks(ranks)], "timeout": timeout}  # fmt: skip
+            self._send(task)
             answer = self.process.stdout.readline()
             assert answer, "the process from which scripts fork has ended"
             assert json.loads(answer) is not None, f"not finished within {timeout} s: {stderr.read_text()}"
@@ -59,54 +67,84 @@ class ForkedScripts:
             )
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()  # it ends by itself, so that its coverage is counted
+        """End it by a line, not by the end of its input: that is held open by whatever a test has forked and left."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self._send(None)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
             self.process.wait()
-            self.process.stdout.close()
+
+    def _send(self, task: dict | None) -> None:
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+
+    def _of_ranks(self, ranks: int) -> list[dict]:
+        """What torchrun tells each of `ranks` processes."""
+        if ranks == 0:
+            return [{}]
+        while True:
+            self.port = FIRST_PORT + (self.port + 1 - FIRST_PORT) % 100
+            with socket.socket() as taken, suppress(OSError):
+                taken.bind(("127.0.0.1", self.port))
+                break
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+        return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 forked = ForkedScripts(
     "benchmarks.step", "evaluation.detect", "evaluation.propagate", "evaluation.segment", "training.flow_writer", "training.pretrain"
 )  # fmt: skip
 # For scripts that talk to a Hub, whose address and cache huggingface_hub reads when it is imported.
-forked_before_hub = ForkedScripts(
-    "torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx"
-)
-
-
-def _of_ranks(ranks: int) -> list[dict]:
-    if ranks == 0:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+forked_before_hub = ForkedScripts("torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx")  # fmt: skip
 
 
 def serve(imports: list[str]) -> None:
-    """Read tasks from stdin, fork for each, and answer with the first exit code that is not 0, or `null` where time was up."""
+    """Read tasks from stdin until `null`, fork for each, and answer with what [`attend`] returns."""
     for name in imports:
         __import__(name)
     running: set[int] = set()
-    signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in running])
-    for line in sys.stdin:
-        task, code = json.loads(line), 0
-        for environment in task["environments"]:
-            pid = os.fork()
-            if pid == 0:
-                sys.exit(run(task, environment))  # not os._exit: what is registered for the end is done
-            running.add(pid)
-        signal.alarm(task["timeout"])
-        while running:
-            pid, status = os.wait()
-            running.discard(pid)
-            if status and not code:
-                code = os.waitstatus_to_exitcode(status)
-                for other in running:  # as torchrun does
-                    os.kill(other, signal.SIGTERM)
-        late = signal.alarm(0) == 0
-        print(json.dumps(None if late else code), flush=True)
+    try:
+        while (task := json.loads(sys.stdin.readline() or "null")) is not None:
+            for environment in task["environments"]:
+                pid = os.fork()
+                if pid == 0:
+                    running.clear()
+                    sys.exit(run(task, environment))  # not os._exit: what is registered for the end is done
+                os.setpgid(pid, pid)  # so that it is ended with all that it starts
+                running.add(pid)
+            print(json.dumps(attend(running, task["timeout"])), flush=True)
+    finally:
+        end(running, signal.SIGKILL)
+
+
+def attend(running: set[int], seconds: int) -> int | None:
+    """The exit code of the first that fails, after which the others are asked to end, or 0; `None` where time was up."""
+    code, late = 0, False
+
+    def time_is_up(*_) -> None:
+        nonlocal late
+        late = code == 0
+        end(running, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, time_is_up)
+    signal.alarm(seconds)
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if status and not code and not late:
+            code = os.waitstatus_to_exitcode(status)
+            end(running, signal.SIGTERM)
+            signal.alarm(SECONDS_TO_END)
+    signal.alarm(0)
+    return None if late else code
+
+
+def end(groups: set[int], number: int) -> None:
+    for group in list(groups):
+        with suppress(ProcessLookupError):
+            os.killpg(group, number)
 
 
 def run(task: dict, environment: dict) -> int:
@@ -120,20 +158,21 @@ def run(task: dict, environment: dict) -> int:
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # of this environment
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     script, is_file = task["script"], task["script"].endswith(".py")
     sys.argv = [script, *task["arguments"]]
-    sys.path[0] = str(Path(script).parent if is_file else REPOSITORY)
-    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    folder = str(Path(script).parent if is_file else REPOSITORY)
+    sys.path[:2] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         if is_file:
             runpy.run_path(script, run_name="__main__")
         else:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if not isinstance(end.code, str):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
+    except SystemExit as last:
+        if not isinstance(last.code, str):
+            return last.code or 0
+        print(last.code, file=sys.stderr)
         return 1
     except BaseException:
         traceback.print_exc()
@@ -142,5 +181,5 @@ def run(task: dict, environment: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
+    sys.path.insert(0, str(REPOSITORY))  # before tests/
     serve(sys.argv[1:])

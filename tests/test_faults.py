@@ -298,9 +298,12 @@ def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_pa
             made_up(tmp_path, step, size=20_000)
             rotate(tmp_path, step, 2)
 
+    began = time.monotonic()
+    made_up(tmp_path / "timed", 1, size=20_000)
+    seconds = time.monotonic() - began  # of one, on this disk and beside what else it does
     for _ in range(20):
         pid = in_child(write_on)
-        time.sleep(rng.uniform(0.02, 0.15))
+        time.sleep(rng.uniform(0.02, 0.15) + rng.uniform(0, 3) * seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         found = list_checkpoints(tmp_path)

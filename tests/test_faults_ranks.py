@@ -1,4 +1,4 @@
-"""Faults of runs on two processes: all of them end, in bounded time, with the reason."""
+"""Faults of runs on two processes, started by torchrun: all of them end, in bounded time, with the reason."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
-from forked_scripts import forked
 from safetensors.torch import load_file
 from small_runs import assert_goes_on_exactly, flags, metrics, names, opened, train, without_timings
 
@@ -59,6 +58,14 @@ def two_ranks(tmp_path, script: str) -> Path:
     file = tmp_path / "two_ranks.py"
     file.write_text(SCRIPT + script)
     return file
+
+
+def torchrun(file: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file), *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def test_ranks_share_errors_and_stop_at_the_same_step(drives, tmp_path, monkeypatch):
@@ -109,7 +116,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     common = ("--save_total_limit", "9", "--save_steps", "3", "--logging_steps", "2")
     workers = (*common, "--dataloader_num_workers", "2")
     arguments = flags(video, run, *workers, "--per_device_train_batch_size", "1", steps=7)
-    done = forked(two_ranks(tmp_path, script), *arguments, ranks=2)
+    done = torchrun(two_ranks(tmp_path, script), *arguments)
     told = [json.loads(text) for text in re.findall(r"told (\{.*\})", done.stdout)]
     assert len(told) == 2 and told[0] == told[1], done.stderr
     seen = r"ValueError: .* the same videos, got rank 0: 2 videos, checksum \w{8}; rank 1: 1 videos, checksum \w{8}"
@@ -131,7 +138,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         "other": "ValueError: all processes must have the same videos, got rank 0: 3 videos; rank 1: 4 videos",
         "saved": "'step-1'",
     }
-    assert done.returncode == 75 and "SIGTERM: saved at step" in done.stderr, done.stderr
+    assert re.search(r"exitcode *: 75", done.stderr) and "SIGTERM: saved at step" in done.stderr, done.stderr
     # The signal came in step 3: of it is the regular checkpoint, in the middle of a log window.
     stopped = int(names(run)[-1].removeprefix("step-"))
     assert 3 <= stopped <= 5 and names(run) == [f"step-{step}" for step in sorted({3, stopped})]
@@ -174,12 +181,8 @@ at_step[1, 2] = lambda: (open(sys.argv[1], "w").close(), os.kill(os.getpid(), si
 run_script(lambda: pretrain.main(sys.argv[2:]))
 """
     killed = tmp_path / "killed"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(two_ranks(tmp_path, script)), str(killed), *flags(drives, tmp_path / "run", "--save_steps", "1", steps=40)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    arguments = flags(drives, tmp_path / "run", "--save_steps", "1", steps=40)
+    done = torchrun(two_ranks(tmp_path, script), str(killed), *arguments)
     assert done.returncode != 0 and time.time() - killed.stat().st_mtime < 60
     assert "error: another process of the run is gone" in done.stderr, done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's own summary

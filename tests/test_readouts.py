@@ -19,7 +19,7 @@ from evaluation.data import load_dataset
 from evaluation.encoders import build
 from evaluation.engine import draw, evaluate, fingerprint, fit, load_fit, over_test_images, save_fit
 from evaluation.feature_store import FeatureStore
-from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, majority
+from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, _in_order, majority
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleForSemanticSegmentation
 
@@ -84,16 +84,34 @@ def test_a_batch_without_a_labelled_pixel_counts_nothing_and_others_as_ever(shap
 
 
 PARTS_OF_THE_BANK = """
-import json, sys
+import dataclasses, json, sys
+from types import SimpleNamespace
+import numpy as np
 from accelerate import Accelerator
 from evaluation import readouts
+from evaluation.engine import over_test_images
 from test_readouts import knn_of_odd_images
+def read(example):
+    if example == "bad":
+        raise ValueError("no image")
+    return (example,)
+data = SimpleNamespace(test=["good", "bad", "good"])
 accelerator, counted = Accelerator(cpu=True), []
 cells = readouts.KnnReadout._cells
 readouts.KnnReadout._cells = lambda self, image: (counted.append(image.shape[:2]), cells(self, image))[1]
 readout = knn_of_odd_images(*sys.argv[1:3])
+train = readout.data.train
+flat = dataclasses.replace(train[1], label=lambda: np.zeros((64, 90), np.uint8))
+readout.data = dataclasses.replace(readout.data, train=(train[0], flat))  # the second process' image
+told = []
+for action in (lambda: readout.prepare(accelerator), lambda: over_test_images(accelerator, data, read, len, "")):
+    try:
+        action()
+    except ValueError as error:
+        told.append(str(error))
+readout.data = dataclasses.replace(readout.data, train=train)
 readout.prepare(accelerator)
-own = {"images": counted, "labels": readout.labels.tolist(), "bank": readout.bank.tolist()}
+own = {"told": told, "images": counted, "labels": readout.labels.tolist(), "bank": readout.bank.tolist()}
 with open(f"{sys.argv[3]}/{accelerator.process_index}.json", "w") as file:
     json.dump(own, file)
 accelerator.end_training()
@@ -119,10 +137,29 @@ def test_processes_share_the_images_of_k_nn_and_have_all_its_cells(shapes, poodl
     done = forked(tmp_path / "script.py", shapes, poodle, tmp_path, ranks=2, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [of_rank["images"] for of_rank in found] == [[[64, 96]] * 3, [[64, 96], [32, 96]]]
+    images = [[[64, 96]] * 3, [[64, 96], [32, 96]]]  # of the first, third and fifth, and of the others
+    # An image that one process cannot use is the error of both.
+    assert all(len(of_rank["told"]) == 2 and of_rank["told"][1] == "no image" for of_rank in found)
+    assert all("image (64, 96) and label (64, 90) differ in size" in of_rank["told"][0] for of_rank in found)
+    assert [of_rank["images"][-len(own) :] for of_rank, own in zip(found, images)] == images
     assert len(alone.labels) > 60
     for of_rank in found:
         assert of_rank["labels"] == alone.labels.tolist() and torch.equal(torch.tensor(of_rank["bank"]), alone.bank)
+
+
+def test_rows_of_more_processes_than_images_are_in_the_images_order():
+    counts, processes = [2, 0, 3, 1, 2], 8
+    rows = [torch.full((count, 4), float(number)) for number, count in enumerate(counts)]
+    own = [torch.cat([torch.zeros(0, 4), *rows[rank::processes]]) for rank in range(processes)]
+    padded = torch.cat([F.pad(of_rank, (0, 0, 0, 3 - len(of_rank)), value=9.0) for of_rank in own])
+    for rank in range(processes):
+
+        def gather(sent, rank=rank):
+            assert torch.equal(sent[: len(own[rank])], own[rank]) and sent.shape == (3, 4)
+            return padded
+
+        accelerator = SimpleNamespace(num_processes=processes, gather=gather)
+        assert torch.equal(_in_order(accelerator, own[rank], counts), torch.cat(rows))
 
 
 def test_k_nn_refuses_a_training_label_of_another_size(shapes, poodle):
@@ -362,7 +399,8 @@ def test_the_fit_of_a_version_that_noted_no_steps_is_named(tmp_path):
 
 
 def test_images_of_several_processes_come_in_the_order_of_the_test_images(monkeypatch):
-    monkeypatch.setattr(engine, "gather_object", lambda found: [*found, (1, "B"), (3, "D")])
+    of_others = [(1, "B"), (3, "D")]
+    monkeypatch.setattr(engine, "gather_object", lambda own: own if own == [None] else [*own, *of_others])
     accelerator = SimpleNamespace(process_index=0, num_processes=2, is_main_process=False)
     data = SimpleNamespace(test=list("abcde"))
     assert over_test_images(accelerator, data, lambda name: (name,), str.upper, "") == list("ABCDE")
