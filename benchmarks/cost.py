@@ -7,7 +7,8 @@ Cost against size: time, FLOPs and memory of a step as one thing at a time is ch
     python benchmarks/cost.py --config bdd100k_r50 --bf16 false --flow_weights random --per_device_train_batch_size 1 --count_only
 
 Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow); the first row is that recipe as it is. Every row is a
-process of its own. Milliseconds are of computing (all threads) on a CPU, of time on a GPU, there without DIS. With --count_only one step a row: its FLOPs and memory, no times.
+process of its own. Milliseconds are of computing (all threads) on a CPU, of time on a GPU; there `ms_a_pair` leaves out DIS, which a run's
+workers compute (`flow_ms` is its time). With --count_only one step a row: its FLOPs and memory, no times.
 """
 
 import dataclasses
@@ -58,18 +59,20 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
     return rows
 
 
+def step_seconds(rows: list[dict[str, float]], flow_beside: bool) -> float:
+    """Median of the steps, without their flow where it is computed beside them."""
+    return medians([{"step": row["step"] - (row["flow"] if flow_beside else 0.0)} for row in rows])["step"]
+
+
 def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
     """Of a step; with `steps` 0 without times."""
     contender, pairs, times = Contender(OurStep, recipe), recipe.per_device_train_batch_size, {}
     if steps:
         contender.ask("run", warmup)
-        rows = contender.ask("run", steps)
-        median = medians(rows)
-        if recipe.flow == "dis" and contender.ask("about")["device"].startswith("cuda"):
-            # In a run a loader's workers compute it, beside the GPU's steps.
-            median["step"] = medians([{"step": row["step"] - row["flow"]} for row in rows])["step"]
+        beside = recipe.flow == "dis" and contender.ask("about")["device"].startswith("cuda")
+        step = step_seconds(contender.ask("run", steps), flow_beside=beside)
         flow = medians(contender.ask("exact", min(3, steps)))["flow"]
-        times = {"ms_a_pair": 1000 * median["step"] / pairs, "flow_ms": 1000 * flow / pairs}
+        times = {"ms_a_pair": 1000 * step / pairs, "flow_ms": 1000 * flow / pairs}
     flops = contender.ask("flops")
     memory = contender.ask("memory")
     contender.close()

@@ -36,7 +36,7 @@ def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[tuple[
     """Pairs of two an opening, of the first videos, then of their next epochs, and the seconds that they took."""
     sampling = PairSampling(size, (1.0, 1.25), None, (0.5, 1.5), pairs_per_video=2)
     groups = []
-    for n in range(max(1, pairs // 2)):
+    for n in range(-(-pairs // 2)):
         began = time.process_time()
         samples = list(video_pairs(paths[n % len(paths)], sampling, n // len(paths)))
         groups.append((samples, time.process_time() - began))
@@ -99,12 +99,14 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="it computes as in a run with --bf16, in half precision")
     parser.add_argument("--repeats", type=int, default=3, help="calls of it that count")
     options = parser.parse_args()
+    if options.raft_pairs < 1:
+        parser.error(f"--raft_pairs must be at least 1, got {options.raft_pairs}")
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths, rows = find_videos(options.videos) if options.videos else street_videos(), []
     for size in [tuple(options.crop_size)] if options.crop_size else SIZES:
-        groups = openings(paths, size, options.pairs + 2)
+        groups = openings(paths, size, max(options.pairs + 2, options.raft_pairs))
         with tempfile.TemporaryDirectory() as folder:
             row = {"size": f"{size[0]}x{size[1]}", "flow": "dis", **keep(groups, Path(folder, "dis"), DisFlow())}
             rows.append(paying(row))
@@ -119,7 +121,10 @@ def main() -> None:
                 samples = [sample for of_opening, _ in groups for sample in of_opening][: options.raft_pairs]
                 frames = torch.stack([torch.from_numpy(sample["frames"]) for sample in samples]).to(device)
                 time_of = raft_ms(module, frames, options.bf16, options.repeats)
-                rows.append(paying({**row, "flow": f"{options.raft}, {options.flow_updates}", "compute_ms": time_of}))
+                how = (
+                    f"{options.flow_updates} updates, {len(samples)} pair(s) at once{', bf16' if options.bf16 else ''}"
+                )
+                rows.append(paying({**row, "flow": f"{options.raft}, {how}", "compute_ms": time_of}))
     formats = {
         "decode_ms": ".1f",
         "compute_ms": ".1f",

@@ -1,6 +1,7 @@
 """The benchmarks: the reference and our step agree where their definitions do, and every script runs. No test asserts a time."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks import common, step
+from benchmarks import common, cost, step
 from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from benchmarks.counting import BANDWIDTH, HALF_PEAK, TF32_PEAK, CountedWork, LiveBytes
 from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, flow_is_valid, invert
@@ -420,26 +421,54 @@ def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
         ]
         is None
     )
-    write_video(str(tmp_path / "drive.mp4"), {"street": Street(0, 64, 128).to_json(), "fps": 4, "num_frames": 6})
-    flags = ["--videos", str(tmp_path / "drive.mp4"), "--crop_size", "64", "128", "--pairs", "4"]
+    write_video(str(tmp_path / "drive.mp4"), {"street": Street(0, 128, 256).to_json(), "fps": 4, "num_frames": 6})
+    flags = ["--videos", str(tmp_path / "drive.mp4"), "--crop_size", "128", "128", "--pairs", "4"]
+    flags += ["--raft", "raft_small", "--flow_updates", "2", "--raft_pairs", "7", "--bf16", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["precomputed.py", *flags, "--json", str(tmp_path / "f.json")])
     benchmark["main"]()
-    (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
-    assert (row["size"], row["flow"]) == ("64x128", "dis") and min(
-        row["decode_ms"], row["compute_ms"], row["read_ms"]
-    ) > 0
-    assert 1 < row["kib"] < 4 * 64 * 128 * 2 / 1024  # packed: less than the 16-bit numbers
+    row, raft = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert (row["size"], row["flow"]) == ("128x128", "dis")
+    assert min(row["decode_ms"], row["compute_ms"], row["read_ms"]) > 0
+    assert 1 < row["kib"] < 4 * 128 * 128 * 2 / 1024  # packed: less than the 16-bit numbers
+    assert raft["flow"] == "raft_small, 2 updates, 7 pair(s) at once, bf16"
+    assert (
+        raft["compute_ms"] > 0 and raft["decode_ms"] == row["decode_ms"]
+    )  # with random weights the rest is that of DIS
 
 
 def test_memory_over_time_is_told_of_batches_and_steps(drives, tmp_path):
     counts = ("--batches", "10", "--steps", "10", "--json", tmp_path / "f.json")
-    text = run("memory.py", *counts, "--videos", drives, *SMALL)
+    # Not a fork: what a user starts has no path but the script's own folder, and imports what it needs.
+    command = [sys.executable, REPOSITORY / "benchmarks" / "memory.py", *counts, "--videos", drives, *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [(row["what"], row["memory"]) for row in rows] == [("10 batches", "cpu"), ("10 steps", "cpu")]
     for row in rows:
         assert len(row["held_mib"]) == 10 and all(50 < held < 5000 for held in row["held_mib"])
         assert row["growth_percent"] == pytest.approx(100 * (row["last_mib"] / row["first_mib"] - 1))
-        assert f"{row['growth_percent']:+.2f}" in text
+        assert f"{row['growth_percent']:+.2f}" in done.stdout
+
+
+def test_every_benchmark_finds_the_repository_by_itself():
+    """The packages are installed, benchmarks/ is not."""
+    scripts = [
+        path for path in (REPOSITORY / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    ]
+    assert len(scripts) >= 9
+    for path in scripts:
+        found = path.read_text().index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))")
+        assert (
+            found < re.search("^from (benchmarks|training|evaluation|modeling_poodle)", path.read_text(), re.M).start()
+        )
+
+
+def test_shares_and_times_are_of_what_they_say():
+    assert step.has_the_peak("cuda (NVIDIA H200)") and step.has_the_peak("cuda (NVIDIA H100 80GB HBM3)")
+    for other in ("cpu", "cuda (NVIDIA A100-SXM4-80GB)", "cuda (NVIDIA H100 PCIe)", "cuda (NVIDIA H200 NVL)"):
+        assert not step.has_the_peak(other)
+    rows = [{"step": 5.0, "flow": 4.5}, {"step": 3.0, "flow": 1.0}, {"step": 4.0, "flow": 3.0}]
+    assert [cost.step_seconds(rows, flow_beside=beside) for beside in (False, True)] == [4.0, 1.0]
 
 
 def test_cost_names_what_it_changes(tmp_path):
