@@ -32,6 +32,7 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v
 # The largest frame, 8192x4352, as in training/video_files.py, which this package does not import: FFmpeg takes memory for a larger one
 # that a file of a few bytes declares.
 MAX_PIXELS = 35_651_584
+ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # as there
 MAX_DECODED = 3000  # frames of a video that are decoded for one strip
 MAX_FILES = 500  # that a folder offers
 SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows none larger
@@ -106,7 +107,7 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
 def _read_video(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
     limit = {"max_pixels": str(MAX_PIXELS)}
     allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limit}
-    with av.open(path, options=allowed, metadata_errors="replace") as container:
+    with av.open(path, options=allowed, **ANY_TAGS) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         stream = container.streams.video[0]

@@ -40,6 +40,8 @@ ATTEMPTS = 5
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
 # Containers of videos alone: FFmpeg also reads playlists and scripts, which name other files and addresses to open.
 CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
+# Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out. From 19 on PyAV takes any, and knows no such argument.
+ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class UnreadableVideo(ValueError):
@@ -246,8 +248,7 @@ def _open(file, described: bool, deadline: Deadline):
     options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
     if described:
         options["codec_whitelist"] = "none"  # of the container's own look at its streams, not of what is decoded later
-    # Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out.
-    container = av.open(file, options=options, metadata_errors="replace", timeout=deadline.seconds)
+    container = av.open(file, options=options, timeout=deadline.seconds, **ANY_TAGS)
     # The header of MPEG-4 Part 2 does not count for FFmpeg.
     if described and any(not stream.codec_context.width for stream in container.streams.video if stream.codec_context):
         container.close()
