@@ -128,7 +128,7 @@ def test_the_help_shows_the_values_of_the_recipe(flags, recipe, capsys):
     text = " ".join(capsys.readouterr().out.split())
     values = Recipe(**read_yaml(recipe))
     shown = dict(
-        re.findall(r"--([a-z_0-9]+) (?:(?!--)[^()])*(?:, --\S+ (?:(?!--)[^()])*)?\(default: ([^()]*)\)", text)
+        re.findall(r"--([a-z_0-9]+)(?: (?:(?!--)[^()])*)?(?:, --\S+ (?:(?!--)[^()])*)?\(default: ([^()]*)\)", text)
     )
     assert shown["learning_rate"] == str(values.learning_rate) and shown["max_steps"] == str(values.max_steps)
     assert shown["crop_size"] == " ".join(map(str, values.crop_size)) and shown["flow"] == values.flow
