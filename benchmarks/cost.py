@@ -12,6 +12,7 @@ workers compute (`flow_ms` is its time). With --count_only one step a row: its F
 """
 
 import dataclasses
+import statistics
 import sys
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
 
 def step_seconds(rows: list[dict[str, float]], flow_beside: bool) -> float:
     """Median of the steps, without their flow where it is computed beside them."""
-    return medians([{"step": row["step"] - (row["flow"] if flow_beside else 0.0)} for row in rows])["step"]
+    return statistics.median(row["step"] - (row["flow"] if flow_beside else 0.0) for row in rows)
 
 
 def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
