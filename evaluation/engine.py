@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from evaluation.labelled_images import LabelledImages, read_ahead
 from evaluation.metrics import MeanIoU, confusion_matrix, scores
+from modeling_poodle.processes import on_all
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -172,20 +172,6 @@ def load_fit(
                 k: v.to(parameter.device) if k != "step" else v.clone() for k, v in state.items()
             }
     return int(metadata["step"]), json.loads(metadata["curve"])
-
-
-def on_all(accelerator: Accelerator | None, action: Callable):
-    """The result of `action`; a ValueError or OSError of any process is raised on all, so that none waits for another."""
-    result = error = None
-    try:
-        result = action()
-    except (ValueError, OSError) as caught:
-        error = caught
-    if accelerator is not None and accelerator.num_processes > 1:
-        error = next((found for found in gather_object([error]) if found is not None), None)
-    if error is not None:
-        raise error
-    return result
 
 
 def over_test_images(accelerator: Accelerator, data, read, measure, title: str) -> list:

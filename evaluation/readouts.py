@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
-from evaluation.engine import on_all
 from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle.loading_poodle import required_keys
+from modeling_poodle.processes import on_all
 from modeling_poodle.remote_code import add_code
 
 logger = logging.getLogger("poodle")

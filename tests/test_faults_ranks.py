@@ -25,10 +25,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from modeling_poodle.processes import on_all
 from modeling_poodle.recipe_files import run_script
 from accelerate.utils import gather_object
 from training import pretrain, run, video_sources
-from training.ranks import on_all, on_main, same_on_all
+from training.ranks import on_main, same_on_all
 
 rank, told = int(os.environ["RANK"]), {}
 

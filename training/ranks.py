@@ -12,20 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed
 
+from modeling_poodle.processes import on_all
 from training.stopping import SIGNALS, stop_with_the_launcher
-
-
-def on_all(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Run `action` on this rank; a ValueError, OSError or FloatingPointError of any rank is raised on all, so that none waits for another."""
-    error = None
-    try:
-        action()
-    except (ValueError, OSError, FloatingPointError) as caught:
-        error = caught
-    if accelerator.num_processes > 1:
-        error = next((found for found in gather_object([error]) if found is not None), None)
-    if error is not None:
-        raise error
 
 
 def on_main(accelerator: Accelerator, action: Callable):
