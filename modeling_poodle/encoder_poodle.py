@@ -134,10 +134,10 @@ def _still_statistics(block: nn.Module) -> Iterator[None]:
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = (
-            0.0,
-            None,
-        )  # a share of 0 is taken of the batch's, and no batch counted
+        # A share of 0 is taken of the batch's; batches are counted in a copy. (Not None: PyTorch's SyncBatchNorm refuses it.)
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:

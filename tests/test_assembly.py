@@ -15,6 +15,7 @@ from training.assembly import (
     prepared,
     synchronise_batch_norm,
 )
+from training.batch_norm import EqualSyncBatchNorm2d
 from training.recipe import Recipe, check_crop_size
 
 
@@ -30,6 +31,14 @@ def test_batch_norm_over_processes_keeps_timm_s_activations(name):
     torch.testing.assert_close(spread(images).last_hidden_state, expected)
     kinds = {type(m) for m in spread.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+
+
+def test_what_is_compiled_keeps_the_batch_norm_that_compiles():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm1d(4)))
+    names = list(model.state_dict())
+    spread = synchronise_batch_norm(model, compiled=True)
+    assert [type(m) for m in (spread[1], *spread[2])] == [EqualSyncBatchNorm2d, EqualSyncBatchNorm2d, nn.SyncBatchNorm]
+    assert list(spread.state_dict()) == names
 
 
 def test_what_a_step_keeps_is_not_copied_to_float32(fresh_accelerator):

@@ -18,6 +18,7 @@ from modeling_poodle import (
 from modeling_poodle.geometry_poodle import affine_view, alignment_grids, crop_boxes, sample, see_through
 from modeling_poodle.modeling_poodle_pretraining import PointwiseConv
 from modeling_poodle.objectives_poodle import dense_loss, pooled_loss
+from training.assembly import synchronise_batch_norm
 
 RESNET = {
     "model_type": "resnet",
@@ -274,12 +275,15 @@ def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
     assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("synchronised", [None, False, True])  # of several GPUs, compiled or not
+def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
     torch.manual_seed(0)
     plain = PoodleForPreTraining(config()).train()
     saving = PoodleForPreTraining(config()).train()
     saving.load_state_dict(plain.state_dict())
     saving.student.checkpoint_gradients()
+    if synchronised is not None:
+        saving = synchronise_batch_norm(saving, synchronised)
     for model in (plain, saving):
         model(**inputs()).loss.backward()
     for a, b in zip(plain.student.parameters(), saving.student.parameters()):
@@ -288,7 +292,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     moved = dict(saving.named_buffers())
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(moved[name], buffer, msg=name)
-    assert all(m.momentum == 0.1 for m in saving.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norms = [m for m in saving.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(m.momentum == 0.1 for m in norms)
 
 
 def test_gradient_checkpointing_of_a_vit():

@@ -15,7 +15,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
-from training.batch_norm import for_compilation
+from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
 from training.recipe import Recipe, RunRecipe, check_crop_size
 
 logger = logging.getLogger("poodle")
@@ -108,13 +108,19 @@ def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:
     Args:
         compiled: with operations that torch.compile takes into one graph (training/batch_norm.py). Without it PyTorch's kernels are the better.
     """
-    if compiled:
-        model = for_compilation(model)
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(model)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm as convert
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    if not compiled:
+        return convert(model)
+    for_compilation(model)
+    # `convert` would replace these too, for they are BatchNorms.
+    kept = {name: module for name, module in model.named_modules() if isinstance(module, EqualSyncBatchNorm2d)}
+    model = convert(model)
+    for name, module in kept.items():
+        model.set_submodule(name, module)
+    return model
 
 
 def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:
