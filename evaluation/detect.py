@@ -27,6 +27,7 @@ from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
 from evaluation.engine import fingerprint, fit, over_test_images
 from evaluation.labelled_images import spread
 from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
+from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
 
 
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_detection_recipe(arguments)
     check_output_dir(recipe)
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
-        data = load_boxes(recipe.dataset, recipe.data_dir)
+    # Rank 0 renders the street, the others find it.
+    data = main_first(accelerator, lambda: load_boxes(recipe.dataset, recipe.data_dir))
     data = data.limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
     if len(data.train) < accelerator.num_processes:

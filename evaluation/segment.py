@@ -24,6 +24,7 @@ from evaluation.outputs import check_output_dir, finished, make_accelerator, mea
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
+from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
 
 
@@ -31,8 +32,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
     check_output_dir(recipe)
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
-        data = load_dataset(recipe.dataset, recipe.data_dir)
+    # Rank 0 renders the street, the others find it.
+    data = main_first(accelerator, lambda: load_dataset(recipe.dataset, recipe.data_dir))
     # Groups are of the whole data set: they do not change with the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
@@ -390,6 +391,16 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         if len(sizes) < len(depths) or min(sizes) < 1:  # stages without a width would be left out
             expected = f"a width for each of the {len(depths)} depths"
             raise ValueError(f"PoodleConfig.backbone_config.hidden_sizes must give {expected}, got {sizes!r}")
+        for name in ("embedding_size", "num_channels"):
+            if getattr(config, name) < 1:
+                raise ValueError(
+                    f"PoodleConfig.backbone_config.{name} must be at least 1, got {getattr(config, name)!r}"
+                )
+        if config.hidden_act not in ACT2FN:
+            hint = _nearest(str(config.hidden_act), ACT2FN)
+            raise ValueError(
+                f"PoodleConfig.backbone_config.hidden_act must name a function of transformers, got {config.hidden_act!r}.{hint}"
+            )
     if isinstance(value, dict) and not saved and "transformers_version" not in value:
         _refuse_stray(config, value)
     return config

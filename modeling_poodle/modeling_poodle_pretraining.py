@@ -97,6 +97,14 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         self.post_init()
         self.reset_teacher()
 
+    def train(self, mode: bool = True):
+        """Of the teacher BatchNorm alone: dropout and stochastic depth would make its targets noisy."""
+        super().train(mode)
+        for _, teacher in self._student_and_teacher():
+            for module in teacher.modules():
+                module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return self
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -133,7 +141,14 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
+        """
+        teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call.
+
+        Raises:
+            ValueError: momentum is not from 0 to 1.
+        """
+        if not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+            raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
         pairs = list(self._student_and_teacher())
         get_ema_multi_avg_fn(momentum)(
             [parameter for _, teacher in pairs for parameter in teacher.parameters()],
@@ -179,17 +194,20 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             teacher_boxes=teacher_boxes,
             teacher_box_frames=teacher_box_frames,
         )
-        output = PoodleForPreTrainingOutput(loss=pixel_values.new_zeros((), dtype=torch.float32))
+        loss = pixel_values.new_zeros((), dtype=torch.float32)
+        dense, valid_fraction, dense_features, pooled, pooled_features = (None,) * 5
         if self.config.dense_weight > 0:
-            output.dense_loss, output.valid_fraction, output.dense_features = self._dense_objective(
+            dense, valid_fraction, dense_features = self._dense_objective(
                 pixel_values, flow, valid_mask, student_views, teacher_views
             )
-            output.loss = output.loss + self.config.dense_weight * output.dense_loss
+            loss = loss + self.config.dense_weight * dense
         if self.config.pooled_weight > 0:
-            output.pooled_loss, output.pooled_features = self._pooled_objective(
+            pooled, pooled_features = self._pooled_objective(
                 pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
             )
-            output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
+            loss = loss + self.config.pooled_weight * pooled
+        # At once: fields that are set one by one come in a tuple as they were set.
+        output = PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
         return as_asked(self.config, return_dict, output)
 
     def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
@@ -213,7 +231,8 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             )
         # Border padding: a point inside the view but beyond the outermost cell centre must not be mixed with zeros.
         loss = dense_loss(
-            sample(prediction, student_points, padding_mode="border"),
+            # Not NaN, which a view without an inverse gives: the gradient would be written out of bounds (torch 2.14, CPU).
+            sample(prediction, student_points.nan_to_num(), padding_mode="border"),
             sample(target, teacher_points, padding_mode="border"),
             mask,
         )
@@ -256,6 +275,11 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             shape = _shape(others[name])
             if shape != size:
                 raise ValueError(f"{name} must be ({', '.join(map(str, size))}) to fit pixel_values, got {shape}")
+            kind = others[name].dtype
+            if name == "valid_mask" and kind != torch.bool:
+                raise ValueError(f"valid_mask must be of torch.bool, got {kind}")
+            if name == "teacher_box_frames" and (kind.is_floating_point or kind == torch.bool):
+                raise ValueError(f"teacher_box_frames must be of integers, got {kind}")
 
 
 def _shape(value: Tensor | None) -> tuple[int, ...] | None:

@@ -1,13 +1,15 @@
-"""An error of one process is the error of all."""
+"""What all processes do together: an error of one is the error of all."""
 
 from collections.abc import Callable
+from functools import partial
 
+from safetensors import SafetensorError
 from torch import distributed
 
 
 def on_all(accelerator, action: Callable):
     """
-    Run `action` on this process. A ValueError, OSError or FloatingPointError of any process is raised on all, so that none waits for another.
+    Run `action` on this process. A ValueError, OSError, FloatingPointError or SafetensorError (a full disk) of any process is raised on all, so that none waits for another.
 
     Args:
         accelerator: Accelerate's, of a run that all processes take part in; None: this process is alone.
@@ -18,7 +20,7 @@ def on_all(accelerator, action: Callable):
     result = error = None
     try:
         result = action()
-    except (ValueError, OSError, FloatingPointError) as caught:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as caught:
         error = caught
     if accelerator is not None and accelerator.num_processes > 1:
         errors = [None] * accelerator.num_processes
@@ -27,3 +29,16 @@ def on_all(accelerator, action: Callable):
     if error is not None:
         raise error
     return result
+
+
+def main_first(accelerator, action: Callable):
+    """The result of `action`, which the other processes run after the main one has; errors as [`on_all`]'s."""
+    found = []
+
+    def turn(of_main: bool):
+        if accelerator.is_main_process is of_main:
+            found.append(action())
+
+    for of_main in (True, False):
+        on_all(accelerator, partial(turn, of_main))
+    return found[0]

@@ -40,9 +40,20 @@ def is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+_SHORT = {
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "wd": "weight_decay",
+    "betas": "adam",
+    "K": "num_subcrops",
+}
+
+
 def nearest(name: str, names) -> str:
     """` (did you mean 'x'?)`, or nothing where no name is near."""
-    names, words = list(names), set(str(name).split("_"))
+    names = list(names)
+    name = _SHORT.get(str(name), name)
+    words = set(str(name).split("_"))
     # `workers` is dataloader_num_workers, whose letters are far from it; a word that many names have tells nothing.
     having = [known for known in names if words <= set(known.split("_")) or known.startswith(str(name))]
     close = having if 1 <= len(having) <= 3 else difflib.get_close_matches(str(name), names, n=1)
@@ -252,7 +263,7 @@ def read_command_line(
         raise ValueError(f"command line: unexpected argument {argument!r}")
     given = vars(flags)
     wants_help = given.pop("help", False)
-    config = given.pop("config", None) or default_config(given)
+    config = given.pop("config") if "config" in given else default_config(given)
     values = {} if config is None else read_recipe_file(kind, config, folder)
     if wants_help:
         _show_help(parser, kind, values, config)

@@ -191,6 +191,9 @@ def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
     ("flags", "message"),
     [
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--lr", "1"], "did you mean 'learning_rate' or 'min_learning_rate'"),
+        (["--wd", "1"], "did you mean 'weight_decay'"),
+        (["--config", ""], "--config: no such recipe file"),
         (["--frame_gap_seconds", "50", "60"], "is too short"),
         (["--crop_size", "60", "128"], "crop_size must be multiples of the resnet encoder's 32"),
         (["--frame_size", "64", "64"], "is larger than the frame"),

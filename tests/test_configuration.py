@@ -60,6 +60,18 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS, check_config
             r"backbone_config.hidden_sizes must give a width for each of the 4 depths, got \[8, 16, 32\]",
         ),
         (
+            {"backbone_config": {**RESNET, "embedding_size": 0}},
+            r"backbone_config.embedding_size must be at least 1, got 0",
+        ),
+        (
+            {"backbone_config": {**RESNET, "num_channels": -1}},
+            r"backbone_config.num_channels must be at least 1, got -1",
+        ),
+        (
+            {"backbone_config": {**RESNET, "hidden_act": "rellu"}},
+            r"hidden_act must name a function of transformers, got 'rellu'.*'relu'",
+        ),
+        (
             {"backbone_config": {**RESNET, "hidden_sizes": [0] * 4}},
             r"hidden_sizes must give a width for each .* \[0, 0, 0, 0\]",
         ),

@@ -24,6 +24,20 @@ def count_page_faults(connection, keep: bool) -> None:
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, threads))
 
 
+@pytest.mark.parametrize(("launched", "expected"), [(None, 2), ("4", 1), ("1", 4)])
+def test_threads_are_shared_among_the_processes_of_this_machine(monkeypatch, launched, expected):
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
+    threads = torch.get_num_threads()
+    try:
+        share_cpu(2)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is what is told")
 def test_memory_that_a_step_frees_is_kept_for_the_next():
     faults = {}

@@ -119,7 +119,9 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
         ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9", ConnectionError, "process of the run is gone"),
         ("[gloo/transport/tcp/unbound_buffer.cc:80] Timed out waiting 9000ms for recv", ConnectionError, "did not answer for 9 s"),
         ("NCCL communicator was aborted on rank 1.", ConnectionError, "process of the run is gone"),
+        ("NCCL error in: x.cpp:3, unhandled cuda error\nCuda failure 2 'out of memory'", ConnectionError, "cuda error Cuda failure 2 'out of memory'"),
         ("mat1 and mat2 shapes cannot be multiplied", None, ""),
+        ("out of resource: shared memory, Required: 262144, Hardware limit: 232448", None, ""),
     ],
 )  # fmt: skip
 def test_messages_of_torch_in_words(message, kind, said):

@@ -25,7 +25,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
-from modeling_poodle.processes import on_all
+from safetensors import SafetensorError
+from modeling_poodle.processes import main_first, on_all
 from modeling_poodle.recipe_files import run_script
 from accelerate.utils import gather_object
 from training import pretrain, run, video_sources
@@ -36,7 +37,7 @@ rank, told = int(os.environ["RANK"]), {}
 def note(name, action):
     try:
         told[name] = repr(action())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         told[name] = f"{type(error).__name__}: {error}"
 
 def fail(number, error):
@@ -76,6 +77,9 @@ accelerator = Accelerator(cpu=True)
 note("main", lambda: on_main(accelerator, lambda: rank + 7))
 note("main error", lambda: on_main(accelerator, fail(0, ValueError("no such folder"))))
 note("all error", lambda: on_all(accelerator, fail(1, OSError(28, "No space left on device", "x"))))
+note("full disk", lambda: on_all(accelerator, fail(1, SafetensorError("No space left on device"))))
+note("first", lambda: main_first(accelerator, lambda: "here"))
+note("first error", lambda: main_first(accelerator, fail(0, ValueError("no such data"))))
 note("same", lambda: same_on_all(accelerator, "videos", 3))
 note("other", lambda: same_on_all(accelerator, "videos", f"{3 + rank} videos"))
 
@@ -135,6 +139,9 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         "main": "7",
         "main error": "ValueError: no such folder",
         "all error": "OSError: [Errno 28] No space left on device: 'x'",
+        "full disk": "SafetensorError: No space left on device",
+        "first": "'here'",
+        "first error": "ValueError: no such data",
         "same": "None",
         "other": "ValueError: all processes must have the same videos, got rank 0: 3 videos; rank 1: 4 videos",
         "saved": "'step-1'",

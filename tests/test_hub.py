@@ -378,7 +378,12 @@ def test_whatever_an_upload_raises_is_a_warning_and_the_next_is_tried(tmp_path, 
     publisher = BackgroundPublisher(tmp_path, "org/p", False)
     publisher.submit(1)  # nothing is exported
     assert "step 1 was not sent to the Hub: [Errno 2]" in caplog.text
+    stage = publishing.stage
+    monkeypatch.setattr(publishing, "stage", lambda *_: [][0])
     two_parts(tmp_path, 2)
+    publisher.submit(2)
+    assert "step 2 was not sent to the Hub: list index out of range" in caplog.text
+    monkeypatch.setattr(publishing, "stage", stage)
     publisher.submit(2)
     publisher.close()
     assert sent == [("org/a", "Step 2"), ("org/b", "Step 2")]

@@ -27,7 +27,7 @@ def submit(tmp_path):
     stubs.mkdir()
     for name, text in {
         "scontrol": "seq -f node%g 20000",
-        "srun": 'shift; SLURM_NODEID=1 exec "$@"',
+        "srun": 'echo "cpus $SRUN_CPUS_PER_TASK" >&2; shift; SLURM_NODEID=1 exec "$@"',
     }.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
@@ -37,7 +37,12 @@ def submit(tmp_path):
     accelerate.chmod(0o755)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").touch()
-    slurm = {"SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    slurm = {
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "16",
+    }
     environment = {**os.environ, **slurm, "PATH": f"{stubs}:{os.environ['PATH']}"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -48,7 +53,9 @@ def submit(tmp_path):
 
 
 def test_slurm_starts_a_launcher_on_each_machine(submit):
-    words = submit("--config", "street", "--output_dir", "a new").stdout.splitlines()
+    done = submit("--config", "street", "--output_dir", "a new")
+    assert "cpus 16" in done.stderr  # srun asks for what sbatch was given
+    words = done.stdout.splitlines()
     assert words[-5:] == ["training/pretrain.py", "--config", "street", "--output_dir", "a new"]
     options = dict(zip(words[1:-5:2], words[2:-5:2]))
     assert options["--config_file"] == "training/launch/several_nodes.yaml"

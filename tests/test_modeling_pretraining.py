@@ -1,5 +1,6 @@
 """Student, teacher and both objectives: parameter counts, gradients, files, and inputs that do not fit."""
 
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from modeling_poodle import (
     PoodleBackbone,
     PoodleConfig,
     PoodleForPreTraining,
+    PoodleForPreTrainingOutput,
     PoodleForSemanticSegmentation,
     PoodleModel,
 )
@@ -331,6 +333,50 @@ def test_shapes_that_do_not_fit_are_refused():
         ValueError, match=r"pixel_values must be frame pairs \(B, 2, 3, H, W\), got \(2, 2, 1, 64, 96\)"
     ):
         model(**{**batch, "pixel_values": batch["pixel_values"][:, :, :1]})
+
+
+def test_masks_and_indices_have_their_types():
+    model, batch = PoodleForPreTraining(config()), inputs()
+    for name, kind in (("valid_mask", "torch.bool"), ("teacher_box_frames", "integers")):
+        with pytest.raises(ValueError, match=f"{name} must be of {kind}, got torch.float32"):
+            model(**{**batch, name: batch[name].float()})
+
+
+def test_the_output_s_order_is_the_declared_one():
+    both = PoodleForPreTraining(config())
+    output, order = both(**inputs()), [field.name for field in dataclasses.fields(PoodleForPreTrainingOutput)]
+    assert list(output) == order
+    assert all(torch.equal(output[name], value) for name, value in zip(order, output.to_tuple(), strict=True))
+    without = PoodleForPreTraining(config(pooled_weight=0))(**inputs())
+    assert list(without) == [name for name in order if not name.startswith("pooled")]
+
+
+def test_views_without_an_inverse_count_no_point_and_crash_nothing():
+    model, batch = PoodleForPreTraining(config()).train(), inputs()
+    output = model(**{**batch, "student_views": torch.zeros_like(batch["student_views"])})
+    output.loss.backward()
+    assert output.valid_fraction == 0 and output.dense_loss == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_teacher_s_targets_are_without_noise_of_its_own():
+    encoder = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    noise = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.5}
+    model = PoodleForPreTraining(
+        config(backbone_config={**encoder, "window_size": 2, "image_size": 64, **noise})
+    ).train()
+    images = torch.rand(4, 3, 64, 64)
+    assert not torch.equal(model.student(images)[0], model.student(images)[0])
+    assert torch.equal(model.teacher(images)[0], model.teacher(images)[0])
+    norms = [m for m in model.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(norm.training for norm in norms)
+    assert not any(module.training for module in model.eval().modules())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan"), None, "0.9"])
+def test_a_momentum_is_a_share(momentum):
+    with pytest.raises(ValueError, match="momentum must be a number from 0 to 1, got"):
+        PoodleForPreTraining(config()).update_teacher(momentum)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from small_runs import MODEL, flags, train
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
+from training.panels import pca_rgb
 from training.pretrain import main
 from training.recipe import Recipe
 from training.run import Run
@@ -225,6 +226,13 @@ def test_panels_are_written_and_show_something(drives, tmp_path):
     assert names == ["step-000001.png", "step-000002.png"]
     picture = cv2.imread(str(tmp_path / "run" / "panels" / names[-1]))
     assert picture.shape[0] > 64 and picture.shape[1] > 256 and picture.std() > 20
+
+
+def test_features_that_are_not_finite_end_no_run_by_their_picture():
+    features = torch.randn(2, 4, 8, 8)
+    features[0, 1, 2, 3] = torch.nan
+    assert pca_rgb(features).shape == (2, 3, 8, 8)
+    assert pca_rgb(torch.full((1, 4, 8, 8), torch.inf)).float().std() == 0
 
 
 # --- ranks ---

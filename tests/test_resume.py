@@ -49,6 +49,18 @@ def test_another_run_s_checkpoint_is_gone_on_from_by_that_run_s_configuration_al
         find_checkpoint(Recipe(**named, seed=1))
 
 
+def test_a_field_that_an_earlier_version_did_not_have_is_as_its_default(tmp_path):
+    config = tmp_path / "run" / "config.yaml"
+    recipe = begun(tmp_path / "run", resume_from_checkpoint="latest")
+    made_up(tmp_path / "run", 1)
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("subcrops_follow_flow")))
+    assert len(config.read_text()) < len("".join(lines)) and find_checkpoint(recipe).name == "step-1"
+    recipe.subcrops_follow_flow = False
+    with pytest.raises(ValueError, match="subcrops_follow_flow: True in the run, False now"):
+        find_checkpoint(recipe)
+
+
 @pytest.mark.parametrize("name", ["encoder", "model", "metrics.jsonl", "probe.jsonl", "evaluation.json", "step-3"])
 def test_whatever_a_new_run_would_write_over_is_named(tmp_path, name):
     if name == "step-3":
@@ -99,6 +111,11 @@ def test_the_word_for_other_pairs_is_offered_where_it_would_do_and_excuses_nothi
     with pytest.raises(ValueError, match="dataloader_num_workers: .* 7 now.*or add --resume_inexact true"):
         found(**other)
     assert found(**other, resume_inexact=True) == tmp_path / "run" / "checkpoints" / "step-1"
+    # A run that has gone wrong goes on with other values of these.
+    lower = {"learning_rate": 1e-5, "teacher_momentum": 0.999, "bf16": True}
+    with pytest.raises(ValueError, match="or add --resume_inexact true"):
+        found(**lower)
+    assert found(**lower, resume_inexact=True) == tmp_path / "run" / "checkpoints" / "step-1"
     for inexact in (False, True):
         with pytest.raises(ValueError, match="seed: 0 in the run, 1 now") as caught:
             found(**other, seed=1, resume_inexact=inexact)

@@ -424,6 +424,10 @@ def test_wrong_parameters(tmp_path, capsys):
         (["--height", "63"], "must be even"),
         (["--camera", "drone"], "camera must be one of driving, walking, static, aerial, got 'drone'"),
         (["--camera", "drone", "--labelled", "1"], "camera must be one of driving"),
+        (
+            ["--num_videos", "1", "--duration", "2", "--labelled", "1", "--output_dir", "x"],
+            "leave out --num_videos, --duration",
+        ),
         (["--camera", "drone", "--sequences", "1"], "camera must be one of driving"),
     ):
         with pytest.raises(SystemExit):

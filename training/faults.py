@@ -54,10 +54,12 @@ def faults_in_words(recipe, loader) -> Iterator[None]:
 
 def fault_of(message: str, died_at: list[str], ddp_timeout: int) -> Exception | None:
     """The fault that an error message of torch's stands for; `None` where it is none of these."""
-    if re.search(r"shared memory|\bshm\b|Bus error|</torch_\d", message):
+    if re.search(
+        r"shared memory\(shm\)|shared memory object|out of shared memory\. Please|Bus error|</torch_\d", message
+    ):
         return MemoryError(
             "the loader's workers are out of shared memory (/dev/shm): give them more (docker run --shm-size 8g), or lower "
-            f"--dataloader_num_workers or --per_device_train_batch_size, {GO_ON}"
+            f"--dataloader_num_workers or --per_device_train_batch_size (and add --resume_inexact true), {GO_ON}"
         )
     killed = re.search(r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)", message)
     if killed:
@@ -72,6 +74,7 @@ def fault_of(message: str, died_at: list[str], ddp_timeout: int) -> Exception | 
         slow = re.search(r"[Tt]imed? ?out|[Tt]imeout", message)
         what = f"did not answer for {ddp_timeout} s (ddp_timeout)" if slow else "is gone"
         return ConnectionError(
-            f"another process of the run {what}; the cause stands in its own output, or it was killed. Once that is mended, {GO_ON}"
+            f"another process of the run {what}; the cause stands in its own output, or it was killed. Once that is mended, {GO_ON}. "
+            f"torch says: {' '.join(message.split())[:500]}"
         )
     return None

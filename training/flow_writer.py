@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from modeling_poodle.processes import main_first
 from training.addresses import printable, video_name, without_secrets
 from training.assembly import make_accelerator
 from training.flow import build_flow
@@ -70,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(recipe)
     shown = [without_secrets(flag, flag) for flag in flags]
     folder, command = Path(out), ["python", "-m", "training.flow", *shown, "--out", out]
-    with accelerator.main_process_first():
-        write_manifest(folder, recipe, shlex.join(command))
+    main_first(accelerator, lambda: write_manifest(folder, recipe, shlex.join(command)))
     paths = resolve_videos(accelerator, recipe)
     epochs = options.epochs or epochs_needed(recipe, build_loader(accelerator, recipe, paths, None))
     write_flow(accelerator, recipe, folder, paths, epochs)

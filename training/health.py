@@ -17,6 +17,7 @@ from training.addresses import printable
 logger = logging.getLogger("poodle")
 SKIPS_ALLOWED = 10  # skipped updates, one after another
 LINES_ALLOWED = 20  # lines of metrics.jsonl, one after another
+GO_ON_LOWER = "go on with --resume_from_checkpoint latest --resume_inexact true and a lower --learning_rate"
 COLLAPSED = 0.01  # feature_std, which is 1 for directions spread evenly; the studies' networks have 0.38 to 0.82
 
 
@@ -72,12 +73,12 @@ class Health:
             videos = sorted({name for step, names in self.videos if step == bad for name in names})
             raise FloatingPointError(
                 f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(map(printable, videos)) or '-'}. "
-                "The checkpoints up to the last save are kept. Look at these videos, or lower learning_rate"
+                f"The checkpoints up to the last save are kept. Look at these videos, or {GO_ON_LOWER}"
             )
         if skipped >= SKIPS_ALLOWED:
             raise FloatingPointError(
                 f"the gradient was not finite in the last {skipped} steps, so nothing was learnt in them. "
-                "The checkpoints up to the last save are kept. Lower learning_rate, or turn bf16 off"
+                f"The checkpoints up to the last save are kept. To mend it, {GO_ON_LOWER}, or --bf16 false"
             )
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Health:
         if not all(finite):
             name = named[finite.index(False)][0]
             raise FloatingPointError(
-                f"{name} is not finite, so no checkpoint is written over the good ones. Resume from the last, with a lower learning_rate"
+                f"{name} is not finite, so no checkpoint is written over the good ones. To mend it, {GO_ON_LOWER}"
             )
 
     def judge(self, metrics: dict) -> None:
@@ -112,7 +113,7 @@ class Health:
         std, valid = metrics.get("feature_std", 1.0), metrics["valid_fraction"]  # training of flow has no features
         self._judge(
             "feature_std", std < COLLAPSED, f"the features have collapsed to one direction (feature_std {std:.4f})",
-            "Go back to a checkpoint from before, and lower learning_rate or raise teacher_momentum",
+            "Go back to a checkpoint from before (--resume_from_checkpoint RUN/checkpoints/step-N --resume_inexact true) and lower learning_rate or raise teacher_momentum",
         )  # fmt: skip
         self._judge(
             "valid_fraction", valid == 0, "no pixel has flow that may be used (valid_fraction 0)",

@@ -39,6 +39,7 @@ def pca_rgb(features: Tensor) -> Tensor:
     """
     n, c, h, w = features.shape
     samples = features.float().permute(0, 2, 3, 1).reshape(-1, c)
+    samples = samples.nan_to_num(0, 0, 0)  # what is wrong with them the run says itself
     samples = samples - samples.mean(dim=0)
     _, axes = torch.linalg.eigh(samples.T @ samples)
     axes = axes[:, -3:].flip(1)  # largest variance first

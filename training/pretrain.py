@@ -27,6 +27,7 @@ from accelerate import Accelerator
 
 from modeling_poodle import PoodleForPreTrainingOutput
 from modeling_poodle.objectives_poodle import feature_std
+from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
 from training.assembly import build_model, build_optimizer, make_accelerator
 from training.checkpoints import export
@@ -63,8 +64,8 @@ def build_probe(accelerator: Accelerator, recipe: Recipe):
     """The readout that `probe` asks for, taken by its name: see evaluation/probe.py for why."""
     if recipe.probe is None:
         return None
-    with accelerator.main_process_first():  # rank 0 renders the street, the others find it
-        return importlib.import_module("evaluation.probe").Probe(recipe.probe)
+    # Rank 0 renders the street, the others find it.
+    return main_first(accelerator, lambda: importlib.import_module("evaluation.probe").Probe(recipe.probe))
 
 
 class PretrainingRun(Run):

@@ -307,7 +307,7 @@ class BackgroundPublisher:
             for source, repo_id in parts_of(self.output_dir, self.repo_id):
                 stage(source, scratch / source.name, repo_id, [])
                 parts.append((scratch / source.name, repo_id))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, training goes on
             shutil.rmtree(scratch, ignore_errors=True)
             logger.warning("step %d was not sent to the Hub: %s", step, error)
             return

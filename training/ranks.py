@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -26,19 +25,6 @@ def on_main(accelerator: Accelerator, action: Callable):
 
     on_all(accelerator, kept)
     return broadcast_object_list(outcome)[0] if accelerator.num_processes > 1 else outcome[0]
-
-
-def main_first(accelerator: Accelerator, action: Callable):
-    """The result of `action`, which the other ranks run after rank 0 has; an error of any rank is raised on all."""
-    found = []
-
-    def turn(of_main: bool):
-        if accelerator.is_main_process is of_main:
-            found.append(action())
-
-    for of_main in (True, False):
-        on_all(accelerator, partial(turn, of_main))
-    return found[0]
 
 
 def same_on_all(accelerator: Accelerator, what: str, value) -> None:

@@ -42,9 +42,17 @@ FREE_ON_RESUME = frozenset(
         "hub_private_repo",
     )
 )
-# May differ besides with resume_inexact: the pairs change from there on, not their number in a step.
+# May differ besides with resume_inexact: other pairs from there on, as many a step, or another arithmetic, for a run that has gone wrong.
 FREE_ON_INEXACT_RESUME = frozenset(
-    ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps")
+    (
+        "dataloader_num_workers",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "min_learning_rate",
+        "teacher_momentum",
+        "bf16",
+    )
 )
 
 
@@ -115,7 +123,8 @@ class RunRecipe(CheckedRecipe):
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     resume_inexact: bool = described(
         False,
-        "Resume on another number of processes or workers: as many pairs a step, but others than without the stop.",
+        "Resume on another number of processes or workers, or with another learning_rate, min_learning_rate, teacher_momentum or bf16: "
+        "as many pairs a step, but others than without the stop.",
     )
     ddp_timeout: int = described(
         1800, "Seconds that a process waits for the others before the run ends with an error."

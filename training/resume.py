@@ -138,10 +138,12 @@ def _latest(output_dir: Path) -> Path | None:
 def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
     # A new password or signature of a URL is no other video.
     saved, own = public_value(read_yaml_mapping(saved_config)), public_value(dataclasses.asdict(recipe))
+    # A field that the run's version did not have yet is as it was then: a new one's default changes nothing.
+    saved = {**public_value(dataclasses.asdict(type(recipe)())), **saved}
     changed = {
-        name: f"{name}: {saved.get(name)!r} in the run, {value!r} now"
+        name: f"{name}: {saved[name]!r} in the run, {value!r} now"
         for name, value in own.items()
-        if name not in FREE_ON_RESUME and saved.get(name) != value
+        if name not in FREE_ON_RESUME and saved[name] != value
     }
     if recipe.resume_inexact:
         changed = {name: text for name, text in changed.items() if name not in FREE_ON_INEXACT_RESUME}

@@ -403,6 +403,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if (labelled or sequences) and output_dir is None:
             raise ValueError("--labelled and --sequences need --output_dir")
+        unused = [name for name, value in options.items() if name not in size and value != DEFAULTS[name]]
+        if (labelled or sequences) and unused:
+            raise ValueError(f"--labelled and --sequences write no videos: leave out --{', --'.join(unused)}")
         if labelled:
             print(f"{labelled} labelled frames in {write_folder(output_dir, labelled, **size)}")
         elif sequences:

@@ -106,7 +106,10 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         return _expand_hub(source, commits)
     if is_remote(source):
         return _expand_remote(source)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # ~ of a user that is not known
+        return [], "no such file or folder"
     if path.is_dir():
         inside = [str(p) for p in files_below(path) if p.is_file() and not p.name.startswith(".")]
         return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"

@@ -35,6 +35,9 @@ done
 [[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
 [[ -z $chosen && -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
 
+# srun does not take this over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
+[[ -n $SRUN_CPUS_PER_TASK ]] || unset SRUN_CPUS_PER_TASK
 # In single quotes, so that each machine expands its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
   gpus=$1 host=$2
