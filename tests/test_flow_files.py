@@ -184,6 +184,19 @@ def test_an_opening_s_file_keeps_its_name():
     assert opening_file("flow", 0, "/a/x.mp4").name != opening_file("flow", 0, "/b/x.mp4").name
 
 
+def test_a_name_that_is_not_utf_8_has_flow_too(drives, tmp_path):
+    own, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"fl\xf6w")
+    own.mkdir()
+    shutil.copyfile(videos(drives)[0], own / os.fsdecode(b"na\xefve.mp4"))
+    (own / os.fsdecode(b"\xe9.mp4")).write_bytes(b"no video")
+    write(own, out, "--epochs", "1")
+    assert sorted(path.suffix for path in (out / "epoch-0000").iterdir()) == [".safetensors", ".skipped"]
+    AcceleratorState._reset_state(True)
+    flags = ("--pairs_per_video", "3", "--flow", "precomputed", "--flow_dir", str(out), "--flow_epochs", "1")
+    pretrain.main(run_flags(own, tmp_path / "run", *flags, steps=2))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -81,7 +81,8 @@ def opening_file(folder: str | Path, epoch: int, video: str) -> Path:
     """Where the flow of an opening is: the name is readable at its begin, and each video's own at its end."""
     video = video_name(video)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(video).stem)[-40:].strip("-")
-    digest = hashlib.blake2s(video.encode(), digest_size=8).hexdigest()
+    # Names of files need not be UTF-8.
+    digest = hashlib.blake2s(video.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return Path(folder, f"epoch-{epoch:04d}", f"{stem}-{digest}.safetensors")
 
 
