@@ -14,6 +14,7 @@ import av.error
 import cv2
 import numpy as np
 import torch
+from av.stream import Disposition
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -108,9 +109,10 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
     limit = {"max_pixels": str(MAX_PIXELS)}
     allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limit}
     with av.open(path, options=allowed, **ANY_TAGS) as container:
-        if not container.streams.video:
+        moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not moving:  # a cover picture is none
             raise ValueError("it has no video stream")
-        stream = container.streams.video[0]
+        stream = moving[0]
         stream.thread_type = "AUTO"
         stream.codec_context.options = limit  # frames may turn out other than the header says
         origin = (stream.start_time or 0) * stream.time_base

@@ -1,16 +1,20 @@
 """An index by tables and one of the whole file: what a process has read before changes no pair."""
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
-from fuzzed_videos import FAST, RATE, Kind, write_clip
-from test_mov_tables import pairs_of
+import pytest
+from fuzzed_videos import BY_NAME, FAST, FRAMES, RATE, Kind, box, write_clip
+from PIL import Image
+from test_mov_tables import pairs_of, same
 
+from evaluation.explore_features import read_clip
 from training.video_checks import check_videos
-from training.video_files import Deadline
+from training.video_files import Deadline, UnreadableVideo
 from training.video_index import _estimate_pts, index_video, read_index
 from training.video_stream import PairSampling
 
@@ -63,6 +67,34 @@ def test_an_flv_whose_video_begins_later_than_zero_is_read(tmp_path):
     index = read_index(str(path))
     assert len(index.pts) == 30 and index.pts[0] > 0 and (index.width, index.height) == (64, 48)
     assert len(pairs_of(path, 0)) == 3
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "mpeg4_b_frames.mp4"])
+def test_a_cover_picture_is_not_the_video(tmp_path, monkeypatch, name):
+    """FFmpeg makes a stream of one, the first where it stands before the tracks."""
+    monkeypatch.chdir(tmp_path)
+    index_video.cache_clear()
+    path = write_clip(Path("clip.mp4"), BY_NAME[name])  # pairs are drawn by the name
+    plain, pairs, shown = read_index(str(path)), pairs_of(path, 0), read_clip(str(path), 0.5, 0.5, 2, 64).frames
+    data, cover = path.read_bytes(), io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(cover, "PNG")
+    place = data.index(b"mvhd") - 4
+    place += int.from_bytes(data[place : place + 4])  # behind it; media data stands before all tables
+    picture = box(b"covr", box(b"data", bytes([0, 0, 0, 14, 0, 0, 0, 0]) + cover.getvalue()))
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    tags = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", picture)))
+    movie = data.index(b"moov") - 4
+    path.write_bytes(data[:movie] + box(b"moov", data[movie + 8 : place] + tags + data[place:]))
+    with av.open(str(path)) as video:
+        assert [len(video.streams.video), video.streams.video[0].width] == [2, 32]
+    index_video.cache_clear()
+    index = read_index(str(path))
+    assert same(index, plain) and index.stated == plain.stated and same(read_index(str(path), whole=True), plain)
+    assert len(index.pts) == FRAMES and pairs_of(path, 0) == pairs
+    assert np.array_equal(read_clip(str(path), 0.5, 0.5, 2, 64).frames, shown)
+    path.write_bytes(data[:movie] + box(b"moov", data[movie + 8 : place] + tags))
+    with pytest.raises(UnreadableVideo, match="has no video stream"):
+        read_index(str(path))
 
 
 def test_frames_beyond_the_duration_are_not_estimated():

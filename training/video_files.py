@@ -15,6 +15,7 @@ import av.container
 import av.error
 import fsspec
 import torch
+from av.stream import Disposition
 
 from training.addresses import MEMBER, is_remote, printable, without_secrets
 from training.mov_tables import Tables, read_tables
@@ -250,12 +251,17 @@ def _open(file, described: bool, deadline: Deadline):
         options["codec_whitelist"] = "none"  # of the container's own look at its streams, not of what is decoded later
     container = av.open(file, options=options, timeout=deadline.seconds, **ANY_TAGS)
     # The header of MPEG-4 Part 2 does not count for FFmpeg.
-    if described and any(not stream.codec_context.width for stream in container.streams.video if stream.codec_context):
+    if described and any(not stream.codec_context.width for stream in moving(container) if stream.codec_context):
         container.close()
         if not isinstance(file, str):
             file.seek(0)
         return _open(file, False, deadline)
     return container
+
+
+def moving(container) -> list[av.VideoStream]:
+    """The video streams of a container. FFmpeg makes one of a cover picture too, which may stand before them."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def _tables(file, size: int, remote: bool, deadline: Deadline) -> Tables:

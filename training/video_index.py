@@ -14,7 +14,7 @@ import numpy as np
 
 from training.addresses import is_remote
 from training.mov_tables import track
-from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, open_video, words
+from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, moving, open_video, words
 
 MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
 # Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
@@ -72,9 +72,10 @@ def explained():
 
 
 def video_stream(container):
-    if not container.streams.video:
+    streams = moving(container)
+    if not streams:
         raise UnreadableVideo("has no video stream")
-    stream = container.streams.video[0]
+    stream = streams[0]
     if stream.codec_context is None:
         raise UnreadableVideo("its codec is not known to this build of PyAV")
     _check_size(stream.codec_context)
@@ -197,7 +198,7 @@ def by_index(source: str, use):
             video = stack.enter_context(open_video(source))
             index = _index_of(video, source)
             index_video.keep(source, index)
-            if video.container.streams.video[0].codec_context.is_open:  # frames were decoded for it
+            if moving(video.container)[0].codec_context.is_open:  # frames were decoded for it
                 stack.close()
                 video = None
         else:
