@@ -97,6 +97,37 @@ def test_a_cover_picture_is_not_the_video(tmp_path, monkeypatch, name):
         read_index(str(path))
 
 
+JOINED = ["h264_b_frames.ts", "mpeg2_b_frames.mpg", "vp9.webm", "h264_b_frames.mkv"]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_files_joined_end_to_end_are_refused(tmp_path, name):
+    """One time is that of two frames in them, of scenes that have nothing to do with one another."""
+    path = write_clip(tmp_path / name, BY_NAME[name])
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(
+        UnreadableVideo, match=f"time stamps that begin anew after {FRAMES} frames .*: cut it there, or"
+    ):
+        read_index(str(path))
+
+
+def test_a_clock_may_run_over_and_be_a_little_unordered(tmp_path):
+    """The clock of MPEG-TS has 33 bits, 26.5 hours; and what follows begins 0.2 s before the end of what it follows."""
+    clip, joined = write_clip(tmp_path / "clip.ts", BY_NAME["h264_b_frames.ts"]), b""
+    for offset in (2**33 - 2**18, 2**33 - 2**18 + 90000 * (FRAMES / RATE - 0.2)):
+        with av.open(str(clip)) as reader, av.open(str(tmp_path / "part.ts"), "w") as writer:
+            source = reader.streams.video[0]
+            stream = writer.add_stream_from_template(source)
+            for packet in reader.demux(source):
+                if packet.size:
+                    packet.stream, packet.pts, packet.dts = stream, packet.pts + int(offset), packet.dts + int(offset)
+                    writer.mux(packet)
+        joined += (tmp_path / "part.ts").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(joined)
+    index = read_index(str(tmp_path / "joined.ts"))
+    assert len(index.pts) == 2 * FRAMES and index.duration == pytest.approx((2 * FRAMES - 1) / RATE - 0.2)
+
+
 def test_frames_beyond_the_duration_are_not_estimated():
     container = SimpleNamespace(duration=1_990_000)  # microseconds
     for duration, count in ((1990, 49), (2000, 50), (None, 49), (1, 1)):

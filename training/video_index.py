@@ -249,7 +249,9 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
     """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
     # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
     by_pts = container.format.name.startswith(("mov", "matroska"))
-    pts, keyframes = set(), {}
+    pts, keyframes, latest = set(), {}, None
+    # Muxers and FFmpeg's guesses may put the times of decoding out of order, but by no more than decoders hold frames back.
+    disorder = max(1, 16 / (stream.average_rate or 25)) / stream.time_base
     for packet in container.demux(stream):
         deadline.check()
         if packet.pts is None or not packet.size:
@@ -257,6 +259,12 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         # Before the cut of `ffmpeg -ss … -c copy` packets are to be discarded: decoded for the frames after it, and never shown.
         if not packet.is_discard:
             pts.add(packet.pts)
+            if packet.dts is not None:
+                latest = packet.dts if latest is None else max(latest, packet.dts)
+                if packet.dts < latest - disorder:  # one time would be that of two frames
+                    raise UnreadableVideo(
+                        f"has time stamps that begin anew after {len(pts)} frames (files joined end to end?): cut it there, or re-mux it"
+                    )
         if packet.is_keyframe:
             keyframes[packet.pts] = packet.pts if by_pts or packet.dts is None else packet.dts
         _check_count(len(pts))
