@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from test_video_stream import CFR, SAMPLING, WHOLE, numbered_video
+from test_video_stream import CFR, SAMPLING, VFR, WHOLE, numbered_video
 
 from training import video_stream
 from training.video_files import UnreadableVideo
@@ -64,6 +64,36 @@ def test_gaps_end_where_the_video_does_and_one_frame_is_enough_for_none():
     assert set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100  # not all from end to end
     (pair,) = plan_pairs(made_up([0.0]), PairSampling(**WHOLE, frame_gap_seconds=(0.0, 0.0)), 0, "a.mp4")
     assert [cut.number for cut in pair] == [0, 0]
+
+
+def test_no_pair_lies_across_a_hole():
+    times = np.concatenate([np.arange(60) / 30, 3600 + np.arange(90) / 30])
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 1.5), pairs_per_video=400)
+    plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
+    gaps = np.array([times[b.number] - times[a.number] for a, b in plans])
+    assert 0.399 <= gaps.min() < 0.55 and 1.45 < gaps.max() <= 1.601
+    # Not from the edges of the hole alone, where most draws come to lie.
+    assert len({a.number for a, _ in plans if a.number < 60}) > 20
+    again = plan_pairs(made_up(times), dataclasses.replace(sampling, pairs_per_video=50), 0, "a.mp4")
+    assert again == plans[:50]
+
+
+def test_frames_further_apart_than_pairs_shall_be_are_refused(tmp_path):
+    path = numbered_video(tmp_path / "slow.mp4", np.arange(10) * 10.0)
+    (reason,) = dict(video_stream.reasons_to_skip([path], SAMPLING)).values()
+    assert reason == (
+        f"{path}: has no frames as far apart as frame_gap_seconds asks for (0.2 to 0.4 s): they follow one another in 10.00 s on average"
+    )
+    with pytest.raises(UnreadableVideo, match="0.5 to 1.5 s.*: they follow one another in 3600.00 s on average"):
+        plan_pairs(made_up([0.0, 3600.0]), PairSampling(**WHOLE, frame_gap_seconds=(0.5, 1.5)), 0, "a.mp4")
+
+
+@pytest.mark.parametrize("times", [np.arange(30.0), np.arange(60) / 0.5, np.arange(300) / 30, VFR], ids=len)
+def test_of_ordinary_videos_no_pair_is_drawn_anew(monkeypatch, times):
+    """Or runs of earlier versions could not be resumed: frames every 2 s too give neighbours for a gap of a second."""
+    monkeypatch.setattr(video_stream, "_frames_within", None)
+    sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 1.5), pairs_per_video=400)
+    assert len(plan_pairs(made_up(times), sampling, 0, "a.mp4")) == 400
 
 
 def test_a_video_that_is_skipped_is_handed_on_once(tmp_path):

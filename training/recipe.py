@@ -74,7 +74,10 @@ class RunRecipe(CheckedRecipe):
     )
 
     # Pairs
-    frame_gap_seconds: list[float] = described([0.5, 1.5], "Range of the time between the two frames of a pair.")
+    frame_gap_seconds: list[float] = described(
+        [0.5, 1.5],
+        "Range of the time between the two frames of a pair; a video without frames that come near it (to a frame's time, 0.1 to 1 s) is skipped.",
+    )
     crop_size: list[int] = described([128, 256], "Height and width of the crop that both frames share, pixels.")
     frame_size: list[int] | None = described(
         None, "Height and width of a frame at scale 1; unset: the smallest size, aspect kept, in which the crop fits."

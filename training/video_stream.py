@@ -31,6 +31,7 @@ from training.video_index import VideoIndex, by_index
 # At the end of a span workers are forked anew, and each decodes a group before its first batch: a span has at least so many openings, and so many
 # for each worker of all ranks.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
+SPARE = (0.1, 1.0)  # seconds that a pair's gap may be out of its range, within which bounds it is the time of a frame
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
 
 
@@ -43,7 +44,7 @@ class PairSampling:
         crop_size: (H, W) of the crop that both frames share, pixels.
         frame_scale: range of the frame's scale s before the crop.
         frame_size: (H, W) of a frame at s = 1; `None`: the smallest size, aspect kept, in which the crop fits.
-        frame_gap_seconds: range of the time between the two frames.
+        frame_gap_seconds: range of the time between the two frames, as near as the video's own times come to it.
         pairs_per_video: pairs taken each time a video is opened.
         seed: of all draws, with epoch, video and repeat.
     """
@@ -96,10 +97,11 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
     """
     Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(video_name(path)), repeat).
 
-    The later frame is the one nearest to the drawn gap, never the earlier one itself unless the gap asked for is 0.
+    The later frame is the one nearest to the drawn gap, never the earlier one itself unless the gap asked for is 0. A pair whose frames are
+    further out of the range of gaps than frames lie apart (see SPARE), as around a hole in the video, is drawn anew among those that are not.
 
     Raises:
-        UnreadableVideo: too short for the smallest gap.
+        UnreadableVideo: too short for the smallest gap, or no pair within the range.
     """
     low, high = sampling.frame_gap_seconds
     frame_time = index.duration / max(len(index.pts) - 1, 1)
@@ -114,9 +116,28 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
         second = _nearest(index.times, index.times[first] + gap)
         if high > 0 and second <= first:
             first, second = (first, first + 1) if first + 1 < len(index.pts) else (first - 1, first)
+        apart = index.times[second] - index.times[first]
+        if not low - SPARE[0] <= apart <= high + SPARE[0]:
+            spare = float(np.clip(np.median(np.diff(index.times)), *SPARE))
+            if not low - spare <= apart <= high + spare:
+                first, second = _frames_within(index.times, sampling.frame_gap_seconds, spare, gap, rng)
         box = _draw_box(index, sampling, rng)
         pairs.append((Cut(first, box, sampling.crop_size), Cut(second, box, sampling.crop_size)))
     return pairs
+
+
+def _frames_within(times: np.ndarray, gaps, spare: float, gap: float, rng: np.random.Generator) -> tuple[int, int]:
+    """A frame drawn from those that have a later one within the range of gaps, `spare` more or less, and of these the one nearest to `gap`."""
+    soonest = np.maximum(np.searchsorted(times, times + gaps[0] - spare), np.arange(1, len(times) + 1))
+    latest = np.searchsorted(times, times + gaps[1] + spare, "right") - 1
+    firsts = np.flatnonzero(soonest <= latest)
+    if not len(firsts):
+        raise UnreadableVideo(
+            f"has no frames as far apart as frame_gap_seconds asks for ({gaps[0]:g} to {gaps[1]:g} s): they follow one another in "
+            f"{np.diff(times).mean():.2f} s on average"
+        )
+    first = int(rng.choice(firsts))
+    return first, int(np.clip(_nearest(times, times[first] + gap), soonest[first], latest[first]))
 
 
 def _checksum(text: str) -> int:
