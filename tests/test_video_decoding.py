@@ -1,13 +1,15 @@
 """Frames of MOVs and MP4s, by themselves and in passes, of files that are new and that are known."""
 
+import dataclasses
+
 import av
 import numpy as np
 import pytest
-from fuzzed_videos import FRAMES, write_clip
+from fuzzed_videos import FAST, FRAMES, Kind, write_clip
 from test_mov_tables import ALL, WHOLE
 
-from training import video_files
-from training.video_decoding import Cut, decode_cuts
+from training import video_decoding, video_files
+from training.video_decoding import Cut, cut_frame, decode_cuts
 from training.video_files import UnreadableVideo
 from training.video_index import index_video, read_index
 from training.video_stream import PairSampling, video_pairs
@@ -44,6 +46,36 @@ def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monke
     assert len(first) == 3 and index_video.kept
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one["frames"], other["frames"]) and np.array_equal(one["times"], other["times"])
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_frames_between_intra_refreshes_are_found(tmp_path, container):
+    """What is marked as a keyframe there gives no picture before each part of it has come anew: at the next mark, 8 frames later."""
+    options = {**FAST, "x264-params": "intra-refresh=1:bframes=0"}
+    path = str(write_clip(tmp_path / f"clip.{container}", Kind("", "libx264", size=(144, 176), options=options)))
+    whole = (0, 0, 176, 144), (144, 176)
+    with av.open(path) as video:
+        in_turn = [cut_frame(frame, *whole, 0) for frame in video.decode(video=0)]
+    index = read_index(path)
+    assert len(index.keyframes) == 3 and len(in_turn) == FRAMES
+    together, _ = decode_cuts(path, index, [Cut(number, *whole) for number in range(FRAMES)])
+    assert np.array_equal(together, in_turn)
+    for number in range(FRAMES):
+        (alone,), _ = decode_cuts(path, index, [Cut(number, *whole)])
+        assert np.array_equal(alone, in_turn[number]), number
+
+
+def test_a_frame_that_is_not_there_is_looked_for_a_bounded_number_of_times(clips, monkeypatch):
+    path, sought, packets_up_to = str(clips["intra.mov"]), [], video_decoding._packets_up_to
+    monkeypatch.setattr(video_decoding, "_packets_up_to", lambda *a: sought.append(a[4]) or packets_up_to(*a))
+    index = read_index(path)
+    decode_cuts(path, index, [Cut(12, *WHOLE)])
+    assert sought == [index.pts[12]]
+    untrue = index.pts[:]
+    untrue[12] += 1
+    with pytest.raises(UnreadableVideo, match="skips the frame at 1.00 s"):
+        decode_cuts(path, dataclasses.replace(index, pts=untrue), [Cut(12, *WHOLE)])
+    assert sought[1:] == list(index.pts[12:8:-1])
 
 
 def test_damage_stays_up_to_the_next_group_of_pictures(tmp_path):

@@ -18,6 +18,8 @@ from training.video_index import (
     video_stream,
 )
 
+MOST_BACK = 3  # keyframes before the last one that a decoder begins at where it else skips a frame
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -83,13 +85,13 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
     everything = not index.exact or context.codec.name.startswith("lib")
     # Packets hold whole frames: elsewhere they may be fields, two of which make a frame.
     whole_frames = index.exact and container.format.name.startswith(("mov", "matroska"))
-    asked, pending, position, packets, damaged = set(wanted), list(wanted), None, None, False
+    asked, pending, position, packets, damaged, back = set(wanted), list(wanted), None, None, False, 0
     while pending:
         target = pending[0]
-        keyframe, _ = _entry(index, target)
+        keyframe, place = _entry(index, target, back)
         if position is None or keyframe > position:
-            packets, damaged = _packets_up_to(container, stream, index, target, deadline), False
-        found = False
+            packets, damaged = _packets_up_to(container, stream, index, target, place, deadline), False
+        found = skipped = False
         for packet in packets:
             deadline.check()
             whole = everything or packet.pts in asked or packet.pts is None
@@ -117,23 +119,31 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
                     yield pending.pop(0), frame
                     found = True
                 if pending and index.exact and frame.pts > pending[0]:
-                    raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
+                    skipped = True
+                    break
             if drained:
                 position = None  # a decoder that was asked for the rest takes nothing more before a seek
-                if not found:
-                    raise UnreadableVideo(f"skips the frame at {_seconds(index, target):.2f} s")
-            if found:
+                skipped = skipped or not found
+            if found or skipped:
                 break
         else:
+            skipped, packets = True, None
+        if not skipped:
+            continue
+        # Intra refresh (H.264) has no whole keyframes: a decoder gives nothing before it has seen all parts of a picture anew.
+        if back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1):
+            back, position = back + 1, None
+        elif packets is None:
             return
+        else:
+            raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
 
 
-def _packets_up_to(container, stream, index: VideoIndex, target: int, deadline: Deadline):
+def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int, deadline: Deadline):
     """
-    Packets from the last keyframe up to a frame on. A MOV without edit lists is sought in the order of decoding, in which its frames are
+    Packets up to a frame and on, from the keyframe to which `place` leads. A MOV without edit lists is sought in the order of decoding, in which its frames are
     some earlier than they are shown: of two keyframes closer than that (a cut just before a group's end) it takes the later one.
     """
-    _, place = _entry(index, target)
     while True:
         deadline.check()
         container.seek(min(place, target), stream=stream, backward=True)
@@ -145,11 +155,11 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, deadline: 
         place = index.seek_points[earlier]
 
 
-def _entry(index: VideoIndex, target: int) -> tuple[int, int]:
-    """The last keyframe up to a frame, and where to seek to for it."""
+def _entry(index: VideoIndex, target: int, back: int = 0) -> tuple[int, int]:
+    """The last keyframe up to a frame, or as many before that as `back` says, and where to seek to for it."""
     if not index.keyframes:
         return target, target
-    number = max(bisect.bisect_right(index.keyframes, target) - 1, 0)
+    number = max(bisect.bisect_right(index.keyframes, target) - 1 - back, 0)
     return index.keyframes[number], index.seek_points[number]
 
 
