@@ -9,6 +9,7 @@ import torch
 from test_video_stream import CFR, SAMPLING, VFR, WHOLE, numbered_video
 
 from training import video_stream
+from training.recipe import MOST_PAIRS
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex
 from training.video_stream import PairLoader, PairSampling, _nearest, generate_pairs, plan_pairs
@@ -130,6 +131,9 @@ def test_as_many_videos_take_turns_as_memory_has_room_for(videos):
     for pairs, batch_size, turns in ((2, 4, 4), (2, 64, 32), (16, 64, 4), (100, 8, 1)):
         loader = PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=pairs), batch_size)
         assert {len(shard) for shard in loader.shards(0)} == {turns}
+    # With as many pairs as a recipe may ask for.
+    loader = PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=MOST_PAIRS), 16)
+    assert {len(shard) for shard in loader.shards(0)} == {2} and 2 * MOST_PAIRS == video_stream.PAIRS_HELD
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -170,6 +170,7 @@ def test_resolved_recipe_reads_back(tmp_path):
         ),
         ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0, "),
         ({"crop_size": [100, 200]}, "crop_size must be multiples"),
+        ({"pairs_per_video": 33}, "pairs_per_video must be at most 32 .*; more epochs give more pairs, got 33"),
         ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0"),
         ({"adam_epsilon": float("inf")}, "adam_epsilon must be a finite number above 0, got inf"),

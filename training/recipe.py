@@ -24,6 +24,7 @@ from training.street_cameras import street_camera
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+MOST_PAIRS = 32  # of a video; two at least take turns then, of the pairs that a worker holds (PAIRS_HELD of training/video_stream.py)
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
 FREE_ON_RESUME = frozenset(
     (
@@ -84,7 +85,9 @@ class RunRecipe(CheckedRecipe):
     )
     frame_scale: list[float] = described([1.0, 1.5], "Range of the frame's scale before the crop.")
     pairs_per_video: int = described(
-        4, "Pairs taken from a video each time it is opened (the method's repeat_sample)."
+        4,
+        f"Pairs taken from a video each time it is opened (the method's repeat_sample), at most {MOST_PAIRS}. A worker decodes them together; "
+        "the pairs of a batch come from different videos while batch size times this is at most 64.",
     )
 
     # Model
@@ -152,6 +155,11 @@ class RunRecipe(CheckedRecipe):
 
     def _check(self) -> None:
         self.need_integers(*_AT_LEAST_ONE)
+        self.need(
+            self.pairs_per_video <= MOST_PAIRS,
+            "pairs_per_video",
+            f"at most {MOST_PAIRS} (all are decoded at once, and a batch would be of one video); more epochs give more pairs",
+        )
         for name in ("crop_size", "frame_size"):
             value = getattr(self, name)
             good = value is None or (len(value) == 2 and min(value) >= 1)

@@ -32,7 +32,7 @@ from training.video_index import VideoIndex, by_index
 # for each worker of all ranks.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
 SPARE = (0.1, 1.0)  # seconds that a pair's gap may be out of its range, within which bounds it is the time of a frame
-PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024
+PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024; recipes bound the pairs of an opening by half of it
 
 
 @dataclass(frozen=True)
