@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="rows that change these, beside the recipe as it is")
     parser.add_argument("--steps", type=int, default=10, help="steps that count")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--count_only", action="store_true", help="one step a row, without times; AdamW has no moments yet")
+    parser.add_argument(
+        "--count_only", action="store_true", help="one step a row, without times; AdamW has no moments yet"
+    )
     options, flags = parser.parse_known_args()
     steps = 0 if options.count_only else options.steps
     recipe = step_recipe(parser, flags)
