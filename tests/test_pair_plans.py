@@ -97,7 +97,8 @@ def test_of_ordinary_videos_no_pair_is_drawn_anew(monkeypatch, times):
     assert len(plan_pairs(made_up(times), sampling, 0, "a.mp4")) == 400
 
 
-def test_a_video_that_is_skipped_is_handed_on_once(tmp_path):
+def test_a_video_that_is_skipped_is_handed_on_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_stream, "_PENDING", [])  # of tests before
     good, bad = numbered_video(tmp_path / "good.mp4", CFR[:40]), tmp_path / "bad.mp4"
     bad.write_bytes(b"")
     groups = [((epoch, str(bad)), (epoch, good)) for epoch in range(2)]
