@@ -27,6 +27,12 @@ from training.recipe import FLOWS
 from training.street import Street
 
 
+def _check_frames(frames: Tensor) -> None:
+    """By shape and type alone, which are known without waiting for the device."""
+    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[1:3] != (2, 3):
+        raise ValueError(f"frames must be (B, 2, 3, H, W) of torch.uint8, got {tuple(frames.shape)} of {frames.dtype}")
+
+
 class DisFlow:
     """
     OpenCV's dense inverse search (Kroeger et al. 2016), the embedded default: no weights, no GPU.
@@ -52,6 +58,9 @@ class DisFlow:
 
     def batch(self, frames: Tensor) -> Tensor:
         """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32 on their device; pair by pair on the CPU."""
+        _check_frames(frames)
+        if min(frames.shape[-2:]) < 12:
+            raise ValueError(f"dis needs frames of at least 12x12, got {frames.shape[-2]}x{frames.shape[-1]}")
         flows = [self.estimate(pair) for pair in frames.cpu().numpy()]
         return torch.from_numpy(np.stack(flows)).to(frames.device)
 
@@ -197,6 +206,7 @@ class RaftFlow(nn.Module):
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32."""
+        _check_frames(frames)
         b, _, _, height, width = frames.shape
         if min(height, width) < 128:
             raise ValueError(
@@ -284,6 +294,7 @@ class UnFlow(nn.Module):
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32."""
+        _check_frames(frames)
         height, width = frames.shape[-2:]
         stride = self.model.config.stride
         padding = (0, -width % stride, 0, -height % stride)

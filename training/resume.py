@@ -139,7 +139,8 @@ def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
     # A new password or signature of a URL is no other video.
     saved, own = public_value(read_yaml_mapping(saved_config)), public_value(dataclasses.asdict(recipe))
     # A field that the run's version did not have yet is as it was then: a new one's default changes nothing.
-    saved = {**public_value(dataclasses.asdict(type(recipe)())), **saved}
+    fields = dataclasses.fields(recipe)
+    saved = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields} | saved
     changed = {
         name: f"{name}: {saved[name]!r} in the run, {value!r} now"
         for name, value in own.items()
