@@ -145,7 +145,12 @@ def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:
     shrink = min(1, max_side / max(frame.width, frame.height))
     width, height = (max(round(side * shrink), 2) for side in (frame.width, frame.height))
     array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-    return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90) % 4))
+    turns, matrix = round(frame.rotation / 90), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if a * d < b * c:  # mirrored, which turns round the angle that FFmpeg tells
+            array, turns = array[:, ::-1], turns + 2
+    return np.ascontiguousarray(np.rot90(array, turns))
 
 
 # --- features ---

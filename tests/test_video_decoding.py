@@ -5,9 +5,10 @@ import dataclasses
 import av
 import numpy as np
 import pytest
-from fuzzed_videos import FAST, FRAMES, Kind, write_clip
-from test_mov_tables import ALL, WHOLE
+from fuzzed_videos import FAST, FRAMES, RATE, Kind, write_clip
+from test_mov_tables import ALL, WHOLE, with_matrix
 
+from evaluation.explore_features import read_clip
 from training import video_decoding, video_files
 from training.video_decoding import Cut, cut_frame, decode_cuts
 from training.video_files import UnreadableVideo
@@ -76,6 +77,35 @@ def test_a_frame_that_is_not_there_is_looked_for_a_bounded_number_of_times(clips
     with pytest.raises(UnreadableVideo, match="skips the frame at 1.00 s"):
         decode_cuts(path, dataclasses.replace(index, pts=untrue), [Cut(12, *WHOLE)])
     assert sought[1:] == list(index.pts[12:8:-1])
+
+
+@pytest.mark.parametrize("sides", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0), (0, 1, -1, 0)])
+def test_mirrored_frames_are_shown_as_their_matrix_says(clips, tmp_path, sides):
+    """x' = a x + c y, y' = b x + d y, with y down (ISO 14496-12)."""
+    data, path = clips["h264.mp4"].read_bytes(), tmp_path / "clip.mp4"
+    path.write_bytes(with_matrix(data, b"tkhd", *sides))
+    plain, (a, b, c, d) = str(clips["h264.mp4"]), sides
+
+    def shown(coded):
+        y, x = np.indices(coded.shape[1:])
+        x, y = a * x + c * y, b * x + d * y
+        picture = np.empty((3, np.ptp(y) + 1, np.ptp(x) + 1), np.uint8)
+        picture[:, y - y.min(), x - x.min()] = coded
+        return picture
+
+    expected = shown(decode_cuts(plain, read_index(plain), [Cut(5, *WHOLE)])[0][0])
+    index = read_index(str(path))
+    assert (index.height, index.width) == expected.shape[1:]
+    cuts = [Cut(5, (0, 0, index.width, index.height), expected.shape[1:]), Cut(5, (8, 6, 40, 42), (36, 32))]
+    (whole, part), _ = decode_cuts(str(path), index, cuts)
+    assert np.array_equal(whole, expected)
+    assert (
+        np.abs(part.astype(int) - expected[:, 6:42, 8:40]).max() < 5
+    )  # colours at a crop's edges are a little other ones
+    of_page, plain_of_page = (
+        read_clip(file, 5 / RATE, 1, 1, 64).frames[0].transpose(2, 0, 1) for file in (str(path), plain)
+    )
+    assert np.array_equal(of_page, shown(plain_of_page))
 
 
 def test_damage_stays_up_to_the_next_group_of_pictures(tmp_path):

@@ -112,15 +112,17 @@ def test_one_frame_a_second_gives_neighbours_never_the_same_frame(tmp_path):
     assert {b.number - a.number for a, b in plan_pairs(index_video(path), sampling, 0, path)} == {1}
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_crop_first_equals_convert_turn_crop_resize(turns):
+def test_crop_first_equals_convert_turn_crop_resize(turns, mirrored):
     rng = np.random.default_rng(0)
     picture = cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (160, 96), interpolation=cv2.INTER_CUBIC)
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-    shown = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+    coded = frame.to_ndarray(format="rgb24")
+    shown = np.rot90(np.fliplr(coded) if mirrored else coded, turns)
     box = (8, 12, 72, 76)
     expected = cv2.resize(np.ascontiguousarray(shown[12:76, 8:72]), (32, 32), interpolation=cv2.INTER_AREA)
-    ours = cut_frame(frame, box, (32, 32), turns).transpose(1, 2, 0)
+    ours = cut_frame(frame, box, (32, 32), turns, mirrored).transpose(1, 2, 0)
     assert np.abs(ours.astype(int) - expected).mean() < 2.5
 
 

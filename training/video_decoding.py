@@ -14,7 +14,7 @@ from training.video_index import (
     VideoIndex,
     explained,
     index_video,
-    quarter_turns_of,
+    upright_of,
     video_stream,
 )
 
@@ -57,13 +57,14 @@ def decode_cuts(
         stream = video_stream(video.container)
         for pts, frame in _decode_frames(video.container, stream, index, sorted(wanted), video.deadline):
             shown = (frame.width, frame.height) if index.quarter_turns % 2 else (frame.height, frame.width)
-            if index.stated and (*shown, quarter_turns_of(frame)) != (index.height, index.width, index.quarter_turns):
+            upright = (index.quarter_turns, index.mirrored)
+            if index.stated and (*shown, *upright_of(frame)) != (index.height, index.width, *upright):
                 raise UnreadableVideo("has frames of another size, or turned otherwise, than its header says")
             if shown != (index.height, index.width):
                 sizes = f"from {index.width}x{index.height} to {shown[1]}x{shown[0]}"
                 raise UnreadableVideo(f"changes its size {sizes} at {_seconds(index, pts):.2f} s")
             for position in wanted[pts]:
-                pictures[position] = cut_frame(frame, cuts[position].box, cuts[position].size, index.quarter_turns)
+                pictures[position] = cut_frame(frame, cuts[position].box, cuts[position].size, *upright)
                 seconds = (frame.pts - index.pts[0]) * float(stream.time_base) + float(index.times[0])
                 times[position] = seconds
     missing = [index.times[cut.number] for cut, picture in zip(cuts, pictures) if picture is None]
@@ -168,10 +169,14 @@ def _seconds(index: VideoIndex, pts: int) -> float:
 
 
 def cut_frame(
-    frame: av.VideoFrame, box: tuple[int, int, int, int], size: tuple[int, int], quarter_turns: int
+    frame: av.VideoFrame,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    quarter_turns: int,
+    mirrored: bool = False,
 ) -> np.ndarray:
     """
-    Crop a frame, resize it and turn it upright; only the crop is converted to RGB.
+    Crop a frame, resize it, mirror it where asked for, and turn it upright; only the crop is converted to RGB.
 
     One libavfilter graph (crop, scale) knows every pixel format, colour matrix and range. Shrinking averages areas.
 
@@ -182,7 +187,7 @@ def cut_frame(
     Returns:
         (3, H, W) uint8 RGB.
     """
-    x0, y0, x1, y1 = _to_coded(box, frame.width, frame.height, quarter_turns)
+    x0, y0, x1, y1 = _to_coded(box, frame.width, frame.height, quarter_turns, mirrored)
     height, width = size if quarter_turns % 2 == 0 else size[::-1]
     flags = "area" if (x1 - x0) > width else "bicubic"
     graph = av.filter.Graph()
@@ -202,6 +207,8 @@ def cut_frame(
     source.push(frame)
     planes = sink.pull().planes
     picture = np.stack([_plane(planes[channel], height, width) for channel in (2, 0, 1)])
+    if mirrored:
+        picture = picture[..., ::-1]
     return np.ascontiguousarray(np.rot90(picture, quarter_turns, axes=(1, 2)))
 
 
@@ -209,7 +216,7 @@ def _plane(plane, height: int, width: int) -> np.ndarray:
     return np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, :width]
 
 
-def _to_coded(box, width: int, height: int, quarter_turns: int) -> tuple[int, int, int, int]:
+def _to_coded(box, width: int, height: int, quarter_turns: int, mirrored: bool) -> tuple[int, int, int, int]:
     """A box of the displayed frame in the pixels of the coded one (width x height)."""
     x0, y0, x1, y1 = box
     if quarter_turns == 1:
@@ -218,4 +225,6 @@ def _to_coded(box, width: int, height: int, quarter_turns: int) -> tuple[int, in
         x0, y0, x1, y1 = width - x1, height - y1, width - x0, height - y0
     elif quarter_turns == 3:
         x0, y0, x1, y1 = y0, height - x1, y1, height - x0
+    if mirrored:
+        x0, x1 = width - x1, width - x0
     return x0 - x0 % 2, y0 - y0 % 2, x1 - x0 % 2, y1 - y0 % 2

@@ -33,9 +33,10 @@ class VideoIndex:
         seek_points: for each of them, the time stamp to seek to.
         exact: the pts are the file's own; False where they were estimated from the header (remote files without tables that tell).
         height, width: as displayed, after rotation.
-        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame.
+        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after it was mirrored.
         version: what tells the file from a later one in its place (size and time, or what the server says of it).
         stated: all of this is what the tables of a MOV or MP4 say, which its frames need not keep to.
+        mirrored: the coded frame is displayed with left and right exchanged.
     """
 
     pts: array
@@ -48,10 +49,11 @@ class VideoIndex:
     quarter_turns: int
     version: tuple
     stated: bool = False
+    mirrored: bool = False
 
     def same_as(self, other: "VideoIndex") -> bool:
         """Whether the same would be read by both."""
-        names = ("pts", "keyframes", "seek_points", "exact", "height", "width", "quarter_turns")
+        names = ("pts", "keyframes", "seek_points", "exact", "height", "width", "quarter_turns", "mirrored")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
@@ -161,7 +163,7 @@ def _index_of(video: OpenVideo, source: str, whole: bool = False) -> VideoIndex:
             picture = _first_picture(video.container, stream)
         if picture.width < 2 or picture.height < 2:
             raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, 2x2 is the least")
-        turns = tables.quarter_turns if stated else quarter_turns_of(picture)
+        turns, mirrored = (tables.quarter_turns, False) if stated else upright_of(picture)
         height, width = (picture.width, picture.height) if turns % 2 else (picture.height, picture.width)
         start = pts[0] if stream.start_time is None else min(stream.start_time, pts[0])
         return VideoIndex(
@@ -175,6 +177,7 @@ def _index_of(video: OpenVideo, source: str, whole: bool = False) -> VideoIndex:
             quarter_turns=turns,
             version=video.version,
             stated=bool(found),
+            mirrored=mirrored,
         )
 
 
@@ -217,8 +220,16 @@ def by_index(source: str, use):
     raise failure
 
 
-def quarter_turns_of(frame: av.VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
+def upright_of(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Counter-clockwise turns by 90 degrees that a frame is displayed with, and whether it is mirrored before these."""
+    turns, matrix = round(frame.rotation / 90) % 4, frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return turns, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    mirrored = a * d < b * c
+    return (
+        turns + 2 * mirrored
+    ) % 4, mirrored  # FFmpeg's angle is that of the matrix's first row, which mirroring turns round
 
 
 def _first_picture(container, stream) -> av.VideoFrame:
