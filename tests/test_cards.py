@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from packaging.version import Version
 from published import EVALUATION, RESNET, publish, python
 from transformers import AutoBackbone
@@ -138,6 +139,32 @@ def test_a_readout_of_a_folder_names_no_base_model_of_the_hub():
     assert ModelCard(cards.folder_card(config, [result])).data.base_model == "runs/mine"
     card = ModelCard(cards.folder_card(config, [{**result, "weights_sha256": "f" * 64}]))
     assert card.data.base_model is None and "runs/mine" not in card.text
+
+
+def test_each_result_is_an_entry_of_its_own():
+    """The Hub's client merges what has one task, data set and config, whatever their names."""
+    boxes = {"ap": 0.1, "ap50": 0.2, "dataset": "street", "num_train_images": 9, "num_test_images": 5, "seed": 0}
+    changes = (
+        {},
+        {"readout": "knn"},
+        {"num_test_images": 5},
+        {"seed": 1},
+        {"features": "stage4"},
+        {"num_train_images": 9},
+    )
+    results = [{**EVALUATION, "miou": 0.1 + number / 100, **change} for number, change in enumerate(changes)]
+    results += [{**boxes, "ap": 0.3 + number / 100, "detector": name} for number, name in enumerate(("fpn", "c4"))]
+    config = {"architectures": ["ResNetModel"], "model_type": "resnet", "stage_names": ["stem", "stage1"]}
+    card = cards.publishable_card(cards.folder_card(config, []), "org/p", results, panel=False)
+    data = ModelCard(card).data
+    _, read = model_index_to_eval_results(data.to_dict()["model-index"])
+    entries = data.to_dict()["model-index"][0]["results"]
+    assert len(entries) == len(results) == len({r.unique_identifier for r in read})
+    for entry, result in zip(entries, results):
+        assert entry["task"]["name"].endswith(f", {result.get('detector') or result['readout']}")
+        assert entry["dataset"]["name"].endswith(f"({result['num_test_images']} images)")
+        assert entry["metrics"][0]["value"] == result.get("miou", result.get("ap")) and len(entry["metrics"]) == 2
+    assert entries[0]["dataset"]["config"] == "linear, decoder, 367 training images, 233 test images, seed 0"
 
 
 def test_a_folder_given_as_here_is_known_by_its_name(tmp_path, monkeypatch, poodle):

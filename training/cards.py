@@ -208,12 +208,17 @@ def eval_results(result: dict) -> list[EvalResult]:
     """One model's result of an evaluation.json as the Hub's `model-index` entries; values as they are there."""
     task = "object-detection" if "detector" in result else "image-segmentation"
     readout = result.get("detector") or result.get("readout")
+    how = [readout, result.get("features"), f"{result['num_test_images']} test images", f"seed {result['seed']}"]
+    if "num_train_images" in result:
+        how.insert(2, f"{result['num_train_images']} training images")
     return [
         EvalResult(
             task_type=task,
             task_name=f"{task.replace('-', ' ').capitalize()}, {readout}",
             dataset_type=result["dataset"],
             dataset_name=f"{result['dataset']} ({result['num_test_images']} images)",
+            # Entries of one task and data set are merged but for their config; names do not count.
+            dataset_config=", ".join(part for part in how if part),
             metric_type=kind,
             metric_name=name,
             metric_value=result[key],
