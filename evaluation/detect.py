@@ -72,6 +72,7 @@ def measure(
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
     identity, weights, undilated = fingerprint(encoder.model.poodle), encoder.weights_sha256, encoder.undilated
+    preprocessing = encoder.preprocessing
     del encoder  # the readout has a copy of its own
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
@@ -90,6 +91,7 @@ def measure(
         "detector": recipe.detector,
         "inference": ("their own size" if size is None else f"a shorter side of {size[0]}, at most {size[1]}")
         + undilated,
+        **preprocessing,
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
         "seed": recipe.seed,

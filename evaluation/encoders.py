@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from evaluation.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
-from modeling_poodle.recipe_files import is_finite
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Encoders whose table of positions has one size; larger images are read in windows of that size. (DINOv2 was trained at several
 # sizes and interpolates; DINOv3 and the convolutional ones have no table.)
 WINDOWED = (*PLAIN_VITS, "beit")
@@ -43,6 +42,7 @@ class Encoder(nn.Module):
         # As in training; a ResNet-50 reads 512x1024 on 2 CPU cores in 0.72 of the time of the default layout. (An UperNet on it gains nothing.)
         self.model = model.to(memory_format=torch.channels_last)
         self.weights_sha256: str | None = None  # of the files of a folder that was loaded
+        self.statistics_from = "ImageNet"  # mean and std
         encoder_config = model.config.backbone_config
         self.multiple = pixels_to_cover(model)
         self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED and not whole else None
@@ -68,6 +68,15 @@ class Encoder(nn.Module):
         if self.window is None:
             return "whole image"
         return f"sliding window of {self.window}, stride {self._step} (a saved readout reads the whole image)"
+
+    @property
+    def preprocessing(self) -> dict:
+        """How images are normalised, for evaluation.json."""
+        return {
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_statistics_from": self.statistics_from,
+        }
 
     @property
     def undilated(self) -> str:
@@ -178,7 +187,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         seed: of the readout's and an untrained twin's weights.
 
     Raises:
-        ValueError: nothing there, no spatial features, or no such map.
+        ValueError: nothing there, no spatial features, no such map, or a preprocessor_config.json that cannot be read.
     """
     untrained = name.startswith("random:")
     source = name.removeprefix("random:")
@@ -217,8 +226,9 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
     # Of timm's names transformers knows no numbers: theirs are not all ImageNet's.
-    statistics = _preprocessing(source) if model_type is not None else _timm_preprocessing(model)
-    encoder = Encoder(name, model.eval(), *statistics, whole=whole)
+    mean, std, origin = preprocessing_of(source) if model_type is not None else _timm_preprocessing(model)
+    encoder = Encoder(name, model.eval(), mean, std, whole=whole)
+    encoder.statistics_from = origin
     encoder.weights_sha256 = digest
     return encoder
 
@@ -300,20 +310,6 @@ def _is_encoder_of_poodle(source: str) -> bool:
 
 
 def _timm_preprocessing(model: PoodleForSemanticSegmentation) -> tuple:
-    """Mean and deviation that timm notes of the weights of its name, also of a twin without them; nothing is fetched."""
+    """Mean and deviation that timm notes of the weights of its name, also of a twin without them; nothing is fetched. And where they are from."""
     noted = model.poodle.encoder._backbone.pretrained_cfg
-    return tuple(noted["mean"]), tuple(noted["std"])
-
-
-def _preprocessing(source: str) -> tuple:
-    """Mean and deviation of the model's own image processor; ImageNet's where it has none."""
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    except (OSError, ValueError, AttributeError, TypeError, ImportError):
-        return IMAGENET
-    if not all(len(values) == 3 and all(map(is_finite, values)) for values in (mean, std)) or min(std) <= 0:
-        raise ValueError(
-            f"--model {source}: preprocessor_config.json must give three numbers of image_mean and image_std, got {mean} and {std}"
-        )
-    return mean, std
+    return tuple(noted["mean"]), tuple(noted["std"]), "timm"

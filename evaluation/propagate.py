@@ -136,6 +136,7 @@ def measure(
         "dataset": recipe.dataset,
         "features": encoder.features_name,
         "inference": encoder.inference,
+        **encoder.preprocessing,
         "protocol": {
             key: getattr(recipe, key) for key in ("stride", "top_k", "context_frames", "radius", "temperature")
         },

@@ -89,6 +89,7 @@ def measure(
         # UperNet has a backbone of its own, which reads no windows.
         "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
         "inference": f"whole image{encoder.undilated}" if recipe.readout == "upernet" else encoder.inference,
+        **encoder.preprocessing,
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
         "group_members": {key: list(members) for key, members in data.groups.items()},

@@ -106,9 +106,9 @@ class HubServer(FileServer):
             os.replace(file.name, path)
         return Blob(git, sha256 if lfs else None, path)
 
-    def add_dataset(self, name: str, files: dict[str, bytes]) -> Commit:
-        """A data set repository with these files, or one commit more of it."""
-        repository = self.repositories.setdefault(("dataset", name), Repository("dataset", name))
+    def add_dataset(self, name: str, files: dict[str, bytes], kind: str = "dataset") -> Commit:
+        """A data set (or model) repository with these files, or one commit more of it."""
+        repository = self.repositories.setdefault((kind, name), Repository(kind, name))
         before = repository.commits[-1].files if repository.commits else {}
         new = {path: self.store(data, bool(LFS_PATTERN.search(path))) for path, data in files.items()}
         return repository.commit("files", {**before, **new})

@@ -273,6 +273,7 @@ def test_what_leaves_out_the_dilation_says_so(monkeypatch, tmp_path):
     )
     result, _, _ = segment.measure(Accelerator(cpu=True), recipe, data, str(tmp_path / "flowe"), tmp_path)
     assert result["inference"] == f"whole image{said}"
+    assert (result["image_mean"], result["image_statistics_from"]) == ([0.485, 0.456, 0.406], "ImageNet")
     Image.fromarray(image).save(tmp_path / "a.png")
     boxed = BoxExample(
         "a", tmp_path / "a.png", (64, 64), np.float32([[2, 2, 40, 40]]), *map(np.array, ([0], [False], [1444.0]))
@@ -284,6 +285,7 @@ def test_what_leaves_out_the_dilation_says_so(monkeypatch, tmp_path):
     found, _, _ = detect_script.measure(
         Accelerator(cpu=True), recipe, boxes, str(tmp_path / "flowe"), tmp_path / "detection"
     )
+    assert found["image_std"] == [0.229, 0.224, 0.225]
     assert found["inference"] == f"their own size{said}" and said in write_detection_html([found], {}, {})
 
 

@@ -1,0 +1,80 @@
+"""The mean and deviation with which a model normalises images, as its own files tell them."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from transformers import AutoImageProcessor
+
+from modeling_poodle.recipe_files import is_finite
+
+logger = logging.getLogger("poodle")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FILES = ("preprocessor_config.json", "processor_config.json")  # the latter holds processors of several kinds
+
+
+def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
+    """
+    Mean and deviation of the image processor of a Hub id or folder, and where they are from: ImageNet's where it has none, which is logged.
+
+    Raises:
+        ValueError: its file is damaged or cannot be fetched, or gives no three numbers of either.
+    """
+    try:
+        for name in FILES:
+            if (file := _file(source, name)) is None:
+                continue
+            if (processor := _processor(source, file)) is not None:
+                return *statistics(processor), name
+            lack = f"the {name} of {source} names code alone, which is not run, and no numbers"
+            break
+        else:
+            lack = f"{source} has no {FILES[0]}"
+    except (OSError, HTTPError, ValueError, AttributeError, TypeError, ImportError) as error:
+        raise ValueError(f"--model {source}: its {name} cannot be read ({error})") from error
+    logger.warning("%s: its images get ImageNet's mean and deviation", lack)
+    return *IMAGENET, "ImageNet"
+
+
+def _file(source: str, name: str) -> Path | None:
+    """`None` where there is none; that the Hub cannot be asked is an error."""
+    if Path(source).is_dir():
+        return Path(source, name) if Path(source, name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))  # of the cache, where the Hub is not reached
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(source, name) is _CACHED_NO_EXIST:
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def _processor(source: str, file: Path):
+    """The image processor, or its file's values where its class is not known here; `None` where these are no numbers but code."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values = values.get("image_processor", values)
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, ImportError):
+        if {"image_mean", "image_std"} <= values.keys():
+            return SimpleNamespace(**values)
+        if "auto_map" in values:
+            return None
+        raise
+
+
+def statistics(processor) -> tuple[tuple, tuple]:
+    """
+    Mean and deviation of an image processor.
+
+    Raises:
+        ValueError: not three numbers each.
+    """
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    if not all(len(values) == 3 and all(map(is_finite, values)) for values in (mean, std)) or min(std) <= 0:
+        raise ValueError(f"must give three numbers of image_mean and image_std, got {mean} and {std}")
+    return mean, std
