@@ -32,6 +32,7 @@ from evaluation.explore_features import (
 )
 from evaluation.labelled_images import spread
 from evaluation.outputs import make_accelerator
+from evaluation.preprocessing import statistics
 from evaluation.report import palette
 from modeling_poodle import PoodleForSemanticSegmentation
 from modeling_poodle.loading_poodle import from_pretrained_whole
@@ -49,8 +50,8 @@ class Readout:
             model = from_pretrained_whole(AutoModelForSemanticSegmentation, source, dtype=torch.float32)
             self.model = model.eval().to(device)
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-            mean, std = processor.image_mean, processor.image_std
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            mean, std = statistics(processor)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"readout {source} cannot be loaded; expected the readout/ folder of an evaluation: {error}"
             ) from error

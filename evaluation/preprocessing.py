@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
     Mean and deviation of the image processor of a Hub id or folder, and where they are from: ImageNet's where it has none, which is logged.
 
     Raises:
-        ValueError: its file is damaged or cannot be fetched, or gives no three numbers of either.
+        ValueError: its file is damaged or cannot be fetched, or gives no three numbers of either, or asks for another range than 0 to 1.
     """
     try:
         for name in FILES:
@@ -69,11 +70,18 @@ def _processor(source: str, file: Path):
 
 def statistics(processor) -> tuple[tuple, tuple]:
     """
-    Mean and deviation of an image processor.
+    Mean and deviation of an image processor, for images from 0 to 1.
 
     Raises:
-        ValueError: not three numbers each.
+        ValueError: not three numbers each, or it takes images of another range.
     """
+    factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(
+            f"expected images rescaled by 1/255, from 0 to 1, got do_rescale and rescale_factor for {factor}"
+        )
+    if not getattr(processor, "do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     if not all(len(values) == 3 and all(map(is_finite, values)) for values in (mean, std)) or min(std) <= 0:
         raise ValueError(f"must give three numbers of image_mean and image_std, got {mean} and {std}")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from published import REPOSITORY, python
 from transformers import ResNetBackbone, ResNetConfig
 
 from evaluation.encoders import build
+from evaluation.explore_views import Readout
 from evaluation.preprocessing import IMAGENET, preprocessing_of
+from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
 
 VALUES = {
     "image_processor_type": "ConvNextImageProcessor",
@@ -51,6 +54,29 @@ def test_a_damaged_file_is_an_error_and_one_that_is_not_there_is_said(tmp_path, 
     os.rename(file, tmp_path / "processor_config.json")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": VALUES}))
     assert preprocessing_of(source) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "processor_config.json")
+
+
+def test_images_are_normalised_as_the_file_says_or_it_is_refused(tmp_path):
+    """By an encoder and by a readout that is shown."""
+    config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0, num_labels=2)
+    PoodleForSemanticSegmentation(config).save_pretrained(tmp_path / "readout")
+
+    def both(**values) -> list:
+        resnet(tmp_path / "encoder", **values)
+        shutil.copy(tmp_path / "encoder" / "preprocessor_config.json", tmp_path / "readout")
+        encoder, shown = build(str(tmp_path / "encoder"), 2), Readout(str(tmp_path / "readout"), torch.device("cpu"))
+        return [(each.mean, each.std) for each in (encoder, shown.encoder)]
+
+    assert both(do_rescale=True, rescale_factor=0.00392156862745098) == [((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))] * 2
+    assert both(do_normalize=False) == [((0, 0, 0), (1, 1, 1))] * 2
+    for values, factor in (({"rescale_factor": 1 / 127.5}, r"0\.0078"), ({"do_rescale": False}, "1")):
+        with pytest.raises(
+            ValueError, match=f"--model .*encoder: .*expected images rescaled by 1/255, .* for {factor}"
+        ):
+            both(**values)
+        shutil.copy(tmp_path / "encoder" / "preprocessor_config.json", tmp_path / "readout")
+        with pytest.raises(ValueError, match="readout cannot be loaded; .*expected images rescaled by 1/255"):
+            Readout(str(tmp_path / "readout"), torch.device("cpu"))
 
 
 ASKS = """
