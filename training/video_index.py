@@ -227,9 +227,8 @@ def upright_of(frame: av.VideoFrame) -> tuple[int, bool]:
         return turns, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     mirrored = a * d < b * c
-    return (
-        turns + 2 * mirrored
-    ) % 4, mirrored  # FFmpeg's angle is that of the matrix's first row, which mirroring turns round
+    # FFmpeg's angle is that of the matrix's first row, which mirroring turns round.
+    return (turns + 2 * mirrored) % 4, mirrored
 
 
 def _first_picture(container, stream) -> av.VideoFrame:
