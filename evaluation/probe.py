@@ -48,12 +48,13 @@ class Probe:
         Returns:
             miou, accuracy, and the mean IoU of each group of classes that occurs, all 0 to 1.
         """
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]  # of a teacher only its BatchNorms train
         with torch.random.fork_rng():
             readout = KnnReadout(self._encoder(of_first_process(accelerator, model)), self.data, self.recipe)
             readout.prepare(accelerator)
             metric, _ = evaluate(accelerator, readout.predict, self.data)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         result = metric.compute()
         figures = {"miou": result["miou"], "accuracy": result["accuracy"], **result["groups"]}
         return {name: value for name, value in figures.items() if value is not None}
