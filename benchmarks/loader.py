@@ -32,13 +32,14 @@ from torchvision.transforms.v2.functional import resize
 from benchmarks.common import OurStep, benchmark_parser, medians, memory_bytes, print_table, reset_peak, write_json
 from benchmarks.reference import photometric
 from training.flow import DisFlow
+from training.pair_plans import PairSampling, plan_pairs
 from training.recipe import Recipe, parse_recipe
 from training.street import Street
 from training.street_files import street_videos
 from training.video_decoding import decode_cuts
 from training.video_index import by_index, index_video
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling, plan_pairs
+from training.video_stream import PairLoader
 
 
 def write_clip(

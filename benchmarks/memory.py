@@ -39,9 +39,10 @@ def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
 
 def watch_loader(recipe: Recipe, count: int) -> dict[str, list[float]]:
     # Here alone: a machine without PyAV and datasets can still watch the steps.
+    from training.pair_plans import PairSampling
     from training.street import street_videos
     from training.video_sources import find_videos
-    from training.video_stream import PairLoader, PairSampling
+    from training.video_stream import PairLoader
 
     paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
     pair_flow, _ = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)

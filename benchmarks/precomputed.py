@@ -25,9 +25,10 @@ from benchmarks.common import Clock, benchmark_parser, medians, print_table, wri
 from training.flow import DisFlow, RaftFlow
 from training.flow_files import FlowFiles, opening_file
 from training.flow_writer import write_opening
+from training.pair_plans import PairSampling
 from training.street_files import street_videos
 from training.video_sources import find_videos
-from training.video_stream import PairSampling, video_pairs
+from training.video_stream import video_pairs
 
 SIZES = ((128, 256), (512, 1024))
 

@@ -14,7 +14,6 @@ import av.error
 import cv2
 import numpy as np
 import torch
-from av.stream import Disposition
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from evaluation.encoders import Encoder
 from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE, as_rgb
 from modeling_poodle.folders import files_below
+from modeling_poodle.video_frames import moving, upright_of
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 # As in training/video_sources.py and video_files.py, which this package does not import.
@@ -109,10 +109,9 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
     limit = {"max_pixels": str(MAX_PIXELS)}
     allowed = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limit}
     with av.open(path, options=allowed, **ANY_TAGS) as container:
-        moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-        if not moving:  # a cover picture is none
+        if not (streams := moving(container)):
             raise ValueError("it has no video stream")
-        stream = moving[0]
+        stream = streams[0]
         stream.thread_type = "AUTO"
         stream.codec_context.options = limit  # frames may turn out other than the header says
         origin = (stream.start_time or 0) * stream.time_base
@@ -145,12 +144,8 @@ def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:
     shrink = min(1, max_side / max(frame.width, frame.height))
     width, height = (max(round(side * shrink), 2) for side in (frame.width, frame.height))
     array = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-    turns, matrix = round(frame.rotation / 90), frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-        if a * d < b * c:  # mirrored, which turns round the angle that FFmpeg tells
-            array, turns = array[:, ::-1], turns + 2
-    return np.ascontiguousarray(np.rot90(array, turns))
+    turns, mirrored = upright_of(frame)
+    return np.ascontiguousarray(np.rot90(array[:, ::-1] if mirrored else array, turns))
 
 
 # --- features ---

@@ -8,7 +8,8 @@ import json
 import sys
 import time
 
-from training.video_stream import _PENDING, PairSampling, generate_pairs
+from training.pair_plans import PairSampling
+from training.video_stream import _PENDING, generate_pairs
 
 
 def memory(field: str) -> int:

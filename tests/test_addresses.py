@@ -16,12 +16,13 @@ from small_runs import flags, metrics
 from training import flow_writer
 from training.addresses import public_url, video_name, without_secrets
 from training.flow_files import FlowFiles
+from training.pair_plans import PairSampling
 from training.pretrain import main
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint
 from training.video_checks import check_videos
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling
+from training.video_stream import PairLoader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECRETS = ("hunter2-hunter2", "signed-yesterday", "signed-today")  # the password, and signatures of two days

@@ -12,9 +12,10 @@ import time
 import pytest
 
 from training.faults import fault_of, faults_in_words
+from training.pair_plans import PairSampling
 from training.recipe import Recipe
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling
+from training.video_stream import PairLoader
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -27,11 +27,12 @@ from modeling_poodle.recipe_files import run_script
 from training import health, pretrain
 from training.checkpoint_files import finish
 from training.checkpoints import read_rank_state
+from training.pair_plans import PairSampling
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint, prepare_output_dir
 from training.run import Run
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling
+from training.video_stream import PairLoader
 from training.views import model_inputs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

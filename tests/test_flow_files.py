@@ -28,10 +28,11 @@ from training.flow_files import (
     precomputed_epochs,
     read_manifest,
 )
+from training.pair_plans import PairSampling
 from training.recipe import Recipe, parse_recipe
 from training.video_files import UnreadableVideo
 from training.video_loader import build_loader
-from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
+from training.video_stream import PairLoader, generate_pairs, video_pairs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -17,9 +17,10 @@ from training.flow_files import (
     opening_file,
     precomputed_epochs,
 )
+from training.pair_plans import PairSampling
 from training.recipe import Recipe
 from training.video_files import UnreadableVideo
-from training.video_stream import PairLoader, PairSampling, video_pairs
+from training.video_stream import PairLoader, video_pairs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

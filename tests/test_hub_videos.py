@@ -41,7 +41,8 @@ from test_video_stream import WHOLE, number_of
 from training.video_files import UnreadableVideo
 from training.video_index import index_video
 from training.video_sources import find_videos
-from training.video_stream import PairSampling, plan_pairs, video_pairs
+from training.pair_plans import PairSampling, plan_pairs
+from training.video_stream import video_pairs
 """
 
 

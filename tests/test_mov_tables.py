@@ -23,12 +23,13 @@ from loopback import serve
 
 from training import video_index
 from training.mov_tables import track
+from training.pair_plans import PairSampling
 from training.video_checks import check_videos
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import UnreadableVideo, _Part, open_video
 from training.video_index import by_index, index_video, read_index
 from training.video_sources import find_videos
-from training.video_stream import PairSampling, video_pairs
+from training.video_stream import video_pairs
 
 MORE = (
     Kind("first.mp4", "libx264", options=B_FRAMES, container={"movflags": "faststart"}),

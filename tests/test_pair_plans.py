@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_video_stream import CFR, SAMPLING, VFR, WHOLE, numbered_video
 
-from training import video_stream
+from training import pair_plans, video_stream
+from training.pair_plans import PairSampling, _nearest, plan_pairs
 from training.recipe import MOST_PAIRS
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex
-from training.video_stream import PairLoader, PairSampling, _nearest, generate_pairs, plan_pairs
+from training.video_stream import PairLoader, generate_pairs
 
 
 def made_up(times, height=720, width=1280) -> VideoIndex:
@@ -92,7 +93,7 @@ def test_frames_further_apart_than_pairs_shall_be_are_refused(tmp_path):
 @pytest.mark.parametrize("times", [np.arange(30.0), np.arange(60) / 0.5, np.arange(300) / 30, VFR], ids=len)
 def test_of_ordinary_videos_no_pair_is_drawn_anew(monkeypatch, times):
     """Or runs of earlier versions could not be resumed: frames every 2 s too give neighbours for a gap of a second."""
-    monkeypatch.setattr(video_stream, "_frames_within", None)
+    monkeypatch.setattr(pair_plans, "_frames_within", None)
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 1.5), pairs_per_video=400)
     assert len(plan_pairs(made_up(times), sampling, 0, "a.mp4")) == 400
 

@@ -9,11 +9,12 @@ from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
 from loopback import serve
 
 from training import video_files
+from training.pair_plans import PairSampling
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import ATTEMPTS, RemoteFile, UnreadableVideo
 from training.video_index import index_video, read_index
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling, video_pairs
+from training.video_stream import PairLoader, video_pairs
 
 SAMPLING = PairSampling(crop_size=(32, 48), frame_gap_seconds=(0.2, 0.8), pairs_per_video=2)
 WHOLE = ((0, 0, 64, 48), (48, 64))

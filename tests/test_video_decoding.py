@@ -10,10 +10,11 @@ from test_mov_tables import ALL, WHOLE, with_matrix
 
 from evaluation.explore_features import read_clip
 from training import video_decoding, video_files
+from training.pair_plans import PairSampling
 from training.video_decoding import Cut, cut_frame, decode_cuts
 from training.video_files import UnreadableVideo
 from training.video_index import index_video, read_index
-from training.video_stream import PairSampling, video_pairs
+from training.video_stream import video_pairs
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from PIL import Image
 from test_mov_tables import pairs_of, same
 
 from evaluation.explore_features import read_clip
+from training.pair_plans import PairSampling
 from training.video_checks import check_videos
 from training.video_files import Deadline, UnreadableVideo
 from training.video_index import _estimate_pts, index_video, read_index
-from training.video_stream import PairSampling
 
 
 def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monkeypatch):

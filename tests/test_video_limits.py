@@ -17,10 +17,11 @@ from fuzzed_videos import (
 )
 
 from training import video_files
+from training.pair_plans import PairSampling
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import UnreadableVideo, ended_if_stuck
 from training.video_index import index_video, read_index
-from training.video_stream import PairLoader, PairSampling, generate_pairs, video_pairs
+from training.video_stream import PairLoader, generate_pairs, video_pairs
 
 NAMES = ("h264.mp4", "mpeg4.avi", "vp9.webm", "hevc.mp4", "h264_444.mp4")
 

@@ -16,12 +16,13 @@ import torch
 from loopback import serve
 
 from training import video_sources
+from training.pair_plans import PairSampling, plan_pairs
 from training.video_checks import check_videos
 from training.video_decoding import cut_frame
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex, index_video
 from training.video_sources import find_videos
-from training.video_stream import PairLoader, PairSampling, plan_pairs, video_pairs
+from training.video_stream import PairLoader, video_pairs
 
 HEIGHT, WIDTH = 64, 128
 

@@ -28,9 +28,10 @@ from safetensors.numpy import save
 
 from training.addresses import is_remote, video_name
 from training.first_look import indices_in_subprocess
+from training.pair_plans import PairSampling, plan_pairs
 from training.schedules import count_steps
 from training.video_files import UnreadableVideo
-from training.video_stream import PairLoader, PairSampling, plan_pairs
+from training.video_stream import PairLoader
 
 FORMAT = "poodle-flow-1"
 STEPS_PER_PIXEL = 16

@@ -38,10 +38,11 @@ from training.flow_files import (
     read_manifest,
     sampling_fields,
 )
+from training.pair_plans import PairSampling
 from training.recipe import Recipe, flow_beside, parse_recipe
 from training.video_files import UnreadableVideo
 from training.video_loader import build_loader, resolve_videos
-from training.video_stream import PairSampling, start_worker, video_pairs
+from training.video_stream import start_worker, video_pairs
 
 logger = logging.getLogger("poodle")
 

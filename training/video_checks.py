@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from training.addresses import printable, public_url
-from training.video_stream import PairSampling, reasons_to_skip
+from training.pair_plans import PairSampling
+from training.video_stream import reasons_to_skip
 
 logger = logging.getLogger("poodle")
 

@@ -9,12 +9,12 @@ import av
 import av.filter
 import numpy as np
 
+from modeling_poodle.video_frames import upright_of
 from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video
 from training.video_index import (
     VideoIndex,
     explained,
     index_video,
-    upright_of,
     video_stream,
 )
 

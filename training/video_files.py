@@ -15,8 +15,8 @@ import av.container
 import av.error
 import fsspec
 import torch
-from av.stream import Disposition
 
+from modeling_poodle.video_frames import moving
 from training.addresses import MEMBER, is_remote, printable, without_secrets
 from training.mov_tables import Tables, read_tables
 
@@ -257,11 +257,6 @@ def _open(file, described: bool, deadline: Deadline):
             file.seek(0)
         return _open(file, False, deadline)
     return container
-
-
-def moving(container) -> list[av.VideoStream]:
-    """The video streams of a container. FFmpeg makes one of a cover picture too, which may stand before them."""
-    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def _tables(file, size: int, remote: bool, deadline: Deadline) -> Tables:

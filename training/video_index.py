@@ -12,9 +12,10 @@ import av
 import av.error
 import numpy as np
 
+from modeling_poodle.video_frames import moving, upright_of
 from training.addresses import is_remote
 from training.mov_tables import track
-from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, moving, open_video, words
+from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, open_video, words
 
 MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
 # Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
@@ -218,17 +219,6 @@ def by_index(source: str, use):
     elif whole.version == index.version:
         return use(whole, None)
     raise failure
-
-
-def upright_of(frame: av.VideoFrame) -> tuple[int, bool]:
-    """Counter-clockwise turns by 90 degrees that a frame is displayed with, and whether it is mirrored before these."""
-    turns, matrix = round(frame.rotation / 90) % 4, frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return turns, False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    mirrored = a * d < b * c
-    # FFmpeg's angle is that of the matrix's first row, which mirroring turns round.
-    return (turns + 2 * mirrored) % 4, mirrored
 
 
 def _first_picture(container, stream) -> av.VideoFrame:

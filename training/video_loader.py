@@ -11,13 +11,14 @@ from modeling_poodle.processes import main_first
 from training.addresses import video_name
 from training.flow import check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
+from training.pair_plans import PairSampling
 from training.ranks import on_main, same_on_all
 from training.recipe import RunRecipe
 from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
 from training.video_checks import check_videos
 from training.video_sources import is_elsewhere, merged, videos_by_source
-from training.video_stream import PairLoader, PairSampling
+from training.video_stream import PairLoader
 
 logger = logging.getLogger("poodle")
 

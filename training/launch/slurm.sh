@@ -36,8 +36,7 @@ done
 [[ -z $chosen && -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
 
 # srun does not take this over from sbatch.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
-[[ -n $SRUN_CPUS_PER_TASK ]] || unset SRUN_CPUS_PER_TASK
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # In single quotes, so that each machine expands its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
   gpus=$1 host=$2
