@@ -112,7 +112,9 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
         if not (streams := moving(container)):
             raise ValueError("it has no video stream")
         stream = streams[0]
-        stream.thread_type = "AUTO"
+        # No threads for frames: one that still decodes when the file is closed waits for Python's lock, and the closing for it, for ever
+        # (PyAV 18.1; seen in a test on a busy machine).
+        stream.thread_type = "SLICE"
         stream.codec_context.options = limit  # frames may turn out other than the header says
         origin = (stream.start_time or 0) * stream.time_base
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base

@@ -1,6 +1,8 @@
 """What the page of features shows: files, colours and similarities against closed forms."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -37,6 +39,8 @@ from evaluation.readouts import UperNetReadout
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
 from training import video_files, video_sources
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def write_video(path: Path, frames, rate: int = 10, **options) -> None:
@@ -75,6 +79,15 @@ def test_frames_of_a_video_at_their_times(video, start, gap, count, times):
     for frame, moment in zip(clip.frames, times):
         assert frame.shape == (64, 96, 3)
         assert frame.mean() == pytest.approx(40 + 60 * moment, abs=3)
+
+
+def test_closing_a_video_does_not_wait_for_ever(tmp_path):
+    """As it does where threads still decode later frames: within a few readings. In a process that can be ended."""
+    y, x = np.mgrid[:240, :320]
+    frames = [np.stack([x + 3 * number, 2 * y + number, x + y], axis=-1).astype(np.uint8) for number in range(12)]
+    write_video(tmp_path / "a.mp4", frames)
+    code = "import sys; from evaluation.explore_features import read_clip\nfor _ in range(30): read_clip(sys.argv[1], 0, 0.1, 1, 64)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.mp4")], cwd=REPOSITORY, timeout=120, check=True)
 
 
 def test_pictures_and_videos_are_shrunk_and_upright(tmp_path, video):
