@@ -75,69 +75,76 @@ def decode_cuts(
 
 def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], deadline: Deadline):
     """
-    Yield (asked-for pts, frame). Seeks to the last keyframe before a wanted frame where that lies ahead of the position.
+    Yield (asked-for pts, frame), with one seek for all those of a group of pictures. Those that the file's end lacks do not come.
+
+    Raises:
+        UnreadableVideo: a wanted frame is damaged, or later ones come without it.
+    """
+    # Packets hold whole frames: elsewhere they may be fields, two of which make a frame.
+    back, drain = 0, index.exact and container.format.name.startswith(("mov", "matroska"))
+    for _, group in itertools.groupby(wanted, key=lambda pts: _entry(index, pts)):
+        pending = list(group)
+        while pending:
+            outcome = yield from _decode_group(container, stream, index, pending, back, drain, deadline)
+            if outcome == "fields":
+                drain = False
+            # Intra refresh (H.264) has no whole keyframes: a decoder gives nothing before it has seen all parts of a picture anew.
+            elif (
+                pending and back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1)
+            ):
+                back += 1
+            elif outcome == "end":
+                return
+            elif pending:
+                raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
+
+
+def _decode_group(
+    container, stream, index: VideoIndex, pending: list[int], back: int, drain: bool, deadline: Deadline
+):
+    """
+    One pass from the keyframe of `pending`, or as many before it as `back` says; what is yielded is taken out of `pending`.
 
     On the way, frames that no other frame refers to are not decoded (skip_frame="NONREF": half the time of a seek on
-    long groups of pictures); a wanted frame's own packet always is. Before a seek, and at the end, the decoder is asked for what it
-    holds: else it is given frame after frame until it is sure that none comes before the wanted one.
+    long groups of pictures); a wanted frame's own packet always is. At the last one the decoder is asked for what it
+    holds (`drain`): else it is given frame after frame until it is sure that none comes before the wanted one.
+
+    Returns:
+        "found", "skipped" (a later frame came first), "end" (of the file), or "fields": once more without `drain`, in case a frame's other
+        field follows.
     """
     context = stream.codec_context
     # libdav1d (AV1) reads skip_frame once, when it is opened: it would go on leaving out frames that are wanted later.
     everything = not index.exact or context.codec.name.startswith("lib")
-    # Packets hold whole frames: elsewhere they may be fields, two of which make a frame.
-    whole_frames = index.exact and container.format.name.startswith(("mov", "matroska"))
-    asked, pending, position, packets, damaged, back = set(wanted), list(wanted), None, None, False, 0
-    while pending:
-        target = pending[0]
-        keyframe, place = _entry(index, target, back)
-        if position is None or keyframe > position:
-            packets, damaged = _packets_up_to(container, stream, index, target, place, deadline), False
-        found = skipped = False
-        for packet in packets:
-            deadline.check()
-            whole = everything or packet.pts in asked or packet.pts is None
-            context.skip_frame = "DEFAULT" if whole else "NONREF"
-            frames = packet.decode()
-            # Not where the decoder is needed for the next wanted frame, which has no keyframe of its own behind this one.
-            drained = (
-                whole_frames and packet.pts == target and all(_entry(index, pts)[0] > target for pts in pending[1:2])
-            )
-            if drained:
-                frames += context.decode(None)
-                if any(frame.interlaced_frame for frame in frames):
-                    whole_frames, position = False, None  # once more, in case its other field follows
-                    break
-            for frame in frames:
-                if frame.pts is None:
-                    continue
-                position = frame.pts
-                # What is damaged stays so in the frames that follow, up to one that refers to none; these are not marked.
-                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-                if damaged and pending and frame.pts >= pending[0]:
-                    raise UnreadableVideo(f"is damaged at {_seconds(index, frame.pts):.2f} s")
-                # Several wanted frames can come out of one packet at the end of the stream.
-                while pending and (frame.pts == pending[0] or (not index.exact and frame.pts >= pending[0])):
-                    yield pending.pop(0), frame
-                    found = True
-                if pending and index.exact and frame.pts > pending[0]:
-                    skipped = True
-                    break
-            if drained:
-                position = None  # a decoder that was asked for the rest takes nothing more before a seek
-                skipped = skipped or not found
-            if found or skipped:
-                break
-        else:
-            skipped, packets = True, None
-        if not skipped:
-            continue
-        # Intra refresh (H.264) has no whole keyframes: a decoder gives nothing before it has seen all parts of a picture anew.
-        if back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1):
-            back, position = back + 1, None
-        elif packets is None:
-            return
-        else:
-            raise UnreadableVideo(f"skips the frame at {_seconds(index, pending[0]):.2f} s")
+    asked, damaged = set(pending), False
+    _, place = _entry(index, pending[0], back)
+    for packet in _packets_up_to(container, stream, index, pending[0], place, deadline):
+        deadline.check()
+        whole = everything or packet.pts in asked or packet.pts is None
+        context.skip_frame = "DEFAULT" if whole else "NONREF"
+        frames = packet.decode()
+        drained = drain and pending == [packet.pts]
+        if drained:
+            frames += context.decode(None)
+            if any(frame.interlaced_frame for frame in frames):
+                return "fields"
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            # What is damaged stays so in the frames that follow, up to one that refers to none; these are not marked.
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            if damaged and frame.pts >= pending[0]:
+                raise UnreadableVideo(f"is damaged at {_seconds(index, frame.pts):.2f} s")
+            # Several wanted frames can come out of one packet at the end of the stream.
+            while pending and (frame.pts == pending[0] or (not index.exact and frame.pts >= pending[0])):
+                yield pending.pop(0), frame
+            if not pending:
+                return "found"
+            if index.exact and frame.pts > pending[0]:
+                return "skipped"
+        if drained:  # the decoder takes nothing more before a seek
+            return "skipped"
+    return "end"
 
 
 def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int, deadline: Deadline):
