@@ -16,8 +16,8 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
-# Encoders whose table of positions has one size; larger images are read in windows of that size. (DINOv2 was trained at several
-# sizes and interpolates; DINOv3 and the convolutional ones have no table.)
+# Encoders whose table of positions has one size but which interpolate it; larger images are read in windows of that size all the same.
+# (DINOv2 was trained at several sizes; DINOv3 and the convolutional ones have no table.)
 WINDOWED = (*PLAIN_VITS, "beit")
 WINDOWS = 16  # that are read at once: a small ViT takes 0.8 of the time of one by one on a CPU
 
@@ -43,12 +43,10 @@ class Encoder(nn.Module):
         self.model = model.to(memory_format=torch.channels_last)
         self.weights_sha256: str | None = None  # of the files of a folder that was loaded
         self.statistics_from = "ImageNet"  # mean and std
-        encoder_config = model.config.backbone_config
         self.multiple = pixels_to_cover(model)
-        self.window = encoder_config.image_size if encoder_config.model_type in WINDOWED and not whole else None
-        embed = getattr(getattr(getattr(model.poodle.encoder, "_backbone", None), "model", None), "patch_embed", None)
-        if getattr(embed, "strict_img_size", False):  # timm's ViTs of one image size
-            self.window = embed.img_size[0]
+        windowed = model.config.backbone_config.model_type in WINDOWED and not whole
+        self.window = own_size(model.poodle.encoder) if windowed else None
+        self.one_size = False  # the network reads images of that size alone
 
     @property
     def features_name(self) -> str:
@@ -67,7 +65,8 @@ class Encoder(nn.Module):
         """How images are read, for the report."""
         if self.window is None:
             return "whole image"
-        return f"sliding window of {self.window}, stride {self._step} (a saved readout reads the whole image)"
+        saved = "images of that size alone" if self.one_size else "the whole image"
+        return f"sliding window of {self.window}, stride {self._step} (a saved readout reads {saved})"
 
     @property
     def preprocessing(self) -> dict:
@@ -100,6 +99,31 @@ class Encoder(nn.Module):
             return self.model.features(pixel_values)
         return self._sliding(pixel_values)
 
+    @torch.no_grad()
+    def check(self) -> "Encoder":
+        """
+        Read a strip of pixels that is larger than the network's own images: a network of one size is read in windows of it from then on.
+
+        Raises:
+            ValueError: it reads no such images either way, or cells are not square.
+        """
+        own = own_size(self.model.poodle.encoder)
+        unit = self.multiple if self.multiple > 1 else 32  # the config does not tell
+        height, width = 3 * unit, (-(-(own or 0) // unit) + 2) * unit
+        try:
+            rows, columns = self(torch.zeros(1, 3, height, width, device=self.model.device)).shape[2:]
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            if own is None or self.window is not None:
+                raise ValueError(f"{self.name} reads no image of {height}x{width} pixels ({error})") from error
+            self.window, self.one_size = own, True
+            return self.check()
+        if height * columns != width * rows or height % rows or (self.window or 0) % self.multiple:
+            of = f"{height}x{width} pixels" + ("" if self.window is None else f" in windows of {self.window}")
+            raise ValueError(f"{self.name} has a map of {rows}x{columns} cells for {of}, which are no whole squares")
+        if self.features_name != "decoder":
+            self.multiple = height // rows  # now that it is known
+        return self
+
     def _sliding(self, pixel_values: Tensor) -> Tensor:
         """Windows half overlapping, at multiples of the patch, their features averaged. Small images are padded to one window."""
         window = self.window
@@ -131,6 +155,16 @@ class Encoder(nn.Module):
     def _offsets(self, side: int) -> list[int]:
         last = side - self.window
         return [*range(0, last, self._step), last]
+
+
+def own_size(encoder: nn.Module) -> int | None:
+    """Side of the square images that a network was made for, pixels; `None` where it does not tell, or reads any."""
+    if encoder.config.model_type == "timm_backbone":
+        noted = encoder._backbone.pretrained_cfg
+        return noted["input_size"][-1] if noted.get("fixed_input_size") else None
+    size = getattr(encoder.config, "image_size", None)
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return sides.pop() if len(sides) == 1 else None
 
 
 def resize_up(pixel_values: Tensor, multiple: int) -> Tensor:
@@ -187,7 +221,8 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         seed: of the readout's and an untrained twin's weights.
 
     Raises:
-        ValueError: nothing there, no spatial features, no such map, or a preprocessor_config.json that cannot be read.
+        ValueError: nothing there, no spatial features, no such map, one that cannot be read on images of any size, or a
+            preprocessor_config.json that cannot be read.
     """
     untrained = name.startswith("random:")
     source = name.removeprefix("random:")
@@ -227,7 +262,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
     # Of timm's names transformers knows no numbers: theirs are not all ImageNet's.
     mean, std, origin = preprocessing_of(source) if model_type is not None else _timm_preprocessing(model)
-    encoder = Encoder(name, model.eval(), mean, std, whole=whole)
+    encoder = Encoder(name, model.eval(), mean, std, whole=whole).check()
     encoder.statistics_from = origin
     encoder.weights_sha256 = digest
     return encoder

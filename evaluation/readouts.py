@@ -290,7 +290,13 @@ class UperNetReadout(nn.Module):
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()
         self.multiple = stage_stride(backbone)  # of stage4, the coarsest of the maps that are read
-        freeze_idle(backbone, backbone(torch.zeros(1, 3, 224, 224)).feature_maps)
+        try:
+            maps = backbone(torch.zeros(1, 3, 224, 288)).feature_maps  # whole images are read, of any size
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"readout upernet: {encoder.name} reads images of one size alone ({error})") from None
+        if [features.shape[1] for features in maps] != list(channels):  # timm's Swin
+            raise ValueError(f"readout upernet: {encoder.name} gives its maps with the channels last")
+        freeze_idle(backbone, maps)
 
     def prepare(self, accelerator: Accelerator | None = None) -> None:
         pass

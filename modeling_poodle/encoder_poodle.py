@@ -84,9 +84,17 @@ def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
         backbone_config.out_features = stages
     encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
+    if getattr(getattr(encoder, "_backbone", None), "output_fmt", None) == "NHWC":
+        encoder.register_forward_hook(_channels_first)
     if config.output_stride is not None:
         _dilate_resnet(encoder, config.output_stride)
     return encoder
+
+
+def _channels_first(encoder: nn.Module, inputs: tuple, output: BackboneOutput) -> BackboneOutput:
+    """timm's Swin gives maps (B, H, W, C), and transformers passes them on."""
+    output.feature_maps = tuple(features.permute(0, 3, 1, 2) for features in output.feature_maps)
+    return output
 
 
 def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
