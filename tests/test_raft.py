@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import optical_flow
 
 from training.flow import RaftFlow
@@ -30,6 +31,23 @@ def test_pyramid_and_lookups_equal_torchvision(levels, radius, size):
     torch.testing.assert_close(look_up(ours, points, radius), expected, rtol=1e-3, atol=2e-4)
     whole = points.round()
     torch.testing.assert_close(look_up(ours, whole, radius), theirs.index_pyramid(whole), rtol=1e-3, atol=2e-4)
+
+
+def test_lookups_find_cells_by_one_index():
+    """Of several a GPU first writes each out for every cell, three of eight bytes where there is one to read of two."""
+    counts = []
+
+    class Indices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.index.Tensor:
+                counts.append(sum(index is not None for index in args[1]))
+            return function(*args, **(kwargs or {}))
+
+    pyramid = correlation_pyramid(torch.randn(1, 8, 16, 24), torch.randn(1, 8, 16, 24), 4)
+    with Indices():
+        pyramid[0][torch.arange(3)]
+        look_up(pyramid, torch.rand(1, 2, 16, 24) * 16, 4)
+    assert set(counts) == {1}
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [((1, 5), (0, 2)), (3, 1)])

@@ -40,9 +40,8 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
     Correlations around each query pixel's match: a window of (2 radius + 1)^2 points a level, read bilinearly, zeros outside.
 
-    All points of a window have the same fractions, so a window is (2 radius + 2)^2 whole cells, found by their rows and columns, and two
-    interpolations, in the pyramid's own precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of
-    the volume each time.)
+    All points of a window have the same fractions, so a window is (2 radius + 2)^2 whole cells and two interpolations, in the pyramid's own
+    precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of the volume each time.)
 
     Args:
         pyramid: of [`correlation_pyramid`].
@@ -56,7 +55,6 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     offsets = torch.arange(
         1 - radius, radius + 3, device=points.device
     )  # from a cell to its window's, behind the border
-    queries = torch.arange(len(centres), device=points.device)[:, None, None]
     found = []
     for level, volume in enumerate(pyramid):
         scaled = centres / 2**level
@@ -64,7 +62,9 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
         right, below = (scaled - corner).to(volume.dtype)[:, :, None, None].unbind(1)  # each (M, 1, 1)
         x, y = (corner.long()[:, :, None] + offsets).unbind(1)  # each (M, 2 radius + 2)
         x, y = x.clamp(0, volume.shape[2] - 1), y.clamp(0, volume.shape[1] - 1)
-        window = volume[queries, y[:, None, :], x[:, :, None]]  # (M, x, y)
+        # One place a cell. Of an index by query, row and column a GPU writes all three for each cell first; a CPU takes 1.4 to 1.7 times as long.
+        cells = y[:, None, :] * volume.shape[2] + x[:, :, None]  # (M, x, y)
+        window = volume.flatten(1).gather(1, cells.flatten(1)).view_as(cells)
         window = torch.lerp(window[:, :-1], window[:, 1:], right)
         found.append(torch.lerp(window[:, :, :-1], window[:, :, 1:], below).flatten(1))
     return torch.cat(found, dim=1).view(n, h, w, -1).permute(0, 3, 1, 2)  # channels last as it lies
