@@ -106,7 +106,7 @@ class OurStep:
         """A step on `batch`, one of the loader's; without it on frames that lie ready."""
         clock = self.clock
         if batch is None or "flow" not in batch:
-            self.frames = self.frames if batch is None else batch["frames"].to(self.device)
+            self.frames = self.frames if batch is None else batch["frames"].to(self.device, non_blocking=True)
             with clock.part("flow"):
                 batch = {"frames": self.frames, "flow": self.estimate_flow()}
         with clock.part("augmentation"):

@@ -12,6 +12,7 @@ import torch
 from forked_scripts import forked
 from test_modeling_pretraining import RESNET
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
@@ -22,6 +23,7 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.configuration_poodle_flow import PoodleFlowConfig
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
 from modeling_poodle.modeling_poodle_flow import PoodleFlowModel
+from training.flow import DisFlow
 from training.recipe import Recipe
 from training.street import Street
 from training.street_files import write_video, write_videos
@@ -217,6 +219,24 @@ def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fre
     handle.remove()
     step()
     assert not any(torch.equal(value, before[name]) for name, value in student.items() if value.ndim > 1)
+
+
+def test_a_step_does_not_wait_for_the_copy_of_a_loader_s_frames():
+    """As a run does not: the copy waits for the step before it, and the host with it, which would then start nothing ahead."""
+    step, device, copies = object.__new__(OurStep), torch.device("meta"), []
+    step.device, step.clock = device, Clock(device)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                copies.append(kwargs.get("non_blocking", False))
+            return function(*args, **(kwargs or {}))
+
+    # The flow, which comes next, is refused.
+    step.recipe, step.flow_module, step.pair_flow = None, None, DisFlow()
+    with Copies(), pytest.raises(ValueError, match="frames must be"):
+        step({"frames": torch.zeros(1, 2, 3, 64, 64)})
+    assert copies == [True]
 
 
 def run(script: str, *arguments: str) -> str:
