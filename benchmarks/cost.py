@@ -2,7 +2,7 @@
 Cost against size: time, FLOPs and memory of a step as one thing at a time is changed. What readers of the paper asked for.
 
     python benchmarks/cost.py --config street --per_device_train_batch_size 4
-    python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 4    # on a GPU
+    python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 8    # on a GPU
     python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
     python benchmarks/cost.py --config bdd100k_r50 --bf16 false --flow_weights random --per_device_train_batch_size 1 --count_only
 

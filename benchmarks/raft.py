@@ -1,8 +1,8 @@
 """
 RAFT of both directions of a pair: our arrangement beside torchvision's run twice at its defaults, time, memory and agreement.
 
-    python benchmarks/raft.py --crop_size 512 1024 --pairs 4                    # on a GPU
-    python benchmarks/raft.py --crop_size 512 1024 --pairs 4 --overfit 300      # also on a RAFT that knows the street
+    python benchmarks/raft.py --crop_size 512 1024 --pairs 8                    # on a GPU
+    python benchmarks/raft.py --crop_size 512 1024 --pairs 8 --overfit 300      # also on a RAFT that knows the street
     python benchmarks/raft.py --variant raft_small --crop_size 128 256 --pairs 1 --updates 12 --overfit 100    # a CPU can do this
 
 Ours runs in float32 and under autocast (float16). Untrained weights give flow of a fraction of a pixel, on which no precision shows an error;
