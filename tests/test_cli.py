@@ -42,6 +42,9 @@ def drives(tmp_path_factory) -> Path:
     return folder
 
 
+THREADS = "2"  # a 1 is heeded without a launcher alone, and runs on other numbers of threads differ
+
+
 def command(drives, output_dir, *flags, processes=1, workers=2, launcher=True):
     # On CPUs `accelerate launch` starts one process (more only under MPI); torchrun starts what Accelerate then finds.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
@@ -64,7 +67,7 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS},
     )
 
 
@@ -148,7 +151,7 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of
     output_dir, whole = tmp_path / "killed", whole_run if processes == 1 else whole_run_of_two
     flags = ("--max_steps", "8", "--save_steps", "3")
     process = subprocess.Popen(
-        command(drives, output_dir, *flags, processes=processes, launcher=False), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command(drives, output_dir, *flags, processes=processes, launcher=False), cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": THREADS},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log, deadline = output_dir / "metrics.jsonl", time.monotonic() + 120
@@ -165,7 +168,7 @@ def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of
     assert (output_dir / "checkpoints" / "step-3").is_dir()
     assert not (output_dir / "checkpoints" / "step-8").exists()
     words = command(drives, output_dir, *flags, "--resume_from_checkpoint", "latest", launcher=False)
-    resumed = forked(*words[1:], ranks=processes if processes > 1 else 0, OMP_NUM_THREADS="1")
+    resumed = forked(*words[1:], ranks=processes if processes > 1 else 0, OMP_NUM_THREADS=THREADS)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(output_dir) == metrics(whole)
     for name in ("encoder", "model"):

@@ -28,6 +28,7 @@ def count_page_faults(connection, keep: bool) -> None:
 def test_threads_are_shared_among_the_processes_of_this_machine(monkeypatch, launched, expected):
     monkeypatch.setattr(cpu, "usable_cores", lambda: 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if launched is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
     threads = torch.get_num_threads()
@@ -38,8 +39,39 @@ def test_threads_are_shared_among_the_processes_of_this_machine(monkeypatch, lau
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "asked", "expected"),
+    [
+        (None, "1", 1),
+        (None, "3", 3),
+        (None, "64", 8),
+        (None, "0", 1),
+        (None, "four", 8),
+        # A launcher's 1 is its own; on CPUs torchrun alone starts several processes, and each has its share at most.
+        ("ACCELERATE_MIXED_PRECISION", "1", 8),
+        ("ACCELERATE_MIXED_PRECISION", "3", 3),
+        ("LOCAL_WORLD_SIZE", "1", 4),
+        ("LOCAL_WORLD_SIZE", "3", 3),
+    ],
+)
+def test_who_asks_for_fewer_threads_gets_fewer(monkeypatch, launcher, asked, expected):
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 8)
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    threads = torch.get_num_threads()
+    try:
+        share_cpu(1)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is what is told")
-def test_memory_that_a_step_frees_is_kept_for_the_next():
+def test_memory_that_a_step_frees_is_kept_for_the_next(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     faults = {}
     for keep in (False, True):
         receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
