@@ -293,6 +293,12 @@ def test_sources(tmp_path, videos, caplog):
         ValueError, match=r"(?s)no videos found; tried.*nowhere: no such file.*\*\.xyz: a pattern that matches 0"
     ):
         find_videos([str(tmp_path / "nowhere"), str(tmp_path / "*.xyz")])
+    # A path of two parts may be misspelt or the name of a data set: the error tells of both.
+    with pytest.raises(
+        ValueError,
+        match=r"clips/cut.mp4: no such file or folder here, and as a data set: .*OFFLINE is set: unset it\n",
+    ):
+        find_videos(["clips/cut.mp4"])
     # One that is misspelt beside others would be a run on fewer videos than was meant.
     with pytest.raises(
         ValueError, match=r"(?s)in some sources; tried\n  .*shard.tar: 2 videos\n  .*nowhere: no such file"

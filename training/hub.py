@@ -89,7 +89,7 @@ def explain(error: Exception, repo_id: str) -> str:
         error = error.__cause__
     where = f"{repo_id} on {constants.ENDPOINT}"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{where}: not reached, since HF_HUB_OFFLINE is set: unset it to publish"
+        return f"{where}: not reached, since HF_HUB_OFFLINE is set: unset it"
     response = getattr(error, "response", None)
     if isinstance(error, HfHubHTTPError) and response is not None:
         status = response.status_code

@@ -100,8 +100,9 @@ def _is_video(name: str) -> bool:
 
 
 def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    if is_dataset_id(source):
-        return _expand_hub(f"hf://datasets/{source}", commits)
+    if is_dataset_id(source):  # or a path of two parts, misspelt
+        videos, outcome = _expand_hub(f"hf://datasets/{source}", commits)
+        return videos, f"no such file or folder here, and as a data set: {outcome}"
     if source.startswith("hf://"):
         return _expand_hub(source, commits)
     if is_remote(source):
