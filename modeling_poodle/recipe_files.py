@@ -206,11 +206,14 @@ def _as_declared(kind: type, name: str, value, where: str):
     declared = field.type  # once HfArgumentParser has seen the class, without its `| None`
     if value is None and field.default is None:
         return None
-    if declared is float and isinstance(value, str):
-        try:
+    try:
+        if declared is float and isinstance(value, str):
             return float(value)
-        except ValueError:
-            raise ValueError(f"{where}: {name} must be a number, got {shown(value)}") from None
+        if declared == list[float] and isinstance(value, list):
+            return [float(item) if isinstance(item, str) else item for item in value]
+    except ValueError:
+        what = "a number" if declared is float else "a list, each a number"
+        raise ValueError(f"{where}: {name} must be {what}, got {shown(value)}") from None
     if declared == list[str] and isinstance(value, str):
         return [value]
     if declared in (int, bool) and type(value) is not declared:

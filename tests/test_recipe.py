@@ -106,7 +106,7 @@ def test_defaults_follow_the_videos_and_flags_override_the_file(tmp_path):
     assert parse_recipe([]) == Recipe(**read_yaml("street"))
     assert parse_recipe(["--videos", "a", "b"]).crop_size == [256, 512]
     file = tmp_path / "mine.yaml"
-    file.write_text("learning_rate: 1e-4\nvideos: clips\nmax_steps: 5\n")
+    file.write_text("learning_rate: 1e-4\nvideos: clips\nmax_steps: 5\nsubcrop_area: [5e-2, 3e-1]\n")
     recipe = parse_recipe(["--config", str(file), "--max_steps", "7", "--bf16", "--affine_views", "false"])
     assert (recipe.learning_rate, recipe.videos, recipe.max_steps, recipe.bf16, recipe.affine_views) == (
         1e-4,
@@ -115,6 +115,7 @@ def test_defaults_follow_the_videos_and_flags_override_the_file(tmp_path):
         True,
         False,
     )
+    assert recipe.subcrop_area == [0.05, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,9 @@ def test_unknown_keys_suggest_the_nearest(tmp_path):
         read_yaml(file)
     with pytest.raises(ValueError, match="did you mean 'max_steps'"):
         parse_recipe(["--max_step", "3"])
+    file.write_text("subcrop_area: [0.1, much]\n")
+    with pytest.raises(ValueError, match=r"subcrop_area must be a list, each a number, got \[0.1, 'much'\]"):
+        read_yaml(file)
 
 
 @pytest.mark.parametrize(
