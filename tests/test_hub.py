@@ -1,5 +1,6 @@
 """Publishing with the real client: what is sent, every fault as a sentence, and pushing during training."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -8,13 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from forked_scripts import forked_before_hub
+from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
 from published import REPOSITORY, flags, publish, python
 from safetensors.torch import load_file, save_file
 
 from training import publish as publishing
+from training.checkpoints import export_network
 from training.hub import belongs
 from training.pretrain import main as pretrain
 from training.publish import BackgroundPublisher, parts_of, stage, without_local_paths
@@ -107,6 +111,26 @@ def test_the_student_on_request(published_run):
     assert not torch.equal(sent[first], checkpoint[f"teacher.{first}"])
     text = (published_run / "hub" / "model" / "README.md").read_text()
     assert "Weights of the student after 2 steps" in text and "cores" in text and "(panel.png)" in text
+
+
+def test_the_student_s_card_takes_no_path_for_a_name_on_the_hub(published_run, tmp_path):
+    """From another folder than the run was started in, a relative path is not there, and looks like org/name."""
+    run = shutil.copytree(published_run, tmp_path / "run")
+    fields = yaml.safe_load((run / "config.yaml").read_text())
+    fields |= {"videos": ["my/drives", "org/drives@main"], "init_encoder": "converted/encoder"}
+    (run / "config.yaml").write_text(yaml.safe_dump(fields))
+    checkpoint = run / "checkpoints" / "step-2"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["hub_names"] == []  # of a run on a folder
+    (checkpoint / "state.json").write_text(json.dumps({**state, "hub_names": ["org/drives@main"]}))
+    names = sorted(path.name for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
+    sums = [f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (checkpoint / "SHA256SUMS").write_text("".join(sums))
+    export_network(run, tmp_path, "student")
+    text = (tmp_path / "encoder" / "README.md").read_text()
+    assert ModelCard(text).data.datasets == ["org/drives"] and ModelCard(text).data.base_model is None
+    assert "1 local source" in text and "a local encoder" in text
+    assert "my/drives" not in text and "converted/encoder" not in text
 
 
 @pytest.mark.parametrize("private", [True, None])

@@ -19,7 +19,7 @@ from modeling_poodle.cpu import usable_cores
 from modeling_poodle.processes import on_all
 from modeling_poodle.recipe_files import read_yaml_mapping
 from modeling_poodle.remote_code import add_code
-from training.cards import Facts, flow_card, run_card
+from training.cards import Facts, flow_card, is_dataset_id, run_card
 from training.checkpoint_files import (
     damage,
     finish,
@@ -78,6 +78,9 @@ def save_checkpoint(
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
         state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
         state["hardware"] = hardware(accelerator.num_processes)
+        # For a card that is written later, where what was a path here may not be there.
+        names = [*recipe.videos, getattr(recipe, "init_encoder", None)]
+        state["hub_names"] = [name for name in names if name is not None and is_dataset_id(name)]
         write_text(partial / "state.json", json.dumps(state))
         for name in rank_files(
             accelerator.num_processes
@@ -227,10 +230,23 @@ def export_network(run: str | Path, output_dir: Path, network: str) -> None:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read ({error})") from error
     fields = {**dataclasses.asdict(Recipe()), **read_yaml_mapping(Path(run, "config.yaml"))}
+    fields = _with_local_names(fields, state.get("hub_names"))
     facts = Facts(
         state["step"], network, str(state.get("hardware", "not recorded")), state["num_processes"], Path(run)
     )
     write_folders(model, output_dir, lambda part: run_card(part, model.config.to_dict(), fields, facts))
+
+
+def _with_local_names(fields: dict, on_hub) -> dict:
+    """A recipe's fields, of which a card takes no relative path of two parts for a name on the Hub. on_hub: `hub_names` of a checkpoint's state."""
+    if not isinstance(on_hub, list):  # of an earlier version
+        return fields
+
+    def local(name: str | None) -> str | None:
+        return f"./{name}" if name is not None and is_dataset_id(name) and name not in on_hub else name
+
+    videos, encoder = [local(source) for source in fields["videos"]], local(fields["init_encoder"])
+    return {**fields, "videos": videos, "init_encoder": encoder}
 
 
 def hardware(num_processes: int) -> str:
