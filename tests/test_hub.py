@@ -23,6 +23,7 @@ from training.hub import belongs
 from training.pretrain import main as pretrain
 from training.publish import BackgroundPublisher, parts_of, stage, without_local_paths
 from training.publish import main as publish_main
+from training.recipe import Recipe
 
 # --- what is sent ---
 
@@ -251,6 +252,19 @@ def test_wrong_names_and_tokens(own_hub, published_run, arguments, token, messag
     done = publish(own_hub, published_run / "encoder", *arguments, token=token)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not own_hub.repositories
+
+
+def test_a_name_that_is_too_long_with_its_ending_is_refused_before_anything_is_sent(own_hub, published_run):
+    name = f"org/{'n' * 93}"
+    done = publish(own_hub, published_run, "--repo_id", name)
+    assert (
+        done.returncode == 1
+        and f"--repo_id must be a name on the Hub such as org/poodle-r50, got '{name}-sdm'" in done.stderr
+    )
+    assert not own_hub.repositories
+    with pytest.raises(ValueError, match="hub_model_id must be a name on the Hub .*n-sdm'"):
+        Recipe(hub_model_id=name)
+    assert Recipe(hub_model_id=name[:-1]).hub_model_id == name[:-1]
 
 
 def test_a_hub_that_is_not_there(own_hub, published_run, tmp_path):

@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.which == "student":
             folder = student_of(folder, Path(scratch, "student"))
         parts = parts_of(folder, options.repo_id)
+        for _, repo_id in parts:  # "-sdm" may make one too long: before the other is sent
+            check_repo_id(repo_id, "--repo_id")
         results = read_evaluations(options.evaluation, [source for source, _ in parts])
         for source, repo_id in parts:
             target = folder_for_dry_run(options.folder, source) if options.dry_run else Path(scratch, source.name)

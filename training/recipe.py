@@ -182,7 +182,8 @@ class RunRecipe(CheckedRecipe):
         named = not self.push_to_hub or self.hub_model_id is not None
         self.need(named, "hub_model_id", "org/name where push_to_hub is true")
         if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id, "hub_model_id")
+            for name in (self.hub_model_id, f"{self.hub_model_id}-sdm"):  # what has the decoder goes to the longer
+                check_repo_id(name, "hub_model_id")
         self.need(
             self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs"
         )
