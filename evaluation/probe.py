@@ -36,8 +36,11 @@ class Probe:
             name, folder = source, ""
         elif not (name == "folder" and folder):
             raise ValueError(f"probe must be one of {', '.join(STREETS)}, or folder:PATH, got {source!r}")
-        self.data = load_dataset(name, folder or None).with_groups()
-        self.data.check()
+        try:
+            self.data = load_dataset(name, folder or None).with_groups()
+            self.data.check()
+        except ValueError as error:  # whose flag is that of an evaluation
+            raise ValueError(f"probe: {str(error).removeprefix('--data_dir ')}") from None
         self.recipe = EvaluationRecipe(model=["probe"], readout="knn", dataset=name, data_dir=folder or None)
 
     def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:

@@ -139,7 +139,7 @@ def test_wrong_probes(source, message):
 
 
 def test_a_probe_of_a_folder_that_is_not_there():
-    with pytest.raises(ValueError, match="--data_dir nowhere: no such folder"):
+    with pytest.raises(ValueError, match="^probe: nowhere: no such folder. Expected: images"):
         Probe("folder:nowhere")
 
 
