@@ -25,10 +25,21 @@ def described(default, help: str):
 
 
 def cache_root() -> Path:
-    """Where the rendered street is kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle."""
-    if os.environ.get("POODLE_CACHE"):
-        return Path(os.environ["POODLE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poodle"
+    """
+    Where the rendered street is kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    own, caches = os.environ.get("POODLE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else Path(caches or Path.home() / ".cache") / "poodle"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a container's user without a home
+        raise OSError(
+            f"{root}, where the rendered street is kept, cannot be made ({error.strerror}): name another folder with the environment variable POODLE_CACHE"
+        ) from error
+    return root
 
 
 def is_int(value) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evaluation.data import street_folder
+from modeling_poodle.recipe_files import cache_root
 from training import street_files
 from training.street import CLASS, FIRST_ITEM, STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, street_camera
@@ -17,6 +18,7 @@ from training.street_files import (
     HELD_OUT_SEED,
     SEQUENCE_SEED,
     main,
+    street_videos,
     write_folder,
     write_sequences,
     write_videos,
@@ -290,6 +292,18 @@ def test_a_camera_is_a_source_of_videos_with_a_cache_of_its_own(tmp_path, monkey
     ):
         parse_recipe(["--videos", "street:boat"])
     assert street_camera("streets/a.mp4") is None and street_camera("street:driving") == street_camera("street")
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_that_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("POODLE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        OSError, match=r"file/poodle, where .* cannot be made \(Not a directory\): .* variable POODLE_CACHE$"
+    ):
+        street_videos()
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "own" / "cache"))
+    assert cache_root() == tmp_path / "own" / "cache" and cache_root().is_dir()
 
 
 def test_sequences_of_a_camera(tmp_path, monkeypatch):
