@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             ValueError: it reads no such images either way, or cells are not square.
         """
         own = own_size(self.model.poodle.encoder)
-        unit = self.multiple if self.multiple > 1 else 32  # the config does not tell
+        unit = -(-32 // self.multiple) * self.multiple  # a cell of an encoder's last stage, if not some
         height, width = 3 * unit, (-(-(own or 0) // unit) + 2) * unit
         try:
             rows, columns = self(torch.zeros(1, 3, height, width, device=self.model.device)).shape[2:]

@@ -90,5 +90,5 @@ def test_an_encoder_that_fails_is_named(monkeypatch, tmp_path):
         )
     ).eval()
     monkeypatch.setattr(model, "features", lambda pixels: pixels[..., :1000].reshape(7, 7))
-    with pytest.raises(ValueError, match="org/name reads no image of 24x16 pixels .*invalid for input"):
+    with pytest.raises(ValueError, match="org/name reads no image of 96x64 pixels .*invalid for input"):
         Encoder("org/name", model).check()
