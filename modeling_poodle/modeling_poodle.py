@@ -146,17 +146,17 @@ class PoodlePreTrainedModel(PreTrainedModel):
             ValueError: the checkpoint is a [`PoodleForPreTraining`]'s (or, for that class, a [`PoodleForSemanticSegmentation`]'s): no name would
                 match, and all weights would be random.
         """
-        name = str(pretrained_model_name_or_path)
+        name = pretrained_model_name_or_path  # None, where `config` and `state_dict` are given instead
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         unexpected = info["unexpected_keys"]
         if any(key.startswith("teacher.") for key in unexpected):
             raise ValueError(
                 f"{name} holds a PoodleForPreTraining, of student, teacher and heads; {cls.__name__} reads one network. Load the model/ "
-                f"of the run, or save PoodleForPreTraining.from_pretrained({name!r}).teacher and load that"
+                f"of the run, or save PoodleForPreTraining.from_pretrained({str(name)!r}).teacher and load that"
             )
         if any(key.startswith("poodle.") for key in unexpected):
             raise ValueError(
-                f"{name} holds a PoodleForSemanticSegmentation; {cls.__name__} begins with its network alone: save PoodleModel.from_pretrained({name!r}) "
+                f"{name} holds a PoodleForSemanticSegmentation; {cls.__name__} begins with its network alone: save PoodleModel.from_pretrained({str(name)!r}) "
                 "and load that"
             )
         return (model, info) if output_loading_info else model

@@ -50,6 +50,9 @@ def test_a_readout_is_loaded_as_the_network_and_the_backbone_below_it(tmp_path):
         ValueError, match="holds a PoodleForSemanticSegmentation; PoodleForPreTraining begins with its"
     ):
         PoodleForPreTraining.from_pretrained(tmp_path)
+    # No folder, but what transformers takes in its place.
+    given = PoodleModel.from_pretrained(None, config=readout.config, state_dict=readout.poodle.state_dict())
+    assert equal(given, readout.poodle)
 
 
 def test_a_plain_encoder_is_not_taken_for_the_model_around_it(tmp_path):
