@@ -51,8 +51,8 @@ def strip(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, num_clas
 def picture(array: np.ndarray, max_width: int = 1600) -> str:
     """An <img> with its data in it."""
     image = Image.fromarray(array)
-    if image.width > max_width:
-        image = image.resize((max_width, round(image.height * max_width / image.width)))
+    # Not resize by a ratio, which leaves no row of a strip of long, flat images. A JPEG has no more rows than these.
+    image.thumbnail((max_width, 65_500))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
