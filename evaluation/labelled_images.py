@@ -83,7 +83,7 @@ class LabelledImages:
     def check(self) -> None:
         """
         Before anything costly: read the first and last training image, the sizes of all that are files, and all of the test, which is
-        read again only when the fit has ended. And look for a labelled pixel to learn from.
+        read again only when the fit has ended. And look for a labelled pixel to learn from, and for one to be measured at.
         """
         for example in (*self.train, *self.test):
             if isinstance(example.image, Path) and isinstance(example.label, Path):
@@ -92,13 +92,18 @@ class LabelledImages:
                     raise ValueError(
                         f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
                     )
-        some = (self.train[0], self.train[-1], *self.test)
+        some, labelled = (self.train[0], self.train[-1], *self.test), []
         for example, (image, label) in zip(some, read_ahead(self.both, some)):
             if image.shape[:2] != label.shape:
                 raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
+            labelled.append((label != IGNORE).any())
         if not any((self.label(example) != IGNORE).any() for example in self.train):
             raise ValueError(
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"
+            )
+        if not any(labelled[2:]):
+            raise ValueError(
+                f"{self.name}: none of the {len(self.test)} test images has a labelled pixel; there would be no figure"
             )
         if self.absent:
             names = f"{', '.join(self.absent[:8])}{', ...' if len(self.absent) > 8 else ''}"

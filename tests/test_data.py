@@ -1,5 +1,6 @@
 """Layouts of labelled data sets, and what a layout that is wrong is told."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_classes_without_a_pixel_are_named_and_one_class_alone_is_refused(caplog
     caplog.set_level("INFO")
     of_labels([mask], ("bg", "fg", "x")).with_groups().check()
     assert "no training label has a pixel of x (1 of 3 classes)" in caplog.text
+
+
+def test_a_test_split_of_void_alone_is_refused():
+    """Nothing could be measured; after the fit the figures would be None."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:4] = 1
+    data = of_labels([np.full_like(mask, 255), mask], ("bg", "fg"))
+    with pytest.raises(ValueError, match="made: none of the 1 test images has a labelled pixel"):
+        data.check()
+    dataclasses.replace(data, test=data.train).check()
 
 
 @pytest.mark.parametrize("kind", ["label", "image"])
