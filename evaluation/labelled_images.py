@@ -77,8 +77,16 @@ class LabelledImages:
         return label
 
     def both(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        """An example's image and label."""
-        return self.image(example), self.label(example)
+        """
+        An example's image and label.
+
+        Raises:
+            ValueError: they differ in size. Of files `check` has seen that; rows of the Hub are read when they are needed.
+        """
+        image, label = self.image(example), self.label(example)
+        if image.shape[:2] != label.shape:
+            raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
+        return image, label
 
     def check(self) -> None:
         """
@@ -92,11 +100,8 @@ class LabelledImages:
                     raise ValueError(
                         f"{example.label} is {label[0]}x{label[1]}, its image {example.image.name} {image[0]}x{image[1]}"
                     )
-        some, labelled = (self.train[0], self.train[-1], *self.test), []
-        for example, (image, label) in zip(some, read_ahead(self.both, some)):
-            if image.shape[:2] != label.shape:
-                raise ValueError(f"{example.name}: image {image.shape[:2]} and label {label.shape} differ in size")
-            labelled.append((label != IGNORE).any())
+        some = (self.train[0], self.train[-1], *self.test)
+        labelled = [(label != IGNORE).any() for _, label in read_ahead(self.both, some)]
         if not any((self.label(example) != IGNORE).any() for example in self.train):
             raise ValueError(
                 f"{self.name}: none of the {len(self.train)} training images has a labelled pixel; a readout needs some"

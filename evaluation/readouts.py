@@ -70,8 +70,8 @@ class LinearReadout(nn.Module):
 
     def keep(self, examples: list[Example]) -> None:
         """Once, before the steps of a fit: the features of this rank's `examples`, as many as there is room for."""
-        images = read_ahead(self.data.image, examples)
-        kept = self.store.fill((example.name, self._features(image)) for example, image in zip(examples, images))
+        reads = read_ahead(self.data.both, examples)  # the label, so that it is told if it is of another size
+        kept = self.store.fill((example.name, self._features(image)) for example, (image, _) in zip(examples, reads))
         if kept < len(examples):
             logger.info(
                 "features of %d of %d images are kept (feature_cache_gb, and the disk of %s); others are computed anew each time",
@@ -87,8 +87,9 @@ class LinearReadout(nn.Module):
 
     def read(self, example: Example) -> tuple[Tensor | np.ndarray, np.ndarray]:
         """What a step needs of an example: its features where they are kept, else its image; and its label."""
-        stored = self.store[example.name] if example.name in self.store else self.data.image(example)
-        return stored, self.data.label(example)
+        if example.name in self.store:
+            return self.store[example.name], self.data.label(example)
+        return self.data.both(example)
 
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
         """Features and labels of what was `read`, and the points that the loss is taken at."""

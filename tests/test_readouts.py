@@ -170,6 +170,21 @@ def test_k_nn_refuses_a_training_label_of_another_size(shapes, poodle):
         readout.prepare()
 
 
+@pytest.mark.parametrize("kind", [LinearReadout, UperNetReadout])
+@pytest.mark.parametrize("cache", [1.0, 0.0])
+def test_a_fit_refuses_a_training_label_of_another_size(shapes, poodle, kind, cache):
+    """Of a data set of the Hub, in the middle: crops of both would fit, and show different places."""
+    data = load_dataset("folder", str(shapes))
+    large = dataclasses.replace(data.train[1], label=lambda: np.zeros((128, 192), np.uint8))
+    data = dataclasses.replace(data, train=(data.train[0], large, data.train[2]))
+    data.check()
+    readout = kind(build(str(poodle), 3), data, recipe(crop_size=[32, 32], feature_cache_gb=cache))
+    readout.prepare()
+    with pytest.raises(ValueError, match=r"image \(64, 96\) and label \(128, 192\) differ in size"):
+        readout.keep(list(data.train))
+        batch_of(readout, data.train)
+
+
 def test_a_fit_goes_on_over_images_of_void_alone(shapes, poodle, tmp_path):
     data = load_dataset("folder", str(shapes)).limit(2, 1)
     void = dataclasses.replace(data.train[0], label=lambda: np.full((64, 96), 255, np.uint8))
