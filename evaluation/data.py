@@ -80,7 +80,7 @@ _LAYOUTS = {
     "ade20k": "Expected: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo150.txt, "
     "the archive ADEChallengeData2016.",
     "wt_sem": "Expected: images/{train,val}/ and annotations/{train,val}/ of the same stems (subfolders allowed), and classes.json "
-    "or objectInfo150.txt; labels as in ADE20K (0 is not counted).",
+    "or objectInfo150.txt; labels as in ADE20K (0 and 255 are not counted).",
     "folder": "Expected: images/, labels/ (PNG, one class id a pixel) of the same stems, and classes.json, a list of names or "
     '{"classes": [...], "ignore_index": 255}; with train/ and val/ (each with images/ and labels/), or without, where the '
     "last third of the images by name is held out.",
@@ -169,8 +169,10 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
 
 
 def _reduced() -> np.ndarray:
-    """ADE20K's convention (`reduce_labels`): 0 is not counted, k is class k - 1."""
-    return (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; what lies above the classes stays there, and is reported
+    """ADE20K's convention (`do_reduce_labels`): 0 and 255 are not counted, k is class k - 1."""
+    table = (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; what lies above the classes stays there, and is reported
+    table[IGNORE] = IGNORE
+    return table
 
 
 def _ade20k(folder: Path) -> LabelledImages:

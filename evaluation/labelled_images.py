@@ -73,7 +73,9 @@ class LabelledImages:
         outside = [index for index in ids_in(label) if len(self.classes) <= index < IGNORE]
         if outside:
             where = example.name if callable(example.label) else example.label
-            raise ValueError(f"{where} has the label {outside[0]}, but there are classes 0 to {len(self.classes) - 1}")
+            found = stored[label == outside[0]][0]  # as it stands in the file
+            told = found if found == outside[0] else f"{found} (class {outside[0]})"
+            raise ValueError(f"{where} has the label {told}, but there are classes 0 to {len(self.classes) - 1}")
         return label
 
     def both(self, example: Example) -> tuple[np.ndarray, np.ndarray]:

@@ -171,7 +171,7 @@ def test_shipped_layouts_and_their_label_conventions(tmp_path):
         write(tmp_path / "cam" / split / "images/a.png", picture)
         write(tmp_path / "cam" / split / "labels/a.png", [[0, 10, 11, 255, 3, 11]] * 4)
         write(tmp_path / "wt/images" / split / "venice/1.jpg", picture)
-        write(tmp_path / "wt/annotations" / split / "venice/1.png", [[0, 1, 2, 2, 0, 1]] * 4)
+        write(tmp_path / "wt/annotations" / split / "venice/1.png", [[0, 1, 2, 255, 0, 1]] * 4)
     for split in ("training", "validation"):
         write(tmp_path / "ade/images" / split / "x.jpg", picture)
         write(tmp_path / "ade/annotations" / split / "x.png", [[0, 1, 2, 150, 149, 3]] * 4)
@@ -182,13 +182,16 @@ def test_shipped_layouts_and_their_label_conventions(tmp_path):
         ("cityscapes", "cs", [255, 0, 1, 2, 18, 13]),
         ("bdd100k", "bdd", [0, 1, 18, 255, 13, 2]),
         ("ade20k", "ade", [255, 0, 1, 149, 148, 2]),
-        ("wt_sem", "wt", [255, 0, 1, 1, 255, 0]),
+        ("wt_sem", "wt", [255, 0, 1, 255, 255, 0]),
         ("camvid", "cam", [0, 10, 255, 255, 3, 255]),
     ):
         data = load_dataset(name, str(tmp_path / folder))
         data.check()
         assert data.label(data.test[0])[0].tolist() == row, name
     assert load_dataset("ade20k", str(tmp_path / "ade")).classes[:2] == ("name 1", "name 2")
+    write(tmp_path / "wt/annotations/val/venice/1.png", [[0, 1, 2, 3, 0, 1]] * 4)
+    with pytest.raises(ValueError, match=r"1.png has the label 3 \(class 2\), but there are classes 0 to 1"):
+        load_dataset("wt_sem", str(tmp_path / "wt")).check()
     # The labels of 32 classes, whose ids mean other things.
     write(tmp_path / "cam/val/labels/a.png", [[0, 10, 11, 12, 31, 3]] * 4)
     with pytest.raises(ValueError, match="a.png has the label 12, but there are classes 0 to 10"):
