@@ -312,6 +312,9 @@ def _hub(name: str) -> LabelledImages:
         raise ValueError(
             f"--dataset {name}: no such data set on the Hub, it is private, or the Hub is not reached ({error})"
         ) from None
+    # It is of a script, of several configurations, or damaged.
+    except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or error}") from error
     test_name = next((s for s in ("validation", "val", "test") if s in splits), None)
     if "train" not in splits or test_name is None:
         raise ValueError(f"--dataset {name} needs a train and a validation or test split, it has {', '.join(splits)}")
@@ -335,6 +338,7 @@ def _hub(name: str) -> LabelledImages:
     if not names or not 0 <= min(names) <= max(names) < 254:
         raise ValueError(f"--dataset {name}: id2label.json must have ids from 0 to 253, as labels are bytes")
     classes = tuple(names.get(index, str(index)) for index in range(max(names) + 1))
+    _check_names(classes, f"--dataset {name}: id2label.json")
 
     def examples(split: str) -> tuple[Example, ...]:
         # A row gives all its columns, decoded: by columns a label is read without its image.

@@ -41,6 +41,10 @@ def test_masks_and_classes_of_a_hub_data_set(bare_hub, hub_process, tmp_path):
     bare_hub.add_dataset("org/masks", {**files, "id2label.json": names})
     bare_hub.add_dataset("org/nameless", files)
     bare_hub.add_dataset("org/giant", {**files, "id2label.json": b'{"1000000000": "grass"}'})
+    bare_hub.add_dataset("org/twice", {**files, "id2label.json": b'{"0": "grass", "1": "grass"}'})
+    bare_hub.add_dataset("org/script", {"script.py": b"raise SystemExit"})
+    damaged = {path: data[: len(data) // 2] for path, data in files.items()}
+    bare_hub.add_dataset("org/damaged", {**damaged, "id2label.json": names})
     bare_hub.add_dataset("org/untested", {name: data for name, data in files.items() if "train" in name})
     script = f"""
 import sys, json
@@ -51,7 +55,7 @@ data.check()
 print(json.dumps(data.classes))
 for split in (data.train, data.test):
     print(json.dumps([[data.label(e).tolist(), data.image(e).shape] for e in split]))
-for name in ("org/none", "org/nameless", "org/untested", "org/giant"):
+for name in ("org/none", "org/nameless", "org/untested", "org/giant", "org/twice", "org/script", "org/damaged"):
     try:
         load_dataset(name)
     except ValueError as error:
@@ -67,7 +71,9 @@ try:
 except ValueError as error:
     print(error)
 """
-    classes, *splits, missing, nameless, untested, giant, offline = hub_process(tmp_path, script).splitlines()
+    classes, *splits, missing, nameless, untested, giant, twice, script, damaged, offline = hub_process(
+        tmp_path, script
+    ).splitlines()
     assert json.loads(classes) == list(CLASSES)
     for found, truth in zip(splits, (train, test), strict=True):
         assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]
@@ -77,3 +83,6 @@ except ValueError as error:
     assert "--dataset org/untested needs a train and a validation or test split, it has train" in untested
     assert "--dataset org/masks: id2label.json cannot be fetched" in offline
     assert "--dataset org/giant: id2label.json must have ids from 0 to 253" in giant
+    assert "--dataset org/twice: id2label.json must give classes different names, got 'grass' twice" in twice
+    assert "--dataset org/script cannot be read: Dataset scripts are no longer supported" in script
+    assert "--dataset org/damaged cannot be read: " in damaged
