@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     # Groups are of the whole data set: they do not change with the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
+    if len(data.train) < accelerator.num_processes:
+        raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
     built = {}
     for name in recipe.model:  # one that is wrong, or does not fit the readout, is found before the first is measured
         encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
@@ -68,8 +70,6 @@ def measure(
         calibrate_batch_norm(encoder, map(data.image, data.train[:CALIBRATION_IMAGES]))
     readout = READOUTS[recipe.readout](encoder, data, recipe).to(accelerator.device)
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
-    if not mine:
-        raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
     before = fingerprint(encoder.model.poodle)
     readout.prepare(accelerator)
     curve = []

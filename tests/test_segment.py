@@ -283,6 +283,14 @@ def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tm
     assert results[0]["model"] in done.stdout and "mIoU" in done.stdout
 
 
+def test_more_processes_than_training_images_are_refused_before_the_folder_is_begun(shapes, poodle, tmp_path):
+    """Else it would hold an interrupted evaluation, and refuse the next command."""
+    values = flags(shapes, tmp_path / "run", poodle, readout="knn", max_train_images=1)
+    done = forked("evaluation/segment.py", *values, ranks=2)
+    assert done.returncode and "error: 1 training images for 2 processes: use fewer" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_upernet_overfits_four_street_images(tmp_path):
     folder = tmp_path / "street"
     write_folder(folder / "train", 4, 64, 128, seed=3, num_processes=2)
