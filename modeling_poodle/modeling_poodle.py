@@ -335,7 +335,7 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
     Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`.
 
     `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, h, w) and,
-    with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out).
+    with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out; 0 where nothing else is).
     """
 
     def __init__(self, config: PoodleConfig):
@@ -375,13 +375,15 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        ignored = self.config.semantic_loss_ignore_index
+        labels, ignored = labels.long(), self.config.semantic_loss_ignore_index  # long: -100 is no byte
+        kept = labels != ignored
         if self.config.num_labels > 1:
-            return F.cross_entropy(full, labels.long(), ignore_index=ignored)
-        # One class against none, as transformers' SegFormer has it: labels are 0 and 1.
-        kept = (labels != ignored).float()
-        losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
-        return (losses * kept).sum() / kept.sum()
+            total = F.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
+        else:  # One class against none, as transformers' SegFormer has it: labels are 0 and 1.
+            losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
+            total = (losses * kept).sum()
+        # A batch of void alone has the loss 0: 0/0 would make all weights NaN.
+        return total / kept.sum().clamp(min=1)
 
 
 def as_asked(config: PoodleConfig, return_dict: bool | None, output: ModelOutput) -> ModelOutput | tuple:

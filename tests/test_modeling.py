@@ -207,6 +207,14 @@ def test_a_readout_ignores_the_id_that_its_config_names():
     assert output.loss.item() == pytest.approx(-kept.mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_labels_of_void_alone_have_the_loss_0_and_no_gradient(classes):
+    model = PoodleForSemanticSegmentation(config(num_labels=classes)).eval()
+    loss = model(torch.randn(2, 3, 64, 96), torch.full((2, 64, 96), 255)).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_a_backbone_reads_the_networks_that_it_is_given():
     one, other = (PoodleBackbone(config(out_features=["stage4", "decoder"])).eval() for _ in range(2))
     images = torch.randn(1, 3, 64, 96)
