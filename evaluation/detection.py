@@ -28,6 +28,7 @@ from modeling_poodle.loading_poodle import required_keys
 # Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
 # it for others (Lin et al. 2017, arXiv 1612.03144, section 4).
 ANCHORS, CANONICAL, SHORT_SIDE = (32, 64, 128, 256, 512), 224, 800
+LEAST_ANCHOR = 2.0  # pixels; of these the flat ones, 1.4 high, still have two rows
 WORKING = (
     "c4 works with ResNets (transformers' and timm's, PooDLe's among them), fpn with encoders of four stages at the strides "
     "4, 8, 16 and 32 (ResNet, ConvNeXt, Swin and the like)"
@@ -126,7 +127,8 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
         if wrong:
             raise ValueError(f"detector {config.detector} cannot take this encoder's weights: {wrong[0]} does not fit")
     scale = config.short_side / SHORT_SIDE
-    sizes = [size * scale for size in ANCHORS]
+    # torchvision rounds the corners of anchors to pixels; a smaller one would have no width, and the loss of boxes be infinite.
+    sizes = [max(size * scale, LEAST_ANCHOR) for size in ANCHORS]
     if config.detector == "fpn":
         backbone = PyramidBackbone(encoder)
         anchors = AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))

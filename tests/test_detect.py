@@ -138,6 +138,20 @@ def test_c4_splits_the_pretrained_resnet(street_boxes, resnet):
     assert ((square[:, 2] - square[:, 0]) - torch.tensor([3.84, 7.68, 15.36, 30.72, 61.44])).abs().max() <= 1
 
 
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_small_images_have_anchors_of_some_size(tmp_path, resnet, detector):
+    """Of 10 pixels the smallest would be 0.4 pixels wide, rounded 0: the box that it should become is infinitely larger."""
+    write_coco(tmp_path)
+    readout = DetectionReadout(
+        build(str(resnet), 1), load_boxes("coco_folder", str(tmp_path)), recipe(detector=detector)
+    )
+    assert readout.model.config.short_side == 10
+    for anchors in readout.model.rpn.anchor_generator.cell_anchors:
+        assert (anchors[:, 2:] - anchors[:, :2]).min() >= 2
+    example = readout.read(readout.data.train[0])
+    assert readout(**readout.batch([example], torch.Generator().manual_seed(0))).isfinite()
+
+
 def test_statistics_stay_and_weights_move(street_boxes, resnet):
     data = load_boxes("coco_folder", str(street_boxes / "four"))
     readout = DetectionReadout(build(str(resnet), 8), data, recipe())
