@@ -38,7 +38,8 @@ class FeatureStore:
         try:
             # A tenth of the disk is left to others, among them the checkpoints of this very fit.
             limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free)
-            self.file = tempfile.NamedTemporaryFile(prefix="poodle-features-", dir=self.folder)
+            # Without a name: one that has a name stays, with all its gigabytes, where the process is killed.
+            self.file = tempfile.TemporaryFile(dir=self.folder)
             for name, values in features:
                 # A channel that is nearly dead in the images of the statistics may be thousands of deviations away in others: inf, and the loss nan.
                 array = values.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy()
@@ -49,7 +50,7 @@ class FeatureStore:
                 offset += array.size * 2
             self.file.flush()
             if offset:
-                self.memory = np.memmap(self.file.name, dtype=np.float16, mode="r")
+                self.memory = np.memmap(self.file, dtype=np.float16, mode="r")
         except OSError as error:  # the disk is full after all, or memory that stands for one
             logger.warning("features are not kept in %s: %s", self.folder, error)
             if self.file is not None:

@@ -262,6 +262,14 @@ def test_a_disk_that_is_full_costs_the_cache_and_not_the_readout(shapes, poodle,
     assert batch_of(readout, data.train[:1])["features"][0].shape == (32, 8, 12)
 
 
+def test_a_killed_process_leaves_no_features_on_the_disk(tmp_path, monkeypatch):
+    """Nothing of a process that is killed could remove a file with a name."""
+    monkeypatch.setenv("POODLE_SCRATCH", str(tmp_path))
+    store = FeatureStore(1e6)
+    assert store.fill([("a", torch.ones(2, 3, 4)), ("b", torch.zeros(2, 3, 4))]) == 2
+    assert list(tmp_path.iterdir()) == [] and store["a"].eq(1).all() and store["b"].eq(0).all()
+
+
 def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number():
     """A channel that hardly varies in the images that the deviation is of gives such numbers in another."""
     store = FeatureStore(1e6)
