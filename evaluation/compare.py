@@ -26,7 +26,7 @@ def read_results(path: str | Path) -> list[dict]:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no JSON, or not in UTF-8
         raise ValueError(f"{path} cannot be read as an evaluation.json: {error}") from None
     results = values.get("results", [values]) if isinstance(values, dict) else []
     if not results or any("miou" not in result or "readout" not in result for result in results):

@@ -193,7 +193,7 @@ def _wt_sem(folder: Path) -> LabelledImages:
 def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
     try:
         values = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no JSON, or not in UTF-8
         raise ValueError(f"{file} cannot be read: {error}. {_LAYOUTS['folder']}") from None
     values = {"classes": values} if isinstance(values, list) else values
     classes, ignore = values.get("classes") if isinstance(values, dict) else None, IGNORE

@@ -39,6 +39,9 @@ def test_folder_layouts(tmp_path, shapes):
     (tmp_path / "classes.json").write_text('{"classes": ["a", "a"]}')
     with pytest.raises(ValueError, match=r"classes.json must give classes different names, got 'a' twice"):
         load_dataset("folder", str(tmp_path))
+    (tmp_path / "classes.json").write_bytes('["Straße"]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes.json cannot be read: 'utf-8' codec .* Expected: images/"):
+        load_dataset("folder", str(tmp_path))
 
 
 def of_labels(labels: list[np.ndarray], classes: tuple[str, ...]) -> LabelledImages:

@@ -172,6 +172,9 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no segmentation results"):
         compare([str(tmp_path / "other.json")])
+    (tmp_path / "other.json").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match="other.json cannot be read as an evaluation.json"):
+        compare([str(tmp_path / "other.json")])
 
 
 def test_a_probe_of_one_class_alone_is_refused(tmp_path):
