@@ -12,6 +12,7 @@ import numpy as np
 
 from evaluation.data import STREETS, street_folder, within
 from evaluation.labelled_images import file_size, read_ahead, read_image, spread
+from modeling_poodle.recipe_files import is_finite
 
 logger = logging.getLogger("poodle")
 BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
@@ -136,6 +137,8 @@ def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tupl
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
         if not numbers or not all(math.isfinite(v) for v in box):
             raise ValueError(f"{where}: a box must be 4 finite numbers, got {box!r}")
+        if area is not None and not (is_finite(area) and area >= 0):
+            raise ValueError(f"{where}: area must be a number of square pixels, got {area!r}")
         x0, y0, x1, y1 = box
         if x1 < x0 or y1 < y0:
             raise ValueError(

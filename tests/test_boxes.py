@@ -145,6 +145,8 @@ def write_coco(folder: Path, **changes) -> None:
         ({"annotation": {"bbox": [30, 2, 1, 1]}}, r"outside its image"),
         ({"annotation": {"bbox": [2, 2, float("nan"), 5]}}, r"4 finite numbers"),
         ({"annotation": {"bbox": [2, 2, 5]}}, r"4 finite numbers"),
+        ({"annotation": {"area": "wide"}}, r"annotation 7: area must be a number of square pixels, got 'wide'"),
+        ({"annotation": {"area": float("nan")}}, r"annotation 7: area must be a number of square pixels, got nan"),
         ({"image": {"file_name": "b.png"}}, r"1 of 1 annotated images are missing, the first is .*b.png"),
         ({"image": {"height": 12}}, r"a.png is 20x10, but its boxes are for 20x12"),
         ({"image": {"height": None}}, r"an image needs id, file_name, height and width"),
