@@ -105,18 +105,20 @@ class Encoder(nn.Module):
         Read a strip of pixels that is larger than the network's own images: a network of one size is read in windows of it from then on.
 
         Raises:
-            ValueError: it reads no such images either way, or cells are not square.
+            ValueError: it reads no such images either way, or its map is not what its config says, or its cells are not square.
         """
         own = own_size(self.model.poodle.encoder)
         unit = -(-32 // self.multiple) * self.multiple  # a cell of an encoder's last stage, if not some
         height, width = 3 * unit, (-(-(own or 0) // unit) + 2) * unit
         try:
-            rows, columns = self(torch.zeros(1, 3, height, width, device=self.model.device)).shape[2:]
+            channels, rows, columns = self(torch.zeros(1, 3, height, width, device=self.model.device)).shape[1:]
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             if own is None or self.window is not None:
                 raise ValueError(f"{self.name} reads no image of {height}x{width} pixels ({error})") from error
             self.window, self.one_size = own, True
             return self.check()
+        if channels != self.channels:
+            raise ValueError(f"{self.name} has a map of {channels} channels, but its config says {self.channels}")
         if height * columns != width * rows or height % rows or (self.window or 0) % self.multiple:
             of = f"{height}x{width} pixels" + ("" if self.window is None else f" in windows of {self.window}")
             raise ValueError(f"{self.name} has a map of {rows}x{columns} cells for {of}, which are no whole squares")

@@ -295,12 +295,6 @@ class UperNetReadout(nn.Module):
             maps = backbone(torch.zeros(1, 3, 224, 288)).feature_maps  # whole images are read, of any size
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"readout upernet: {encoder.name} reads images of one size alone ({error})") from None
-        for features, expected in zip(maps, channels):
-            if features.shape[1] != expected:  # timm's Swin has them last, transformers' FocalNet others
-                shape = "x".join(map(str, features.shape[1:]))
-                raise ValueError(
-                    f"readout upernet: {encoder.name} gives a map of {shape} for {expected} channels first"
-                )
         freeze_idle(backbone, maps)
 
     def prepare(self, accelerator: Accelerator | None = None) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import HieraConfig, HieraModel
+from transformers import FocalNetConfig, HieraConfig, HieraModel
 
 from evaluation.encoders import Encoder, build
 from evaluation.labelled_images import Example, LabelledImages
@@ -81,6 +81,12 @@ def test_upernet_refuses_a_network_of_one_image_size(hiera):
     data = LabelledImages("x", ("a", "b", "c"), (labelled,), (labelled,))
     with pytest.raises(ValueError, match=f"readout upernet: {hiera} reads images of one size alone"):
         UperNetReadout(build(hiera, 3), data, EvaluationRecipe(model=["x"], readout="upernet"))
+
+
+def test_a_map_of_other_channels_than_the_config_says_is_refused(tmp_path):
+    FocalNetConfig(embed_dim=8, depths=[1] * 4, hidden_sizes=[16, 32, 64, 128]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a map of 64 channels, but its config says 128"):
+        build(f"random:{tmp_path}", 3)
 
 
 def test_an_encoder_that_fails_is_named(monkeypatch, tmp_path):
