@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.locks import lock_output_dir
+from modeling_poodle.processes import refuse_sharding
 
 logger = logging.getLogger("poodle")
 FITTED = ("readout", "detector")  # folders of what was fitted
@@ -26,6 +27,7 @@ def make_accelerator() -> Accelerator:
     # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
     # And the type: `accelerate config` may have another, which would change the figures and stand nowhere in them.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    refuse_sharding(accelerator)
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -42,3 +42,16 @@ def main_first(accelerator, action: Callable):
     for of_main in (True, False):
         on_all(accelerator, partial(turn, of_main))
     return found[0]
+
+
+def refuse_sharding(accelerator) -> None:
+    """
+    Raises:
+        ValueError: Accelerate's configuration asks for FSDP, DeepSpeed or the like, with which checkpoints, which hold whole tensors, would fail.
+    """
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"Accelerate is configured for {kind}; here each process has the whole model, of 1 GB with ResNet-50: "
+            "give a configuration without it (--config_file), as those in training/launch/"
+        )

@@ -2,21 +2,32 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from small_runs import MODEL, RESNET
 from torch import nn
 
+from evaluation import outputs
 from modeling_poodle import PoodleConfig, PoodleModel
 from training.assembly import (
     build_model,
     build_optimizer,
     load_into,
+    make_accelerator,
     may_idle,
     prepared,
     synchronise_batch_norm,
 )
 from training.batch_norm import EqualSyncBatchNorm2d
 from training.recipe import Recipe, check_crop_size
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("make", [lambda: make_accelerator(Recipe()), outputs.make_accelerator])
+def test_sharded_models_are_refused_before_the_first_step(monkeypatch, kind, make):
+    """Else the first checkpoint would fail, of tensors of which each process has a part. (Accelerate takes the setting on GPUs alone.)"""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
+    with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}; here each process has the whole"):
+        make()
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])

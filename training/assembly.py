@@ -15,6 +15,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
+from modeling_poodle.processes import refuse_sharding
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
 from training.recipe import Recipe, RunRecipe, check_crop_size
 
@@ -24,7 +25,8 @@ logger = logging.getLogger("poodle")
 def make_accelerator(recipe: RunRecipe) -> Accelerator:
     """
     Raises:
-        ValueError: the tracker of `report_to` is not installed. (Accelerate goes on without it, with a warning.)
+        ValueError: the tracker of `report_to` is not installed (Accelerate goes on without it, with a warning), or Accelerate is
+            configured for FSDP or the like.
     """
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
         raise ValueError(
@@ -40,6 +42,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         # A process that is gone or stands still ends the run of the others, not their patience.
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
+    refuse_sharding(accelerator)
     accelerator.gradient_accumulation_steps = (
         1  # the environment may have another: the loop divides, and would be divided again
     )
