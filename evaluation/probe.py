@@ -71,7 +71,7 @@ class Probe:
         with torch.device("meta"):  # all but the classifier, which k-NN does not use, is the model's own
             wrapper = PoodleForSemanticSegmentation(config)
         wrapper.poodle = model
-        return Encoder("probe", wrapper, whole=True)
+        return Encoder("probe", wrapper, whole=True).eval().check()
 
 
 def of_first_process(accelerator: Accelerator, model: nn.Module) -> nn.Module:

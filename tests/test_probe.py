@@ -1,5 +1,6 @@
 """The readout of a network in training, and the table of several evaluations."""
 
+import copy
 import json
 
 import numpy as np
@@ -86,6 +87,15 @@ def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
         for name in ("plain", "probed")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_network_of_one_image_size_is_probed_in_windows(stripes):
+    """As an evaluation reads it; trained on crops of that size. Its statistics do not move."""
+    encoder = {"model_type": "hiera", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "image_size": [32, 32]}
+    model = PoodleModel(PoodleConfig(backbone_config=encoder, decoder_reduction=2)).train().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    assert Probe(f"folder:{stripes}")(Accelerator(cpu=True), model)["miou"] > 0.2  # one class for all has 1/9
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_processes_with_statistics_of_their_own_measure_the_network_of_the_first(stripes, tmp_path):
