@@ -58,7 +58,7 @@ class Readout:
         linear = isinstance(self.model, PoodleForSemanticSegmentation)
         # Images of whole cells, as they were measured: Encoder resizes to them (and reads windows where one needs these), UperNet's are resized here.
         self.encoder = (
-            Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model))
+            Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model)).check()
             if linear
             else None
         )

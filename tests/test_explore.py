@@ -212,6 +212,14 @@ def test_a_readout_of_a_vit_is_read_as_it_was_measured(tmp_path, blocks, beside)
     assert encoder.inference.startswith(beside or "whole image")
 
 
+def test_a_readout_of_a_network_of_one_image_size_is_shown_by_windows(tmp_path):
+    hiera = {"model_type": "hiera", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "image_size": [64, 64]}
+    config = PoodleConfig(backbone_config=hiera, num_decoder_blocks=0, num_labels=3)
+    PoodleForSemanticSegmentation(config).save_pretrained(tmp_path)
+    SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    assert Readout(str(tmp_path), torch.device("cpu")).predict(np.zeros((70, 100, 3), np.uint8)).shape == (70, 100)
+
+
 def test_upernet_is_shown_as_it_was_measured(tmp_path):
     torch.manual_seed(0)
     config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0)
