@@ -6,7 +6,12 @@ from collections import Counter, defaultdict
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from benchmarks.profiling import group
 
@@ -29,6 +34,17 @@ _NO_KERNEL = (
     "_unsafe_view",
     "_reshape_alias",
 )
+
+
+# A ViT's attention by the name that it has on CPUs alone, which PyTorch's counter does not know.
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention(query, key, value, *others, out_shape=None, **options) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward(gradient, query, key, value, *others, out_shape=None, **options) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
 
 
 class LiveBytes(TorchDispatchMode):

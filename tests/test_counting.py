@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from test_benchmarks import SMALL, TINY, run
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counting import BANDWIDTH, HALF_PEAK, TF32_PEAK, CountedWork, LiveBytes
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
@@ -21,6 +23,15 @@ def test_live_bytes_of_a_known_sequence():
     assert counted.peak == counted.now == 12_000
     del d
     assert counted.now == 4_000
+
+
+def test_attention_on_a_cpu_is_counted():
+    """Two products forward; backward the scores once more, and the gradients of values, weights, queries and keys."""
+    query, key, value = (torch.randn(1, 4, length, 3, requires_grad=True) for length in (5, 7, 7))
+    product = 2 * 4 * 5 * 7 * 3
+    with FlopCounterMode(display=False) as counter:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * product
 
 
 def test_counted_memory_of_a_step(tmp_path):
