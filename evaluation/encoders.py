@@ -332,7 +332,7 @@ def _model_type(source: str) -> str | None:
     try:
         return read_config(source).model_type
     except OSError as error:
-        raise ValueError(f"--model {source}: no such model, neither a folder nor on the Hub ({error})") from error
+        raise ValueError(f"--model {source}: no such model ({error})") from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"--model {source}: no such model that can be loaded ({error})") from error
 

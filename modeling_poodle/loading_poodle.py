@@ -13,18 +13,34 @@ from .configuration_poodle import PLAIN_VITS, check_config
 from .encoder_poodle import auto_class, refuse_giant
 
 
+def config_values(name: str) -> dict:
+    """
+    What the config.json of a model says, by Hub id or folder.
+
+    Raises:
+        OSError: neither here nor on the Hub.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict(name)[0]
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"there is no folder {name}, and on the Hub: {error}") from error  # a path may be misspelt
+
+
 def read_config(name: str) -> PreTrainedConfig:
     """
     The config of a model by Hub id or folder. Code that it names is left alone: the architecture must be one that is installed here.
 
     Raises:
+        OSError: neither here nor on the Hub.
         ValueError: no such folder, numbers that no network has, or an architecture that only code from elsewhere would give.
     """
     if (
         name.count("/") > 1 and not Path(name).exists()
     ):  # the Hub, asked for it, would answer after half a minute where it is not reached
         raise ValueError(f"there is no folder {name}")
-    values, _ = PreTrainedConfig.get_config_dict(name)
+    values = config_values(name)
     check_config(values, f"config.json of {name}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if hasattr(config, "auto_map"):
@@ -120,4 +136,4 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error
 
 
-__all__ = ["from_pretrained_whole", "load_encoder", "required_keys", "read_config"]
+__all__ = ["config_values", "from_pretrained_whole", "load_encoder", "required_keys", "read_config"]

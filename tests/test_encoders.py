@@ -38,6 +38,7 @@ from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.loading_poodle import load_encoder
 from training.checkpoints import write_folders
+from training.flow import UnFlow
 
 # --- encoders ---
 
@@ -405,6 +406,12 @@ def test_wrong_models_are_named(tmp_path, poodle):
     ).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is no encoder that can be loaded"):
         build(str(tmp_path / "bert"), 3)
+
+
+@pytest.mark.parametrize("read", [load_encoder, lambda name: build(name, 3), UnFlow])
+def test_a_path_that_could_be_a_name_on_the_hub_is_said_not_to_be_here(read):
+    with pytest.raises(ValueError, match="there is no folder runs/mistyped, and on the Hub: "):
+        read("runs/mistyped")
 
 
 def test_half_a_file_of_weights_is_named(poodle, tmp_path):

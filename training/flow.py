@@ -20,6 +20,7 @@ from torchvision.models import get_model, get_model_weights, optical_flow
 from torchvision.utils import flow_to_image
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
+from modeling_poodle.loading_poodle import config_values
 from modeling_poodle.recipe_files import nearest
 from training.addresses import printable, video_name
 from training.raft import GatedUnit, correlation_pyramid, update
@@ -276,7 +277,7 @@ class UnFlow(nn.Module):
         folder = str(inner) if (inner / "config.json").is_file() else model
         advice = "give a run of training/train_flow.py, its model/, or a Hub id with --flow_model"
         try:
-            kind = PoodleFlowConfig.get_config_dict(folder)[0].get("model_type")
+            kind = config_values(folder).get("model_type")
         except (OSError, ValueError) as error:
             raise ValueError(f"flow_model {model} cannot be read ({error}); {advice}") from error
         if kind != PoodleFlowConfig.model_type:
