@@ -263,7 +263,7 @@ class PairLoader:
     def load_state_dict(self, state: dict, inexact: bool = False) -> None:
         """
         Args:
-            inexact: with other workers, ranks or batches, begin with openings that the run has not seen.
+            inexact: with other workers, ranks or batches, begin with openings that the run has not seen; with the same ones go on exactly.
 
         Raises:
             ValueError: other workers, ranks, batches, videos or flow than the run's: the stream would not be the same.
@@ -288,6 +288,9 @@ class PairLoader:
             shown = "first_path" if name == "paths" else name
             raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
         if state["openings"] != (state["span"] + 1) * self._openings_per_span:
+            if inexact:  # also of a rank whose span is before another's, with the same workers (see `read_rank_state`)
+                self.span = -(-state["openings"] // self._openings_per_span)
+                return
             raise ValueError(
                 "cannot resume the stream exactly: the run is one of an earlier version, whose workers were given other shares; go on with "
                 "--resume_inexact true"
