@@ -25,7 +25,7 @@ class DetectionRecipe(FitRecipe):
         1e-4, "Peak learning rate of AdamW; warm-up over a twentieth of the steps, then a cosine to 0."
     )
     weight_decay: float = described(0.05, "AdamW weight decay, of all that is trained.")
-    boxes_per_image: int = described(512, "Proposals of an image that the loss of the boxes' head is taken at.")
+    boxes_per_image: int = described(512, "Proposals of each image that train the box head.")
     save_steps: int = described(500, "Steps between checkpoints of the fit.")
 
     def __post_init__(self):

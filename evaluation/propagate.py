@@ -60,13 +60,13 @@ class PropagationRecipe(CheckedRecipe):
         None, "Map to read: decoder, stage1 to stage4; unset: the SDM's, else the last stage's."
     )
     output_dir: str = described("runs/propagation", "Folder for evaluation.json and report.html.")
-    max_sequences: int | None = described(None, "Use so many sequences, evenly spread.")
-    stride: int = described(8, "Pixels a cell of the grid that features and labels are read at.")
-    top_k: int = described(5, "Most similar cells that hand on their labels.")
-    context_frames: int = described(7, "Previous frames that are looked at, beside the first.")
-    radius: int = described(12, "Cells up, down, left and right that are looked at.")
+    max_sequences: int | None = described(None, "Use at most this many sequences, evenly spread.")
+    stride: int = described(8, "Size in pixels of the cells at which features and labels are read.")
+    top_k: int = described(5, "Number of most similar cells whose labels a cell gets.")
+    context_frames: int = described(7, "Previous frames to look at, besides the first.")
+    radius: int = described(12, "Cells to look at in each direction.")
     temperature: float = described(0.1, "Weights are exp(cosine / temperature).")
-    seed: int = described(0, "Of an untrained model's weights.")
+    seed: int = described(0, "Seed of an untrained model's weights.")
 
     def __post_init__(self):
         self.need_declared()

@@ -26,8 +26,8 @@ class FitRecipe(CheckedRecipe):
     dataset: str = "street"
     data_dir: str | None = described(None, "Folder of the data set.")
     output_dir: str = "runs/evaluation"
-    max_train_images: int | None = described(None, "Use so many training images, evenly spread.")
-    max_test_images: int | None = described(None, "Use so many test images, evenly spread.")
+    max_train_images: int | None = described(None, "Use at most this many training images, evenly spread.")
+    max_test_images: int | None = described(None, "Use at most this many test images, evenly spread.")
     num_train_epochs: float = described(30, "Passes over the training images.")
     max_steps: int = described(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     per_device_train_batch_size: int = described(8, "Images a process and step.")
@@ -35,7 +35,7 @@ class FitRecipe(CheckedRecipe):
         1e-2, "Peak learning rate of AdamW; warm-up over a twentieth of the steps, then a cosine to 0."
     )
     weight_decay: float = described(1e-4, "AdamW weight decay, of all that is trained.")
-    seed: int = described(0, "Of new weights, the order of images and what is drawn in them.")
+    seed: int = described(0, "Seed of new weights, of the order of images, and of random crops and pixels.")
     logging_steps: int = described(20, "Steps between points of the loss curve.")
     save_steps: int = described(200, "Steps between checkpoints of the fit.")
     resume_from_checkpoint: str | None = described(None, "'latest': go on with an interrupted evaluation.")
@@ -69,12 +69,10 @@ class EvaluationRecipe(FitRecipe):
     output_dir: str = described("runs/evaluation", "Folder for evaluation.json, report.html and readout/.")
     crop_size: list[int] = described([256, 512], "UperNet: training crop, height and width.")
     feature_cache_gb: float = described(
-        16.0, "Linear: keep frozen features of a process on disk up to so many GB; above, compute them anew."
+        16.0, "Linear: GB of features that each process caches on disk; the others are computed anew in each epoch."
     )
     num_neighbours: int = described(20, "k-NN: cells that vote.")
-    max_reference_cells: int = described(
-        50_000, "k-NN: cells of the training images that are compared with, evenly spread."
-    )
+    max_reference_cells: int = described(50_000, "k-NN: cells of the training images to compare with, evenly spread.")
 
     def __post_init__(self):
         super().__post_init__()

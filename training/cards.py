@@ -1,4 +1,4 @@
-"""Model cards, made from what was done and measured alone. Light: neither torch nor transformers is imported."""
+"""Model cards, which say only what was done and measured. Imports neither torch nor transformers, which take seconds."""
 
 import csv
 import dataclasses
@@ -128,7 +128,7 @@ def flow_card(recipe: dict, facts: Facts) -> str:
 def _flow_card(what: str, training: str, license: str | None = "apache-2.0") -> str:
     data = _data("optical-flow", None, license)  # the Hub has no name for this task
     return _card(
-        data, "Optical flow without labels", what, _LOAD["flow"], training, "RGB from 0 to 1, nothing taken away."
+        data, "Optical flow without labels", what, _LOAD["flow"], training, "RGB from 0 to 1, not normalised."
     )
 
 
@@ -151,7 +151,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
         )
     result = results[0] if results else {}
     task = "object-detection" if kind == "detector" else "image-segmentation"
-    # A digest is noted of weights from a folder, whose name may look like an id of the Hub.
+    # Weights with a digest are from a local folder, whose path may look like an id of the Hub.
     model = None if result.get("weights_sha256") else result.get("model")
     data = _data(kind, task, base_model=_hub_id(model))
     if kind == "detector":
@@ -285,14 +285,14 @@ _LOAD = {
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES)
-# UperNetConfig(backbone="ORG/NAME") and the like take the architecture alone; then the weights:
+# UperNetConfig(backbone="ORG/NAME") and the like build the architecture without its weights; load these as well:
 # upernet.backbone.load_state_dict(backbone.state_dict())""",
     "timm": """from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-# AutoBackbone.from_pretrained would take the name for one of timm's.
+# Not AutoBackbone.from_pretrained, which looks the name up in timm.
 backbone = AutoBackbone.from_config(AutoConfig.from_pretrained("ORG/NAME"))
 backbone.load_state_dict(load_file(hf_hub_download("ORG/NAME", "model.safetensors")))""",
     "plain vit": """from transformers import AutoImageProcessor, AutoModel
@@ -301,10 +301,10 @@ processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 model = AutoModel.from_pretrained("ORG/NAME")""",
     "model": """from transformers import AutoBackbone, AutoImageProcessor
 
-# The code is in this repository; without trust_remote_code where the package modeling-poodle is installed and imported.
+# trust_remote_code runs the code in this repository; leave it out if the package modeling-poodle is installed and imported.
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES, trust_remote_code=True)""",
-    "flow": """import modeling_poodle  # of the package modeling-poodle; else trust_remote_code=True, the code is in this repository
+    "flow": """import modeling_poodle  # the package modeling-poodle; without it give trust_remote_code=True, which runs the code in this repository
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained("ORG/NAME")

@@ -52,9 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--out", help="folder of the flow; unset: flow/ in the folder that is the only one of --videos"
-    )
+    parser.add_argument("--out", help="folder of the flow; unset: flow/ in the one folder that --videos names")
     parser.add_argument("--epochs", type=int, help="epochs of pairs; unset: those that the recipe's steps need")
     options, flags = parser.parse_known_args(arguments)
     if options.epochs is not None and options.epochs < 1:

@@ -24,7 +24,7 @@ from training.street_cameras import street_camera
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
-MOST_PAIRS = 32  # of a video; two at least take turns then, of the pairs that a worker holds (PAIRS_HELD of training/video_stream.py)
+MOST_PAIRS = 32  # of a video: half of PAIRS_HELD in training/video_stream.py, so that two videos take turns at least
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
 FREE_ON_RESUME = frozenset(
     (
@@ -43,7 +43,7 @@ FREE_ON_RESUME = frozenset(
         "hub_private_repo",
     )
 )
-# May differ besides with resume_inexact: other pairs from there on, as many a step, or another arithmetic, for a run that has gone wrong.
+# With resume_inexact these may differ too: the pairs are others from there on (as many a step), or the arithmetic is, for a run that went wrong.
 FREE_ON_INEXACT_RESUME = frozenset(
     (
         "dataloader_num_workers",
@@ -77,7 +77,7 @@ class RunRecipe(CheckedRecipe):
     # Pairs
     frame_gap_seconds: list[float] = described(
         [0.5, 1.5],
-        "Range of the time between the two frames of a pair; a video without frames that come near it (to a frame's time, 0.1 to 1 s) is skipped.",
+        "Range of the time between the two frames of a pair, seconds; a video without such frames (give or take one frame, 0.1 to 1 s) is skipped.",
     )
     crop_size: list[int] = described([128, 256], "Height and width of the crop that both frames share, pixels.")
     frame_size: list[int] | None = described(
@@ -93,7 +93,7 @@ class RunRecipe(CheckedRecipe):
     # Model
     model: dict[str, Any] | str = described(
         {},
-        "Fields of the model's config, as a mapping (JSON on the command line, which changes these fields of the recipe and leaves the others).",
+        "Fields of the model's config. On the command line JSON, which changes these fields and keeps the recipe's others.",
     )
 
     # Optimisation
@@ -129,14 +129,16 @@ class RunRecipe(CheckedRecipe):
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     resume_inexact: bool = described(
         False,
-        "Resume on another number of processes or workers, or with another learning_rate, min_learning_rate, teacher_momentum or bf16: "
-        "as many pairs a step, but others than without the stop.",
+        "Allow to resume with another number of processes or workers (a step has as many pairs, but other ones than without the stop), "
+        "or with another learning_rate, min_learning_rate, teacher_momentum or bf16.",
     )
     ddp_timeout: int = described(
         1800, "Seconds that a process waits for the others before the run ends with an error."
     )
     push_to_hub: bool = described(False, "Send the model to the Hub at each checkpoint, in the background.")
-    hub_model_id: str | None = described(None, "Name on the Hub, org/name; what has the decoder goes to org/name-sdm.")
+    hub_model_id: str | None = described(
+        None, "Name on the Hub, org/name; a model with decoder or dilation goes to org/name-sdm."
+    )
     hub_private_repo: bool = described(False, "Make repositories that are new private.")
 
     def __post_init__(self):
@@ -248,12 +250,12 @@ class Recipe(RunRecipe):
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
     flow_dir: str | None = described(
         None,
-        "Folder that `python -m training.flow` wrote, for precomputed flow; unset: flow/ in the folder that is the only one of videos.",
+        "Folder that `python -m training.flow` wrote, for precomputed flow; unset: flow/ in the one folder that videos names.",
     )
     flow_epochs: int | None = described(
-        None, "Epochs of pairs that a run with precomputed flow goes through again and again; unset: all are its own."
+        None, "With precomputed flow: number of epochs whose pairs the run repeats; unset: each epoch has new pairs."
     )
-    flow_model: str | None = described(None, "Of flow unflow: a run of train_flow.py, its model/, or a Hub id.")
+    flow_model: str | None = described(None, "With flow unflow: a run of train_flow.py, its model/, or a Hub id.")
 
     # Views and subcrops
     affine_views: bool = described(True, "Rotate, scale and flip each network's view of each frame.")
