@@ -16,10 +16,10 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
-# Encoders whose table of positions has one size but which interpolate it; larger images are read in windows of that size all the same.
-# (DINOv2 was trained at several sizes; DINOv3 and the convolutional ones have no table.)
+# Encoders trained at one size, that of their position embeddings. They could interpolate these, but larger images are read in windows of that size.
+# (DINOv2 was trained at several sizes; DINOv3 and the convolutional ones have no such embeddings.)
 WINDOWED = (*PLAIN_VITS, "beit")
-WINDOWS = 16  # that are read at once: a small ViT takes 0.8 of the time of one by one on a CPU
+WINDOWS = 16  # read at once: on a CPU a small ViT takes 0.8 of the time of one by one
 
 
 class Encoder(nn.Module):
@@ -30,8 +30,8 @@ class Encoder(nn.Module):
         name: of the model, as the user gave it.
         model: a PoodleForSemanticSegmentation whose `poodle` is the encoder; its classifier is the readout.
         mean, std: of the model's own preprocessing.
-        whole: also a ViT whose positions have one size reads whole images, with positions interpolated: as it was pretrained on PooDLe's
-            crops. Otherwise it is read in windows of that size.
+        whole: read whole images also by an encoder of `WINDOWED`, with its position embeddings interpolated, because PooDLe pretrained it that
+            way. Otherwise it is read in windows.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ _EARLIER_KEYS = {
     "use_timm_backbone",
 }
 
-# Far above any encoder in use. What lies beyond would fill the memory before anything else is found wrong with it.
+# Far above any encoder in use; larger numbers would fill the memory before any other check finds them wrong.
 MAX_LAYERS, MAX_SIZE, MAX_DECODER_BLOCKS = 1000, 1 << 20, 8
 
 
@@ -104,8 +104,8 @@ def _counts_layers(name: str) -> bool:
 
 def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     """
-    Raises ValueError for a field that `config` does not have; the nearest name is suggested. What a file has beside the fields, and is no
-    misspelling of one, is left alone with a warning: a later transformers may write it into every config.
+    Raises ValueError for a field that `config` does not have; the nearest name is suggested. An unknown key of a file that is no misspelling
+    of a field is kept, with a warning: a later transformers may write it into every config.
     """
     known = {field.name for field in dataclasses.fields(config)} | _TRANSFORMERS_KEYS
     for key in kwargs:
@@ -158,8 +158,8 @@ class ChecksOverrides:
         return super().from_dict(values | given, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        # Of what is saved anew, or of a network of which this is a part, it would name code that is not there; unless transformers has just copied
-        # the code of a class that came from elsewhere.
+        # auto_map would name code that is not beside what is saved, or not beside the network that this config is a part of. It is right only
+        # where transformers has just copied the code of a class from elsewhere (`_auto_class`).
         values = super().to_dict()
         return values if self._auto_class is not None else {k: v for k, v in values.items() if k != "auto_map"}
 
@@ -238,7 +238,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Here, for some versions of transformers look at the types of their own fields as these are set, with errors of another kind.
+        # Checked here because some versions of transformers check the types of these fields when they are set, and raise other errors.
         if name in ("id2label", "label2id", "num_labels"):
             _check_labels(name, value)
         super().__setattr__(name, value)
@@ -295,7 +295,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             if self.backbone_config.model_type == "timm_backbone":
                 expected += " (a backbone_config with out_indices: [1, 2, 3, 4] has four)"
             refuse("num_decoder_blocks", expected)
-        # Of others the network alone knows, and refuses it when it is built.
+        # For other encoders only the built network knows the channels; the decoder's block refuses it then.
         sizes, last = getattr(encoder, "hidden_sizes", None), self._encoder_stages()[-1]
         if self.num_decoder_blocks and self.decoder_top_down and sizes and last in getattr(encoder, "stage_names", ()):
             behind = len(encoder.stage_names) - encoder.stage_names.index(last)  # some begin with the stem's, some not
@@ -346,7 +346,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_labels(name: str, value: Any) -> None:
-    """Of those of transformers' own fields that a readout is built of."""
+    """Checks the fields of transformers' own that a readout is built from."""
     if name == "num_labels":
         fits, expected = _is_int(value) and value >= 0, "an integer of at least 0"
     elif name == "id2label":
@@ -359,7 +359,7 @@ def _check_labels(name: str, value: Any) -> None:
 
 
 def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
-    """`saved`: transformers has written the config of which it is a part."""
+    """saved: whether the config that it is a part of was written by transformers."""
     if value is None:
         return AutoConfig.for_model("resnet")
     if not isinstance(value, (dict, PreTrainedConfig)):
@@ -379,7 +379,7 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
             config = AutoConfig.for_model(model_type, **config)
         except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take
             raise ValueError(f"PoodleConfig.backbone_config is no config of {model_type!r}: {error}") from error
-    # Its attributes would not tell: timm's has no out_features until the network is built.
+    # By its class, not by its attributes: timm's has no out_features until the network is built.
     if config.model_type not in PLAIN_VITS and not isinstance(config, BackboneConfigMixin):
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
@@ -408,10 +408,10 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
 
 def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     """
-    Look for keys of `given`, of which `config` was made, that its class does not know and keeps as attributes that nobody reads.
+    Raises ValueError for a key of `given`, from which `config` was made, that its class does not know: it would be an attribute that nobody reads.
 
-    It is for what somebody has typed. In what transformers has written they came with a checkpoint of another version, and in a config
-    whose class is from elsewhere the model may read what the class does not name: both are left alone.
+    For configs that a person typed. Those written by transformers may have keys of another version, and models from elsewhere may read keys that
+    their config's class does not name: both are left alone.
     """
     kind = type(config)
     if not kind.__module__.startswith("transformers."):

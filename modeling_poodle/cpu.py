@@ -48,7 +48,7 @@ def _on_amd() -> bool:
 
 # PyTorch's float32 products are MKL's, which on AMD's processors goes no further than AVX2; its convolutions are oneDNN's, which takes what is there.
 _CONVOLVES = torch.backends.mkl.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability() and _on_amd()
-_FEW_ROWS = 512  # fewer are not worth the other layout that oneDNN brings the weights into
+_FEW_ROWS = 512  # with fewer, converting the weights to oneDNN's layout costs more than it saves
 
 
 def linear(points: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def linear(points: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(points, weight, bias)
-    # As many images of one row: where there is one thread, oneDNN is not given a batch of less than 16.
+    # As a batch of images of one row: with one thread, PyTorch uses oneDNN only for batches of at least 16.
     count = points.shape[0]
     width = next((width for width in (64, 32, 16) if count % width == 0 and count >= 16 * width), count)
     image = points.unflatten(0, (-1, 1, width)).permute(0, 3, 1, 2)

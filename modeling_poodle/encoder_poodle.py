@@ -45,7 +45,7 @@ class PlainVitEncoder(nn.Module):
 
 
 MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many
-WIDE = 1024  # a config without a number above it is not worth a look
+WIDE = 1024  # a config without a larger number is taken for no giant
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -73,7 +73,7 @@ def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> No
 
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
-    # A copy, not one made of to_dict(): which attention was asked for is in no dict.
+    # deepcopy, because to_dict() leaves out which attention was asked for.
     backbone_config = copy.deepcopy(config.backbone_config)
     # The type of the whole model, not the (half) precision that the encoder's own checkpoint is stored in.
     backbone_config.dtype = torch.get_default_dtype()
@@ -130,7 +130,7 @@ class Checkpointed:
 
 def recomputed(block: nn.Module, forward: Callable, *inputs: Tensor | None) -> Tensor:
     """`forward(*inputs)` of a block, computed again in the backward pass, where its BatchNorms' statistics do not move a second time."""
-    if torch.compiler.is_compiling():  # which writes statistics once by itself
+    if torch.compiler.is_compiling():  # compiled code updates statistics once anyway
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpoint(
         forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
@@ -142,7 +142,7 @@ def _still_statistics(block: nn.Module) -> Iterator[None]:
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # A share of 0 is taken of the batch's; batches are counted in a copy. (Not None: PyTorch's SyncBatchNorm refuses it.)
+        # Momentum 0 leaves the statistics as they are; batches are counted in a copy. (Not None: PyTorch's SyncBatchNorm refuses it.)
         norm.momentum = 0.0
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = norm.num_batches_tracked.clone()

@@ -200,9 +200,7 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     """
     b, f, c, height, width = frames.shape
     m = boxes.shape[1]
-    kind = torch.promote_types(
-        frames.dtype, torch.float32
-    )  # bfloat16 would round a place among 1024 pixels to 4 of them
+    kind = torch.promote_types(frames.dtype, torch.float32)  # bfloat16 has only every fourth pixel of 1024
     x0, y0, x1, y1 = boxes.to(kind).unbind(-1)  # each (B, M)
     rows = resize_weights(y0, y1, height, size).to(frames.dtype)  # (B, M, size, H)
     # The frames lie one below the other, so that one product reads them all without a copy a box.

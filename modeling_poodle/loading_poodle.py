@@ -36,9 +36,8 @@ def read_config(name: str) -> PreTrainedConfig:
         OSError: neither here nor on the Hub.
         ValueError: no such folder, numbers that no network has, or an architecture that only code from elsewhere would give.
     """
-    if (
-        name.count("/") > 1 and not Path(name).exists()
-    ):  # the Hub, asked for it, would answer after half a minute where it is not reached
+    # No Hub id; an unreachable Hub would take half a minute to say so.
+    if name.count("/") > 1 and not Path(name).exists():
         raise ValueError(f"there is no folder {name}")
     values = config_values(name)
     check_config(values, f"config.json of {name}")
@@ -64,7 +63,7 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
         ValueError: the checkpoint lacks weights of the model, is one of another architecture, or is damaged; or its config is refused.
     """
     config = kwargs.pop("config", None) or read_config(name)
-    if config.model_type != "poodle":  # which looks itself
+    if config.model_type != "poodle":  # whose encoder is counted when it is built
         build = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class has the former
         refuse_giant(config, lambda: build(config))
     try:
@@ -99,7 +98,7 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
     Args:
         name: id on the Hub or local folder of any backbone that `AutoBackbone` builds or of a plain ViT; `timm/NAME` for timm's.
         weights: False reads the config alone; the state dict is empty.
-        timm_stages: the last ones, which a network of timm's returns; it has to be built for them. A decoder reads several.
+        timm_stages: how many of the last stages a network of timm's returns, which is fixed when it is built; a decoder reads several.
 
     Raises:
         ValueError: nothing there, or no encoder with spatial features.
@@ -109,7 +108,7 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
             config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), out_indices=list(range(-timm_stages, 0)))
             encoder = AutoBackbone.from_config(config, trust_remote_code=False)
             if weights:
-                # transformers builds timm's networks at random, whatever its config says of pretraining.
+                # transformers gives timm's networks random weights, whatever the config says of pretraining.
                 import timm
 
                 pretrained = timm.create_model(
@@ -123,7 +122,7 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         if config.model_type == "timm_backbone":
             state = from_pretrained_whole(_SavedTimmBackbone, name, config=config).state_dict() if weights else {}
             return config, state
-        with torch.device("meta"):  # what it is, without memory for its weights
+        with torch.device("meta"):  # its class, without memory for weights
             encoder_class = type(auto_class(config).from_config(config, trust_remote_code=False))
         if not weights:
             return config, {}

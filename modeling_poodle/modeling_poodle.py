@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .configuration_poodle import PoodleConfig
 from .encoder_poodle import Checkpointed, build_encoder, recomputed
 
-# PyTorch's CUDA kernel for channels_last maps writes so many numbers at most, and refuses more.
+# The largest output, in numbers, of PyTorch's CUDA interpolation on channels_last maps; it refuses larger ones.
 MOST_NUMBERS = 2**31 - 2
 
 
@@ -43,8 +43,8 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _doubled(maps: Tensor, dim: int) -> Tensor:
     """
-    Twice as many cells along `dim`, what bilinear interpolation is then: 3/4 of a cell and 1/4 of its nearer neighbour. For torch.compile,
-    which makes interpolation's gradient of additions one by one into float32 maps in another layout, and fuses this one's with what is beside it
+    Twice as many cells along `dim`, as bilinear interpolation makes them: 3/4 of a cell and 1/4 of its nearer neighbour. Used under
+    torch.compile, which computes the gradient of interpolation by single additions into float32 maps of another layout, but fuses that of slices
     (64 to 128 rows on a CPU: forward and backward 5.6 ms, 80 with interpolation compiled, 18 not compiled; forward alone 2.3 and 0.9).
     """
     last = maps.shape[dim] - 1
@@ -55,9 +55,10 @@ def _doubled(maps: Tensor, dim: int) -> Tensor:
 
 def upsample_onto(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    Maps (N, C, h, w) of a stage to the `size` of an earlier one of half its stride, cell on cell. Where the image is no multiple of the
-    stride, that one has a cell less than twice as many, or one more (encoders that leave an edge out): as many are cut off, or repeated.
-    A map stretched to the size would lie up to a cell beside it, 21 pixels at the lower edge of 360 rows.
+    Maps (N, C, h, w) of a stage, doubled to the `size` of an earlier stage of half its stride, so that cells lie on cells. Where the image
+    is no multiple of the stride, the earlier stage has one cell less than twice as many, or one more (encoders that leave an edge out): the
+    last cell is cut off, or repeated. Stretching the map to the size instead would shift it by up to a cell, 21 pixels at the lower edge of
+    360 rows.
     """
     doubled = tuple(2 * own if abs(side - 2 * own) <= 1 else side for side, own in zip(size, maps.shape[-2:]))
     maps = upsample(maps, doubled)[..., : size[0], : size[1]]
@@ -132,11 +133,11 @@ class PoodlePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
-    # The loss is a mean over the batch. Were this True, as Trainer concludes from `**kwargs`, it would leave the division by the number of
-    # accumulated batches to the model.
+    # The loss is a mean over the batch. With True, which Trainer infers from `**kwargs`, Trainer would not divide it by the number of
+    # accumulated batches.
     accepts_loss_kwargs = False
     _no_split_modules = ["PoodleDecoderBlock"]
-    # What of these the encoder supports it says itself; there is no attention elsewhere.
+    # The encoder itself says which of these it supports; nothing else here has attention.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     @classmethod
@@ -182,8 +183,8 @@ class PoodleModel(PoodlePreTrainedModel):
     `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/8, W/8), the decoder's features (the
     encoder's last stage where there is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged.
 
-    To torch.export give sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`: how the SDM fits maps
-    of others onto one another depends on the size.
+    For torch.export give sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`: with other sizes,
+    what the SDM cuts off or repeats depends on the size.
     """
 
     def __init__(self, config: PoodleConfig, stages: list[str] | None = None):
@@ -278,12 +279,12 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         body = PoodleModel(config, stages=[name for name in config.out_features if name != "decoder"])
         self.encoder, self.decoder, self.checkpoint_activations = body.encoder, body.decoder, False
         channels = dict(zip(self.encoder_stages, body.encoder.channels), decoder=body.num_features)
-        if isinstance(self.encoder, BackboneMixin):  # which tells those of the stages that are not asked for too
+        if isinstance(self.encoder, BackboneMixin):  # which also knows the channels of stages that are not asked for
             channels = dict(zip(self.encoder.stage_names, self.encoder.num_features)) | channels
         self.num_features = [channels.get(name) for name in self.stage_names]
         self.post_init()
 
-    # As of any backbone, these choose among the stages also once it is built.
+    # As with any backbone, these also choose stages after it is built.
     @property
     def out_features(self) -> list[str]:
         return self.config.out_features
@@ -312,8 +313,8 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
             )
 
     def post_init(self) -> None:
-        # Not BackboneMixin's, which has every layer below it record its output: the encoder's have that already, and recorded twice
-        # one layer's map would be read as another's.
+        # Not BackboneMixin's, which makes every layer below record its output: the encoder's layers already do, and if they recorded twice,
+        # one layer's map would be taken for another's.
         PreTrainedModel.post_init(self)
 
     def forward(

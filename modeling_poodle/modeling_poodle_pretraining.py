@@ -23,7 +23,7 @@ class PoodleForPreTrainingOutput(ModelOutput):
         loss: scalar, `dense_weight * dense_loss + pooled_weight * pooled_loss`.
         dense_loss, pooled_loss: scalars, each 0 to 4; `None` where the objective's weight is 0.
         valid_fraction: scalar, share of the dense points that counted.
-        dense_features: (2B, C, h, w) of the student (its dense features, before the projector), detached; frame of the pair fastest.
+        dense_features: (2B, C, h, w) of the student (its dense features, before the projector), detached; the two frames of a pair follow each other.
         pooled_features: (2B * K, C) of the student, detached.
     """
 
@@ -48,7 +48,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         n, _, height, width = hidden_state.shape
-        # The weight by way of its own layout, channels_last in training: DistributedDataParallel warns of gradients that lie otherwise.
+        # Flattened in its own layout (channels_last in training): DistributedDataParallel warns of gradients in another one.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         points = linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), weight, self.bias)
         return points.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
@@ -98,7 +98,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         self.reset_teacher()
 
     def train(self, mode: bool = True):
-        """Of the teacher BatchNorm alone: dropout and stochastic depth would make its targets noisy."""
+        """In the teacher only BatchNorm is in train mode: dropout and stochastic depth would make its targets noisy."""
         super().train(mode)
         for _, teacher in self._student_and_teacher():
             for module in teacher.modules():
@@ -153,7 +153,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         get_ema_multi_avg_fn(momentum)(
             [parameter for _, teacher in pairs for parameter in teacher.parameters()],
             [parameter for student, _ in pairs for parameter in student.parameters()],
-            None,  # for how many updates there were, which it does not use
+            None,  # the number of updates, which it does not use
         )
 
     def forward(
@@ -206,7 +206,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
                 pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
             )
             loss = loss + self.config.pooled_weight * pooled
-        # At once: fields that are set one by one come in a tuple as they were set.
+        # In one call: to_tuple() gives fields in the order in which they were set.
         output = PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
         return as_asked(self.config, return_dict, output)
 

@@ -55,7 +55,7 @@ class Health:
             The gradient's norm, a scalar on the device.
         """
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        # What a GradScaler would set: the kernel reads it on the device and leaves weights, moments and step counts alone.
+        # GradScaler's flag: the fused kernel reads it on the device and then leaves weights, moments and step counts alone.
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.skipped_updates = self.skipped_updates + optimizer.found_inf
         self.skipped_running = (self.skipped_running + 1) * optimizer.found_inf

@@ -10,7 +10,8 @@ from training.video_decoding import Cut
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex
 
-SPARE = (0.1, 1.0)  # seconds that a pair's gap may be out of its range, within which bounds it is the time of a frame
+# A pair's gap may leave its range by the time of one frame, but by no less and no more than these seconds.
+SPARE = (0.1, 1.0)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Run(ABC):
             if (self.step % recipe.panel_steps == 0 or self.step == 1 or last) and self.accelerator.is_main_process:
                 self.save_panel(batch, inputs, output)
             self.measure(last)
-            del output, inputs, batch  # or they would lie beside the next step's until it has its own
+            del output, inputs, batch  # or they would stay in memory beside the next step's
             stop = self.signals.agreed()
             if self.step % recipe.save_steps == 0 or last or stop:
                 self.save()

@@ -11,7 +11,7 @@ import sys
 
 # EX_TEMPFAIL of sysexits.h, "try again later": the run was asked to stop, what it has done is saved, and it can be resumed.
 RESUMABLE_EXIT_CODE = 75
-# SIGTERM last: Python catches the other by itself, and who sees this caught sees both.
+# SIGTERM last: Python catches SIGINT by default, so whoever sees SIGTERM caught knows that both are.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _begun, _process = False, None
 

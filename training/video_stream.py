@@ -27,8 +27,8 @@ from training.video_decoding import decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 
-# At the end of a span workers are forked anew, and each decodes a group before its first batch: a span has at least so many openings, and so many
-# for each worker of all ranks.
+# Least openings of a span in all, and for each worker of all ranks: at its end workers are forked anew, and each decodes a group before its
+# first batch.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
 PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024; recipes bound the pairs of an opening by half of it
 
@@ -168,7 +168,7 @@ class PairLoader:
         self._died_at: list[str] = []
         self._notes = [multiprocessing.RawArray("c", _NOTE_BYTES) for _ in range(num_workers)]
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
-        # So many videos take turns that a batch has no two pairs of one opening, as far as memory goes.
+        # As many videos take turns as a batch has pairs, so that no two are of one opening; fewer where memory does not allow it.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
         # A multiple of the lanes, or `datasets` would let every rank read everything; enough pairs for a batch in each lane.
         wanted = max(
