@@ -16,8 +16,8 @@ from torch.utils.flop_counter import (
 from benchmarks.profiling import group
 
 GPUS = {"H100": 79, "H200": 139}  # GiB of memory, whole ones
-# By NVIDIA's data sheets: bytes a second of memory; FLOP/s, dense, of the two, in 16 bits, in TF32, which PyTorch uses for convolutions in
-# float32, and in float32, for products.
+# By NVIDIA's data sheets: bytes a second of memory; and FLOP/s of either, dense, in 16 bits, in TF32 (PyTorch's default for float32
+# convolutions) and in float32 (its default for matrix products).
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
 HALF_PEAK, TF32_PEAK, FLOAT_PEAK = 989e12, 494e12, 67e12
 # These read of their first input no more than what they write, or four cells for each of it.

@@ -19,11 +19,11 @@ BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
 BDD100K_CLASSES = (
     "pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light", "traffic sign",
 )  # fmt: skip
-# Names of the first release, and what BDD100K's evaluation neither rewards nor punishes, with the class that it may be taken for
+# Class names of BDD100K's first release; and labels that its evaluation neither rewards nor punishes, with the class they may be taken for
 # (the toolkit's configs/det.toml).
 BDD100K_RENAMED = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-BDD100K_SIZE = (720, 1280)  # of all its images, which its labels do not say
+BDD100K_SIZE = (720, 1280)  # of all its images; its labels do not give it
 ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
 # Pixels; a box of less is lost to float32 in images of up to 8192 pixels when it is flipped or resized, if not before.
 THIN = 1e-3

@@ -122,7 +122,7 @@ def _pairs(
 
 
 def _camvid(folder: Path) -> LabelledImages:
-    table = np.arange(256).astype(np.uint8)  # ids above the void's, of the labels of 32 classes, stay and are refused
+    table = np.arange(256).astype(np.uint8)  # ids above 11 (labels of 32 classes) stay and are refused later
     table[11] = IGNORE
     train, test = (_pairs("camvid", folder / s / "images", folder / s / "labels") for s in ("train", "val"))
     return LabelledImages("camvid", CAMVID_CLASSES, train, test, table)
@@ -170,7 +170,7 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
 
 def _reduced() -> np.ndarray:
     """ADE20K's convention (`do_reduce_labels`): 0 and 255 are not counted, k is class k - 1."""
-    table = (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; what lies above the classes stays there, and is reported
+    table = (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; ids above the classes are refused later
     table[IGNORE] = IGNORE
     return table
 
@@ -238,7 +238,7 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
         every = _pairs("folder", folder / "images", folder / "labels")
         if len(every) < 3:
             raise ValueError(f"{folder} has {len(every)} images; at least 3 are needed to hold the last third out")
-        # In one block: of a drive's frames each looks like its neighbours, which must not be trained on.
+        # In one block: neighbouring frames of a drive look alike, so test frames must not have neighbours in training.
         cut = len(every) - len(every) // 3
         train, test = every[:cut], every[cut:]
     return LabelledImages(name, classes, train, test, table)
@@ -312,7 +312,7 @@ def _hub(name: str) -> LabelledImages:
         raise ValueError(
             f"--dataset {name}: no such data set on the Hub, it is private, or the Hub is not reached ({error})"
         ) from None
-    # It is of a script, of several configurations, or damaged.
+    # The data set is made by a script, has several configurations, or is damaged.
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as error:
         raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or error}") from error
     test_name = next((s for s in ("validation", "val", "test") if s in splits), None)
@@ -341,7 +341,7 @@ def _hub(name: str) -> LabelledImages:
     _check_names(classes, f"--dataset {name}: id2label.json")
 
     def examples(split: str) -> tuple[Example, ...]:
-        # A row gives all its columns, decoded: by columns a label is read without its image.
+        # A row would decode all its columns: with columns apart a label is read without its image.
         columns = {column: splits[split].select_columns([column]) for column in (image, label)}
 
         def read(index: int, column: str) -> np.ndarray:

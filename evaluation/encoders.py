@@ -175,7 +175,7 @@ def resize_up(pixel_values: Tensor, multiple: int) -> Tensor:
     size = (height + -height % multiple, width + -width % multiple)
     if size == (height, width):
         return pixel_values
-    # Resized rather than padded: whoever reads the map takes it to cover the image.
+    # Resized rather than padded: readers of the map assume that it covers the image.
     return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
 
 
@@ -230,7 +230,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     source = name.removeprefix("random:")
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
-    # Before they are read: it is not that of what a run that goes on puts in their place.
+    # Before the weights are read: a run that is still training may replace the files in between.
     digest = None if untrained else _digest(Path(source))
     classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
@@ -262,7 +262,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if wrong := required_keys(missing):
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
-    # Of timm's names transformers knows no numbers: theirs are not all ImageNet's.
+    # For timm's names there is no preprocessor file: timm itself notes mean and deviation, which are not always ImageNet's.
     mean, std, origin = preprocessing_of(source) if model_type is not None else _timm_preprocessing(model)
     encoder = Encoder(name, model.eval(), mean, std, whole=whole).check()
     encoder.statistics_from = origin
@@ -300,7 +300,7 @@ def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:
         ValueError: the encoder has no stages.
     """
     config = type(config).from_dict(config.to_dict())
-    # As in `build_encoder`: what is fine-tuned is not in the type in which the encoder's own checkpoint is stored.
+    # As in `build_encoder`: not the (half) precision that the encoder's own checkpoint is stored in.
     config.dtype = torch.get_default_dtype()
     if config.model_type == "timm_backbone":
         config.out_indices = [-4, -3, -2, -1]

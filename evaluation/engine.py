@@ -80,9 +80,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         last = step + 1 == steps
-        saving = (
-            step + 1
-        ) % recipe.save_steps == 0 or last  # the last too: an interrupted evaluation fits nothing anew
+        # Also the last: an evaluation that is interrupted after its fit does not fit again.
+        saving = (step + 1) % recipe.save_steps == 0 or last
         if (step + 1) % recipe.logging_steps == 0 or last or saving:
             value = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             losses.clear()
@@ -92,8 +91,8 @@ def fit(
         if saving and accelerator.is_main_process:
             of = (steps, accelerator.num_processes)
             save_fit(folder, identity, *of, step + 1, curve, parameters, moving(readout), optimizer)
-    # DistributedDataParallel hands out the first process' statistics as a step begins: after the last step each process has its own, and
-    # would predict its share of the test images with them, not with those that are saved.
+    # DistributedDataParallel copies the first process' statistics to all when a step begins. After the last step each process has its own, and
+    # would predict its share of the test images with these instead of the saved ones.
     for buffer in moving(readout).values():
         broadcast(buffer, from_process=0)
     readout.eval()
@@ -199,7 +198,7 @@ def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[M
     Returns:
         The metric over all images and processes, and per image its name, index and mean IoU (where it has labelled pixels).
     """
-    # Several models stand in one table: a class that no test image shows must not count for those alone that predict it.
+    # Models are compared in one table: a class that no test image shows must not lower the mean of only those models that predict it.
     metric = MeanIoU(data.classes, groups=data.groups, of_truth=True)
 
     def measure(example, image: np.ndarray, truth: np.ndarray) -> dict:

@@ -13,7 +13,7 @@ from evaluation.explore_features import enlarged, marked
 from evaluation.explore_views import Explorer, Panel, place, short_name
 
 CENTRE = (0.5, 0.5)
-NOTHING = ""  # what is compared with where one model is shown
+NOTHING = ""  # in the place of the second model where only one is shown
 PICTURE = {"interactive": False, "format": "jpeg", "buttons": [], "elem_classes": "point", "min_width": 240}
 SAID = "<p class='said'>{}</p>"
 HEAD = "<header><h1>Look at features</h1><p>Click a point: what has similar features is bright.</p></header>"

@@ -41,7 +41,7 @@ class FeatureStore:
             # Without a name: one that has a name stays, with all its gigabytes, where the process is killed.
             self.file = tempfile.TemporaryFile(dir=self.folder)
             for name, values in features:
-                # A channel that is nearly dead in the images of the statistics may be thousands of deviations away in others: inf, and the loss nan.
+                # A channel that hardly varies in the images of the statistics may be thousands of deviations away in others: inf in half precision, and a NaN loss.
                 array = values.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy()
                 if offset + array.size * 2 > limit:
                     break

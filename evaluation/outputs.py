@@ -24,8 +24,8 @@ FITTED = ("readout", "detector")  # folders of what was fitted
 
 
 def make_accelerator() -> Accelerator:
-    # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
-    # And the type: `accelerate config` may have another, which would change the figures and stand nowhere in them.
+    # cpu is given because without it Accelerate overlooks the other processes that torchrun started on CPUs; mixed_precision because
+    # `accelerate config` may ask for another, which would change the figures without a trace in them.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
     refuse_sharding(accelerator)
     if accelerator.device.type == "cpu":

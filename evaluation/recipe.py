@@ -90,7 +90,7 @@ class EvaluationRecipe(FitRecipe):
         good = len(self.crop_size) == 2 and min(self.crop_size) >= 32
         self.need(good, "crop_size", "height and width of at least 32 pixels")
         if self.readout == "upernet":
-            # Its BatchNorm of the mean over a whole image has no deviation to norm by.
+            # Its BatchNorm on one pooled cell an image cannot normalise a single image.
             enough = self.per_device_train_batch_size > 1
             self.need(enough, "per_device_train_batch_size", "at least 2 with readout upernet")
         if self.readout == "upernet" and self.features is not None:

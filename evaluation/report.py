@@ -51,7 +51,7 @@ def strip(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, num_clas
 def picture(array: np.ndarray, max_width: int = 1600) -> str:
     """An <img> with its data in it."""
     image = Image.fromarray(array)
-    # Not resize by a ratio, which leaves no row of a strip of long, flat images. A JPEG has no more rows than these.
+    # Not resized by a ratio: a strip of long, flat images would have no row left. The height is about the most that a JPEG can have.
     image.thumbnail((max_width, 65_500))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -34,17 +34,17 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         )
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        # Said outright: without it Accelerate overlooks the other processes that torchrun started on CPUs.
+        # Without it Accelerate overlooks the other processes that torchrun started on CPUs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.bf16 else "no",
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
-        # A process that is gone or stands still ends the run of the others, not their patience.
+        # How long the others wait for a process that is gone or hangs, before they end with an error.
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     refuse_sharding(accelerator)
     accelerator.gradient_accumulation_steps = (
-        1  # the environment may have another: the loop divides, and would be divided again
+        1  # the environment may set another; the loop divides the loss itself, and Accelerate would divide it again
     )
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
@@ -130,7 +130,7 @@ def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:
     """Compile these in place where the recipe says so."""
     for module in modules:
         if recipe.torch_compile and module is not None:
-            module.compile(dynamic=False)  # shapes are few: a kernel for each, not one for any
+            module.compile(dynamic=False)  # there are few shapes: one kernel for each, none for all
 
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -142,7 +142,7 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         config = getattr(model, "config", None)
         accelerator.ddp_handler.find_unused_parameters = isinstance(config, PoodleConfig) and may_idle(config)
     wrapped = accelerator.prepare_model(model)
-    # In place: what is within `wrapped` loses it too.
+    # This changes `wrapped` in place: the copy in float32 is gone from the module within it.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     return wrapped
 

@@ -78,13 +78,11 @@ def save_checkpoint(
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
         state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
         state["hardware"] = hardware(accelerator.num_processes)
-        # For a card that is written later, where what was a path here may not be there.
+        # For a card that is written later, elsewhere: a local path such as my/clips looks like a Hub id where it does not exist.
         names = [*recipe.videos, getattr(recipe, "init_encoder", None)]
         state["hub_names"] = [name for name in names if name is not None and is_dataset_id(name)]
         write_text(partial / "state.json", json.dumps(state))
-        for name in rank_files(
-            accelerator.num_processes
-        ):  # of several machines: the folder may not be one that they share
+        for name in rank_files(accelerator.num_processes):  # several machines may not share the folder
             if not (partial / name).is_file():
                 raise FileNotFoundError(
                     errno.ENOENT,
@@ -101,7 +99,7 @@ def save_checkpoint(
         on_main(accelerator, end)
     except OSError as error:
         if main:
-            shutil.rmtree(partial, ignore_errors=True)  # room for whoever looks into it
+            shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
         raise OSError(
             f"the checkpoint of step {step} could not be written ({error}). The checkpoints before it in {folder} are as they were: "
             "mend the disk, then --resume_from_checkpoint latest"
@@ -140,7 +138,7 @@ def read_rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: d
         return _read_rank(checkpoint, rank, like)
     states = [_read_rank(checkpoint, number, like) for number in range(saved)]
     state = states[rank] if ranks == saved else _merged(states)
-    # Ranks do not enter a span together (one that skips videos is done sooner): none may begin what any has read.
+    # Ranks enter a span at different steps (one that skips videos is sooner): all go on behind the last opening that any has begun.
     openings = max(other["loader"]["openings"] for other in states)
     return {**state, "loader": {**state["loader"], "openings": openings}}
 

@@ -88,7 +88,7 @@ class ExactFlow:
         flows, masks = [], []
         for begin, end in ((earlier, later), (later, earlier)):
             flow, visible = street.flow(begin, end)
-            # Nearest: between a car and the road behind it there is no flow in between.
+            # Nearest: at the edge of a car, a mean of its flow and the road's would be neither's.
             nearest = cv2.remap(
                 np.ascontiguousarray(flow.transpose(1, 2, 0)),
                 map_x,
@@ -243,7 +243,7 @@ class RaftFlow(nn.Module):
         units = [GatedUnit(u, context) for u in (recurrent.convgru1, recurrent.convgru2) if isinstance(u, nn.Module)]
         n, _, h, w = features.shape
         start = optical_flow._utils.make_coords_grid(n, h, w, device=features.device)
-        # A tensor of its own: one that is two arguments at once would be compiled apart.
+        # A clone: if one tensor were two arguments of the first update, that would be compiled as a case of its own.
         points, radius = start.clone(), self.raft.corr_block.radius
         for _ in range(self.num_updates):
             points, hidden = self._one_update(block, units, pyramid, radius, start, points, hidden)
@@ -325,7 +325,7 @@ def build_flow(
     if name == "exact":
         return ExactFlow(), None
     if name == "precomputed":
-        # Here alone, for with it come PyAV and datasets: other estimators, and the step itself, need neither.
+        # Imported here because it brings PyAV and datasets, which other estimators and the step itself do not need.
         from training.flow_files import FlowFiles
 
         return FlowFiles(folder), None
@@ -359,7 +359,7 @@ def flow_to_rgb(flow: Tensor) -> Tensor:
     """Flow (2, H, W) -> uint8 (3, H, W) on the colour wheel; full colour at the 99th percentile of its length."""
     length = flow.float().square().sum(dim=0).sqrt()
     longest = torch.quantile(length.flatten()[:: max(length.numel() // 100_000, 1)], 0.99).clamp(min=1e-3)
-    # flow_to_image scales by the longest vector, which one outlier would own.
+    # flow_to_image scales by the longest vector: one outlier would leave all others pale.
     return flow_to_image(flow.float() * (longest / torch.maximum(length, longest)))
 
 

@@ -62,7 +62,7 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
         right, below = (scaled - corner).to(volume.dtype)[:, :, None, None].unbind(1)  # each (M, 1, 1)
         x, y = (corner.long()[:, :, None] + offsets).unbind(1)  # each (M, 2 radius + 2)
         x, y = x.clamp(0, volume.shape[2] - 1), y.clamp(0, volume.shape[1] - 1)
-        # One place a cell. Of an index by query, row and column a GPU writes all three for each cell first; a CPU takes 1.4 to 1.7 times as long.
+        # One index a cell. With an index of query, row and column, a GPU first writes all three for each cell, and a CPU takes 1.4 to 1.7 times as long.
         cells = y[:, None, :] * volume.shape[2] + x[:, :, None]  # (M, x, y)
         window = volume.flatten(1).gather(1, cells.flatten(1)).view_as(cells)
         window = torch.lerp(window[:, :-1], window[:, 1:], right)

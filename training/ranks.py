@@ -63,7 +63,7 @@ class StopSignals:
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
-            # A launcher sends SIGTERM to the ranks that another's end leaves: they end by their error, and have still to say it.
+            # After the end of one rank the launcher sends SIGTERM to the others: it stays caught, so that they can still report their error.
             if not (kind is not None and self._group is not None and number == signal.SIGTERM):
                 signal.signal(number, handler)
         if self._work is not None and kind is None:
@@ -73,7 +73,7 @@ class StopSignals:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self._speaks:  # not by print or a logger: a handler may interrupt one of them
+        if self._speaks:  # not print or a logger, which this handler may be interrupting
             again = "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
 

@@ -44,7 +44,7 @@ class Run(ABC):
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
-        self.model, self.optimizer = model, optimizer  # the bare model: a teacher and the files are its business
+        self.model, self.optimizer = model, optimizer  # not DDP's wrapper: for the teacher's update and files
         self.compiled = [model]  # where the recipe says so
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
         self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
@@ -200,7 +200,7 @@ class Run(ABC):
         self.generator.manual_seed(seed)
         # A GPU's own generator, of which checkpoints hold nothing, is drawn from by encoders that drop paths (Swin, ConvNeXt).
         if self.accelerator.device.type != "cpu":
-            # Of another seed: drawn from the same numbers, what is dropped would be what is jittered.
+            # With another seed: from the same numbers, which paths are dropped would depend on which images are jittered.
             torch.get_device_module(self.accelerator.device).manual_seed(seed + (1 << 62))
 
     @torch.no_grad()
