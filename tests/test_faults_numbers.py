@@ -236,6 +236,14 @@ def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives
     other = PairLoader(paths[:1], sampling, batch_size=3)
     with pytest.raises(ValueError, match="videos was"):  # the words do not cover another data set
         other.load_state_dict(state, inexact=True)
+    # As many ranks, of which another is two spans further: with another learning rate alone this one goes on behind it.
+    state = {**before.state_dict(), "openings": (7 + 1) * 12}
+    again = PairLoader(paths, sampling, batch_size=4, num_workers=0, world_size=3)
+    again._openings_per_span = 12
+    with pytest.raises(ValueError, match="earlier version"):
+        again.load_state_dict(state)
+    again.load_state_dict(state, inexact=True)
+    assert again.span == 8
 
 
 def test_a_log_window_and_counts_go_on_where_they_were(drives, tmp_path, monkeypatch):

@@ -263,12 +263,12 @@ class PairLoader:
     def load_state_dict(self, state: dict, inexact: bool = False) -> None:
         """
         Args:
-            inexact: with other workers, ranks or batches, begin with openings that the run has not seen; with the same ones go on exactly.
+            inexact: with other workers, ranks or batches, or where another rank is in a later span, begin with openings that no rank has seen.
 
         Raises:
             ValueError: other workers, ranks, batches, videos or flow than the run's: the stream would not be the same.
         """
-        own = self.state_dict()
+        own, behind = self.state_dict(), -(-state["openings"] // self._openings_per_span)
         if own["estimator"] != state["estimator"]:
             raise ValueError(
                 f"flow_dir now holds the flow of {own['estimator']}, the run began with that of {state['estimator']}: write that again into it, "
@@ -283,13 +283,13 @@ class PairLoader:
             if own[name] == state[name]:
                 continue
             if inexact and name != "paths":
-                self.span = -(-state["openings"] // self._openings_per_span)
+                self.span = behind
                 return
             shown = "first_path" if name == "paths" else name
             raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
         if state["openings"] != (state["span"] + 1) * self._openings_per_span:
             if inexact:  # also of a rank whose span is before another's, with the same workers (see `read_rank_state`)
-                self.span = -(-state["openings"] // self._openings_per_span)
+                self.span = behind
                 return
             raise ValueError(
                 "cannot resume the stream exactly: the run is one of an earlier version, whose workers were given other shares; go on with "
