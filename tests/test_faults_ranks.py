@@ -91,6 +91,13 @@ def videos(*of_rank):
 (video,) = recipe.videos
 note("other videos", videos(os.path.dirname(video), video))
 note("no videos", videos(video, "/nowhere"))
+# Rank 1 was started with other flags.
+def given(**of_second):
+    mine = dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}-{rank}", **of_second if rank else {})
+    return lambda: pretrain.prepare_output_dir(accelerator, mine)
+note("other rate", given(learning_rate=0.25))
+note("other saves", given(save_steps=4))
+note("other places", given(init_encoder="elsewhere"))
 # Servers are asked by rank 0 alone.
 asked = []
 video_sources._expand_remote = lambda source: (asked.append(source), ([video], "a URL"))[1]
@@ -144,6 +151,9 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         "first error": "ValueError: no such data",
         "same": "None",
         "other": "ValueError: all processes must have the same videos, got rank 0: 3 videos; rank 1: 4 videos",
+        "other rate": "ValueError: all processes must have the same learning_rate, got rank 0: 0.001; rank 1: 0.25",
+        "other saves": "ValueError: all processes must have the same save_steps, got rank 0: 3; rank 1: 4",
+        "other places": "None",
         "saved": "'step-1'",
     }
     assert re.search(r"exitcode *: 75", done.stderr) and "SIGTERM: saved at step" in done.stderr, done.stderr

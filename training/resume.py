@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.recipe_files import is_int, read_yaml_mapping
 from training.addresses import public_value
 from training.checkpoint_files import damage, list_checkpoints, read_state, replace_text
-from training.ranks import on_main
+from training.ranks import on_main, same_on_all
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
 logger = logging.getLogger("poodle")
+# May differ between the processes of a run: places, which each machine can have elsewhere. Videos are compared once they are found.
+_OF_A_MACHINE = frozenset(
+    ("videos", "output_dir", "resume_from_checkpoint", "init_encoder", "flow_dir", "flow_weights", "flow_model")
+)
 
 
 def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | None:
@@ -23,8 +28,10 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
     Lock the folder of the run. The checkpoint to go on from, or `None` for a new run. Called before anything costly.
 
     Raises:
-        ValueError: the folder is in use or holds another run, the checkpoint is missing or damaged, or is one of another configuration.
+        ValueError: the folder is in use or holds another run, the checkpoint is missing or damaged, or is one of another configuration. Or
+            the processes were given different recipes.
     """
+    _refuse_different_recipes(accelerator, recipe)
 
     def prepare() -> Path | None:
         lock_output_dir(Path(recipe.output_dir))
@@ -34,6 +41,15 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
         return checkpoint
 
     return on_main(accelerator, prepare)
+
+
+def _refuse_different_recipes(accelerator: Accelerator, recipe: RunRecipe) -> None:
+    """Of several machines each has a command of its own: another learning rate would lead the weights apart, another save_steps end in a wait."""
+    own = public_value(dataclasses.asdict(recipe))
+    recipes = gather_object([own])
+    for name, value in recipes[0].items():
+        if name not in _OF_A_MACHINE and any(other.get(name) != value for other in recipes):
+            same_on_all(accelerator, name, own.get(name))
 
 
 def find_checkpoint(recipe: RunRecipe) -> Path | None:
