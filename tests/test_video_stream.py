@@ -240,10 +240,15 @@ def test_a_span_grows_with_the_workers(videos):
 
 def test_another_stream_is_not_resumed(videos):
     state = PairLoader(videos, SAMPLING, 4, 2).state_dict()
-    with pytest.raises(ValueError, match="dataloader_num_workers was 2, now 1"):
+    with pytest.raises(ValueError, match="dataloader_num_workers was 2, now 1; go on with --resume_inexact true"):
         PairLoader(videos, SAMPLING, 4, 1).load_state_dict(state)
-    with pytest.raises(ValueError, match="videos was"):
+    others = (
+        r"a list that begins with \S+0\.mp4, now another, of 4, that begins with \S+0\.mp4; give the run's own videos"
+    )
+    with pytest.raises(ValueError, match=f"videos was {others}"):
         PairLoader(videos[:4], SAMPLING, 4, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"videos was a list that begins with a\\nb, now"):  # of one line
+        PairLoader(videos, SAMPLING, 4, 2).load_state_dict({**state, "first_path": "a\nb", "paths": 0})
 
 
 def test_bad_files_are_skipped_named_and_counted(tmp_path, videos):

@@ -274,19 +274,25 @@ class PairLoader:
                 f"flow_dir now holds the flow of {own['estimator']}, the run began with that of {state['estimator']}: write that again into it, "
                 "or start a new run in another --output_dir"
             )
+        if own["paths"] != state["paths"]:
+            was, now = printable(state["first_path"]), printable(own["first_path"])
+            raise ValueError(
+                f"cannot resume the stream exactly: videos was a list that begins with {was}, now another, of {len(self.paths)}, that begins with "
+                f"{now}; give the run's own videos again, or start a new run in another --output_dir"
+            )
         for name, what in (
-            ("paths", "videos"),
             ("num_workers", "dataloader_num_workers"),
             ("world_size", "num_processes"),
             ("batch_size", "per_device_train_batch_size"),
         ):
             if own[name] == state[name]:
                 continue
-            if inexact and name != "paths":
+            if inexact:
                 self.span = behind
                 return
-            shown = "first_path" if name == "paths" else name
-            raise ValueError(f"cannot resume the stream exactly: {what} was {state[shown]}, now {own[shown]}")
+            raise ValueError(
+                f"cannot resume the stream exactly: {what} was {state[name]}, now {own[name]}; go on with --resume_inexact true"
+            )
         if state["openings"] != (state["span"] + 1) * self._openings_per_span:
             if inexact:  # also of a rank whose span is before another's, with the same workers (see `read_rank_state`)
                 self.span = behind
