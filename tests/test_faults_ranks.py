@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from modeling_poodle.processes import main_first, on_all
 from modeling_poodle.recipe_files import run_script
 from accelerate.utils import gather_object
-from training import pretrain, run, video_sources
+from training import health, pretrain, run, video_sources
 from training.ranks import on_main, same_on_all
 
 rank, told = int(os.environ["RANK"]), {}
@@ -91,6 +91,16 @@ def videos(*of_rank):
 (video,) = recipe.videos
 note("other videos", videos(os.path.dirname(video), video))
 note("no videos", videos(video, "/nowhere"))
+# Rank 1 had a loss that is none.
+def not_finite():
+    watcher = health.Health(accelerator)
+    watcher.watch(torch.tensor(float("nan") if rank else 0.5), 4, [f"of-{rank}.mp4"])
+    try:
+        watcher.stop_if_not_finite()
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+note("not finite", not_finite)
+
 # Rank 1 was started with other flags.
 def given(**of_second):
     mine = dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}-{rank}", **of_second if rank else {})
@@ -134,6 +144,9 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     seen = r"ValueError: .* the same videos, got rank 0: 2 videos, checksum \w{8}; rank 1: 1 videos, checksum \w{8}"
     assert re.fullmatch(seen, told[0].pop("other videos"))
     assert re.match(r"ValueError: no videos found; tried\s+/nowhere", told[0].pop("no videos"))
+    assert "not finite at step 4; videos of that batch on the ranks that had it: of-1.mp4. The" in told[0].pop(
+        "not finite"
+    )
     failed = told[0].pop("not saved")
     assert re.match(
         r"OSError: the checkpoint of step 2 could not be written \(.*rank-1.safetensors: .*too large", failed

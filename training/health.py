@@ -10,6 +10,7 @@ import logging
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from training.addresses import printable
@@ -70,9 +71,11 @@ class Health:
         steps, skipped = seen[:, 0], int(seen[:, 1].max())
         if (steps >= 0).any():
             bad = int(steps[steps >= 0].min())
-            videos = sorted({name for step, names in self.videos if step == bad for name in names})
+            # Of the ranks whose own loss it was: the videos of the others are innocent.
+            own = [name for step, names in self.videos if step == bad == int(self.first_bad_step) for name in names]
+            videos = sorted(set(gather_object(own)))
             raise FloatingPointError(
-                f"the loss is not finite at step {bad}; videos of that batch on this rank: {', '.join(map(printable, videos)) or '-'}. "
+                f"the loss is not finite at step {bad}; videos of that batch on the ranks that had it: {', '.join(map(printable, videos)) or '-'}. "
                 f"The checkpoints up to the last save are kept. Look at these videos, or {GO_ON_LOWER}"
             )
         if skipped >= SKIPS_ALLOWED:
