@@ -259,6 +259,23 @@ def test_a_run_from_before_the_damage_writes_the_same_again(drives, whole, tmp_p
     assert all(damage(checkpoint) is None for checkpoint in list_checkpoints(run))
 
 
+def test_a_run_that_was_sent_back_has_no_panels_of_the_future_it_left(drives, whole, tmp_path, monkeypatch):
+    """As it has no lines of it; the last panel is sent with the weights. Its checkpoints stay until it saves one itself."""
+
+    def kill():
+        raise KeyError("as if killed, with nothing saved yet")
+
+    run = copy_of(whole, tmp_path)
+    at_step(monkeypatch, 3, kill)
+    saved = names(run)
+    with pytest.raises(KeyError, match="as if killed"):
+        back = ("--resume_from_checkpoint", str(run / "checkpoints" / "step-2"))
+        train(drives, run, *EACH_STEP, *back, steps=4)
+    assert names(run) == saved and "step-4" in saved
+    panels = [sorted(path.name for path in (folder / "panels").iterdir()) for folder in (whole, run)]
+    assert panels == [["step-000001.png", "step-000004.png"], ["step-000001.png"]]
+
+
 def made_up(output_dir: Path, *steps: int, size: int = 10) -> None:
     """Checkpoints without a model in them."""
     for step in steps:

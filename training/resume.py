@@ -209,6 +209,14 @@ def cut_metrics(path: Path, step: int) -> None:
     replace_text(path, "".join(line + "\n" for at, line in _lines(path) if at <= step))
 
 
+def drop_later_panels(folder: Path, step: int) -> None:
+    """Delete the panels of later steps than `step`, of which the last would be sent with the weights."""
+    for panel in folder.glob("step-*.png"):
+        number = panel.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            panel.unlink()
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of metrics.jsonl with their steps, whole ones alone; none where there is no such file."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():

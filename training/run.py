@@ -25,7 +25,7 @@ from training.faults import faults_in_words
 from training.health import Health
 from training.publish import BackgroundPublisher
 from training.ranks import StopSignals, on_main
-from training.resume import cut_metrics
+from training.resume import cut_metrics, drop_later_panels
 from training.schedules import learning_rate
 
 logger = logging.getLogger("poodle")
@@ -111,6 +111,7 @@ class Run(ABC):
             replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
             for name in self.LOGS:
                 cut_metrics(self.output_dir / name, self.step)
+            drop_later_panels(self.output_dir / "panels", self.step)
             if self.recipe.push_to_hub:
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
