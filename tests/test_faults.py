@@ -276,6 +276,15 @@ def test_a_run_that_was_sent_back_has_no_panels_of_the_future_it_left(drives, wh
     assert panels == [["step-000001.png", "step-000004.png"], ["step-000001.png"]]
 
 
+def test_lines_of_all_logs_outlive_a_power_cut_as_their_checkpoint_does(drives, whole, tmp_path, monkeypatch):
+    synced, folder = [], copy_of(whole, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    (folder / "probe.jsonl").write_text('{"step": 3, "miou": 0.1}\n')
+    monkeypatch.setattr(run, "sync_file", lambda path: synced.append(path.name))
+    train(drives, folder, *EACH_STEP, "--resume_from_checkpoint", "latest", steps=4)
+    assert synced == ["metrics.jsonl", "probe.jsonl"]
+
+
 def made_up(output_dir: Path, *steps: int, size: int = 10) -> None:
     """Checkpoints without a model in them."""
     for step in steps:

@@ -285,9 +285,9 @@ class Run(ABC):
 
     def before_saving(self) -> None:
         self.health.refuse_bad_weights(self.model, self.optimizer)
-        log = self.output_dir / "metrics.jsonl"
-        if log.exists():
-            sync_file(log)  # lines up to a checkpoint's step must outlive a power cut as it does
+        for log in (self.output_dir / name for name in self.LOGS):
+            if log.exists():
+                sync_file(log)  # lines up to a checkpoint's step must outlive a power cut as it does
 
     def hand_out(self) -> None:
         """The folders of weights of this step, and to the Hub where that was asked for."""
