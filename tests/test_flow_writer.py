@@ -52,7 +52,6 @@ def test_a_flow_that_is_not_finite_is_written_down_as_a_reason(tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(save({"other": np.zeros(1)}))
     assert not flow_writer.is_written(file)  # of something else: written anew
-    file.unlink()
     sample = {"video": "a.mp4", "flow": np.full((2, 2, 4, 4), np.inf, np.float32)}
     assert flow_writer.write_opening(file, "a.mp4", [sample]) == 0
     assert not file.exists() and file.with_suffix(".skipped").read_text() == "gives a flow that is not finite"

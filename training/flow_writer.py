@@ -244,6 +244,7 @@ def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int
     if isinstance(found, str):
         logger.warning("skipped %s: %s", printable(video_name(path)), printable(found))
         write_file(skipped, found.encode())
+        file.unlink(missing_ok=True)  # a damaged one: a run would refuse it, and ask for this command again
         return 0
     write_file(file, found)
     skipped.unlink(missing_ok=True)
