@@ -4,8 +4,9 @@ import base64
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,10 +123,8 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
         if start <= round(float(length), 1):  # the slider ends with the video, the last frame begins before
             start = max(min(start, float(length) - 2 * half), 0.0)
         wanted = [start + gap * number for number in range(count)]
-        if start > 0:
-            container.seek(round((start + origin) / stream.time_base), stream=stream)
         frames, times = [], []
-        for decoded, frame in enumerate(container.decode(stream)):
+        for decoded, frame in enumerate(_decoded(container, stream, origin, start, start + half)):
             if decoded >= MAX_DECODED:
                 raise ValueError(f"over {MAX_DECODED} frames would have to be decoded; choose an earlier second")
             if frame.pts is None:
@@ -140,6 +139,20 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
     if not frames:
         raise ValueError(f"it has no frame at {start:.1f} s")
     return Clip(tuple(frames), tuple(times), float(length))
+
+
+def _decoded(container, stream, origin, start: float, latest: float) -> Iterator[av.VideoFrame]:
+    """The frames in their order, from one not after `latest` on, where there is one; as near before `start` as can be sought."""
+    if start <= 0:
+        return container.decode(stream)
+    # MPEG-TS is sought by time alone and decoded from the next keyframe on, which is too late, or never comes: then from further back.
+    for back in (0, 5, 30, start + 1):  # the last one from before its beginning
+        container.seek(round((start - back + origin) / stream.time_base), stream=stream)
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if first is not None and (first.pts or 0) * stream.time_base - origin <= latest:
+            break
+    return frames if first is None else chain([first], frames)
 
 
 def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:

@@ -43,9 +43,10 @@ from training import video_files, video_sources
 REPOSITORY = Path(__file__).parent.parent
 
 
-def write_video(path: Path, frames, rate: int = 10, **options) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "5", "threads": "1", "g": "7"})
+def write_video(path: Path, frames, rate: int = 10, keyframes: int = 7, **options) -> None:
+    """options: of the container."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "5", "threads": "1", "g": str(keyframes)})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for number, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
@@ -79,6 +80,15 @@ def test_frames_of_a_video_at_their_times(video, start, gap, count, times):
     for frame, moment in zip(clip.frames, times):
         assert frame.shape == (64, 96, 3)
         assert frame.mean() == pytest.approx(40 + 60 * moment, abs=3)
+
+
+@pytest.mark.parametrize("keyframes", [7, 100])
+def test_frames_of_mpeg_ts_at_their_times(tmp_path, keyframes):
+    """It is sought by time alone: the next keyframe lay up to a second late, and a recording with one keyframe had no frame at all."""
+    write_video(tmp_path / "camera.ts", [grey(40 + 6 * number) for number in range(30)], keyframes=keyframes)
+    for start in (0.1, 0.5, 1.3, 2.1, 2.9):
+        clip = read_clip(str(tmp_path / "camera.ts"), start, 0.1, 1, 512)
+        assert clip.times == pytest.approx((start,)) and clip.frames[0].mean() == pytest.approx(40 + 60 * start, abs=3)
 
 
 def test_closing_a_video_does_not_wait_for_ever(tmp_path):
