@@ -119,6 +119,10 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
         stream.codec_context.options = limit  # frames may turn out other than the header says
         origin = (stream.start_time or 0) * stream.time_base
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        if not length:  # a browser's recording, or a raw stream
+            with av.open(path, options=allowed, **ANY_TAGS) as again:
+                packets = (p for p in again.demux(moving(again)[0]) if p.pts is not None)
+                length = max(((p.pts + (p.duration or 0)) * p.time_base for p in packets), default=origin) - origin
         half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time
         if start <= round(float(length), 1):  # the slider ends with the video, the last frame begins before
             start = max(min(start, float(length) - 2 * half), 0.0)

@@ -91,6 +91,16 @@ def test_frames_of_mpeg_ts_at_their_times(tmp_path, keyframes):
         assert clip.times == pytest.approx((start,)) and clip.frames[0].mean() == pytest.approx(40 + 60 * start, abs=3)
 
 
+def test_a_recording_that_does_not_say_how_long_it_is_has_a_length(tmp_path):
+    """As browsers write them: 0 is a picture's, which has no slider and no next frames."""
+    write_video(tmp_path / "live.mkv", [grey(40 + 6 * number) for number in range(30)], live="1")
+    with av.open(str(tmp_path / "live.mkv")) as container:
+        assert container.duration is None and container.streams.video[0].duration is None
+    for start, times in ((0, (0, 0.5)), (1.2, (1.2, 1.7)), (3, (2.9,))):
+        clip = read_clip(str(tmp_path / "live.mkv"), start, 0.5, 2, 512)
+        assert clip.times == pytest.approx(times) and clip.duration == pytest.approx(3, abs=0.01)
+
+
 def test_closing_a_video_does_not_wait_for_ever(tmp_path):
     """As it does where threads still decode later frames: within a few readings. In a process that can be ended."""
     y, x = np.mgrid[:240, :320]
