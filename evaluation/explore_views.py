@@ -188,7 +188,7 @@ class Explorer:
         """The first frame tinted by its classes, and a legend of those that occur, the largest first."""
         image = clip.frames[0]
         classes = self.kept(
-            ("readout", path, clip.times[0]), lambda: self.readout.predict(image), lambda found: found.nbytes
+            (path, clip.times[0], "classes"), lambda: self.readout.predict(image), lambda found: found.nbytes
         )
         colours = palette(len(self.readout.classes))
         counts = np.bincount(classes.flatten(), minlength=len(self.readout.classes))

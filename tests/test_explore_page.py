@@ -101,6 +101,16 @@ def test_panels_are_those_of_the_features(models, media, readout):
     assert not np.array_equal(explorer.panel(models[0], path, clip, (0.9, 0.9), 6).heat, panel.heat)
 
 
+def test_a_model_may_be_called_readout_too(readout, media, tmp_path, monkeypatch):
+    """As in the folder of an evaluation, where `readout` is a model as well: its features were taken for the readout's classes."""
+    monkeypatch.chdir(shutil.copytree(readout, tmp_path / "readout").parent)
+    explorer = Explorer(["readout"], str(media), "readout", None, 512)
+    path = explorer.media[0][1]
+    clip = explorer.clip(path, 0.0, 0.5)
+    explorer.panel("readout", path, clip, (0.5, 0.5), 1)
+    assert "100.0 %" in explorer.segmentation(path, clip)[1]
+
+
 def test_an_untrained_twin_has_the_statistics_of_the_images(models, media):
     name = f"random:{models[0]}"
     explorer = Explorer([name], str(media), None, "stage1", 512)
