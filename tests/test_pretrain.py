@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -15,7 +16,7 @@ from small_runs import MODEL, flags, train
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
-from training.panels import pca_rgb
+from training.panels import COLOURS, TILE_HEIGHT, make_panel, pca_rgb
 from training.pretrain import main
 from training.recipe import Recipe
 from training.run import Run
@@ -226,6 +227,17 @@ def test_panels_are_written_and_show_something(drives, tmp_path):
     assert names == ["step-000001.png", "step-000002.png"]
     picture = cv2.imread(str(tmp_path / "run" / "panels" / names[-1]))
     assert picture.shape[0] > 64 and picture.shape[1] > 256 and picture.std() > 20
+
+
+def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture():
+    """As `--subcrop_area 0.00001 0.3` draws them in a frame of 512x1024, which the panel shows at a quarter of its size."""
+    boxes = torch.tensor([10.0, 10.0, 13.0, 12.0]).expand(1, 2, 1, 4)
+    views = torch.eye(2, 3).expand(1, 2, 2, 3)
+    inputs = {"pixel_values": torch.zeros(1, 2, 3, 512, 1024), "flow": torch.zeros(1, 2, 2, 512, 1024)}
+    inputs |= {"valid_mask": torch.ones(1, 2, 512, 1024).bool(), "student_views": views, "teacher_views": views}
+    inputs |= {"student_boxes": boxes, "teacher_boxes": boxes, "teacher_box_frames": torch.zeros(1, 2, 1).long()}
+    picture = np.asarray(make_panel(torch.zeros(1, 2, 3, 512, 1024, dtype=torch.uint8), inputs))
+    assert (picture == COLOURS[0]).all(axis=-1)[:TILE_HEIGHT].any()
 
 
 def test_features_that_are_not_finite_end_no_run_by_their_picture():

@@ -71,7 +71,8 @@ def _with_boxes(image: Tensor, boxes: Tensor, colours) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for box, colour in zip(boxes.tolist(), colours):
         x0, y0, x1, y1 = (side * scale for side in box)
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
+        # A box of less than a pixel here still has one: PIL draws none that ends before it begins.
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     return picture
 
 
