@@ -47,6 +47,8 @@ class ExploreRecipe(CheckedRecipe):
     def __post_init__(self):
         self.need_declared()
         self.need_models()
+        trained = not any(name.startswith("random:") for name in self.model)
+        self.need(trained or self.images is not None, "images", "given for random:MODEL: its BatchNorm needs them")
         self.need(32 <= self.max_side <= 2048, "max_side", "from 32 to 2048 pixels")
         self.need(self.port is None or 0 < self.port < 65536, "port", "from 1 to 65535")
 

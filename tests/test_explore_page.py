@@ -143,6 +143,10 @@ def test_names_are_escaped(models, media, readout):
         ([], "model must be a list of one or more models"),
         (["--model", "a", "--model", "a"], "a list that names each model once"),
         (["--model", "a", "--port", "70000"], "port must be from 1 to 65535, got 70000"),
+        (
+            ["--model", "a", "--model", "random:a"],
+            "images must be given for random:MODEL: its BatchNorm needs them, got None",
+        ),
         (["--model", "a", "--max_side", "8"], "max_side must be from 32 to 2048 pixels"),
         (["--model", "a", "--image", "x"], r"unknown recipe field 'image' \(did you mean 'images'\?\)"),
     ],
