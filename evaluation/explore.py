@@ -130,7 +130,7 @@ def write_space(recipe: ExploreRecipe) -> None:
     }
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(
-        f"---\n{text}---\n\nFeatures of {', '.join(models)}, to be looked at.\n", encoding="utf-8"
+        f"---\n{text}---\n\nFeatures of {', '.join(recipe.model)}, to be looked at.\n", encoding="utf-8"
     )
     print(f"{folder}: a Space; send it with\n  hf upload USER/NAME {folder} --repo-type space")
 

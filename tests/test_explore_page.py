@@ -192,6 +192,7 @@ def test_space_is_whole(models, media, tmp_path):
     )
     head = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     assert head["sdk"] == "gradio" and head["app_file"] == "app.py" and head["models"] == ["org/poodle"]
+    assert "\nFeatures of org/poodle, random:org/poodle, to be" in (folder / "README.md").read_text()
     needed = (folder / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch>=") for line in needed) and not any("extra" in line for line in needed)
     assert (folder / "app.py").read_bytes() == (REPOSITORY / "evaluation/explore.py").read_bytes()
