@@ -184,6 +184,9 @@ def test_no_key_goes_by_unnoticed(released, change, message):
 def test_keys_dropped_on_request_are_counted(released):
     _, notes = convert(small(released) | {"memory.queue": torch.zeros(2)}, drop=["memory."])
     assert notes["dropped: as asked for by --drop"] == 1
+    # Also of the network that is converted: a layer beside those of a ResNet.
+    beside = small(released) | {"teacher_backbone.attnpool.weight": torch.zeros(2)}
+    assert convert(beside, drop=["teacher_backbone.attnpool."])[1] == notes
 
 
 class Evil:

@@ -118,13 +118,13 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
     unknown = []
     for key, value in state.items():
         part, _, rest = key.partition(".")
-        if part in parts["wanted"]:
+        if any(key.startswith(prefix) for prefix in drop):
+            notes["dropped: as asked for by --drop"] += 1
+        elif part in parts["wanted"]:
             ours[parts["wanted"][part]][rest] = value
             if re.match(r"(fc|head)\.", rest) and parts["wanted"][part] == "encoder":
                 del ours["encoder"][rest]
                 notes["dropped: the encoder's classifier"] += 1
-        elif any(key.startswith(prefix) for prefix in drop):
-            notes["dropped: as asked for by --drop"] += 1
         elif part in parts["dropped"]:
             notes[f"dropped: {parts['dropped'][part]}"] += 1
         else:
