@@ -11,10 +11,11 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from transformers import AutoConfig, ResNetBackbone
+from transformers import AutoConfig, ResNetBackbone, ResNetConfig
 
 from modeling_poodle import PoodleModel
 from training.convert import convert, main, read_checkpoint
+from training.resnet_names import timm_architecture
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -187,6 +188,12 @@ def test_keys_dropped_on_request_are_counted(released):
     # Also of the network that is converted: a layer beside those of a ResNet.
     beside = small(released) | {"teacher_backbone.attnpool.weight": torch.zeros(2)}
     assert convert(beside, drop=["teacher_backbone.attnpool."])[1] == notes
+
+
+def test_timm_has_no_name_for_a_resnet_without_relus():
+    """It would load the weights into a network of its own, with ReLUs, and give other features without a word."""
+    assert timm_architecture(ResNetConfig().to_dict()) == "resnet50"
+    assert timm_architecture(ResNetConfig(hidden_act="gelu").to_dict()) is None
 
 
 class Evil:

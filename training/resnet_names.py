@@ -50,6 +50,8 @@ def timm_architecture(config: dict) -> str | None:
     """timm's name of the network of a transformers config, where it is one of the standard ResNets."""
     if config.get("model_type") != "resnet" or config["hidden_sizes"] != _SIZES.get(config["layer_type"]):
         return None
+    if config.get("hidden_act", "relu") != "relu":  # timm would build its own, with ReLUs
+        return None
     if config["embedding_size"] != 64 or config["downsample_in_bottleneck"] or config["downsample_in_first_stage"]:
         return None
     return _DEPTHS.get((config["layer_type"], tuple(config["depths"])))
