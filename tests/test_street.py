@@ -436,6 +436,7 @@ def test_wrong_parameters(tmp_path, capsys):
         Street(camera="drone")
     for flags, message in (
         (["--height", "63"], "must be even"),
+        (["--duration", "0.05"], "duration 0.05 holds no frame at 8 frames a second: give at least 0.125"),
         (["--camera", "drone"], "camera must be one of driving, walking, static, aerial, got 'drone'"),
         (["--camera", "drone", "--labelled", "1"], "camera must be one of driving"),
         (

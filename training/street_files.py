@@ -66,6 +66,8 @@ def _check(num_videos: int, duration: float, fps: int, height: int, width: int) 
     for name, value in (("num_videos", num_videos), ("duration", duration), ("fps", fps)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+    if round(duration * fps) < 1:
+        raise ValueError(f"duration {duration} holds no frame at {fps} frames a second: give at least {1 / fps:g}")
 
 
 def write_videos(
@@ -84,7 +86,7 @@ def write_videos(
     flow between any two times of the file can be had. Complete ones are left as they are.
 
     Raises:
-        ValueError: odd sizes, values that are not positive, or no such camera.
+        ValueError: odd sizes, values that are not positive, no frame in the duration, or no such camera.
     """
     _check(num_videos, duration, fps, height, width)
     check_camera(camera, "camera")
