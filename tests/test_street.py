@@ -117,6 +117,16 @@ def test_cameras_move_as_they_should():
             assert np.linalg.det(pose.rotation) == pytest.approx(-1)  # the world's y points up, the camera's down
 
 
+@pytest.mark.parametrize(("camera", "height", "sway"), [("driving", 0.1, 10), ("aerial", 2.0, 1)])
+def test_a_low_camera_that_sways_stays_above_the_ground(camera, height, sway):
+    """Below it the ground had a negative depth, and hid everything, also the sky."""
+    for seed in range(6):
+        for t in (0.0, 2.0, 4.0):
+            street = Street(seed, 32, 64, camera=camera, camera_height=height, sway=sway)
+            flow, _ = street.flow(t, t + 0.01)
+            assert street.pose(t).position[1] > 0 and street._scene(t).depth.min() > 0 and np.isfinite(flow).all()
+
+
 def test_only_things_move_under_a_static_camera():
     street = Street(1, 96, 192, camera="static")
     flow, _ = street.flow(2.0, 2.5)

@@ -54,7 +54,8 @@ def camera_pose(street, t: float) -> Pose:
     # The speed varies by a quarter; its integral is the way.
     way = street.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
     x, lift, yaw, tilt, roll = _PATHS[street.camera](wave, t, street.sway, rng)
-    position = np.array([x, street.camera_height + lift, start + way])
+    # Never below the ground, which would then be drawn behind the camera and before all else.
+    position = np.array([x, max(street.camera_height + lift, 0.05), start + way])
     pitch = math.radians(street.pitch) + tilt
     right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
     level = np.array([math.sin(yaw), 0, math.cos(yaw)])
