@@ -113,9 +113,6 @@ class Explorer:
         self, models: list[str], images: str | None, readout: str | None, features: str | None, max_side: int
     ):
         self.media, self.max_side = list_media(images), max_side
-        device = make_accelerator().device
-        self.encoders = {name: build(name, 1, features=features).to(device) for name in models}
-        self.readout = None if readout is None else Readout(readout, device)
         self.kept = Cache(KEPT_BYTES)
         clips, wrong = [], None
         for _, path in spread(self.media, 8):
@@ -123,8 +120,11 @@ class Explorer:
                 clips.append(self.clip(path, 0.0, 0.5))
             except ValueError as error:
                 wrong = error
-        if self.media and not clips:
+        if self.media and not clips:  # before the models, which may have to be fetched
             raise wrong
+        device = make_accelerator().device
+        self.encoders = {name: build(name, 1, features=features).to(device) for name in models}
+        self.readout = None if readout is None else Readout(readout, device)
         for name in models:
             if name.startswith("random:"):
                 if not clips:

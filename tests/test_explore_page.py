@@ -163,6 +163,7 @@ def test_wrong_models_files_and_readouts_end_with_a_sentence(models, media, tmp_
         (["--model", str(tmp_path)], "the folder holds no model"),
         (["--model", models[0], "--images", str(tmp_path / "gone")], "no such file or folder"),
         (["--model", models[0], "--images", str(tmp_path)], "fake.png is no picture or video"),
+        (["--model", str(tmp_path), "--images", str(tmp_path)], "fake.png is no picture or video"),  # before models
         (["--model", models[0], "--readout", models[0]], "readout .* cannot be loaded; expected the readout/ folder"),
         (["--model", models[0], "--features", "stage9"], "--features stage9"),
     ):
