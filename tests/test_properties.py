@@ -231,7 +231,7 @@ def any_mapping(kind):
     keys = st.sampled_from(names) | st.sampled_from(names) | texts
     mappings = st.dictionaries(keys, plain | numbers | pairs, max_size=3)
     if not issubclass(kind, RunRecipe):
-        return mappings.map(lambda values: {"model": ["random:x"], **values})
+        return mappings.map(lambda values: {"model": ["org/x"], **values})
     models = networks
     if kind is FlowRecipe:  # its border is of larger frames than the crop that all runs begin with
         models = fields_of(PoodleFlowConfig)
