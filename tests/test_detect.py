@@ -199,7 +199,7 @@ def test_drawn_boxes_are_where_they_are():
 @pytest.fixture(scope="module")
 def overfitted(street_boxes, resnet, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("overfitted")
-    options = {"max_steps": 120, "learning_rate": 1e-3, "weight_decay": 0, "per_device_train_batch_size": 2}
+    options = {"max_steps": 240, "learning_rate": 1e-3, "weight_decay": 0, "per_device_train_batch_size": 2}
     options |= {"image_size": [192, 384], "boxes_per_image": 64, "logging_steps": 30}
     (result,) = main(flags(f"random:{resnet}", street_boxes / "four", folder, detector="fpn", **options))
     return folder, result
@@ -209,7 +209,7 @@ def test_faster_rcnn_overfits_four_street_images(overfitted, street_boxes):
     folder, result = overfitted
     assert result["ap50"] > 0.8, result
     saved = json.loads((folder / "evaluation.json").read_text())
-    assert saved == result and (saved["steps"], saved["train_images_seen"], saved["seed"]) == (120, 240, 0)
+    assert saved == result and (saved["steps"], saved["train_images_seen"], saved["seed"]) == (240, 480, 0)
     assert set(saved["versions"]) == {"python", "torch", "transformers", "torchvision", "pycocotools"}
     report = (folder / "report.html").read_text()
     assert report.count("<img") == 4 and "polyline" in report and "00000.png" in report
