@@ -24,49 +24,48 @@ def count_page_faults(connection, keep: bool) -> None:
     connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, threads))
 
 
-@pytest.mark.parametrize(("launched", "expected"), [(None, 2), ("4", 1), ("1", 4)])
-def test_threads_are_shared_among_the_processes_of_this_machine(monkeypatch, launched, expected):
-    monkeypatch.setattr(cpu, "usable_cores", lambda: 4)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if launched is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
-    threads = torch.get_num_threads()
-    try:
-        share_cpu(2)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(threads)
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads that one of `processes` takes of a number of cores in an environment; afterwards all is as it was."""
+    before = torch.get_num_threads()
+
+    def shared(cores: int, processes: int, **environment: str) -> int:
+        monkeypatch.setattr(cpu, "usable_cores", lambda: cores)
+        for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        share_cpu(processes)
+        return torch.get_num_threads()
+
+    yield shared
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("launched", "expected"), [({}, 2), ({"LOCAL_WORLD_SIZE": "4"}, 1), ({"LOCAL_WORLD_SIZE": "1"}, 4)]
+)
+def test_threads_are_shared_among_the_processes_of_this_machine(threads, launched, expected):
+    assert threads(4, 2, **launched) == expected
 
 
 @pytest.mark.parametrize(
     ("launcher", "asked", "expected"),
     [
-        (None, "1", 1),
-        (None, "3", 3),
-        (None, "64", 8),
-        (None, "0", 1),
-        (None, "four", 8),
+        ({}, "1", 1),
+        ({}, "3", 3),
+        ({}, "64", 8),
+        ({}, "0", 1),
+        ({}, "four", 8),
         # A launcher's 1 is its own; on CPUs torchrun alone starts several processes, and each has its share at most.
-        ("ACCELERATE_MIXED_PRECISION", "1", 8),
-        ("ACCELERATE_MIXED_PRECISION", "3", 3),
-        ("LOCAL_WORLD_SIZE", "1", 4),
-        ("LOCAL_WORLD_SIZE", "3", 3),
+        ({"ACCELERATE_MIXED_PRECISION": "2"}, "1", 8),
+        ({"ACCELERATE_MIXED_PRECISION": "2"}, "3", 3),
+        ({"LOCAL_WORLD_SIZE": "2"}, "1", 4),
+        ({"LOCAL_WORLD_SIZE": "2"}, "3", 3),
     ],
 )
-def test_who_asks_for_fewer_threads_gets_fewer(monkeypatch, launcher, asked, expected):
-    monkeypatch.setattr(cpu, "usable_cores", lambda: 8)
-    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    if launcher is not None:
-        monkeypatch.setenv(launcher, "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    threads = torch.get_num_threads()
-    try:
-        share_cpu(1)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(threads)
+def test_who_asks_for_fewer_threads_gets_fewer(threads, launcher, asked, expected):
+    assert threads(8, 1, **launcher, OMP_NUM_THREADS=asked) == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is what is told")
