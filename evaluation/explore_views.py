@@ -199,10 +199,10 @@ class Explorer:
             if counts[index]
         ]
         # A readout was fitted on whole images; here it reads the picture as it is shown (max_side).
-        size = f"<p>Segmented at {image.shape[1]}x{image.shape[0]} pixels</p>"
-        return (0.4 * image + 0.6 * colours[classes]).astype(
-            np.uint8
-        ), f"<ul class='legend'>{''.join(items)}</ul>{size}"
+        legend = (
+            f"<ul class='legend'>{''.join(items)}</ul><p>Segmented at {image.shape[1]}x{image.shape[0]} pixels</p>"
+        )
+        return (0.4 * image + 0.6 * colours[classes]).astype(np.uint8), legend
 
 
 def place(image: np.ndarray, share: tuple[float, float]) -> tuple[float, float]:
