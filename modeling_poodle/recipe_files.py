@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import gc
 import json
 import os
 import reprlib
@@ -317,6 +318,10 @@ def _typed(value) -> str:
 
 def run_script(main) -> None:
     """Run `main()`; wrong input, and faults of the run, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
+    if not gc.isenabled():
+        # What was imported stays: neither later searches for garbage look through it nor the last one, which would take 2 s.
+        gc.freeze()
+        gc.enable()
     try:
         main()
     # FloatingPointError: a run that no longer learns (other ArithmeticErrors are mistakes of the code). OSError: disks, and processes that are gone.

@@ -1,5 +1,6 @@
 """What all tests share: no internet, a core for each worker, and the optional folder of real clips."""
 
+import gc
 import json
 import logging
 import os
@@ -85,6 +86,7 @@ def as_script(monkeypatch):
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         finally:
+            gc.unfreeze()  # see run_script
             torch.set_num_threads(threads)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)

@@ -41,7 +41,9 @@ for momentum, level in ((0.1, 0.0), (None, 300.0)):
     shared[0].load_state_dict(alone.state_dict())
     torch.testing.assert_close(shared.eval()(mine), alone.eval()(mine), **close)
 
-# The whole of a step in one graph, whose loss is that of eager; without the sums over both, another.
+# The whole of a step in one graph, whose loss is that of eager; without the sums over both, another. One rank compiles, since each takes
+# seconds; the other makes the same sums in eager mode. Not rank 0: what knows no rank would pass for it there.
+compiles = rank == 1
 torch.manual_seed(0)
 model = PoodleForPreTraining(config(num_decoder_blocks=0, pooled_weight=0)).train()  # the rest takes Dynamo three times as long
 batch = inputs(seed=rank)
@@ -50,10 +52,11 @@ for_compilation(model)
 eager = copy.deepcopy(model)(**batch).loss
 torch._dynamo.reset()
 graphs = []
-compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True, dynamic=False)
-losses = [compiled(**batch).loss for _ in range(2)]
+kept = lambda graph, _: graphs.append(graph) or graph.forward
+stepped = torch.compile(model, backend=kept, fullgraph=True, dynamic=False) if compiles else model
+losses = [stepped(**batch).loss for _ in range(2)]
 losses[1].backward()
-assert len(graphs) == 1, len(graphs)
+assert len(graphs) == compiles, len(graphs)
 assert abs(eager.item() - own) > 1e-4
 assert abs(losses[0].item() - eager.item()) < 1e-4
 
@@ -70,7 +73,7 @@ if shutil.which("g++"):
     torch.manual_seed(0)
     network = for_compilation(nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)))
     expected = gradient(network, torch.float64, False)
-    found = gradient(network, torch.float32, True)
+    found = gradient(network, torch.float32, compiles)
     assert (found - expected).norm() < 1e-5 * expected.norm(), (found - expected).norm() / expected.norm()
 print(f"rank {rank} fine", flush=True)
 dist.barrier()

@@ -1,5 +1,6 @@
 """Numbers that are not finite, collapse, and resumption with other numbers of processes or workers."""
 
+import gc
 import json
 import shutil
 from types import SimpleNamespace
@@ -309,3 +310,14 @@ def test_an_error_without_words_is_named(monkeypatch):
         run_script(out_of_memory)
     with pytest.raises(ZeroDivisionError):  # a mistake of the code, which a stack trace finds
         run_script(lambda: 1 // 0)
+
+
+def test_a_script_searches_for_garbage_again_once_its_imports_are_done():
+    try:
+        gc.disable()
+        seen = []
+        run_script(lambda: seen.append((gc.isenabled(), gc.get_freeze_count() > 0)))
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert seen == [(True, True)]
