@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -311,3 +312,15 @@ def test_who_renders_needs_neither_torch_nor_transformers():
     code = "import sys, training.street_files; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_script_without_a_main_guard_ends(tmp_path):
+    """Its processes import it, and so would render in it; they waited for the folder that their parent holds, and it for them."""
+    script = tmp_path / "render.py"
+    script.write_text(
+        f"from training.street_files import write_videos\nwrite_videos({str(tmp_path / 'out')!r}, 2, 0.5, 4, 64, 128, num_processes=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert done.returncode == 1 and 'put what it does under `if __name__ == "__main__":`' in done.stderr

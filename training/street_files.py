@@ -48,6 +48,12 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # The import of the caller's own script in a process that is to render for it: it would wait for its parent, and that for it.
+        raise RuntimeError(
+            "the script that renders the street does so again when it is imported by the processes that it starts: "
+            'put what it does under `if __name__ == "__main__":`'
+        )
     folder.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     try:
