@@ -98,7 +98,9 @@ forked = ForkedScripts(
     "benchmarks.step", "evaluation.detect", "evaluation.propagate", "evaluation.segment", "training.flow_writer", "training.pretrain"
 )  # fmt: skip
 # For scripts that talk to a Hub, whose address and cache huggingface_hub reads when it is imported.
-forked_before_hub = ForkedScripts("torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx")  # fmt: skip
+forked_before_hub = ForkedScripts(
+    "torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx", "pandas", "av", "cv2", "jinja2"
+)  # fmt: skip
 
 
 def serve(imports: list[str]) -> None:

@@ -199,24 +199,26 @@ def test_drawn_boxes_are_where_they_are():
 @pytest.fixture(scope="module")
 def overfitted(street_boxes, resnet, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("overfitted")
-    options = {"max_steps": 240, "learning_rate": 1e-3, "weight_decay": 0, "per_device_train_batch_size": 2}
-    options |= {"image_size": [192, 384], "boxes_per_image": 64, "logging_steps": 30}
+    # AP50 with seeds 0 and 1: 0.97 and 0.96. On four images it takes 240 steps to be as sure.
+    options = {"max_steps": 120, "learning_rate": 1e-3, "weight_decay": 0, "per_device_train_batch_size": 2}
+    options |= {"max_train_images": 2, "max_test_images": 2, "image_size": [128, 256], "boxes_per_image": 64}
+    options["logging_steps"] = 30
     (result,) = main(flags(f"random:{resnet}", street_boxes / "four", folder, detector="fpn", **options))
     return folder, result
 
 
-def test_faster_rcnn_overfits_four_street_images(overfitted, street_boxes):
+def test_faster_rcnn_overfits_two_street_images(overfitted, street_boxes):
     folder, result = overfitted
     assert result["ap50"] > 0.8, result
     saved = json.loads((folder / "evaluation.json").read_text())
-    assert saved == result and (saved["steps"], saved["train_images_seen"], saved["seed"]) == (240, 480, 0)
+    assert saved == result and (saved["steps"], saved["train_images_seen"], saved["seed"]) == (120, 240, 0)
     assert set(saved["versions"]) == {"python", "torch", "transformers", "torchvision", "pycocotools"}
     report = (folder / "report.html").read_text()
-    assert report.count("<img") == 4 and "polyline" in report and "00000.png" in report
+    assert report.count("<img") == 2 and "polyline" in report and "00000.png" in report
     assert not (folder / "fit.safetensors").exists()
     # What was saved detects what was measured.
     model = load_detector(folder / "detector")
-    data = load_boxes("coco_folder", str(street_boxes / "four"))
+    data = load_boxes("coco_folder", str(street_boxes / "four")).limit(None, 2)
     assert tuple(model.config.classes) == data.classes
     scores = coco_scores(data.test, [detect(model, data.image(e)) for e in data.test], data.classes)
     assert {key: result[key] for key in scores} == scores
@@ -248,7 +250,7 @@ from evaluation.outputs import make_accelerator
 
 detector, data_dir, output, *flags = sys.argv[1:]
 accelerator = make_accelerator()
-model, data, seen = load_detector(detector), load_boxes("coco_folder", data_dir), []
+model, data, seen = load_detector(detector), load_boxes("coco_folder", data_dir).limit(None, 3), []
 found = detect_all(accelerator, lambda image: (seen.append(1), detect(model, image))[1], data)
 scores = coco_scores(data.test, found, data.classes)
 with open(f"{output}.{accelerator.process_index}", "w") as file:
@@ -258,19 +260,22 @@ main(flags)
 
 
 def test_two_processes_give_the_figures_of_one(overfitted, street_boxes, resnet, tmp_path):
-    model, data = load_detector(overfitted[0] / "detector"), load_boxes("coco_folder", str(street_boxes / "five"))
+    model = load_detector(overfitted[0] / "detector")
+    data = load_boxes("coco_folder", str(street_boxes / "four")).limit(
+        None, 3
+    )  # two that it was trained on, and another
     found = [detect(model, data.image(e)) for e in data.test]
     ours = coco_scores(data.test, found, data.classes)
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     run = flags(resnet, street_boxes / "five", tmp_path / "run", detector="fpn", max_steps=2, boxes_per_image=16)
-    arguments = (overfitted[0] / "detector", street_boxes / "five", tmp_path / "out", *run)
+    arguments = (overfitted[0] / "detector", street_boxes / "four", tmp_path / "out", *run)
     done = forked(tmp_path / "two.py", *arguments, ranks=2)
     assert done.returncode == 0, done.stderr
     (seen0, scores0, counts0), (seen1, scores1, counts1) = (
         json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1)
     )
-    assert (seen0, seen1) == (3, 2) and counts0 == counts1 == [len(f["scores"]) for f in found]
-    assert ours["ap50"] > 0.5 and scores0 == scores1
+    assert (seen0, seen1) == (2, 1) and counts0 == counts1 == [len(f["scores"]) for f in found]
+    assert ours["ap50"] > 0.2 and scores0 == scores1  # the third image has boxes that were not learned, of all scores
     for key in ("ap", "ap50", "ap75", "ap_small"):
         assert scores0[key] == pytest.approx(ours[key], abs=1e-3)
     # The whole script, fit included.
