@@ -364,7 +364,7 @@ class Interpreter:
     """A Python process whose Hub is `hub`, which runs scripts one after the other: what they import, it imports once."""
 
     LOOP = """
-import os, sys, traceback
+import gc, os, sys, traceback
 scripts, sys.stdin = sys.stdin, open(os.devnull)
 for line in scripts:
     path = line.strip()
@@ -374,6 +374,7 @@ for line in scripts:
         print(chr(0) + "passed", flush=True)
     except BaseException:
         print(traceback.format_exc() + chr(0) + "failed", flush=True)
+gc.freeze()  # or it ends 2 s later
 """
 
     def __init__(self, hub: HubServer, home: Path, prelude: str = ""):

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,11 +79,11 @@ def own_hub(tmp_path):
         yield server
 
 
-def python(hub, home: Path, *arguments, token=TOKEN, **variables) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=home, capture_output=True, text=True, timeout=600,
-        env={**hub.environment(home / "hf", token), **variables}, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+def python(hub, home: Path, script: str, *arguments, **variables) -> subprocess.CompletedProcess:
+    """A script in a process that talks to `hub`, with a cache in `home`."""
+    (home / "script.py").write_text(script)
+    environment = {**hub.environment(home / "hf"), **variables}
+    return forked_before_hub(home / "script.py", *arguments, environment=environment)
 
 
 def publish(hub, folder, *arguments, token=TOKEN) -> subprocess.CompletedProcess:

@@ -81,7 +81,7 @@ from huggingface_hub import hf_hub_download
 for revision in sys.argv[1:]:
     print(hf_hub_download("org/a", "model.safetensors", revision=revision))
 """
-    old, new = map(load_file, python(own_hub, tmp_path, "-c", script, first.oid, "main").stdout.split())
+    old, new = map(load_file, python(own_hub, tmp_path, script, first.oid, "main").stdout.split())
     assert all(torch.equal(old[name], weights[name]) for name in weights)
     assert all(torch.equal(new[name], changed_weights[name]) for name in weights)
 

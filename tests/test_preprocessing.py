@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from labelled_shapes import RESNET
-from published import REPOSITORY, python
+from published import python
 from transformers import ResNetBackbone, ResNetConfig
 
 from evaluation.encoders import build
@@ -95,7 +95,7 @@ def test_a_hub_that_does_not_answer_is_an_error_but_for_what_is_in_the_cache(own
     own_hub.add_dataset("org/without", {"config.json": b"{}"}, "model")
 
     def ask(*names, **variables) -> list[str]:
-        done = python(own_hub, tmp_path, "-c", ASKS, *names, PYTHONPATH=str(REPOSITORY), **variables)
+        done = python(own_hub, tmp_path, ASKS, *names, **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
