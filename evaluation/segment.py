@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
     if len(data.train) < accelerator.num_processes:
-        raise ValueError(f"{len(data.train)} training images for {accelerator.num_processes} processes: use fewer")
+        raise ValueError(
+            f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
+        )
     built = {}
     for name in recipe.model:  # one that is wrong, or does not fit the readout, is found before the first is measured
         encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)

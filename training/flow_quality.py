@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for gap in options.gaps:
         pairs = held_out_pairs(options.drives, *options.size, gap, options.camera)
+        if not any(visible.any() for _, _, visible in pairs):
+            raise ValueError(f"--gaps {gap:g}: no point of a frame is seen that long after it; give shorter gaps")
         results += [{"flow": shown[spec], "gap": gap, **measure(each, pairs)} for spec, each in estimators.items()]
     table = [["flow", "gap, s", "mean error, px", "median", "kept, %", "of these wrong, %"]]
     table[0] += ["hidden, %", "wrong of kept and seen, %", "motion, px", "not affine, px", "ms a pair"]
