@@ -287,7 +287,9 @@ def test_more_processes_than_training_images_are_refused_before_the_folder_is_be
     """Else it would hold an interrupted evaluation, and refuse the next command."""
     values = flags(shapes, tmp_path / "run", poodle, readout="knn", max_train_images=1)
     done = forked("evaluation/segment.py", *values, ranks=2)
-    assert done.returncode and "error: 2 processes have 1 training images, and each needs one: start fewer" in done.stderr
+    assert (
+        done.returncode and "error: 2 processes have 1 training images, and each needs one: start fewer" in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -307,11 +307,18 @@ def test_wrong_parameters(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_who_renders_needs_neither_torch_nor_transformers():
+def test_who_renders_needs_neither_torch_nor_transformers(tmp_path):
     """They take seconds to import, in the command and in each process that it renders with."""
-    code = "import sys, training.street_files; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    words = ["--labelled", "2", "--height", "32", "--width", "64", "--output_dir", str(tmp_path / "out")]
+    code = f"""
+import sys
+from training.street_files import main
+if __name__ == "__main__":
+    main({words})
+    print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "out" / "images" / "00001.png").is_file()
 
 
 def test_a_script_without_a_main_guard_ends(tmp_path):

@@ -153,11 +153,14 @@ def _is_sidecar(path: Path) -> bool:
         return False
 
 
+def _usable_cores() -> int:
+    """As of modeling_poodle.cpu, whose import brings torch and transformers: 8 s, of which rendering needs nothing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
     """The results of function(*job) in the order of the jobs."""
-    from modeling_poodle.cpu import usable_cores  # here: the processes that are started need no torch
-
-    workers = min(num_processes or usable_cores(), len(jobs))
+    workers = min(num_processes or _usable_cores(), len(jobs))
     if workers == 1:  # to start a process takes longer than to render a short drive
         yield from (function(*job) for job in jobs)
         return
