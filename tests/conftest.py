@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
+    gc.disable()  # while tests are imported, as in run_script
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_sessionfinish() -> None:
     forked.close()
     forked_before_hub.close()
@@ -78,6 +84,7 @@ def as_script(monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.delenv("POODLE_TRACEBACK", raising=False)
+        monkeypatch.setattr(gc, "freeze", lambda: None)  # what earlier tests leave is garbage
         threads, levels = (
             torch.get_num_threads(),
             {name: logging.getLogger(name).level for name in ("httpx", "datasets")},
@@ -86,7 +93,6 @@ def as_script(monkeypatch):
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         finally:
-            gc.unfreeze()  # see run_script
             torch.set_num_threads(threads)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
