@@ -3,12 +3,16 @@ BIN := .venv/bin
 
 .PHONY: install quickstart test test-oldest test-long coverage mutants lint
 
+# On all cores; pip has one, and takes a minute and a half. Packages may hold files for other versions of Python, which do not compile.
+compile = $(1)/python -m compileall -qq -j 0 $(1)/../lib || true
+
 # The stamp makes a second call instant; it is made anew when the requirements change.
 install: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --no-compile --editable '.[test]'
+	$(call compile,$(BIN))
 	touch $@
 
 quickstart: install
@@ -40,7 +44,8 @@ test-oldest: .venv-oldest/installed
 
 .venv-oldest/installed: setup.cfg pyproject.toml requirements/oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint requirements/oldest.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pip install --no-compile --constraint requirements/oldest.txt --editable '.[test]'
+	$(call compile,.venv-oldest/bin)
 	touch $@
 
 # Lines that tests run, in their processes and in those that these start.

@@ -96,7 +96,8 @@ def whole_run(drives, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole_run_of_two(drives, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("runs") / "two"
-    done = run(drives, output_dir, "--max_steps", "8", "--save_steps", "3", processes=2)
+    words = command(drives, output_dir, "--max_steps", "8", "--save_steps", "3", launcher=False)
+    done = forked(*words[1:], ranks=2, OMP_NUM_THREADS=THREADS)  # the run that is compared with it is torchrun's
     assert done.returncode == 0, done.stderr
     assert "on 2 process(es)" in done.stdout + done.stderr
     return output_dir
