@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -146,9 +146,12 @@ def load_fit(
     path = folder / "fit.safetensors"
     if not path.is_file():
         return 0, []
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if metadata["encoder"] != identity:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the fit begins anew") from error
+    if metadata.get("encoder") != identity:
         raise ValueError(
             f"{path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
         )

@@ -412,10 +412,14 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, monkeypatch):
     assert load_fit(tmp_path, "x", 4, 1, *arguments) == (2, [])
 
 
-def test_the_fit_of_a_version_that_noted_no_steps_is_named(tmp_path):
+def test_a_fit_of_a_version_that_noted_no_steps_and_a_damaged_one_are_named(tmp_path):
     save_file({}, tmp_path / "fit.safetensors", metadata={"encoder": "x", "step": "1", "curve": "[]"})
     with pytest.raises(ValueError, match="fit.safetensors is the fit of an earlier version.*: remove it"):
         load_fit(tmp_path, "x", 4, 1, [], {}, None)
+    for content in (b"", (tmp_path / "fit.safetensors").read_bytes()[:40]):  # a power cut can leave a file of no bytes
+        (tmp_path / "fit.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="fit.safetensors is damaged .*; remove it, and the fit begins anew"):
+            load_fit(tmp_path, "x", 4, 1, [], {}, None)
 
 
 # --- the test images ---
