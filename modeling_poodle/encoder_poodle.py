@@ -22,6 +22,7 @@ class PlainVitEncoder(nn.Module):
         self.config, self.out_features = config, stages
         self.channels = [config.hidden_size] * len(stages)
         self.vit = AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
+        self._no_split_modules = self.vit._no_split_modules  # which transformers asks of each part, for device_map
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         patch = self.config.patch_size

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 from .configuration_poodle import PoodleConfig
-from .encoder_poodle import Checkpointed, build_encoder, recomputed
+from .encoder_poodle import Checkpointed, PlainVitEncoder, build_encoder, recomputed
 
 # The largest output, in numbers, of PyTorch's CUDA interpolation on channels_last maps; it refuses larger ones.
 MOST_NUMBERS = 2**31 - 2
@@ -150,12 +150,13 @@ class PoodlePreTrainedModel(PreTrainedModel):
         name = pretrained_model_name_or_path  # None, where `config` and `state_dict` are given instead
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         unexpected = info["unexpected_keys"]
-        if any(key.startswith("teacher.") for key in unexpected):
+        # What a config given beside the file leaves out, for example the decoder, is named by transformers and no other kind of checkpoint.
+        if not hasattr(model, "teacher") and any(key.startswith("teacher.") for key in unexpected):
             raise ValueError(
                 f"{name} holds a PoodleForPreTraining, of student, teacher and heads; {cls.__name__} reads one network. Load the model/ "
                 f"of the run, or save PoodleForPreTraining.from_pretrained({str(name)!r}).teacher and load that"
             )
-        if any(key.startswith("poodle.") for key in unexpected):
+        if cls.base_model_prefix != "poodle" and any(key.startswith("poodle.") for key in unexpected):
             raise ValueError(
                 f"{name} holds a PoodleForSemanticSegmentation; {cls.__name__} begins with its network alone: save PoodleModel.from_pretrained({str(name)!r}) "
                 "and load that"
@@ -281,6 +282,8 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         channels = dict(zip(self.encoder_stages, body.encoder.channels), decoder=body.num_features)
         if isinstance(self.encoder, BackboneMixin):  # which also knows the channels of stages that are not asked for
             channels = dict(zip(self.encoder.stage_names, self.encoder.num_features)) | channels
+        elif isinstance(self.encoder, PlainVitEncoder):
+            channels = dict.fromkeys(self.stage_names, self.encoder.config.hidden_size) | channels
         self.num_features = [channels.get(name) for name in self.stage_names]
         self.post_init()
 

@@ -98,7 +98,8 @@ class PoodleFlowDecoder(nn.Module):
         self.head = nn.Conv2d(config.hidden_size, 2, kernel_size=3, padding=1)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_state = torch.cat(inputs, dim=1)
+        # Flow and costs are float32, also where the weights are not.
+        hidden_state = torch.cat(inputs, dim=1).to(self.head.weight.dtype)
         for conv in self.convs:
             hidden_state = F.leaky_relu(conv(hidden_state), 0.1)
         return self.head(hidden_state).float(), hidden_state

@@ -50,6 +50,9 @@ def test_a_readout_is_loaded_as_the_network_and_the_backbone_below_it(tmp_path):
         ValueError, match="holds a PoodleForSemanticSegmentation; PoodleForPreTraining begins with its"
     ):
         PoodleForPreTraining.from_pretrained(tmp_path)
+    plain = PoodleForSemanticSegmentation.from_pretrained(tmp_path, num_decoder_blocks=0, ignore_mismatched_sizes=True)
+    assert equal(plain.poodle.encoder, readout.poodle.encoder)
+    assert equal(PoodleModel.from_pretrained(tmp_path, num_decoder_blocks=0).encoder, readout.poodle.encoder)
     # No folder, but what transformers takes in its place.
     given = PoodleModel.from_pretrained(None, config=readout.config, state_dict=readout.poodle.state_dict())
     assert equal(given, readout.poodle)

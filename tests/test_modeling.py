@@ -51,10 +51,11 @@ def test_a_backbone_s_maps_are_the_model_s(backbone_config, tmp_path):
     with torch.no_grad():
         expected = model.encode(pixel_values)
         expected["decoder"] = model.decode(expected)
+        widths = [expected[name].shape[1] for name in names]  # known also of stages that are not asked for
         for wanted in (names, names[1::2], names[-2:]):
             backbone = PoodleBackbone.from_pretrained(tmp_path, out_features=wanted).eval()
             maps = backbone(pixel_values).feature_maps
-            assert len(maps) == len(wanted)
+            assert [m.shape[1] for m in maps] == backbone.channels and backbone.num_features == widths
             for name, values in zip(wanted, maps):
                 assert torch.equal(values, expected[name]), name
     assert not any(torch.equal(expected[a], expected[b]) for a, b in itertools.combinations(names, 2))

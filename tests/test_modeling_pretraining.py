@@ -217,6 +217,15 @@ def test_files_round_trip(tmp_path):
         with pytest.raises(ValueError, match=r"holds a PoodleForPreTraining.*'\)\.teacher"):
             other.from_pretrained(tmp_path / "all")
 
+    # Parts that a config given beside the file leaves out make it no other kind of checkpoint.
+    for change in ({"num_decoder_blocks": 1}, {"decoder_laterals": False}, {"dense_weight": 0}):
+        less, info = PoodleForPreTraining.from_pretrained(tmp_path / "all", output_loading_info=True, **change)
+        assert info["unexpected_keys"] and not info["missing_keys"]
+        assert all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in less.student.encoder.state_dict(prefix="student.encoder.").items()
+        )
+
     model.teacher.save_pretrained(tmp_path / "model")
     pixel_values = torch.randn(1, 3, 75, 101)  # odd sides
     expected = model.eval().teacher(pixel_values, output_hidden_states=True)

@@ -35,6 +35,15 @@ def saved(model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_give_flow_in_single(model, saved, dtype):
+    frames = torch.rand(1, 2, 3, 64, 64)
+    with torch.no_grad():
+        flow = PoodleFlowModel.from_pretrained(saved / "model", dtype=dtype).eval()(frames.to(dtype)).flow
+        expected = model.eval()(frames).flow
+    assert flow.dtype == torch.float32 and (flow - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
