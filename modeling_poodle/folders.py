@@ -1,18 +1,22 @@
 """What lies below a folder."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
     """
-    All files below a folder, also those in folders that are linked there; sorted. Each folder counts once, by its own
-    path rather than a link's, and a link to a folder around this one leads nowhere: a walk ends, in a circle too.
+    All files below a folder, also those in folders that are linked there, and links that lead nowhere; sorted. Each folder counts once, by its
+    own path rather than a link's, and a link to a folder around this one leads nowhere: a walk ends, in a circle too.
+
+    Args:
+        onerror: is given the error of each folder that cannot be listed; without it they are passed over.
     """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     found, roots = [], [str(folder)]
     for root in roots:  # grows by the links that are met
-        for path, folders, files in os.walk(root):
+        for path, folders, files in os.walk(root, onerror=onerror):
             real = os.path.realpath(path)
             if real in seen:
                 folders.clear()

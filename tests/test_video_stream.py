@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import tarfile
 from fractions import Fraction
 
@@ -320,6 +321,36 @@ def test_sources(tmp_path, videos, caplog):
         find_videos([str(tmp_path / "drives" / "shard.tar.gz")])
     assert len(find_videos([str(tmp_path / "drives")])) == len(videos)
     assert "1 compressed tars are left out, the first is" in caplog.text
+
+
+def test_what_is_not_there_is_named_and_what_is_hidden_left_out(tmp_path, videos, monkeypatch, caplog):
+    """A disk that is not mounted would cost its videos without a word; a trash and a snapshot are none of the run's."""
+    folder = tmp_path / "drives"
+    for inner in ("seen", ".Trash-1000/files", ".snapshot/hourly.0", "closed"):
+        (folder / inner).mkdir(parents=True)
+        shutil.copy(videos[0], folder / inner / "a.mp4")
+    found = [str(folder / "closed" / "a.mp4"), str(folder / "seen" / "a.mp4")]
+    assert find_videos([str(folder)]) == found and not caplog.text
+    (folder / "b.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (folder / "day2").symlink_to(tmp_path / "unmounted")
+    assert find_videos([str(folder)]) == found
+    assert f"2 links lead nowhere and are left out, the first is {folder}/b.mp4" in caplog.text
+    caplog.clear()
+    assert find_videos([str(folder / "**" / "*.mp4")]) == found and "1 links lead nowhere" in caplog.text
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may list any folder
+    assert find_videos([str(folder)]) == found[1:]
+    assert f"{folder}/closed cannot be listed (Permission denied): what lies in it is left out" in caplog.text
+    with tarfile.open(tmp_path / "SHARD.TAR", "w") as archive:
+        archive.add(videos[0], arcname="a.mp4")
+    (member,) = find_videos([str(tmp_path / "SHARD.TAR")])
+    assert next(video_pairs(member, SAMPLING, 0))["frames"].shape == (2, 3, 32, 64)
 
 
 def test_a_pattern_of_remote_tars_is_opened_as_a_local_one(tmp_path, videos):

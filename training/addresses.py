@@ -13,7 +13,7 @@ _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # A video in a tar, as TAR::OFFSET:SIZE:NAME. The name is the tar's word: it is only shown, and nothing in it is taken for a path, an offset or
 # an address.
-MEMBER = re.compile(r"((?=https?://).*?\.tar(?:\?.*?)?|.*?\.tar)::(\d+):(\d+):", re.DOTALL)
+MEMBER = re.compile(r"((?=https?://).*?\.(?i:tar)(?:\?.*?)?|.*?\.(?i:tar))::(\d+):(\d+):", re.DOTALL)
 
 
 def printable(text: str) -> str:

@@ -99,6 +99,10 @@ def _is_video(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
 def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
     if is_dataset_id(source):  # or a path of two parts, misspelt
         videos, outcome = _expand_hub(f"hf://datasets/{source}", commits)
@@ -112,16 +116,33 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
     except RuntimeError:  # ~ of a user that is not known
         return [], "no such file or folder"
     if path.is_dir():
-        inside = [str(p) for p in files_below(path) if p.is_file() and not p.name.startswith(".")]
+        refused: list[OSError] = []
+        below = [p for p in files_below(path, refused.append) if not _is_hidden(p.relative_to(path))]
+        inside = _there(list(map(str, below)))
+        for error in refused:
+            logger.warning("%s cannot be listed (%s): what lies in it is left out", error.filename, error.strerror)
         return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"
     if path.is_file():
         if path.name.lower().endswith(COMPRESSED_TARS):
             return [], "a compressed tar, of which no part can be read alone: decompress it, to .tar"
-        return (_tar_members(str(path)), "a tar without videos") if path.suffix == ".tar" else ([str(path)], "a file")
-    matches = [p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+        return (_tar_members(str(path)), "a tar without videos") if _is_tar(path.name) else ([str(path)], "a file")
+    matches = _there(glob.glob(str(path), recursive=True))
     if glob.has_magic(source):
         return _videos_among(matches), f"a pattern that matches {len(matches)} files, none of them a video"
     return [], "no such file or folder"
+
+
+def _is_hidden(path: Path) -> bool:
+    """As what a trash or a snapshot keeps."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _there(names: list[str]) -> list[str]:
+    """Those that are files; links that lead nowhere, as where a disk is not mounted, are named in a warning."""
+    gone = [name for name in names if not os.path.exists(name)]
+    if gone:
+        logger.warning("%d links lead nowhere and are left out, the first is %s", len(gone), printable(gone[0]))
+    return [name for name in names if os.path.isfile(name)]
 
 
 def _videos_among(names: Sequence[str]) -> list[str]:
@@ -134,7 +155,7 @@ def _videos_among(names: Sequence[str]) -> list[str]:
         )
     # Of a remote tar each header is a request: many tars are asked at once.
     with ThreadPoolExecutor(16) as pool:
-        members = [m for found in pool.map(_tar_members, (n for n in names if n.endswith(".tar"))) for m in found]
+        members = [m for found in pool.map(_tar_members, (n for n in names if _is_tar(n))) for m in found]
     return [n for n in names if _is_video(n)] + members
 
 
@@ -162,7 +183,7 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
     # At http(s) "?" begins a query, and what is in it is no pattern.
     place = public_url(source) if source.startswith(("http://", "https://")) else source
     if not glob.has_magic(place):
-        if place.endswith(".tar"):
+        if _is_tar(place):
             return _tar_members(source), "a tar without videos"
         return [source], "a URL"
     try:
