@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from typing import get_type_hints
 
 import huggingface_hub
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoBackbone
 from modeling_poodle import PoodleBackbone, PoodleConfig, PoodleModel
 from training import cards
 from training.checkpoints import write_folders
+from training.flow_recipe import FlowRecipe
 from training.publish import main as publish_main
 from training.publish import parts_of, read_evaluations
 from training.recipe import Recipe
@@ -202,3 +204,10 @@ def test_what_was_not_measured_is_refused(as_script, published_run, tmp_path, ch
         os.utime(file, (0, 0))
     said = as_script("training/publish.py", published_run, "--repo_id", "org/p", "--evaluation", file)
     assert said.startswith("error: ") and message in said
+
+
+def test_no_field_of_a_recipe_that_can_hold_a_path_is_in_a_card():
+    """Whoever adds one says here that it holds none, or leaves it out of cards."""
+    fields = {name: str(kind) for of in (Recipe, FlowRecipe) for name, kind in get_type_hints(of).items()}
+    texts = {name for name, kind in fields.items() if "str" in kind or "dict" in kind}
+    assert texts - set(cards._PRIVATE_FIELDS) == {"model", "flow"}

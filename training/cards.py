@@ -18,7 +18,7 @@ NOT_MEASURED = "Nothing was measured yet."
 # Fields of a recipe that tell of this machine, not of the training: left out of cards.
 _PRIVATE_FIELDS = (
     "output_dir", "videos", "flow_weights", "flow_dir", "flow_model", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers",
+    "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers", "probe", "probe_steps",
 )  # fmt: skip
 _CITATION = """```bibtex
 @misc{poodle2025,
