@@ -8,12 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from transformers import AutoConfig, ResNetBackbone, ResNetConfig
 
 from modeling_poodle import PoodleModel
+from training import convert as converting
 from training.convert import convert, main, read_checkpoint
 from training.resnet_names import timm_architecture
 
@@ -194,6 +196,31 @@ def test_timm_has_no_name_for_a_resnet_without_relus():
     """It would load the weights into a network of its own, with ReLUs, and give other features without a word."""
     assert timm_architecture(ResNetConfig().to_dict()) == "resnet50"
     assert timm_architecture(ResNetConfig(hidden_act="gelu").to_dict()) is None
+
+
+def test_timm_has_no_name_for_what_its_file_cannot_hold():
+    """Numbers that numpy lacks, and a classifier's names; a config of an earlier transformers lacks fields, and is one all the same."""
+    plain = {"architectures": ["ResNetBackbone"], **ResNetConfig().to_dict()}
+    for field in ("downsample_in_bottleneck", "downsample_in_first_stage"):
+        del plain[field]
+    plain["architectures"] = ["ResNetBackbone"]
+    assert timm_architecture(plain) == "resnet50"
+    for change in (
+        {"dtype": "bfloat16"},
+        {"torch_dtype": "bfloat16"},
+        {"architectures": ["ResNetForImageClassification"]},
+    ):
+        assert timm_architecture({**plain, **change}) is None
+
+
+def test_a_full_disk_is_a_sentence(released, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    torch.save(small(released), tmp_path / "small.pth")
+    monkeypatch.setattr(converting, "write_folders", full)
+    with pytest.raises(OSError, match="out cannot be written: .*No space left on device"):
+        main([str(tmp_path / "small.pth"), str(tmp_path / "out")])
 
 
 class Evil:

@@ -22,7 +22,7 @@ from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train
 
 from modeling_poodle.locks import lock_output_dir
 from training import run
-from training.checkpoint_files import damage, finish, list_checkpoints, rotate, sweep, write_text
+from training.checkpoint_files import damage, finish, leave_later, list_checkpoints, rotate, sweep, write_text
 from training.ranks import StopSignals
 from training.recipe import parse_recipe
 from training.resume import find_checkpoint
@@ -259,21 +259,27 @@ def test_a_run_from_before_the_damage_writes_the_same_again(drives, whole, tmp_p
     assert all(damage(checkpoint) is None for checkpoint in list_checkpoints(run))
 
 
-def test_a_run_that_was_sent_back_has_no_panels_of_the_future_it_left(drives, whole, tmp_path, monkeypatch):
-    """As it has no lines of it; the last panel is sent with the weights. Its checkpoints stay until it saves one itself."""
+def test_a_run_that_was_sent_back_has_no_panels_and_no_latest_checkpoint_of_the_future_it_left(
+    drives, whole, tmp_path, monkeypatch
+):
+    """As it has no lines of it; the last panel is sent with the weights. Its checkpoints can be named until it saves one itself."""
 
     def kill():
         raise KeyError("as if killed, with nothing saved yet")
 
     run = copy_of(whole, tmp_path)
-    at_step(monkeypatch, 3, kill)
-    saved = names(run)
-    with pytest.raises(KeyError, match="as if killed"):
-        back = ("--resume_from_checkpoint", str(run / "checkpoints" / "step-2"))
-        train(drives, run, *EACH_STEP, *back, steps=4)
-    assert names(run) == saved and "step-4" in saved
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, kill)
+        with pytest.raises(KeyError, match="as if killed"):
+            back = ("--resume_from_checkpoint", str(run / "checkpoints" / "step-2"))
+            train(drives, run, *EACH_STEP, *back, steps=4)
+    assert names(run) == ["step-1", "step-2"] and damage(run / "checkpoints" / "left-step-4") is None
     panels = [sorted(path.name for path in (folder / "panels").iterdir()) for folder in (whole, run)]
     assert panels == [["step-000001.png", "step-000004.png"], ["step-000001.png"]]
+    AcceleratorState._reset_state(True)
+    lines = train(drives, run, *EACH_STEP, "--resume_from_checkpoint", "latest", steps=4)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and names(run) == [f"step-{n}" for n in (1, 2, 3, 4)]
+    assert not list((run / "checkpoints").glob("*left*"))
 
 
 def test_lines_of_all_logs_outlive_a_power_cut_as_their_checkpoint_does(drives, whole, tmp_path, monkeypatch):
@@ -296,19 +302,23 @@ def made_up(output_dir: Path, *steps: int, size: int = 10) -> None:
         finish(partial, output_dir / "checkpoints" / f"step-{step}")
 
 
-@pytest.mark.parametrize(
-    ("step", "limit", "kept"),
-    [
-        (9, 2, ["step-7", "step-9"]),
-        (9, 9, ["step-3", "step-5", "step-7", "step-9"]),
-        (5, 1, ["step-5"]),  # resumed from 3: 7 and 9 are of a future that was left, and never kept in the place of 5
-        (5, 2, ["step-3", "step-5"]),
-    ],
-)
-def test_rotation_keeps_the_one_just_written_and_those_before_it(tmp_path, step, limit, kept):
+@pytest.mark.parametrize(("limit", "kept"), [(2, ["step-7", "step-9"]), (9, ["step-3", "step-5", "step-7", "step-9"])])
+def test_rotation_keeps_the_newest(tmp_path, limit, kept):
     made_up(tmp_path, 3, 5, 7, 9)
-    rotate(tmp_path, step, limit)
+    rotate(tmp_path, limit)
     assert names(tmp_path) == kept
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, ["step-5"]), (2, ["step-3", "step-5"])])
+def test_rotation_of_a_run_that_was_sent_back_keeps_none_of_the_future_it_left(tmp_path, limit, kept):
+    made_up(tmp_path, 3, 5, 7, 9)
+    leave_later(tmp_path, 3)
+    left = ["left-step-5", "left-step-7", "left-step-9"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [*left, "step-3"]
+    assert [damage(tmp_path / "checkpoints" / name) for name in left] == [None] * 3
+    made_up(tmp_path, 5)
+    rotate(tmp_path, limit)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
@@ -322,7 +332,7 @@ def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_pa
         while True:
             step += 1
             made_up(tmp_path, step, size=20_000)
-            rotate(tmp_path, step, 2)
+            rotate(tmp_path, 2)
 
     began = time.monotonic()
     made_up(tmp_path / "timed", 1, size=20_000)

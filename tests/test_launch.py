@@ -43,10 +43,10 @@ def submit(tmp_path):
         "SLURM_NNODES": "2",
         "SLURM_CPUS_PER_TASK": "16",
     }
-    environment = {**os.environ, **slurm, "PATH": f"{stubs}:{os.environ['PATH']}"}
+    slurm["PATH"] = f"{stubs}:{os.environ['PATH']}"
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = ["bash", str(LAUNCH / "slurm.sh"), *arguments]
+        command, environment = ["bash", str(LAUNCH / "slurm.sh"), *arguments], {**os.environ, **slurm}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return run
@@ -70,9 +70,14 @@ def test_slurm_starts_a_launcher_on_each_machine(submit):
         (["--output-dir=begun", "--seed", "1"], True),
         (["--output_dir", "new"], False),
         (["--output_dir=begun", "--resume_from_checkpoint", "begun/checkpoints/step-5"], False),
+        (["--output_dir=begun", "--resume_from_checkpoint", "begun/checkpoints/step-5", "REQUEUED"], True),
+        (["--output_dir=new", "--resume_from_checkpoint", "begun/checkpoints/step-5", "REQUEUED"], False),
     ],
 )
-def test_a_job_of_slurm_that_is_submitted_again_goes_on(submit, arguments, resumes):
+def test_a_job_of_slurm_that_is_submitted_again_or_requeued_goes_on(submit, arguments, resumes, monkeypatch):
+    if "REQUEUED" in arguments:
+        arguments = arguments[:-1]
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     words = submit(*arguments).stdout.splitlines()
     assert words[words.index("training/pretrain.py") + 1 :] == [
         *arguments,

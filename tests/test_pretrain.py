@@ -130,6 +130,18 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
         train(
             drives, tmp_path / "b", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"), steps=1
         )
+    # The command that began a run at another's checkpoint, given again.
+    config = (tmp_path / "b" / "config.yaml").read_text()
+    began = ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))
+    (tmp_path / "b" / "config.yaml").write_text(
+        config.replace("resume_from_checkpoint: null", f"resume_from_checkpoint: {began[1]}")
+    )
+    with pytest.raises(ValueError, match="b holds a run already, which began at .*: go on with it by .* latest"):
+        train(drives, tmp_path / "b", *began, steps=1)
+    # A link to the checkpoint hides no other values.
+    (tmp_path / "best").symlink_to(began[1])
+    with pytest.raises(ValueError, match="another configuration .*seed: 0 in the run, 1 now"):
+        train(drives, tmp_path / "c", "--seed", "1", "--resume_from_checkpoint", str(tmp_path / "best"), steps=1)
     (tmp_path / "b" / "config.yaml").unlink()  # a copy without it, or what training.convert has written
     before = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
     for more in ((), ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))):

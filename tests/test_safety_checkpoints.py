@@ -56,6 +56,14 @@ def test_links_and_devices_in_a_checkpoint_are_not_opened(whole, tmp_path, name,
         assert damage(checkpoint) == f"SHA256SUMS does not name {name!r}"
 
 
+def test_what_file_browsers_and_servers_leave_in_a_checkpoint_is_none_of_its_files(whole, tmp_path):
+    checkpoint = copy_of(whole, tmp_path) / "checkpoints" / "step-4"
+    (checkpoint / ".ipynb_checkpoints").mkdir()
+    (checkpoint / "@eaDir").mkdir()
+    (checkpoint / "._model.safetensors").write_bytes(b"AppleDouble")
+    assert damage(checkpoint) is None
+
+
 def fields_of(path: Path, *keys: str, **values) -> None:
     """Change fields of a JSON file, within `keys`; `None` takes one away."""
     content = inner = json.loads(path.read_text())

@@ -84,10 +84,11 @@ def damage(checkpoint: Path) -> str | None:
     """
     What is wrong with a checkpoint's files: one is missing, or its bytes are not those that were written. `None`: nothing.
 
-    Nothing else than regular files that lie in it is opened: a checkpoint from elsewhere could name a device, or lead to one.
+    Nothing else than regular files that lie in it is opened: a checkpoint from elsewhere could name a device, or lead to one. What file
+    browsers and servers leave (`.ipynb_checkpoints`, `._NAME`, `@eaDir`) is none of its files, and never opened.
     """
     try:
-        found = sorted(path.name for path in checkpoint.iterdir())
+        found = sorted(path.name for path in checkpoint.iterdir() if not path.name.startswith((".", "@")))
         for name in found:
             if not stat.S_ISREG(os.lstat(checkpoint / name).st_mode):
                 return f"{name!r} is not a regular file"
@@ -157,15 +158,21 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rotate(output_dir: str | Path, step: int, limit: int) -> None:
+def leave_later(output_dir: str | Path, step: int) -> None:
     """
-    Keep the checkpoint of `step`, just written, and the newest before it, `limit` in all.
+    Rename the checkpoints of later steps to `left-step-N`: a run that is resumed from before them has left that future, and `latest` must
+    not lead into it. They can still be named, until the run saves one of its own.
+    """
+    for checkpoint in list_checkpoints(output_dir):
+        if step_of(checkpoint) > step:
+            left = checkpoint.with_name(f"left-{checkpoint.name}")
+            shutil.rmtree(left, ignore_errors=True)
+            os.replace(checkpoint, left)
 
-    Those of later steps are of a future that this run, resumed from before it, has left: they go first, never in its place.
-    """
-    checkpoints = list_checkpoints(output_dir)
-    later = [path for path in checkpoints if step_of(path) > step]
-    for old in later + [path for path in checkpoints if step_of(path) <= step][:-limit]:
+
+def rotate(output_dir: str | Path, limit: int) -> None:
+    """Keep the newest checkpoints, `limit` of them, and none of a future that the run has left ([`leave_later`])."""
+    for old in [*list_checkpoints(output_dir)[:-limit], *Path(output_dir, "checkpoints").glob("left-step-*")]:
         _put_aside(old)
     sweep(Path(output_dir, "checkpoints"))
 
@@ -180,5 +187,5 @@ def _put_aside(checkpoint: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Delete what was put aside or left half written."""
-    for path in folder.glob(".step-*"):
+    for path in (*folder.glob(".step-*"), *folder.glob(".left-step-*")):
         shutil.rmtree(path, ignore_errors=True)

@@ -91,7 +91,7 @@ def save_checkpoint(
                 )
         finish(partial, final)
         if not keep_all:
-            rotate(recipe.output_dir, step, recipe.save_total_limit)
+            rotate(recipe.output_dir, recipe.save_total_limit)
 
     try:
         on_main(accelerator, begin)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import ResNetConfig
 
@@ -60,7 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     model, notes = convert(state, options.which, options.drop)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     config, source = model.config.to_dict(), options.checkpoint.name
-    write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, options.which))
+    try:
+        write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, options.which))
+    except SafetensorError as error:  # which hides the system's error in its text
+        raise OSError(f"{options.output_dir} cannot be written: {error}") from error
     for reason, count in notes.items():
         print(f"{count:>6} keys {reason}")
     print(f"{options.output_dir}: encoder/ and model/")

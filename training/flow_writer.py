@@ -111,7 +111,9 @@ def write_manifest(folder: Path, recipe: Recipe, command: str) -> None:
 def estimator_fields(recipe: Recipe) -> dict:
     """The recipe's fields on which an estimate depends; files and folders of weights by their contents."""
     fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name.startswith("flow")}
-    fields = {name: value for name, value in fields.items() if name not in ("flow_dir", "flow_epochs")}
+    fields = {
+        name: value for name, value in fields.items() if name not in ("flow_dir", "flow_epochs", "flow_max_error")
+    }
     for name in ("flow_weights", "flow_model"):
         fields[name] = fields[name] and _contents(fields[name])
     return {**fields, "bf16": recipe.bf16}

@@ -49,6 +49,7 @@ FREE_ON_INEXACT_RESUME = frozenset(
         "dataloader_num_workers",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "flow_epochs",
         "learning_rate",
         "min_learning_rate",
         "teacher_momentum",

@@ -52,8 +52,15 @@ def timm_architecture(config: dict) -> str | None:
         return None
     if config.get("hidden_act", "relu") != "relu":  # timm would build its own, with ReLUs
         return None
-    if config["embedding_size"] != 64 or config["downsample_in_bottleneck"] or config["downsample_in_first_stage"]:
+    if config["embedding_size"] != 64:
         return None
+    if config.get("downsample_in_bottleneck") or config.get("downsample_in_first_stage"):
+        return None
+    if (config.get("architectures") or ["ResNetBackbone"]) != ["ResNetBackbone"] or "bfloat16" in (
+        config.get("dtype"),
+        config.get("torch_dtype"),
+    ):
+        return None  # a network under other names, and numbers that numpy lacks
     return _DEPTHS.get((config["layer_type"], tuple(config["depths"])))
 
 

@@ -72,8 +72,14 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
             raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
         if output_dir.resolve() != checkpoint.resolve().parent.parent:
             if saved_config.exists():
+                began_there = read_yaml_mapping(saved_config).get("resume_from_checkpoint") == resume
                 raise ValueError(
-                    f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+                    f"output_dir {output_dir} holds "
+                    + (
+                        f"a run already, which began at {checkpoint}: go on with it by --resume_from_checkpoint latest, or choose a new --output_dir"
+                        if began_there
+                        else f"another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+                    )
                 )
             _refuse_other_files(output_dir)
         wrong = damage(checkpoint)
@@ -81,7 +87,7 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
             raise ValueError(
                 f"checkpoint {checkpoint} is damaged: {wrong}; name another with --resume_from_checkpoint"
             )
-        saved_config = checkpoint.parent.parent / "config.yaml"
+        saved_config = checkpoint.resolve().parent.parent / "config.yaml"
     if saved_config.is_file():
         _refuse_other_configuration(recipe, saved_config)
     if checkpoint is None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training import stopping
 from training.addresses import public_value
 from training.assembly import compile_modules, prepared
-from training.checkpoint_files import replace_text, sync_file
+from training.checkpoint_files import leave_later, replace_text, sync_file
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
 from training.health import Health
@@ -112,6 +112,7 @@ class Run(ABC):
             for name in self.LOGS:
                 cut_metrics(self.output_dir / name, self.step)
             drop_later_panels(self.output_dir / "panels", self.step)
+            leave_later(self.output_dir, self.step)
             if self.recipe.push_to_hub:
                 self.publisher = BackgroundPublisher(
                     self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo

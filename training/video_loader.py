@@ -36,7 +36,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
         elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
         if elsewhere and not (flow_dir or pins.exists()):
             # The checkpoint of another run: its stream goes on with the commits that it had.
-            origin = Path(recipe.resume_from_checkpoint).parent.parent / pins.name
+            origin = Path(recipe.resume_from_checkpoint).resolve().parent.parent / pins.name
             if origin.is_file():
                 pins.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(origin, pins)

@@ -5,7 +5,8 @@
 #     --per_device_train_batch_size 4
 #
 # Arguments go to training/pretrain.py. Submit from the repository's root; output_dir must be on a file system that all machines share.
-# A job that was stopped resumes from its last checkpoint when it is requeued, or submitted again with the same arguments.
+# A job that was stopped resumes from its last checkpoint when it is requeued, or submitted again with the same arguments. Where these name
+# a checkpoint with --resume_from_checkpoint, the job begins there each time that it is submitted, but not when it is requeued.
 #SBATCH --job-name=poodle
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -33,7 +34,9 @@ for argument in "$@"; do
   previous=$argument
 done
 [[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
-[[ -z $chosen && -f $output_dir/config.yaml ]] && resume=(--resume_from_checkpoint latest)
+if [[ -f $output_dir/config.yaml && (-z $chosen || ${SLURM_RESTART_COUNT:-0} -gt 0) ]]; then
+  resume=(--resume_from_checkpoint latest) # behind the arguments, of which the last counts
+fi
 
 # srun does not take this over from sbatch.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
