@@ -241,7 +241,29 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         # Checked here because some versions of transformers check the types of these fields when they are set, and raise other errors.
         if name in ("id2label", "label2id", "num_labels"):
             _check_labels(name, value)
+        made = "stage_names" in vars(self)
+        if made and name == "backbone_config":
+            value = _as_backbone_config(value, saved=False)
+        before = getattr(self, name, None)
         super().__setattr__(name, value)
+        if made and name in _OF_STAGES:
+            try:
+                self._follow_stages()
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
+
+    def _follow_stages(self) -> None:
+        """After `config.num_decoder_blocks = 0` on a config that is made: its stages, and those that are put out, are others."""
+        self._check_values()
+        names = self._make_stage_names()
+        if self.readout_stage is not None and self.readout_stage not in names:
+            expected = f"one of {', '.join(names)}"
+            raise ValueError(f"PoodleConfig.readout_stage must then be {expected}, got {self.readout_stage!r}")
+        default = self.out_features == self.stage_names[-1:]
+        kept = [] if default else [name for name in self.out_features if name in names]
+        self.stage_names = names
+        self.set_output_features_output_indices(out_features=kept or names[-1:], out_indices=None)
 
     def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None) -> None:
         if out_features is not None and not out_features:
@@ -338,6 +360,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
 # Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
 PLAIN_VITS = ("vit", "deit")
+_OF_STAGES = ("backbone_config", "output_stride", "num_decoder_blocks", "decoder_laterals")
 _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
 
 

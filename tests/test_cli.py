@@ -142,7 +142,12 @@ def kill_run(output_dir) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "processes"),
-    [("step", 1), ("checkpoint", 1), pytest.param("step", 2, marks=pytest.mark.long), ("checkpoint", 2)],
+    [
+        pytest.param("step", 1, marks=pytest.mark.long),
+        ("checkpoint", 1),
+        pytest.param("step", 2, marks=pytest.mark.long),
+        ("checkpoint", 2),
+    ],
 )
 def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
     """

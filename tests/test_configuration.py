@@ -254,3 +254,33 @@ def test_config_round_trip(tmp_path):
     original = config(num_decoder_blocks=1, out_features=["stage2", "decoder"])
     original.save_pretrained(tmp_path)
     assert PoodleConfig.from_pretrained(tmp_path).to_dict() == original.to_dict()
+
+
+def test_a_config_that_is_changed_once_it_is_made_is_that_of_its_network(tmp_path):
+    """`config.num_decoder_blocks = 0` is how transformers' configs are changed; what was saved then could not be loaded."""
+    changed = config()
+    changed.num_decoder_blocks = 0
+    assert changed.out_features == ["stage4"] and changed.to_dict() == config(num_decoder_blocks=0).to_dict()
+    PoodleModel(changed).save_pretrained(tmp_path)
+    assert PoodleModel.from_pretrained(tmp_path).config.stage_names[-1] == "stage4"
+    changed.num_decoder_blocks = 2
+    assert changed.out_features == ["decoder"] and changed.stage_names == config().stage_names
+    changed.out_features = ["stage2", "decoder"]
+    changed.num_decoder_blocks = 0
+    assert changed.out_features == ["stage2"]
+    changed.backbone_config = VIT
+    assert changed.backbone_config.model_type == "dinov2" and changed.out_features == ["stage2"]
+    assert len(PoodleModel(changed)(torch.rand(1, 3, 64, 64)).last_hidden_state.shape) == 4
+    for name, value, message in (
+        ("num_decoder_blocks", 9, "num_decoder_blocks must be at most 8"),
+        ("output_stride", 8, "output_stride must be None for a 'dinov2' encoder"),
+        ("backbone_config", {"depths": [1]}, "must name its model_type"),
+    ):
+        before = changed.to_dict()
+        with pytest.raises(ValueError, match=message):
+            setattr(changed, name, value)
+        assert changed.to_dict() == before
+    read = config(readout_stage="decoder")
+    with pytest.raises(ValueError, match="readout_stage must then be one of .*stage4, got 'decoder'"):
+        read.num_decoder_blocks = 0
+    assert read.num_decoder_blocks == 2

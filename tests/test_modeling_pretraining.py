@@ -343,7 +343,13 @@ def test_the_teacher_s_targets_are_without_noise_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_decoder_blocks": 0, "output_stride": 8}, {"backbone_config": CONVNEXT}], ids=str
+    "changes",
+    [
+        {},
+        pytest.param({"num_decoder_blocks": 0, "output_stride": 8}, marks=pytest.mark.long),
+        {"backbone_config": CONVNEXT},
+    ],
+    ids=str,
 )
 def test_student_teacher_and_losses_compile_to_one_graph_that_is_kept(changes):
     """No graph breaks, and no recompilation for other values of the same shapes."""
