@@ -21,7 +21,7 @@ from transformers import AutoBackbone, AutoConfig
 from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
-from modeling_poodle.configuration_poodle import check_config
+from modeling_poodle.config_checks import check_config
 from modeling_poodle.encoder_poodle import refuse_giant
 from modeling_poodle.loading_poodle import required_keys
 

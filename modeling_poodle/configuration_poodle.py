@@ -2,128 +2,24 @@
 
 import copy
 import dataclasses
-import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
-
-# Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
-_TRANSFORMERS_KEYS = {
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "dtype",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-}
-
-# What transformers before version 5 wrote into every config, encoders' included; configs of today take them and leave them alone.
-_EARLIER_KEYS = {
-    "add_cross_attention",
-    "bos_token_id",
-    "cross_attention_hidden_size",
-    "decoder_start_token_id",
-    "eos_token_id",
-    "finetuning_task",
-    "is_decoder",
-    "pad_token_id",
-    "prefix",
-    "pruned_heads",
-    "sep_token_id",
-    "task_specific_params",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "tie_word_embeddings",
-    "tokenizer_class",
-    "torchscript",
-    "use_bfloat16",
-    "use_pretrained_backbone",
-    "use_timm_backbone",
-}
-
-# Far above any encoder in use; larger numbers would fill the memory before any other check finds them wrong.
-MAX_LAYERS, MAX_SIZE, MAX_DECODER_BLOCKS = 1000, 1 << 20, 8
-
-
-def check_config(values: Mapping[str, Any], where: str) -> None:
-    """
-    Look at a config from elsewhere, as a mapping, before anything is made of it.
-
-    Args:
-        where: what the fields are named after, such as "PoodleConfig".
-
-    Raises:
-        ValueError: a number beyond `MAX_LAYERS` (fields of layers, blocks, stages and depths) or `MAX_SIZE`, or a part of it that
-            names code to be fetched and run; the message names the field.
-    """
-
-    def look(value: Any, path: str, name: str) -> None:
-        if isinstance(value, (dict, list, tuple)):
-            if name in ("id2label", "label2id"):  # names of classes; as many as the file has lines
-                return
-            layers = [item for item in value if isinstance(item, int)] if isinstance(value, (list, tuple)) else []
-            if _counts_layers(name) and sum(layers) > MAX_LAYERS:
-                raise ValueError(f"{path} must be at most {MAX_LAYERS} together, got {reprlib.repr(list(value))}")
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                inner = f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]"
-                if key == "auto_map" and path != where:
-                    raise ValueError(f"{inner} names code to be run, which only a config as a whole may do")
-                look(item, inner, str(key) if isinstance(value, dict) else name)
-        elif isinstance(value, int):
-            limit = MAX_LAYERS if _counts_layers(name) else MAX_SIZE
-            if abs(value) > limit:
-                raise ValueError(f"{path} must be at most {limit}, got {reprlib.repr(value)}")
-        elif isinstance(value, str) and "_implementation" in path and "/" in value:
-            # transformers would fetch a kernel of this name from the Hub, compiled code, and run it.
-            raise ValueError(f"{path} must be one of transformers' own implementations, got {reprlib.repr(value)}")
-
-    look(dict(values), where, "")
-
-
-def _counts_layers(name: str) -> bool:
-    """`depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
-    return bool(re.search("depth|layer|block|stage", name)) and not re.search(
-        "channel|size|stride|kernel|config", name
-    )
-
-
-def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """
-    Raises ValueError for a field that `config` does not have; the nearest name is suggested. An unknown key of a file that is no misspelling
-    of a field is kept, with a warning: a later transformers may write it into every config.
-    """
-    known = {field.name for field in dataclasses.fields(config)} | _TRANSFORMERS_KEYS
-    for key in kwargs:
-        if key in known or key.startswith("_"):
-            continue
-        name = type(config).__name__
-        if config.transformers_version is not None and not _nearest(key, known, SURE):
-            logger.warning("%s has no field %r: it is left alone (written by a later version?)", name, key)
-            continue
-        raise ValueError(f"{name} has no field {key!r}.{_nearest(key, known)}")
-
-
-SURE = 0.8  # of two names: one is the other misspelt
-
-
-def _nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=likeness)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+from .config_checks import (
+    EARLIER_KEYS,
+    MAX_DECODER_BLOCKS,
+    SURE,
+    TRANSFORMERS_KEYS,
+    check_config,
+    nearest,
+    refuse_unknown,
+)
 
 
 class ChecksOverrides:
@@ -146,8 +42,8 @@ class ChecksOverrides:
         maps = {"out_features", "out_indices"}  # either stands for the other
         given = {name: kwargs.pop(name) for name in (own | maps) & {*kwargs}}
         for key in kwargs:
-            if not hasattr(cls, key) and _nearest(key, own, SURE):
-                raise ValueError(f"{cls.__name__} has no field {key!r}.{_nearest(key, own)}")
+            if not hasattr(cls, key) and nearest(key, own, SURE):
+                raise ValueError(f"{cls.__name__} has no field {key!r}.{nearest(key, own)}")
         # Those of the file are of another network then, or replaced.
         if given.keys() & {"backbone_config", "num_decoder_blocks", "decoder_laterals", *maps}:
             values = {name: value for name, value in values.items() if name not in maps}
@@ -396,7 +292,7 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
                 "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
             )
         if model_type not in CONFIG_MAPPING:  # transformers' own error lists all that there are
-            hint = _nearest(str(model_type), CONFIG_MAPPING)
+            hint = nearest(str(model_type), CONFIG_MAPPING)
             raise ValueError(f"PoodleConfig.backbone_config: transformers has no model_type {model_type!r}.{hint}")
         try:
             config = AutoConfig.for_model(model_type, **config)
@@ -420,7 +316,7 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
                     f"PoodleConfig.backbone_config.{name} must be at least 1, got {getattr(config, name)!r}"
                 )
         if config.hidden_act not in ACT2FN:
-            hint = _nearest(str(config.hidden_act), ACT2FN)
+            hint = nearest(str(config.hidden_act), ACT2FN)
             raise ValueError(
                 f"PoodleConfig.backbone_config.hidden_act must name a function of transformers, got {config.hidden_act!r}.{hint}"
             )
@@ -440,15 +336,15 @@ def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     if not kind.__module__.startswith("transformers."):
         return
     default = kind()
-    passed = {*_TRANSFORMERS_KEYS, *_EARLIER_KEYS, *kind.attribute_map.values()}
+    passed = {*TRANSFORMERS_KEYS, *EARLIER_KEYS, *kind.attribute_map.values()}
     for key in given:
         if key.startswith("_") or key in passed or key not in vars(config):
             continue
         # A class has fields and properties; other attributes are computed when a config is made.
         if not hasattr(kind, key) and not hasattr(default, key):
             fields = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
-            hint = _nearest(key, {*fields, *kind.attribute_map, "out_features", "out_indices"})
+            hint = nearest(key, {*fields, *kind.attribute_map, "out_features", "out_indices"})
             raise ValueError(f"PoodleConfig.backbone_config: {kind.__name__} has no field {key!r}.{hint}")
 
 
-__all__ = ["PoodleConfig", "check_config"]
+__all__ = ["PoodleConfig"]

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_poodle import ChecksOverrides, refuse_unknown
+from .config_checks import refuse_unknown
+from .configuration_poodle import ChecksOverrides
 
 
 class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):

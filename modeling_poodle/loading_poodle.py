@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmBackbone, TimmBackboneConfig
 
-from .configuration_poodle import PLAIN_VITS, check_config
+from .config_checks import check_config
+from .configuration_poodle import PLAIN_VITS
 from .encoder_poodle import auto_class, refuse_giant
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 _CODE = Path(__file__).resolve().parent
 # By model type: the code that a folder holds, and its config's class.
 _CODE_FILES = {
-    "poodle": ("configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
+    "poodle": ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
     "poodle_flow": (
+        "config_checks.py",
         "configuration_poodle.py",
         "configuration_poodle_flow.py",
         "geometry_poodle.py",

@@ -9,7 +9,8 @@ from transformers import AutoConfig, BertConfig, TimmBackboneConfig, UperNetConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from modeling_poodle import PoodleConfig, PoodleModel
-from modeling_poodle.configuration_poodle import PLAIN_VITS, check_config
+from modeling_poodle.config_checks import check_config
+from modeling_poodle.configuration_poodle import PLAIN_VITS
 
 
 @pytest.mark.parametrize(

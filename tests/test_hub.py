@@ -37,8 +37,13 @@ def test_what_is_sent_is_weights_configs_card_and_code_alone(shared_hub, publish
     encoder, sdm = (shared_hub.repository(name).commits for name in ("org/poodle-r18", "org/poodle-r18-sdm"))
     assert len(encoder) == len(sdm) == 2  # the first is the Hub's own
     assert set(encoder[-1].files) == common
-    assert set(sdm[-1].files) == common | {"configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"}
-    for name in ("configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"):
+    assert set(sdm[-1].files) == common | {
+        "config_checks.py",
+        "configuration_poodle.py",
+        "encoder_poodle.py",
+        "modeling_poodle.py",
+    }
+    for name in ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"):
         assert sdm[-1].files[name].path.read_bytes() == (REPOSITORY / "modeling_poodle" / name).read_bytes()
     for name, blob in {**encoder[-1].files, **sdm[-1].files}.items():
         data = blob.path.read_bytes()

@@ -32,7 +32,7 @@ from evaluation.outputs import slug
 from evaluation.segment import main as segment
 from evaluation.video_masks import load_sequences
 from modeling_poodle import PoodleConfig, PoodleModel
-from modeling_poodle.configuration_poodle import check_config
+from modeling_poodle.config_checks import check_config
 from modeling_poodle.loading_poodle import load_encoder
 from training import cards
 from training.convert import convert, read_checkpoint

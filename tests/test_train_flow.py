@@ -208,7 +208,8 @@ def test_others_load_the_flow_from_the_hub(flow_run, bare_hub, tmp_path):
     """With the code of the repository where the package is not, and without any once it is imported."""
     done = publish(bare_hub, flow_run, "--repo_id", "org/flow")
     assert done.returncode == 0, done.stderr
-    code = {"configuration_poodle.py", "configuration_poodle_flow.py", "geometry_poodle.py", "modeling_poodle_flow.py"}
+    code = {"config_checks.py", "configuration_poodle.py", "configuration_poodle_flow.py", "geometry_poodle.py"}
+    code.add("modeling_poodle_flow.py")
     sent = set(bare_hub.repository("org/flow").commits[-1].files)
     assert sent == {".gitattributes", "README.md", "config.json", "model.safetensors", "panel.png"} | code
     frames = torch.rand(1, 2, 3, 48, 64)
