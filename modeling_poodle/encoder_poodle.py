@@ -1,6 +1,7 @@
 """The encoder that a PoodleConfig asks for, built as a backbone; and its blocks computed again in the backward pass."""
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoBackbone, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BackboneOutput
+from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
 from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
@@ -85,6 +87,8 @@ def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
         backbone_config.out_features = stages
     encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
+    for layer in encoder.modules():
+        layer.__class__ = _RECOMPUTABLE.get(type(layer), type(layer))
     if getattr(getattr(encoder, "_backbone", None), "output_fmt", None) == "NHWC":
         encoder.register_forward_hook(_channels_first)
     if config.output_stride is not None:
@@ -117,25 +121,41 @@ def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
                     conv.dilation = conv.padding = (rate, rate)
 
 
-class Checkpointed:
-    """Stands in for a block's `forward`. transformers' ResNet has no gradient checkpointing of its own."""
+def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """
+    Decorator of the `forward` of a block that transformers' `gradient_checkpointing_enable`, and so Trainer's `gradient_checkpointing`, is to have
+    computed again in the backward pass: they set attributes of modules that have `gradient_checkpointing`. Unlike in transformers' own layers,
+    BatchNorm's statistics do not move a second time.
+    """
 
-    def __init__(self, block: nn.Module):
-        self.block, self.plain = block, block.forward
+    @functools.wraps(forward)
+    def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
+            return forward(block, *inputs)
+        if torch.compiler.is_compiling():  # compiled code updates statistics once anyway
+            return checkpoint(forward, block, *inputs, use_reentrant=False)
+        return block._gradient_checkpointing_func(
+            forward, block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
+        )
 
-    def __call__(self, hidden_state: Tensor) -> Tensor:
-        if self.block.training and torch.is_grad_enabled():
-            return recomputed(self.block, self.plain, hidden_state)
-        return self.plain(hidden_state)
+    return run
 
 
-def recomputed(block: nn.Module, forward: Callable, *inputs: Tensor | None) -> Tensor:
-    """`forward(*inputs)` of a block, computed again in the backward pass, where its BatchNorms' statistics do not move a second time."""
-    if torch.compiler.is_compiling():  # compiled code updates statistics once anyway
-        return checkpoint(forward, *inputs, use_reentrant=False)
-    return checkpoint(
-        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
-    )
+class RecomputableBasicLayer(ResNetBasicLayer):
+    """transformers' ResNet has no gradient checkpointing of its own."""
+
+    gradient_checkpointing = False
+    forward = recomputable(ResNetBasicLayer.forward)
+
+
+class RecomputableBottleNeckLayer(ResNetBottleNeckLayer):
+    """As [`RecomputableBasicLayer`]."""
+
+    gradient_checkpointing = False
+    forward = recomputable(ResNetBottleNeckLayer.forward)
+
+
+_RECOMPUTABLE = {ResNetBasicLayer: RecomputableBasicLayer, ResNetBottleNeckLayer: RecomputableBottleNeckLayer}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 from .configuration_poodle import PoodleConfig
-from .encoder_poodle import Checkpointed, PlainVitEncoder, build_encoder, recomputed
+from .encoder_poodle import PlainVitEncoder, build_encoder, recomputable
 
 # The largest output, in numbers, of PyTorch's CUDA interpolation on channels_last maps; it refuses larger ones.
 MOST_NUMBERS = 2**31 - 2
@@ -76,6 +76,8 @@ class PoodleDecoderBlock(nn.Module):
         lateral_depth: 1x1 convolutions in the lateral. top_down: False leaves the bottleneck out.
     """
 
+    gradient_checkpointing = False
+
     def __init__(
         self,
         channels: int,
@@ -108,6 +110,7 @@ class PoodleDecoderBlock(nn.Module):
             if deeper:
                 self.lateral = nn.Sequential(self.lateral, *deeper)
 
+    @recomputable
     def forward(self, hidden_state: Tensor, lateral: Tensor | None = None) -> Tensor:
         if self.top_down:
             residual = hidden_state
@@ -132,7 +135,7 @@ class PoodlePreTrainedModel(PreTrainedModel):
     base_model_prefix = "poodle"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     # The loss is a mean over the batch. With True, which Trainer infers from `**kwargs`, Trainer would not divide it by the number of
     # accumulated batches.
     accepts_loss_kwargs = False
@@ -162,6 +165,16 @@ class PoodlePreTrainedModel(PreTrainedModel):
                 "and load that"
             )
         return (model, info) if output_loading_info else model
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        for module in self.modules() if enable else ():
+            encoder = getattr(module, "encoder", None) if isinstance(module, PoodlePreTrainedModel) else None
+            if encoder is not None and not any(
+                hasattr(layer, "gradient_checkpointing") for layer in encoder.modules()
+            ):
+                kind = self.config.backbone_config.model_type
+                raise ValueError(f"gradient_checkpointing is not available for a {kind!r} encoder")
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """None: images have none. Quantisation asks each model."""
@@ -205,7 +218,6 @@ class PoodleModel(PoodlePreTrainedModel):
             )
             for index in range(config.num_decoder_blocks)
         )
-        self.checkpoint_activations = False
         self.post_init()
 
     @property
@@ -225,10 +237,7 @@ class PoodleModel(PoodlePreTrainedModel):
         hidden_state = features[last]
         for index, block in enumerate(self.decoder):
             lateral = features[laterals[-1 - index]] if self.config.decoder_laterals else None
-            if self.checkpoint_activations and self.training:
-                hidden_state = recomputed(block, block, hidden_state, lateral)
-            else:
-                hidden_state = block(hidden_state, lateral)
+            hidden_state = block(hidden_state, lateral)
         return hidden_state
 
     def pool(self, features: dict[str, Tensor]) -> Tensor:
@@ -248,25 +257,6 @@ class PoodleModel(PoodlePreTrainedModel):
         )
         return as_asked(self.config, return_dict, output)
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute activations block by block in the backward pass: less memory for about a third more time."""
-        self.checkpoint_activations = True
-        network = getattr(self.encoder, "vit", self.encoder)  # within PlainVitEncoder
-        if getattr(network, "supports_gradient_checkpointing", False):
-            # transformers 5.24 has renamed it.
-            enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-            return
-        blocks = [
-            m for m in self.encoder.modules() if type(m).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer")
-        ]
-        if not blocks:
-            raise ValueError(
-                f"gradient_checkpointing is not available for a {self.config.backbone_config.model_type!r} encoder"
-            )
-        for block in blocks:
-            block.forward = Checkpointed(block)
-
 
 class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     """`AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`."""
@@ -278,7 +268,7 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     def __init__(self, config: PoodleConfig):
         super().__init__(config)
         body = PoodleModel(config, stages=[name for name in config.out_features if name != "decoder"])
-        self.encoder, self.decoder, self.checkpoint_activations = body.encoder, body.decoder, False
+        self.encoder, self.decoder = body.encoder, body.decoder
         channels = dict(zip(self.encoder_stages, body.encoder.channels), decoder=body.num_features)
         if isinstance(self.encoder, BackboneMixin):  # which also knows the channels of stages that are not asked for
             channels = dict(zip(self.encoder.stage_names, self.encoder.num_features)) | channels

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 import torch
-from test_modeling_pretraining import config, inputs
+from test_modeling_pretraining import config, gradient_checkpointing_enable, inputs
+from torch import nn
 from torch.nn import functional as F
 from transformers import ResNetBackbone, Trainer, TrainingArguments
 
@@ -30,6 +31,13 @@ DINOV2 = {
     "num_hidden_layers": 4,
     "image_size": 56,
 }
+
+# transformers 5.24 has renamed it.
+GRADIENT_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(TrainingArguments, name) or name in TrainingArguments.__dataclass_fields__
+)
 
 
 def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -81,6 +89,39 @@ def test_stages_of_a_backbone_are_chosen_also_once_it_is_built():
             maps = backbone(image).feature_maps
             assert len(maps) == 3 and all(map(torch.equal, maps, expected))
             assert backbone.channels == whole.channels == [m.shape[1] for m in maps]
+
+
+@pytest.mark.parametrize("encoder", [None, DINOV2])
+def test_trainer_s_gradient_checkpointing(encoder, tmp_path):
+    """The same weights after two steps, of less kept; and off again afterwards."""
+    torch.manual_seed(0)
+    plain = PoodleForSemanticSegmentation(config(num_labels=3, **({"backbone_config": encoder} if encoder else {})))
+    saving = copy.deepcopy(plain)
+    side = 56 if encoder else 64
+    data = [{"pixel_values": torch.randn(3, side, side), "labels": torch.randint(3, (side, side))} for _ in range(4)]
+    calls = []
+    layers = [m for m in saving.modules() if hasattr(m, "gradient_checkpointing")]
+    for layer in layers:
+        within = next(m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+        within.register_forward_hook(lambda *_: calls.append(1))
+    for model in (plain, saving):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
+        )
+        setattr(arguments, GRADIENT_CHECKPOINTING, model is saving)
+        Trainer(model, arguments, train_dataset=data).train()
+    for (name, value), other in zip(saving.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+    assert len(calls) == 2 * 2 * len(layers) and all(m.gradient_checkpointing for m in layers)
+    getattr(saving, "activation_checkpointing_disable", saving.gradient_checkpointing_disable)()
+    assert not any(m.gradient_checkpointing for m in layers)
+
+
+def test_gradient_checkpointing_is_refused_where_the_encoder_has_none():
+    timm = {"model_type": "timm_backbone", "backbone": "resnet18", "use_pretrained_backbone": False}
+    model = PoodleModel(PoodleConfig(backbone_config=timm, num_decoder_blocks=0))
+    with pytest.raises(ValueError, match="gradient_checkpointing is not available for a 'timm_backbone' encoder"):
+        gradient_checkpointing_enable(model)
 
 
 def test_attention_is_implemented_as_it_is_asked_for(tmp_path):

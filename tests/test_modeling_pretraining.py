@@ -57,6 +57,11 @@ def test_pointwise_convolution_is_a_convolution(memory_format):
         torch.testing.assert_close(ours, theirs)
 
 
+def gradient_checkpointing_enable(model) -> None:
+    """Under its name of this version of transformers."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def inputs(b=2, height=64, width=96, k=3, seed=0) -> dict:
     g = torch.Generator().manual_seed(seed)
 
@@ -288,7 +293,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
     plain = PoodleForPreTraining(config()).train()
     saving = PoodleForPreTraining(config()).train()
     saving.load_state_dict(plain.state_dict())
-    saving.student.checkpoint_gradients()
+    gradient_checkpointing_enable(saving.student)
     if synchronised is not None:
         saving = synchronise_batch_norm(saving, synchronised)
     for model in (plain, saving):
@@ -319,7 +324,7 @@ def test_gradient_checkpointing_of_a_vit():
     )
     saving = PoodleModel(plain.config)
     saving.load_state_dict(plain.state_dict())
-    saving.checkpoint_gradients()
+    gradient_checkpointing_enable(saving)
     assert [m for m in saving.encoder.modules() if getattr(m, "gradient_checkpointing", False)]
     image = torch.rand(2, 3, 32, 32)
     for model in (plain, saving):
