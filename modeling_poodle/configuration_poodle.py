@@ -303,6 +303,10 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
         )
+    if getattr(config, "reshape_hidden_states", True) is False:
+        raise ValueError(
+            "PoodleConfig.backbone_config.reshape_hidden_states must be true: maps are read, not sequences of tokens"
+        )
     if config.model_type == "resnet":
         depths, sizes = list(config.depths), list(config.hidden_sizes)
         if not depths or min(depths) < 1:

@@ -28,7 +28,8 @@ class PlainVitEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         patch = self.config.patch_size
-        size = [side // patch for side in pixel_values.shape[-2:]]
+        patch = (patch, patch) if isinstance(patch, int) else patch
+        size = [side // cell for side, cell in zip(pixel_values.shape[-2:], patch)]
         # Positions are interpolated where the image is not of the size that the model was trained on.
         hidden = self.vit(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
         maps = []
@@ -41,10 +42,11 @@ class PlainVitEncoder(nn.Module):
             maps.append(tokens.transpose(1, 2).unflatten(2, size))
         return BackboneOutput(feature_maps=tuple(maps))
 
-    def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the ViT itself, in its own architecture's format."""
+    def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
+        """Save the ViT itself, in its own architecture's format; `kwargs` as of transformers."""
         state = self.state_dict() if state_dict is None else state_dict
-        self.vit.save_pretrained(folder, state_dict={key.removeprefix("vit."): value for key, value in state.items()})
+        state = {key.removeprefix("vit."): value for key, value in state.items()}
+        self.vit.save_pretrained(folder, state_dict=state, **kwargs)
 
 
 MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many

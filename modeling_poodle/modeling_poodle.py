@@ -228,8 +228,19 @@ class PoodleModel(PoodlePreTrainedModel):
         return list(self.encoder.out_features)
 
     def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """The encoder's feature maps by stage name."""
-        return dict(zip(self.encoder_stages, self.encoder(pixel_values).feature_maps))
+        """
+        The encoder's feature maps (B, C, h, w) by stage name.
+
+        Raises:
+            ValueError: the encoder gives something else than maps, such as a ViT's sequence of tokens.
+        """
+        maps = dict(zip(self.encoder_stages, self.encoder(pixel_values).feature_maps))
+        for name, features in maps.items():
+            if features.ndim != 4:
+                raise ValueError(
+                    f"{name} of a {self.config.backbone_config.model_type!r} encoder must be maps (B, C, h, w), got {tuple(features.shape)}"
+                )
+        return maps
 
     def decode(self, features: dict[str, Tensor]) -> Tensor:
         """The SDM: dense features (B, C, H/8, W/8) from the encoder's maps."""
@@ -284,8 +295,7 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
     @out_features.setter
     def out_features(self, names: list[str]) -> None:
-        self.config.out_features = names
-        self._choose_stages()
+        self._choose_stages(out_features=names)
 
     @property
     def out_indices(self) -> list[int]:
@@ -293,11 +303,25 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
     @out_indices.setter
     def out_indices(self, indices: list[int]) -> None:
-        self.config.out_indices = indices
-        self._choose_stages()
+        self._choose_stages(out_indices=indices)
 
-    def _choose_stages(self) -> None:
+    def _choose_stages(self, **chosen) -> None:
+        before = self.config.out_features
+        self.config.set_output_features_output_indices(**{"out_features": None, "out_indices": None, **chosen})
+        try:
+            self._ask_encoder_for_stages()
+        except ValueError:
+            self.config.set_output_features_output_indices(out_features=before, out_indices=None)
+            raise
+
+    def _ask_encoder_for_stages(self) -> None:
         wanted = {*self.out_features, *self.config.decoder_inputs} - {"decoder"}
+        norms = getattr(self.encoder, "hidden_states_norms", None)  # of ConvNeXt, Swin and the like, a stage each
+        if isinstance(norms, nn.ModuleDict) and (missing := wanted - {*norms}):
+            raise ValueError(
+                f"a {self.config.backbone_config.model_type!r} encoder has norms for the stages that were chosen when it was built, {[*norms]}, "
+                f"not for {sorted(missing)[0]!r}: give out_features to from_pretrained or to the config"
+            )
         if self.config.backbone_config.model_type != "timm_backbone":
             self.encoder.out_features = [name for name in self.stage_names if name in wanted]
         elif missing := wanted - {*self.encoder_stages}:

@@ -1,5 +1,6 @@
 """PooDLe pretraining: student, momentum teacher, and the two objectives (arXiv 2408.11208, section 3)."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,10 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     def __init__(self, config: PoodleConfig):
         if config.dense_weight == 0 and config.num_decoder_blocks:
             logger.warning("dense_weight is 0, nothing would train a decoder: the model has none")
-            config = type(config).from_dict(config.to_dict(), num_decoder_blocks=0)
+            config = copy.deepcopy(config)  # not by to_dict(), which leaves out which attention was asked for
+            if config.readout_stage == "decoder":
+                config.readout_stage = None
+            config.num_decoder_blocks = 0
         super().__init__(config)
         self.student = PoodleModel(config)
         self.teacher = PoodleModel(config)

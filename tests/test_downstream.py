@@ -124,11 +124,42 @@ def test_gradient_checkpointing_is_refused_where_the_encoder_has_none():
         gradient_checkpointing_enable(model)
 
 
+def test_stages_that_an_encoder_has_no_norms_for_are_named():
+    encoder = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64]}
+    backbone = PoodleBackbone(config(backbone_config=encoder, num_decoder_blocks=0, out_features=["stage2", "stage4"]))
+    for choose in ({"out_features": ["stage1", "stage4"]}, {"out_indices": [1, 4]}):
+        with pytest.raises(ValueError, match=r"built, \['stage2', 'stage4'\], not for 'stage1': give out_features to"):
+            setattr(backbone, *next(iter(choose.items())))
+        assert backbone.out_features == ["stage2", "stage4"]
+    backbone.out_features = ["stage2"]
+    assert [maps.shape for maps in backbone(torch.rand(1, 3, 64, 64)).feature_maps] == [(1, 16, 8, 8)]
+
+
+def test_encoders_that_give_tokens_are_refused():
+    with pytest.raises(ValueError, match="backbone_config.reshape_hidden_states must be true"):
+        config(backbone_config={**DINOV2, "reshape_hidden_states": False})
+    vitpose = {**DINOV2, "model_type": "vitpose_backbone", "image_size": 64, "patch_size": 16}
+    tokens = PoodleModel(config(backbone_config=vitpose, num_decoder_blocks=0))
+    with pytest.raises(ValueError, match=r"stage4 of a 'vitpose_backbone' encoder must be maps .*, got \(1, 16, 24\)"):
+        tokens(torch.rand(1, 3, 64, 64))
+
+
+def test_a_vit_s_patches_may_be_given_by_both_sides():
+    vit = {**DINOV2, "model_type": "vit", "patch_size": [14, 28]}
+    model = PoodleModel(config(backbone_config=vit, num_decoder_blocks=0))
+    assert model(torch.rand(1, 3, 56, 56)).last_hidden_state.shape == (1, 24, 4, 2)
+
+
 def test_attention_is_implemented_as_it_is_asked_for(tmp_path):
     PoodleModel(config(backbone_config=DINOV2)).save_pretrained(tmp_path)
     for asked in ("eager", "sdpa"):
         model = PoodleModel.from_pretrained(tmp_path, attn_implementation=asked)
         assert model.encoder.config._attn_implementation == asked
+    # Also where the config is made anew without a decoder, which a readout may have named.
+    given = config(backbone_config=DINOV2, dense_weight=0, readout_stage="decoder")
+    given._attn_implementation = given.backbone_config._attn_implementation = "eager"
+    pooled = PoodleForPreTraining(given)
+    assert pooled.student.encoder.config._attn_implementation == "eager" and pooled.config.readout_stage is None
 
 
 def test_replicas_do_not_read_each_other_s_weights():
