@@ -163,7 +163,7 @@ def test_another_signature_draws_the_same_pairs_and_goes_on(guarded, workers, ta
     next(stream)
     state = before.state_dict()
     expected = next(stream)
-    reading = [note.value for note in before._notes]  # what is named where a worker crashes
+    reading = [note.value for note in before.workers._notes]  # what is named where a worker crashes
     assert len(reading) == workers and all(note.startswith(guarded.url.encode()) for note in reading)
     assert not holds_secret(repr(reading).encode())
     before.close()

@@ -44,7 +44,7 @@ def loader_of(drives, pair_flow=None, workers=1):
 
 
 def read_all(loader) -> None:
-    with faults_in_words(Recipe(), loader):
+    with faults_in_words(Recipe(), loader.workers):
         try:
             for _ in loader:
                 pass
@@ -66,7 +66,7 @@ def test_a_death_that_torch_reports_while_workers_are_ended_is_named_too(drives,
     loader, said, wait = loader_of(drives, crash), [], multiprocessing.connection.wait
 
     def interrupted(*arguments, **options):  # as by torch's handler of SIGCHLD, which raises wherever the process is
-        if sys._getframe(1).f_code.co_name == "_end_workers" and not said:
+        if sys._getframe(1).f_code.co_name == "_end" and not said:
             said.append(True)
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
         return wait(*arguments, **options)
@@ -126,7 +126,7 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
     ],
 )  # fmt: skip
 def test_messages_of_torch_in_words(message, kind, said):
-    fault = fault_of(message, ["a.mp4"], 9)
+    fault = fault_of(RuntimeError(message), ["a.mp4"], 9)
     assert type(fault) is (type(None) if kind is None else kind) and (kind is None or said in str(fault))
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
@@ -153,6 +155,19 @@ def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, 
             assert torch.equal(first.setdefault(key, batch["frames"][k]), batch["frames"][k])
 
 
+class Crash(DisFlow):
+    def __call__(self, sample: dict) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_worker_that_dies_is_named_with_its_video(drives, tmp_path, monkeypatch):
+    monkeypatch.setattr(flow_writer, "build_flow", lambda *_, **__: (Crash(), None))
+    said = r"a loader worker .* while it read .*\.mp4 \(SIGSEGV\).*an empty file in its place.*then give the same command again$"
+    with pytest.raises(ChildProcessError, match=said):
+        write(drives, tmp_path, "--dataloader_num_workers", "1")
+    assert not multiprocessing.active_children()
+
+
 def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypatch):
     shutil.copytree(drives, tmp_path / "mine")
     given = writer_flags(tmp_path / "mine", "", "--max_steps", "1")
@@ -297,7 +312,7 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     found = list(generate_pairs([((0, path),) for path in videos(own)], sampling, FlowFiles(out)))
     assert {sample["video"] for sample in found[2:]} == {videos(own)[1]}
     assert [entry for sample in found for entry in sample["skipped"]] == [
-        (str(first), f"its flow in {file} is damaged")
+        (str(first), f"its flow in {file} is damaged: delete it, and training.flow writes it anew")
     ]
     # safetensors files of others, with and without metadata, and one whose flow is shorter than its frames.
     about = read_about_of(good)

@@ -42,7 +42,12 @@ def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path, monkeypa
         file.write_bytes(b"one")
         assert known(**values) == before
     assert known(flow="unflow", flow_model=str(model)) == before
-    assert known(flow="dis", bf16=True) != known(flow="dis", bf16=False)
+    # Networks compute another flow in another type; DIS has no types, weights or updates.
+    assert known(flow="unflow", flow_model=str(model), bf16=True) != before
+    for name, values in (("bf16", (False, True)), ("flow_updates", (1, 2))):
+        some, others = ({"flow": "raft_small", name: value} for value in values)
+        assert known(**some) != known(**others)
+        assert known(**{**some, "flow": "dis"}) == known(**{**others, "flow": "dis"}) == {"flow": "dis"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").rename("unflow")  # which is no estimator's name here, but a folder
     assert known(flow="unflow", flow_model="unflow") == before

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_video_stream import CFR, SAMPLING, VFR, WHOLE, numbered_video
 
-from training import pair_plans, video_stream
+from training import pair_plans, video_stream, workers
 from training.pair_plans import PairSampling, _nearest, plan_pairs
 from training.recipe import MOST_PAIRS
 from training.video_files import UnreadableVideo
@@ -119,13 +119,13 @@ def test_each_epoch_has_an_order_of_its_own():
 
 
 def test_a_worker_notes_whose_flow_it_computes(videos, monkeypatch):
-    note, seen = multiprocessing.RawArray("c", video_stream._NOTE_BYTES), []
-    monkeypatch.setattr(video_stream, "_NOTES", [note])
+    note, seen = multiprocessing.RawArray("c", workers.NOTE_BYTES), []
+    monkeypatch.setattr(workers, "_NOTES", [note])
     group = tuple((0, path) for path in videos[:2])
     for _ in generate_pairs([group], SAMPLING, lambda sample: seen.append((sample["video"], note.value.decode()))):
         pass
     assert len(seen) == 4 and all(video == noted for video, noted in seen)
-    video_stream._note("x" * 2000 + "/last.mp4")
+    workers.note("x" * 2000 + "/last.mp4")
     assert note.value.endswith(b"x/last.mp4")
 
 

@@ -181,14 +181,16 @@ class FlowFiles:
                 raise UnreadableVideo(f"has no flow: {skipped.read_text()}") from None
             raise UnreadableVideo(f"its flow cannot be read ({error})") from error
         if zlib.crc32(valid, zlib.crc32(data)) != about["crc32"][repeat]:
-            raise UnreadableVideo(f"its flow in {file} is damaged")
+            raise UnreadableVideo(f"its flow in {file} is damaged: delete it, and training.flow writes it anew")
         if len(valid):
             bits = np.unpackbits(valid, count=2 * height * width)
             sample["valid_mask"] = bits.astype(bool).reshape(2, height, width)
         try:
             sample["flow"] = decode_flow(data, height, width)
         except (OSError, ValueError) as error:  # of another length than it says
-            raise UnreadableVideo(f"its flow in {file} is damaged") from error
+            raise UnreadableVideo(
+                f"its flow in {file} is damaged: delete it, and training.flow writes it anew"
+            ) from error
 
 
 # --- a folder ---

@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from modeling_poodle.processes import main_first
 from training.addresses import printable, video_name, without_secrets
 from training.assembly import make_accelerator
+from training.faults import fault_of
 from training.flow import build_flow
 from training.flow_files import (
     FORMAT,
@@ -42,7 +44,8 @@ from training.pair_plans import PairSampling
 from training.recipe import Recipe, flow_beside, parse_recipe
 from training.video_files import UnreadableVideo
 from training.video_loader import build_loader, resolve_videos
-from training.video_stream import start_worker, video_pairs
+from training.video_stream import video_pairs
+from training.workers import Workers, note
 
 logger = logging.getLogger("poodle")
 
@@ -108,15 +111,17 @@ def write_manifest(folder: Path, recipe: Recipe, command: str) -> None:
         raise ValueError(f"--out {folder} holds another recipe's flow: {'; '.join(changed)}. Give another --out")
 
 
+# Of an estimator that has weights, the fields on which what it computes depends.
+_OF_RAFT = ("flow_weights", "flow_updates", "bf16")
+_FIELDS = {"raft_large": _OF_RAFT, "raft_small": _OF_RAFT, "unflow": ("flow_model", "bf16")}
+
+
 def estimator_fields(recipe: Recipe) -> dict:
     """The recipe's fields on which an estimate depends; files and folders of weights by their contents."""
-    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name.startswith("flow")}
-    fields = {
-        name: value for name, value in fields.items() if name not in ("flow_dir", "flow_epochs", "flow_max_error")
+    fields = {name: getattr(recipe, name) for name in ("flow", *_FIELDS.get(recipe.flow, ()))}
+    return fields | {
+        name: fields[name] and _contents(fields[name]) for name in ("flow_weights", "flow_model") if name in fields
     }
-    for name in ("flow_weights", "flow_model"):
-        fields[name] = fields[name] and _contents(fields[name])
-    return {**fields, "bf16": recipe.bf16}
 
 
 def _contents(value: str) -> str:
@@ -170,6 +175,7 @@ class Openings(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> tuple[int, str, bytes | list[dict] | str]:
         epoch, path = self.shards[number]
+        note(path)
         try:
             samples = list(video_pairs(path, self.sampling, epoch))
             if self.pair_flow is None:
@@ -202,20 +208,21 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
     if module is not None:
         module.to(accelerator.device)
     batch_size = recipe.per_device_train_batch_size
+    workers = Workers(recipe.dataloader_num_workers)
     openings = torch.utils.data.DataLoader(
         Openings(shards, PairSampling.of(recipe), pair_flow),
         batch_size=max(1, batch_size // recipe.pairs_per_video),
         num_workers=recipe.dataloader_num_workers,
         collate_fn=list,
         multiprocessing_context="fork" if recipe.dataloader_num_workers else None,
-        worker_init_fn=start_worker,
+        worker_init_fn=workers.start,
     )
     logger.info("%d of %d openings are there; writing %d", len(mine) - len(shards), len(mine), len(shards))
     progress = tqdm(
         total=len(shards), disable=not (accelerator.is_main_process and sys.stderr.isatty()), unit="opening"
     )
     done, written, told = 0, 0, 0
-    for group in openings:
+    for group in in_words(openings, workers, recipe):
         if module is not None:
             samples = [sample for _, _, found in group if not isinstance(found, str) for sample in found]
             device_flow(accelerator, module, samples, batch_size)
@@ -233,6 +240,21 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
     logger.info(
         "%s: flow of %d epoch(s); this process wrote %d openings, %.1f KiB a pair", folder, epochs, done, per_pair
     )
+
+
+def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Recipe) -> Iterator[list]:
+    """What the loader gives. Raises, where a worker dies, an error that names what it read; ends the workers in any case."""
+    batches = iter(openings)
+    try:
+        try:
+            yield from batches
+        finally:
+            workers.end(batches)
+    except (EOFError, ConnectionError, RuntimeError) as error:
+        fault = fault_of(error, workers.died_at, recipe.ddp_timeout, "then give the same command again")
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int:

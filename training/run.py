@@ -80,7 +80,7 @@ class Run(ABC):
 
     def run(self, checkpoint: Path | None) -> None:
         """All of it. Raises SystemExit with RESUMABLE_EXIT_CODE where a signal asked it to stop."""
-        with faults_in_words(self.recipe, self.loader):
+        with faults_in_words(self.recipe, self.loader.workers):
             self.accelerator.wait_for_everyone()
             self.open(checkpoint)
             try:

@@ -7,10 +7,6 @@ epochs' shuffled openings lie one behind the other in a span (so that workers ar
 than videos all have work); each shard belongs to one worker of one rank, so no two processes ever see the same (video, epoch, repeat).
 """
 
-import functools
-import multiprocessing
-import multiprocessing.connection
-import signal
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
@@ -26,6 +22,7 @@ from training.pair_plans import PairSampling, checksum, plan_pairs
 from training.video_decoding import decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
+from training.workers import Workers, note
 
 # Least openings of a span in all, and for each worker of all ranks: at its end workers are forked anew, and each decodes a group before its
 # first batch.
@@ -83,11 +80,11 @@ def generate_pairs(paths: list[tuple[tuple[int, str], ...]], sampling: PairSampl
 
 def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None) -> Iterator[dict]:
     """The pairs of one opening with their flow; a bad file, of the video or of its flow, ends it, and is handed on with the next sample."""
-    _note(path)
+    note(path)
     try:
         for sample in video_pairs(path, sampling, epoch):
             if pair_flow is not None:
-                _note(path)  # others have had their turn
+                note(path)  # others have had their turn
                 pair_flow(sample)
             yield sample
     except UnreadableVideo as error:
@@ -95,14 +92,7 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None
         _PENDING.append((printable(video_name(path)), printable(str(error))))
 
 
-_NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
-_NOTE_BYTES = 1024
 _PENDING: list[tuple[str, str]] = []
-
-
-def _note(path: str) -> None:
-    if _NOTES:
-        _NOTES[0].value = video_name(path).encode(errors="surrogateescape")[-_NOTE_BYTES + 1 :]
 
 
 def collate(samples: list[dict]) -> dict:
@@ -122,22 +112,6 @@ def collate(samples: list[dict]) -> dict:
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
     return batch
-
-
-def start_worker(_: int) -> None:
-    # Decoding and flow run one a worker: threads of their own would fight the training process for its cores.
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def _start_loader_worker(notes: list, worker: int) -> None:
-    start_worker(worker)
-    _NOTES[:] = notes[worker : worker + 1]
-    # A signal to the whole group asks the run to stop: its process finishes the step, for which it needs its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class PairLoader:
@@ -165,8 +139,7 @@ class PairLoader:
         self.estimator: dict | None = None
         self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
-        self._died_at: list[str] = []
-        self._notes = [multiprocessing.RawArray("c", _NOTE_BYTES) for _ in range(num_workers)]
+        self.workers = Workers(num_workers)
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
         # As many videos take turns as a batch has pairs, so that no two are of one opening; fewer where memory does not allow it.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
@@ -219,7 +192,7 @@ class PairLoader:
             generator=torch.Generator(),
             # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
             multiprocessing_context="fork" if self.num_workers else None,
-            worker_init_fn=functools.partial(_start_loader_worker, self._notes),
+            worker_init_fn=self.workers.start,
             prefetch_factor=4 if self.num_workers else None,
         )
 
@@ -304,36 +277,6 @@ class PairLoader:
         self.span, self._restored = state["span"], state["loader"]
 
     def close(self) -> None:
-        """Stop the workers; those that do not end when asked are killed, for they ignore SIGTERM."""
-        for _ in range(3):
-            try:
-                return self._end_workers()
-            except RuntimeError:
-                continue  # torch's handler of SIGCHLD says that a worker died, wherever this process is by then
-        self._end_workers()
-
-    def _end_workers(self) -> None:
-        # torch's own name, asked for plainly: where a version has another, workers that are left running would go unseen.
-        workers = self._iterator._workers if self.num_workers and self._iterator is not None else []
-        # One that has just crashed closes its connections, then its sentinel, and only then has an exit code, for which `join` waits.
-        sentinels = [worker.sentinel for worker in workers]
-        for sentinel in multiprocessing.connection.wait(sentinels, timeout=0.3) if workers else ():
-            next(worker for worker in workers if worker.sentinel == sentinel).join()
-        ended = [worker.exitcode is not None for worker in workers]
-        if workers:
-            self._iterator._shutdown_workers()
-        for worker in workers:
-            worker.kill()
-            worker.join()
-        # On a busy machine a crash can take longer than that; its own signal stays the exit code, whatever is sent after it.
-        ours = (-signal.SIGTERM, -signal.SIGKILL)
-        self._died_at = [
-            f"{printable(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
-            for worker, before, note in zip(workers, ended, self._notes)
-            if worker.exitcode < 0 and (before or worker.exitcode not in ours) and note.value
-        ]
+        """Stop the workers (see [`~training.workers.Workers`])."""
+        self.workers.end(self._iterator)
         self._iterator = self._loader = None
-
-    def died_at(self) -> list[str]:
-        """After `close()`: "video (signal)" of each worker that a signal had ended before."""
-        return self._died_at
