@@ -67,31 +67,35 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
     if resume == "latest":
         checkpoint = _latest(output_dir)
     else:
-        checkpoint = Path(resume)
-        if not (checkpoint / "state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {resume}: no finished checkpoint there (no state.json)")
-        if output_dir.resolve() != checkpoint.resolve().parent.parent:
-            if saved_config.exists():
-                began_there = read_yaml_mapping(saved_config).get("resume_from_checkpoint") == resume
-                raise ValueError(
-                    f"output_dir {output_dir} holds "
-                    + (
-                        f"a run already, which began at {checkpoint}: go on with it by --resume_from_checkpoint latest, or choose a new --output_dir"
-                        if began_there
-                        else f"another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
-                    )
-                )
-            _refuse_other_files(output_dir)
-        wrong = damage(checkpoint)
-        if wrong:
-            raise ValueError(
-                f"checkpoint {checkpoint} is damaged: {wrong}; name another with --resume_from_checkpoint"
-            )
+        checkpoint = _named(Path(resume), output_dir)
         saved_config = checkpoint.resolve().parent.parent / "config.yaml"
     if saved_config.is_file():
         _refuse_other_configuration(recipe, saved_config)
     if checkpoint is None:
         checkpoint = _origin(recipe, read_yaml_mapping(saved_config) if saved_config.is_file() else {})
+    return checkpoint
+
+
+def _named(checkpoint: Path, output_dir: Path) -> Path:
+    """The checkpoint that was named, for a run in `output_dir`: it is whole, and of that run, or that run is to be a new one."""
+    if not (checkpoint / "state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json)")
+    if output_dir.resolve() != checkpoint.resolve().parent.parent:
+        config = output_dir / "config.yaml"
+        began = read_yaml_mapping(config).get("resume_from_checkpoint") if config.exists() else None
+        if isinstance(began, str) and Path(began) == checkpoint:
+            raise ValueError(
+                f"output_dir {output_dir} holds a run already, which began at {checkpoint}: go on with it by --resume_from_checkpoint latest, "
+                "or choose a new --output_dir"
+            )
+        if config.exists():
+            raise ValueError(
+                f"output_dir {output_dir} holds another run than {checkpoint}: give the checkpoint's own run, or a new --output_dir"
+            )
+        _refuse_other_files(output_dir)
+    wrong = damage(checkpoint)
+    if wrong:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {wrong}; name another with --resume_from_checkpoint")
     return checkpoint
 
 
