@@ -91,6 +91,23 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
     look(dict(values), where, "")
 
 
+def check_timm_name(name: Any) -> None:
+    """
+    Raises:
+        ValueError: timm is installed, and has no network of this name.
+    """
+    try:
+        import timm
+    except ImportError:  # of which transformers tells when it builds the network
+        return
+    if (
+        not isinstance(name, str) or ":" not in name and not timm.is_model(name)
+    ):  # hf-hub:ORG/NAME is looked for when it is built
+        raise ValueError(
+            f"PoodleConfig.backbone_config.backbone must be a name of timm's, got {name!r}.{nearest(str(name), timm.list_models())}"
+        )
+
+
 def _counts_layers(name: str) -> bool:
     """`depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
     return bool(re.search("depth|layer|block|stage", name)) and not re.search(
@@ -101,8 +118,11 @@ def _counts_layers(name: str) -> bool:
 def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     """
     Raises ValueError for a field that `config` does not have; the nearest name is suggested. An unknown key of a file that is no misspelling
-    of a field is kept, with a warning: a later transformers may write it into every config.
+    of a field is kept, with a warning: a later transformers may write it into every config. Also for another `model_type`.
     """
+    own = type(config).model_type
+    if (kind := kwargs.get("model_type", config.model_type)) != own:
+        raise ValueError(f"{type(config).__name__}.model_type must be {own!r}, got {kind!r}")
     known = {field.name for field in dataclasses.fields(config)} | TRANSFORMERS_KEYS
     for key in kwargs:
         if key in known or key.startswith("_"):

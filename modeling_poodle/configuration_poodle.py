@@ -17,6 +17,7 @@ from .config_checks import (
     SURE,
     TRANSFORMERS_KEYS,
     check_config,
+    check_timm_name,
     nearest,
     refuse_unknown,
 )
@@ -126,9 +127,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         self._check_values()
         super().__post_init__(**kwargs)
         self.stage_names = self._make_stage_names()
-        if self.readout_stage is not None and self.readout_stage not in self.stage_names:
-            expected = f"one of {', '.join(self.stage_names)}"
-            raise ValueError(f"PoodleConfig.readout_stage must be {expected}, got {self.readout_stage!r}")
+        self._check_readout_stage(self.stage_names)
         if out_features is None and out_indices is None:
             out_features = [self.stage_names[-1]]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
@@ -142,20 +141,20 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             value = _as_backbone_config(value, saved=False)
         before = getattr(self, name, None)
         super().__setattr__(name, value)
-        if made and name in _OF_STAGES:
+        if made and name in _CHECKED:
             try:
-                self._follow_stages()
+                self._check_values()
+                if name in _OF_STAGES:
+                    self._follow_stages()
+                self._check_readout_stage(self.stage_names)
             except ValueError:
                 super().__setattr__(name, before)
                 raise
 
     def _follow_stages(self) -> None:
         """After `config.num_decoder_blocks = 0` on a config that is made: its stages, and those that are put out, are others."""
-        self._check_values()
         names = self._make_stage_names()
-        if self.readout_stage is not None and self.readout_stage not in names:
-            expected = f"one of {', '.join(names)}"
-            raise ValueError(f"PoodleConfig.readout_stage must then be {expected}, got {self.readout_stage!r}")
+        self._check_readout_stage(names)
         default = self.out_features == self.stage_names[-1:]
         kept = [] if default else [name for name in self.out_features if name in names]
         self.stage_names = names
@@ -165,12 +164,22 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         if out_features is not None and not out_features:
             expected = f"some of {', '.join(self.stage_names)}"
             raise ValueError(f"PoodleConfig.out_features must be {expected}, got {out_features!r}")
+        count = len(self.stage_names)
         if out_indices is not None and not (
-            isinstance(out_indices, (list, tuple)) and out_indices and all(map(_is_int, out_indices))
+            isinstance(out_indices, (list, tuple))
+            and out_indices
+            and all(_is_int(index) for index in out_indices)
+            # Those of a file, which has the names as well, are compared by transformers, which names the stage that is missing.
+            and (out_features is not None or all(-count <= index < count for index in out_indices))
         ):
             expected = f"integers that count {', '.join(self.stage_names)} from 0"
             raise ValueError(f"PoodleConfig.out_indices must be {expected}, got {out_indices!r}")
         super().set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    def _check_readout_stage(self, names: list[str]) -> None:
+        if self.readout_stage is not None and self.readout_stage not in names:
+            expected = f"one of {', '.join(names)}"
+            raise ValueError(f"PoodleConfig.readout_stage must be {expected}, got {self.readout_stage!r}")
 
     def _check_values(self) -> None:
         def refuse(name: str, expected: str) -> None:
@@ -256,6 +265,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
 # Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
 PLAIN_VITS = ("vit", "deit")
+_CHECKED = {name for name in PoodleConfig.__annotations__ if name not in ("model_type", "sub_configs")}
 _OF_STAGES = ("backbone_config", "output_stride", "num_decoder_blocks", "decoder_laterals")
 _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
 
@@ -307,6 +317,8 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         raise ValueError(
             "PoodleConfig.backbone_config.reshape_hidden_states must be true: maps are read, not sequences of tokens"
         )
+    if config.model_type == "timm_backbone":
+        check_timm_name(config.backbone)
     if config.model_type == "resnet":
         depths, sizes = list(config.depths), list(config.hidden_sizes)
         if not depths or min(depths) < 1:

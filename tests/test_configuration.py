@@ -8,7 +8,7 @@ from test_modeling_pretraining import RESNET, VIT, config
 from transformers import AutoConfig, BertConfig, TimmBackboneConfig, UperNetConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
-from modeling_poodle import PoodleConfig, PoodleModel
+from modeling_poodle import PoodleConfig, PoodleFlowConfig, PoodleModel
 from modeling_poodle.config_checks import check_config
 from modeling_poodle.configuration_poodle import PLAIN_VITS
 
@@ -55,6 +55,12 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
             r"num_decoder_blocks must be at most 1: .* out_indices: \[1, 2, 3, 4\] has four\), got 2",
         ),
         ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnt18"}},
+            "backbone_config.backbone must be a name of timm's, got 'resnt18'.*'resnet18'",
+        ),
+        ({"out_indices": [-7]}, r"out_indices must be integers that count stem, .*, decoder from 0, got \[-7\]"),
+        ({"out_indices": [6]}, r"out_indices must be integers that count stem, .*, got \[6\]"),
         ({"backbone_config": "resnet"}, "backbone_config must be a config or a dict, got str"),
         (
             {"backbone_config": {**RESNET, "hidden_sizes": [8, 16, 32]}},
@@ -110,6 +116,13 @@ def test_config_refuses_wrong_values(changes, message, tmp_path):
     for read in (PoodleConfig, PoodleModel, AutoConfig):
         with pytest.raises(ValueError, match=message):
             read.from_pretrained(tmp_path, **changes)
+
+
+def test_a_config_is_of_its_own_kind():
+    for kind, own in ((PoodleConfig, "poodle"), (PoodleFlowConfig, "poodle_flow")):
+        assert kind(model_type=own).model_type == own
+        with pytest.raises(ValueError, match=f"{kind.__name__}.model_type must be '{own}', got 'resnet'"):
+            kind(model_type="resnet")
 
 
 def test_fields_beside_a_file_change_the_config_as_a_whole(tmp_path):
@@ -276,12 +289,16 @@ def test_a_config_that_is_changed_once_it_is_made_is_that_of_its_network(tmp_pat
         ("num_decoder_blocks", 9, "num_decoder_blocks must be at most 8"),
         ("output_stride", 8, "output_stride must be None for a 'dinov2' encoder"),
         ("backbone_config", {"depths": [1]}, "must name its model_type"),
+        ("projection_size", "x", "projection_size must be an integer of at least 1, got 'x'"),
+        ("dense_weight", -1, "dense_weight must be a finite number"),
+        ("readout_stage", "stage9", "readout_stage must be one of .*, got 'stage9'"),
+        ("out_indices", [-9], r"out_indices must be integers .*, got \[-9\]"),
     ):
         before = changed.to_dict()
         with pytest.raises(ValueError, match=message):
             setattr(changed, name, value)
         assert changed.to_dict() == before
     read = config(readout_stage="decoder")
-    with pytest.raises(ValueError, match="readout_stage must then be one of .*stage4, got 'decoder'"):
+    with pytest.raises(ValueError, match="readout_stage must be one of .*stage4, got 'decoder'"):
         read.num_decoder_blocks = 0
     assert read.num_decoder_blocks == 2
