@@ -100,9 +100,9 @@ def check_timm_name(name: Any) -> None:
         import timm
     except ImportError:  # of which transformers tells when it builds the network
         return
-    if (
-        not isinstance(name, str) or ":" not in name and not timm.is_model(name)
-    ):  # hf-hub:ORG/NAME is looked for when it is built
+    if name is None or ":" in str(name):  # hf-hub:ORG/NAME is looked for when it is built
+        return
+    if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(
             f"PoodleConfig.backbone_config.backbone must be a name of timm's, got {name!r}.{nearest(str(name), timm.list_models())}"
         )
