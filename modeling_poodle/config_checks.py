@@ -96,11 +96,11 @@ def check_timm_name(name: Any) -> None:
     Raises:
         ValueError: timm is installed, and has no network of this name.
     """
+    if name is None or ":" in str(name):  # hf-hub:ORG/NAME is looked for when it is built
+        return
     try:
         import timm
     except ImportError:  # of which transformers tells when it builds the network
-        return
-    if name is None or ":" in str(name):  # hf-hub:ORG/NAME is looked for when it is built
         return
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(
