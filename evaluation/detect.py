@@ -27,7 +27,7 @@ from evaluation.detection import DetectionReadout
 from evaluation.detection_metrics import coco_scores
 from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
-from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
+from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import fingerprint, fit, over_test_images
 from evaluation.labelled_images import spread
 from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_detection_recipe(arguments)
     check_output_dir(recipe)
     accelerator = make_accelerator()
+    for name in recipe.model:
+        look_up(name)  # a name that is wrong is found before anything is rendered
     # Rank 0 renders the street, the others find it.
     data = main_first(accelerator, lambda: load_boxes(recipe.dataset, recipe.data_dir))
     data = data.limit(recipe.max_train_images, recipe.max_test_images)

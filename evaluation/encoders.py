@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from evaluation.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
+from modeling_poodle.config_checks import check_timm_name
 from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
@@ -226,15 +227,11 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         ValueError: nothing there, no spatial features, no such map, one that cannot be read on images of any size, or a
             preprocessor_config.json that cannot be read.
     """
-    untrained = name.startswith("random:")
-    source = name.removeprefix("random:")
-    if Path(source, "model", "config.json").is_file():  # the folder of a run
-        source = str(Path(source, "model"))
+    untrained, (source, model_type) = name.startswith("random:"), look_up(name)
     # Before the weights are read: a run that is still training may replace the files in between.
     digest = None if untrained else _digest(Path(source))
     classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
-    model_type = _model_type(source)
     if model_type == "poodle":
         config, weights = PoodleConfig.from_pretrained(source), None
         if not untrained:
@@ -268,6 +265,19 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
     encoder.statistics_from = origin
     encoder.weights_sha256 = digest
     return encoder
+
+
+def look_up(name: str) -> tuple[str, str | None]:
+    """
+    The folder or id that a `--model` stands for, and its type; `None` for a name of timm's. Reads a config alone: scripts ask before their data.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    source = name.removeprefix("random:")
+    if Path(source, "model", "config.json").is_file():  # the folder of a run
+        source = str(Path(source, "model"))
+    return source, _model_type(source)
 
 
 def _digest(folder: Path) -> str | None:
@@ -326,6 +336,10 @@ def freeze_idle(encoder: nn.Module, maps: tuple[Tensor, ...]) -> None:
 
 def _model_type(source: str) -> str | None:
     if source.startswith("timm/") and not Path(source).exists():
+        try:
+            check_timm_name(source.removeprefix("timm/"))
+        except ValueError as error:
+            raise ValueError(f"--model {source}: no such model ({error})") from error
         return None
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ValueError(f"--model {source}: the folder holds no model (no config.json)")

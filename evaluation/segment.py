@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from evaluation.data import load_dataset
-from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm
+from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import evaluate, fingerprint, fit
 from evaluation.labelled_images import LabelledImages
 from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
     check_output_dir(recipe)
     accelerator = make_accelerator()
+    for name in recipe.model:
+        look_up(name)  # a name that is wrong is found before anything is rendered
     # Rank 0 renders the street, the others find it.
     data = main_first(accelerator, lambda: load_dataset(recipe.dataset, recipe.data_dir))
     # Groups are of the whole data set: they do not change with the number of images that are used.

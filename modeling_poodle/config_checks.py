@@ -103,9 +103,7 @@ def check_timm_name(name: Any) -> None:
     except ImportError:  # of which transformers tells when it builds the network
         return
     if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(
-            f"PoodleConfig.backbone_config.backbone must be a name of timm's, got {name!r}.{nearest(str(name), timm.list_models())}"
-        )
+        raise ValueError(f"timm has no network {name!r}.{nearest(str(name), timm.list_models())}")
 
 
 def _counts_layers(name: str) -> bool:

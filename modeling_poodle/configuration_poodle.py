@@ -318,7 +318,10 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
             "PoodleConfig.backbone_config.reshape_hidden_states must be true: maps are read, not sequences of tokens"
         )
     if config.model_type == "timm_backbone":
-        check_timm_name(config.backbone)
+        try:
+            check_timm_name(config.backbone)
+        except ValueError as error:
+            raise ValueError(f"PoodleConfig.backbone_config.backbone: {error}") from None
     if config.model_type == "resnet":
         depths, sizes = list(config.depths), list(config.hidden_sizes)
         if not depths or min(depths) < 1:

@@ -57,7 +57,7 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
         ({"backbone_config": {**VIT, "foo": 1}}, "PoodleConfig.backbone_config: Dinov2Config has no field 'foo'.$"),
         (
             {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnt18"}},
-            "backbone_config.backbone must be a name of timm's, got 'resnt18'.*'resnet18'",
+            "backbone_config.backbone: timm has no network 'resnt18'. Did you mean 'resnet18'",
         ),
         ({"out_indices": [-7]}, r"out_indices must be integers that count stem, .*, decoder from 0, got \[-7\]"),
         ({"out_indices": [6]}, r"out_indices must be integers that count stem, .*, got \[6\]"),

@@ -1,4 +1,7 @@
-"""Signals to the script outside of the steps: while it imports, while it prepares the run, and while it closes."""
+"""
+Before the first step: what is wrong with a command is found before the street is rendered; signals while the script imports or prepares the
+run, and while it closes.
+"""
 
 import os
 import signal
@@ -12,7 +15,8 @@ from conftest import REPOSITORY
 from forks import in_child, wait_for
 from small_runs import flags, metrics, names
 
-from training import stopping
+from evaluation import detect, segment
+from training import flow_writer, pretrain, stopping, video_loader
 from training.checkpoint_files import damage
 from training.recipe import parse_recipe
 from training.resume import prepare_output_dir
@@ -39,6 +43,38 @@ def signalled(arguments: list[str], moment, number: int) -> tuple[int, str]:
     finally:
         process.kill()
     return process.returncode, said
+
+
+def rendered(*_, **__):
+    raise AssertionError("the street was rendered first, which takes minutes")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--init_encoder", "./nowhere"], "init_encoder './nowhere' is no encoder that can be loaded"),
+        (["--flow", "raft_small", "--flow_weights", "nowhere.pth"], "flow_weights"),
+        (["--flow", "unflow", "--flow_model", "./nowhere"], "flow_model"),
+        (["--probe", "folder:nowhere"], "probe: "),
+        (["--model", '{"backbone_config": {"model_type": "timm_backbone", "backbone": "resnt18"}}'], "timm has no network 'resnt18'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_run_is_found_before_the_street_is_rendered(tmp_path, monkeypatch, more, said):
+    monkeypatch.setattr(video_loader, "street_videos", rendered)
+    with pytest.raises(ValueError, match=said):
+        pretrain.main(["--config", "street", "--output_dir", str(tmp_path / "run"), *more])
+    if "--flow" in more:
+        with pytest.raises(ValueError, match=said):
+            flow_writer.main(["--config", "street", "--out", str(tmp_path / "flow"), *more])
+        assert not (tmp_path / "flow").exists()
+
+
+@pytest.mark.parametrize("script", [segment, detect])
+@pytest.mark.parametrize("model", ["./nowhere", "timm/resnt18"])
+def test_a_model_that_is_not_there_is_found_before_the_street_is_rendered(tmp_path, monkeypatch, script, model):
+    monkeypatch.setattr(script, "load_dataset" if script is segment else "load_boxes", rendered)
+    with pytest.raises(ValueError, match=f"--model {model}: no such model"):
+        script.main(["--model", model, "--dataset", "street", "--output_dir", str(tmp_path / "run")])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when the handler is there")

@@ -73,10 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = make_accelerator(recipe)
     shown = [without_secrets(flag, flag) for flag in flags]
     folder, command = Path(out), ["python", "-m", "training.flow", *shown, "--out", out]
+    estimator = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)
     main_first(accelerator, lambda: write_manifest(folder, recipe, shlex.join(command)))
     paths = resolve_videos(accelerator, recipe)
     epochs = options.epochs or epochs_needed(recipe, build_loader(accelerator, recipe, paths, None))
-    write_flow(accelerator, recipe, folder, paths, epochs)
+    write_flow(accelerator, recipe, folder, paths, epochs, estimator)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -199,12 +200,12 @@ def device_flow(accelerator, module: torch.nn.Module, samples: list[dict], batch
             sample["flow"] = its_flow
 
 
-def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epochs: int) -> None:
-    """Write what is missing of the openings of `epochs` epochs, this process its share."""
+def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epochs: int, estimator: tuple) -> None:
+    """Write what is missing of the openings of `epochs` epochs, this process its share. `estimator`: as [`build_flow`] gives it."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = [(epoch, path) for epoch in range(epochs) for path in paths][rank::ranks]
     shards = [(epoch, path) for epoch, path in mine if not is_written(opening_file(folder, epoch, path))]
-    pair_flow, module = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)
+    pair_flow, module = estimator
     if module is not None:
         module.to(accelerator.device)
     batch_size = recipe.per_device_train_batch_size

@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    paths = resolve_videos(accelerator, recipe)
+    # What may be wrong with them is found before the videos are: the street may have to be rendered first, or thousands of files listed.
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
-    loader = build_loader(accelerator, recipe, paths, pair_flow)
-    probe = build_probe(accelerator, recipe)
     model = build_model(accelerator, recipe)
+    probe = build_probe(accelerator, recipe)
+    loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow)
     optimizer = build_optimizer(accelerator, recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = PretrainingRun(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
