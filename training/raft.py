@@ -17,6 +17,9 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
     Averaging commutes with the product: the keys are pooled, not the volume, which at 512x1024 holds 32 times their numbers. The keys have a
     border of zeros, so that what lies outside has a correlation of zero that can be read as any other.
 
+    The other order of a pair is a product of its own, 1 % of RAFT's operations, rather than the transposed volume, whose copy and pooling move
+    more than a product does: both orders take 0.49 of the time of one, transposed (one CPU core, 512x1024, in turns in one process).
+
     Args:
         queries, keys: features (N, C, h, w).
 
