@@ -167,13 +167,20 @@ def write_aside(path: Path, text: str) -> None:
 def provenance() -> dict:
     """The command and the versions, for evaluation.json."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_started(Path(sys.argv[0])), *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
+
+
+def _started(script: Path) -> list[str]:
+    """How a script of evaluation/ is started in the repository, whose place on this machine is nobody else's."""
+    if script.name in ("segment.py", "detect.py"):
+        return ["accelerate", "launch", f"evaluation/{script.name}"]
+    return ["python", "-m", f"evaluation.{script.stem}"]
 
 
 def save_aside(readout, folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_an_error_without_words_is_named(monkeypatch):
 
     with pytest.raises(SystemExit, match="^error: MemoryError$"):
         run_script(out_of_memory)
-    with pytest.raises(ZeroDivisionError):  # a mistake of the code, which a stack trace finds
+    with pytest.raises(ZeroDivisionError, match="division"):  # a mistake of the code, which a stack trace finds
         run_script(lambda: 1 // 0)
 
 

@@ -385,7 +385,7 @@ def test_script_on_the_street(tmp_path, encoder):
         assert result["num_objects"] == len(objects)
         for key in ("j_and_f", "j_mean", "f_recall", "j_decay"):
             assert result[key] == pytest.approx(np.mean([v[key] for v in objects]))
-        assert 0.1 < result["j_mean"] < 1 and "propagate" in result["command"]
+        assert 0.1 < result["j_mean"] < 1 and result["command"].startswith("python -m evaluation.propagate --model ")
         assert result["protocol"] == {"stride": 8, "top_k": 5, "context_frames": 7, "radius": 12, "temperature": 0.1}
     report = (tmp_path / "run/report.html").read_text()
     assert report.count("<img") == 6 and "drive-0001" in report and "<script" not in report

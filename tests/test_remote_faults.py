@@ -230,7 +230,7 @@ def test_a_member_is_read_no_further_than_it_goes(tmp_path, clip):
     tar = tmp_path / "a.tar"
     tar.write_bytes(padded(clip) + padded(clip))
     cut = f"{tar}::0:{len(clip) // 2}:a.mp4"
-    with pytest.raises(UnreadableVideo):
+    with pytest.raises(UnreadableVideo, match="cannot be opened as a video"):
         video_pairs(cut, SAMPLING, 0).__next__()
     part = video_files._Part(io.BytesIO(bytes(range(100))), 10, 50)
     assert (

@@ -79,7 +79,7 @@ def test_a_worker_is_given_five_times_the_limit_of_an_opening(tmp_path, monkeypa
     os.truncate(path, size)
     timer = threading.Timer
     monkeypatch.setattr(threading, "Timer", lambda given, end: seconds.append(given) or timer(given, end))
-    with pytest.raises(UnreadableVideo):
+    with pytest.raises(UnreadableVideo, match="cannot be opened as a video"):
         next(video_pairs(str(path), SAMPLING, 0))
     assert seconds == [5 * (60 + size / 1e7)]
 

@@ -173,7 +173,7 @@ def grid_centres(n: int, count: int, height: int, width: int, cell: int, generat
     rounds = -(-count // cells)
     order = uniform((n, rounds, cells), 0, 1, generator).argsort(dim=-1).flatten(1)[:, :count]
     corner = torch.stack([order % columns, order // columns], dim=-1).float()
-    # The cells tile the frame: with height // cell rows a row is a little taller than `cell`.
+    # The cells tile the frame, so that no strip is left out: with height // cell rows they are larger than `cell` (256 for 214 at 512x1024).
     size = filled((width / columns, height / rows), generator.device)
     return (corner + uniform((n, count, 2), 0, 1, generator)) * size
 
