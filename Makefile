@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	@echo "rendering the street (about a minute), then pretraining PooDLe and FlowE on it, for as many steps each"
+	@echo "rendering the street (one to five minutes), then pretraining PooDLe and FlowE on it, for as many steps each"
 	$(BIN)/python -m training.street
 	test -f runs/quickstart/config.yaml && resume="--resume_from_checkpoint latest" || resume=""; \
 	$(BIN)/accelerate launch training/pretrain.py --output_dir runs/quickstart $$resume

@@ -7,6 +7,7 @@ Leaves evaluation.json, report.html and detector/ in --output_dir.
 """
 
 import gc
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -16,6 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "1000"
+    )  # read with torch: how long threads wait awake, see modeling_poodle/cpu.py
     gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
 
 import numpy as np

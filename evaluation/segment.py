@@ -7,6 +7,7 @@ Leaves evaluation.json, report.html and, where something is fitted, readout/ in 
 """
 
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "1000"
+    )  # read with torch: how long threads wait awake, see modeling_poodle/cpu.py
     gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
 
 from accelerate import Accelerator

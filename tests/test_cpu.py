@@ -1,11 +1,16 @@
 """The processor as the device that computes."""
 
 import multiprocessing
+import os
 import platform
+import re
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch.nn import functional as F
 
 from modeling_poodle import cpu
@@ -129,3 +134,24 @@ def test_products_compile_to_one_graph(monkeypatch, convolves):
     points, weight = torch.randn(512, 8), torch.randn(16, 8)
     found = torch.compile(cpu.linear, fullgraph=True, backend="eager")(points, weight)
     torch.testing.assert_close(found, F.linear(points, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="torch comes with libgomp on Linux")
+@pytest.mark.parametrize(("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "70"}, "70")])
+def test_threads_of_the_scripts_wait_awake_for_a_moment_only(given, count):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run(
+        [sys.executable, "training/pretrain.py", "--batch_size", "4"], cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
+        env={**environment, "OMP_DISPLAY_ENV": "VERBOSE", **given},
+    )  # fmt: skip
+    assert re.search(rf"GOMP_SPINCOUNT = '{count}'", done.stderr) and "error: " in done.stderr
+
+
+@pytest.mark.parametrize("script", ["training/pretrain.py", "training/train_flow.py", "evaluation/segment.py", "evaluation/detect.py"])  # fmt: skip
+def test_it_is_said_before_torch_reads_it(script):
+    text = (REPOSITORY / script).read_text()
+    assert (
+        0
+        < text.index("GOMP_SPINCOUNT")
+        < min(text.index(name) for name in ("import torch", "import Accelerator") if name in text)
+    )
