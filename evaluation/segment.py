@@ -16,9 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "1000"
-    )  # read with torch: how long threads wait awake, see modeling_poodle/cpu.py
+    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
 
 from accelerate import Accelerator

@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training import stopping
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "1000"
-    )  # read with torch: how long threads wait awake, see modeling_poodle/cpu.py
+    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
     stopping.end_on_signals()
 
