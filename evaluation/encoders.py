@@ -272,12 +272,16 @@ def look_up(name: str) -> tuple[str, str | None]:
     The folder or id that a `--model` stands for, and its type; `None` for a name of timm's. Reads a config alone: scripts ask before their data.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or a folder has no weights.
     """
     source = name.removeprefix("random:")
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
-    return source, _model_type(source)
+    model_type = _model_type(source)
+    files = (pattern for name in ("model*.safetensors", "pytorch_model*.bin") for pattern in Path(source).glob(name))
+    if not name.startswith("random:") and Path(source).is_dir() and not any(files):
+        raise ValueError(f"--model {name}: the folder holds no weights (no model.safetensors)")
+    return source, model_type
 
 
 def _digest(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmBackbone, TimmBackboneConfig
 
-from .config_checks import check_config
+from .config_checks import check_config, nearest
 from .configuration_poodle import PLAIN_VITS
 from .encoder_poodle import auto_class, refuse_giant
 
@@ -26,7 +26,11 @@ def config_values(name: str) -> dict:
     except OSError as error:
         if Path(name).exists():
             raise
-        raise OSError(f"there is no folder {name}, and on the Hub: {error}") from error  # a path may be misspelt
+        folder, near = Path(name).parent, ""  # a path may be misspelt
+        if "/" in name and folder.is_dir():
+            near = nearest(Path(name).name, [entry.name for entry in folder.iterdir() if entry.is_dir()])
+            near = near and f" ({near.strip()})"
+        raise OSError(f"there is no folder {name}{near}, and on the Hub: {error}") from error
 
 
 def read_config(name: str) -> PreTrainedConfig:

@@ -31,7 +31,7 @@ from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection import DetectionReadout, DetectorConfig, build_detector, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.detection_report import COLUMNS, write_detection_html
-from evaluation.encoders import Encoder, build
+from evaluation.encoders import Encoder, build, look_up
 from evaluation.labelled_images import Example, LabelledImages
 from evaluation.readouts import UperNetReadout, processor_of
 from evaluation.recipe import EvaluationRecipe
@@ -394,6 +394,10 @@ def test_wrong_models_are_named(tmp_path, poodle):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no model"):
         build(str(tmp_path / "empty"), 3)
+    ResNetConfig(**RESNET).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="--model .*/resnet: the folder holds no weights"):
+        build(str(tmp_path / "resnet"), 3)
+    assert look_up(f"random:{tmp_path / 'resnet'}") == (str(tmp_path / "resnet"), "resnet")
     ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
     other = ResNetConfig(**{**RESNET, "depths": [2, 1, 1, 1]})
     other.save_pretrained(tmp_path / "resnet")  # the config of one, the weights of another
@@ -412,6 +416,15 @@ def test_wrong_models_are_named(tmp_path, poodle):
 def test_a_path_that_could_be_a_name_on_the_hub_is_said_not_to_be_here(read):
     with pytest.raises(ValueError, match="there is no folder runs/mistyped, and on the Hub: "):
         read("runs/mistyped")
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mines.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for name, said in (("runs/mien", r" \(Did you mean 'mine'\?\)"), ("runs/other", "")):
+        with pytest.raises(ValueError, match=f"there is no folder {name}{said}, and on the Hub: "):
+            load_encoder(name)
 
 
 def test_half_a_file_of_weights_is_named(poodle, tmp_path):

@@ -178,6 +178,9 @@ def test_measure_of_known_flows():
     there_and_back[:, 0] = np.float32([[[4]], [[-4]]])
     occluded = measure(lambda _: there_and_back, [(frames, there_and_back * visible[:, None], visible)])
     assert occluded["wrong"] == occluded["hidden"] > 0 and occluded["wrong_seen"] == 0
+    # Flow that no pixel agrees with: of none kept, no share is wrong.
+    none = measure(lambda frames: np.full((2, 2, *frames.shape[-2:]), 1e4, np.float32), pairs)
+    assert none["kept"] == 0 and none["wrong"] is none["hidden"] is none["wrong_seen"] is None
     assert occluded["motion"] == pytest.approx(4) and occluded["not_affine"] < 1e-5
     assert zero["not_affine"] > 1
 

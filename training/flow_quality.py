@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     table = [["flow", "gap, s", "mean error, px", "median", "kept, %", "of these wrong, %"]]
     table[0] += ["hidden, %", "wrong of kept and seen, %", "motion, px", "not affine, px", "ms a pair"]
     for r in results:
-        shares = [f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden", "wrong_seen")]
+        shares = [
+            "" if r[name] is None else f"{100 * r[name]:.1f}" for name in ("kept", "wrong", "hidden", "wrong_seen")
+        ]
         errors = [f"{r['epe_mean']:.2f}", f"{r['epe_median']:.2f}"]
         motion = [f"{r['motion']:.2f}", f"{r['not_affine']:.2f}"]
         table.append([r["flow"], f"{r['gap']:g}", *errors, *shares, *motion, f"{r['ms']:.0f}"])
@@ -108,8 +110,11 @@ def held_out_pairs(
     return pairs
 
 
-def measure(estimate, pairs) -> dict[str, float]:
-    """The figures of one estimator (`None`: the exact flow) over all pairs, as named at the top, and `ms`, milliseconds a pair."""
+def measure(estimate, pairs) -> dict[str, float | None]:
+    """
+    The figures of one estimator (`None`: the exact flow) over all pairs, as named at the top, and `ms`, milliseconds a pair. Shares of no pixel
+    at all are `None`.
+    """
     errors, seen, kept, motion, seconds = [], [], [], [], 0.0
     for frames, exact, visible in pairs:
         began = time.perf_counter()
@@ -126,9 +131,9 @@ def measure(estimate, pairs) -> dict[str, float]:
         "epe_mean": float(errors[seen].mean()),
         "epe_median": float(np.median(errors[seen])),
         "kept": float(kept.mean()),
-        "wrong": float((errors[kept] > WRONG).mean()) if kept.any() else 0.0,
-        "hidden": float((~seen[kept]).mean()) if kept.any() else 0.0,
-        "wrong_seen": float((errors[kept & seen] > WRONG).mean()) if (kept & seen).any() else 0.0,
+        "wrong": float((errors[kept] > WRONG).mean()) if kept.any() else None,
+        "hidden": float((~seen[kept]).mean()) if kept.any() else None,
+        "wrong_seen": float((errors[kept & seen] > WRONG).mean()) if (kept & seen).any() else None,
         "motion": float(lengths),
         "not_affine": float(rests),
         "ms": 1000 * seconds / len(pairs),
