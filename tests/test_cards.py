@@ -70,6 +70,9 @@ def test_sources_and_carbon_in_a_card(tmp_path):
         "init_encoder": "microsoft/resnet-50", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "output_dir": "/home/me",
     }  # fmt: skip
     (tmp_path / "emissions.csv").write_text("project_name,emissions\na,0.5\nb,0.25\n")
+    assert cards._emissions(tmp_path / "emissions.csv")["emissions"] == 750
+    # Written while it was measured: each line of a run has the one before in it.
+    (tmp_path / "emissions.csv").write_text("run_id,emissions\nx,0.125\nx,0.5\ny,0.25\n")
     lines = [
         {"step": 10, "pairs_per_second": 4.0},
         {"step": 20, "pairs_per_second": 8.0},

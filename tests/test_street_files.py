@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from forks import wait_for
 
 from evaluation.data import street_folder
 from modeling_poodle.recipe_files import cache_root
@@ -273,6 +274,33 @@ def test_who_wants_what_is_being_rendered_waits_for_it(tmp_path):
     assert len(list((tmp_path / "labelled" / "images").iterdir())) == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells whose children live")
+def test_who_renders_for_a_process_that_was_killed_ends_with_it(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--num_videos", "2", "--duration", "30", "--fps", "8", "--height", "192", "--width", "384"]  # fmt: skip
+    script = f"from training.street_files import main; main({flags})"
+    code = f"import os; os.sched_getaffinity = lambda _: {{0, 1}}\nif __name__ == '__main__':\n    {script}"
+    (tmp_path.parent / "render.py").write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path.parent / "render.py")], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
+    wait_for(lambda: len(list(tmp_path.glob("drive-*.partial"))) == 2, seconds=120)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, children)), seconds=30)
+    # Half files of theirs are in nobody's way.
+    write_videos(tmp_path, 2, 0.5, 8, 32, 64, num_processes=1)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".mp4", ".mp4"]
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_labelled_folder(tmp_path):
     from PIL import Image
 
@@ -300,6 +328,7 @@ def test_wrong_parameters(tmp_path, capsys):
             "leave out --num_videos, --duration",
         ),
         (["--camera", "drone", "--sequences", "1"], "camera must be one of driving"),
+        (["--labelled", "1", "--sequences", "1"], "--labelled and --sequences write a folder each: give one of them"),
     ):
         with pytest.raises(SystemExit):
             main(["--output_dir", str(tmp_path / "none"), *flags])

@@ -432,11 +432,14 @@ def _time(facts: Facts, recipe: dict) -> str | None:
 
 
 def _emissions(path: Path) -> dict | None:
-    """Grams of CO2eq from the file that CodeCarbon leaves in a run's folder; its unit is the kilogram, a line a measured part."""
+    """
+    Grams of CO2eq from the file that CodeCarbon leaves in a run's folder; its unit is the kilogram. A line a measured part; of several lines with
+    one `run_id`, written while it was measured, each has what came before in it, and the last counts.
+    """
     if not path.exists():
         return None
     with open(path, newline="") as file:
-        return {
-            "emissions": sum(float(row["emissions"]) for row in csv.DictReader(file)) * 1000,
-            "source": "CodeCarbon",
+        parts = {
+            row.get("run_id") or number: float(row["emissions"]) for number, row in enumerate(csv.DictReader(file))
         }
+    return {"emissions": sum(parts.values()) * 1000, "source": "CodeCarbon"}

@@ -246,7 +246,8 @@ class Recipe(RunRecipe):
     flow_updates: int = described(24, "Iterations of RAFT.")
     flow_max_error: float | None = described(
         None,
-        "Forward-backward error above which a pixel's flow is not used, pixels; unset: PooDLe's bound, which grows with the flow.",
+        "Forward-backward error above which a pixel's flow is not used, pixels; unset: PooDLe's bound, which grows with the flow. Not with flow "
+        "exact, which knows what is hidden.",
     )
     flow_weights: str | None = described(None, "RAFT weights: a .pth or .safetensors file; unset: torchvision's.")
     flow_dir: str | None = described(

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -139,6 +140,8 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
                     f"{video} is no drive of the street, and rendering could replace it: give a new or an empty folder"
                 )
     begun.touch()
+    for left in output_dir.glob("drive-*.partial"):  # of who was killed
+        left.unlink(missing_ok=True)
     for video in others:
         video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without it is not whole
         video.unlink(missing_ok=True)
@@ -165,8 +168,19 @@ def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | 
         yield from (function(*job) for job in jobs)
         return
     # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         yield from pool.map(function, *zip(*jobs))
+
+
+def _end_with_parent() -> None:
+    """In a worker: once its parent is gone, killed perhaps, and with it the lock on the folder, nobody waits for what it renders."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _is_complete(path: Path, sidecar: dict) -> bool:
@@ -211,7 +225,8 @@ def _begin(folder: Path, marker: Path) -> Path:
 def write_video(path: str, sidecar: dict) -> None:
     """Render one drive. The sidecar is written last, each file aside first: a drive with a sidecar is whole."""
     street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
-    partial = f"{path}.partial"
+    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # nobody else's, who may be ending just now
+    partial = f"{path}.{aside}"
     with av.open(partial, "w", format="mp4") as container:
         # One thread of x264: the same bytes on every run.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "medium", "threads": "1"})
@@ -225,8 +240,9 @@ def write_video(path: str, sidecar: dict) -> None:
         container.mux(stream.encode(None))
     os.replace(partial, path)
     sidecar_path = Path(path).with_suffix(".json")
-    sidecar_path.with_suffix(".partial").write_text(json.dumps(sidecar))
-    os.replace(sidecar_path.with_suffix(".partial"), sidecar_path)
+    partial_sidecar = Path(f"{sidecar_path}.{aside}")
+    partial_sidecar.write_text(json.dumps(sidecar))
+    os.replace(partial_sidecar, sidecar_path)
 
 
 DETECTED = ("person", "rider", "car", "truck", "bus", "bicycle", "traffic light", "traffic sign")
@@ -414,6 +430,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if (labelled or sequences) and output_dir is None:
             raise ValueError("--labelled and --sequences need --output_dir")
+        if labelled and sequences:
+            raise ValueError("--labelled and --sequences write a folder each: give one of them")
         unused = [name for name, value in options.items() if name not in size and value != DEFAULTS[name]]
         if (labelled or sequences) and unused:
             raise ValueError(f"--labelled and --sequences write no videos: leave out --{', --'.join(unused)}")

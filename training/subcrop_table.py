@@ -18,7 +18,9 @@ def table(result: dict) -> list[list[str | float | None]]:
         first = [_percent(values["pixel_share"]), _percent(values["hit"]), round(values["lift"], 2)]
         first += [_percent(values["hit_in_frame"]), _percent(values["random_pixel_in_frame"])]
         cells = list(map(_percent, shares))
-        lines.append([name, *first, *cells[: len(OTHERS)], values["instances_counted"] or None, *cells[len(OTHERS) :]])
+        alone, shown = cells[: len(OTHERS)], cells[len(OTHERS) :]
+        counted = values["instances_counted"] or None if any(shown) else None  # what these shares rest on
+        lines.append([name, *first, *alone, counted, *shown])
     rows = {
         "all things": "held_of_shown",
         "all things, pairs across with every flow": "held_of_shown_same_pairs",
