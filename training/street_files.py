@@ -47,8 +47,11 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole."""
+def _alone(folder: Path) -> Iterator[bool]:
+    """
+    Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole. False where the file
+    system has no locks: as safe as its users are apart.
+    """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # The import of the caller's own script in a process that is to render for it: it would wait for its parent, and that for it.
         raise RuntimeError(
@@ -56,13 +59,13 @@ def _alone(folder: Path) -> Iterator[None]:
             'put what it does under `if __name__ == "__main__":`'
         )
     folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
+    held, alone = os.open(folder, os.O_RDONLY), True
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: as safe as its users are apart
-        pass
+    except OSError:
+        alone = False
     try:
-        yield
+        yield alone
     finally:
         os.close(held)
 
@@ -106,8 +109,10 @@ def write_videos(
 
     drives = [drive(number) for number in range(num_videos)]
     if not all(_is_complete(path, sidecar) for path, sidecar in drives):
-        with _alone(output_dir):
+        with _alone(output_dir) as alone:
             begun = _begin_videos(output_dir, drive)
+            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if alone else ():  # of who was killed
+                left.unlink(missing_ok=True)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
             done = _over_processes(write_video, jobs, num_processes) if jobs else ()
             bar = tqdm(
@@ -140,8 +145,6 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
                     f"{video} is no drive of the street, and rendering could replace it: give a new or an empty folder"
                 )
     begun.touch()
-    for left in output_dir.glob("drive-*.partial"):  # of who was killed
-        left.unlink(missing_ok=True)
     for video in others:
         video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without it is not whole
         video.unlink(missing_ok=True)
