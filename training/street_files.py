@@ -1,15 +1,10 @@
 """The street as files: H.264 videos with sidecars, and a labelled folder data set."""
 
 import argparse
-import fcntl
 import json
-import multiprocessing
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +15,7 @@ from tqdm import tqdm
 
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, check_camera
+from training.street_processes import alone, over_processes
 
 FORMAT = "poodle-street-2"  # changes whenever the pictures do
 # Rendered in about 80 s on two cores.
@@ -44,30 +40,6 @@ def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str
 
         cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
     return write_videos(cache_dir, **parameters)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """
-    Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole. False where the file
-    system has no locks: as safe as its users are apart.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        # The import of the caller's own script in a process that is to render for it: it would wait for its parent, and that for it.
-        raise RuntimeError(
-            "the script that renders the street does so again when it is imported by the processes that it starts: "
-            'put what it does under `if __name__ == "__main__":`'
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    held, alone = os.open(folder, os.O_RDONLY), True
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError:
-        alone = False
-    try:
-        yield alone
-    finally:
-        os.close(held)
 
 
 def _check(num_videos: int, duration: float, fps: int, height: int, width: int) -> None:
@@ -109,12 +81,12 @@ def write_videos(
 
     drives = [drive(number) for number in range(num_videos)]
     if not all(_is_complete(path, sidecar) for path, sidecar in drives):
-        with _alone(output_dir) as alone:
+        with alone(output_dir) as locked:
             begun = _begin_videos(output_dir, drive)
-            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if alone else ():  # of who was killed
+            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ():  # of who was killed
                 left.unlink(missing_ok=True)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
-            done = _over_processes(write_video, jobs, num_processes) if jobs else ()
+            done = over_processes(write_video, jobs, num_processes) if jobs else ()
             bar = tqdm(
                 done, total=len(jobs), desc="rendering the street", unit="drive", disable=not sys.stderr.isatty()
             )
@@ -157,33 +129,6 @@ def _is_sidecar(path: Path) -> bool:
         return {"format", "street", "fps", "num_frames"} <= stored.keys()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _usable_cores() -> int:
-    """As of modeling_poodle.cpu, whose import brings torch and transformers: 8 s, of which rendering needs nothing."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
-    """The results of function(*job) in the order of the jobs."""
-    workers = min(num_processes or _usable_cores(), len(jobs))
-    if workers == 1:  # to start a process takes longer than to render a short drive
-        yield from (function(*job) for job in jobs)
-        return
-    # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        yield from pool.map(function, *zip(*jobs))
-
-
-def _end_with_parent() -> None:
-    """In a worker: once its parent is gone, killed perhaps, and with it the lock on the folder, nobody waits for what it renders."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _is_complete(path: Path, sidecar: dict) -> bool:
@@ -275,7 +220,7 @@ def write_folder(
     listed = output_dir / "classes.json"
     if made_of_street(listed) == made_of:
         return output_dir
-    with _alone(output_dir):
+    with alone(output_dir):
         if made_of_street(listed) != made_of:
             _render_folder(output_dir, listed, classes, num_processes)
     return output_dir
@@ -295,7 +240,7 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         for number in range(num_images)
     ]
     jobs = [(str(output_dir), number, street) for number, street in enumerate(streets)]
-    boxes = list(_over_processes(_write_labelled, jobs, num_processes))
+    boxes = list(over_processes(_write_labelled, jobs, num_processes))
     annotations = [
         {"id": index, "image_id": number, "iscrowd": 0, **box}
         for index, (number, box) in enumerate(((n, box) for n, found in enumerate(boxes) for box in found), 1)
@@ -358,7 +303,7 @@ def write_sequences(
     marker = output_dir / "street.json"
     if made_of_street(marker) == made_of:
         return output_dir
-    with _alone(output_dir):
+    with alone(output_dir):
         if made_of_street(marker) == made_of:
             return output_dir
         begun = _begin(output_dir, marker)
@@ -366,7 +311,7 @@ def write_sequences(
             Street(SEQUENCE_SEED + seed + number, height, width, camera=camera) for number in range(num_sequences)
         ]
         jobs = [(str(output_dir), street) for street in streets]
-        names = list(_over_processes(_write_sequence, jobs, num_processes))
+        names = list(over_processes(_write_sequence, jobs, num_processes))
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("\n".join(names) + "\n")
