@@ -34,7 +34,7 @@ from evaluation.video_masks import load_sequences
 from modeling_poodle import PoodleConfig, PoodleModel
 from modeling_poodle.config_checks import check_config
 from modeling_poodle.loading_poodle import load_encoder
-from training import cards
+from training import addresses, cards
 from training.convert import convert, read_checkpoint
 from training.flow import RaftFlow
 from training.hub import check_repo_id
@@ -286,7 +286,7 @@ def test_lists_of_a_data_set_lead_nowhere_else(name, tmp_path):
 def test_names_of_models_and_repositories_lead_nowhere_else():
     for name in ("../../etc/passwd", "/etc/passwd", "org/../../x", ".."):
         assert "/" not in slug(name) and not slug(name).startswith(".")
-        assert not cards.is_dataset_id(name)
+        assert not addresses.is_dataset_id(name)
         if name != "..":
             with pytest.raises(ValueError, match="--repo_id must be a name on the Hub"):
                 check_repo_id(name, "--repo_id")

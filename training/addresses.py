@@ -1,6 +1,9 @@
 """Names and URLs of videos as logs, errors and files may show them: without user, password and query, which can be secrets."""
 
 import re
+from pathlib import Path
+
+from training.street_cameras import street_camera
 
 # The second kind of user: a password with a "/", "?" or "#" in it makes no valid URL, and is a secret all the same.
 _URL = re.compile(
@@ -66,3 +69,32 @@ def without_secrets(text: str, url: str = "") -> str:
     if url:
         text = text.replace(url, public_url(url))
     return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)
+
+
+# --- sources of videos and encoders, as they may be shown ---
+
+
+def public_source(source: str) -> str | None:
+    """A video source without what is of this machine or secret: `None` for local paths, URLs without user and query."""
+    if street_camera(source) is not None:
+        return source
+    if "://" in source:
+        return public_url(source)
+    return f"hf://datasets/{source}" if is_dataset_id(source) else None
+
+
+def is_dataset_id(source: str) -> bool:
+    """`org/name`, where no such path exists here."""
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", source) is not None
+        and not Path(source).exists()
+    )
+
+
+def dataset_of(source: str | None) -> str | None:
+    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", source or "")
+    return match and match.group(1)
+
+
+def hub_id(name: str | None) -> str | None:
+    return name if name and is_dataset_id(name) else None

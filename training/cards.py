@@ -4,13 +4,12 @@ import csv
 import dataclasses
 import html
 import json
-import re
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from training.addresses import public_url
+from training.addresses import dataset_of, hub_id, public_source
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
@@ -65,7 +64,7 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
         kind,
         "image-feature-extraction",
         datasets=sorted({name for source in sources if (name := dataset_of(source))}) or None,
-        base_model=_hub_id(recipe["init_encoder"]),
+        base_model=hub_id(recipe["init_encoder"]),
         co2_eq_emissions=emissions and {**emissions, "hardware_used": facts.hardware, "training_type": "pre-training"},
     )
     rows = {
@@ -153,7 +152,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
     task = "object-detection" if kind == "detector" else "image-segmentation"
     # Weights with a digest are from a local folder, whose path may look like an id of the Hub.
     model = None if result.get("weights_sha256") else result.get("model")
-    data = _data(kind, task, base_model=_hub_id(model))
+    data = _data(kind, task, base_model=hub_id(model))
     if kind == "detector":
         data.library_name = None  # torchvision's, and read by this project's own function
     name, dataset = result.get("detector") or result.get("readout") or "", result.get("dataset", "images")
@@ -239,32 +238,6 @@ def result_line(result: dict) -> str:
 
 
 # --- sources ---
-
-
-def public_source(source: str) -> str | None:
-    """A video source without what is of this machine or secret: `None` for local paths, URLs without user and query."""
-    if street_camera(source) is not None:
-        return source
-    if "://" in source:
-        return public_url(source)
-    return f"hf://datasets/{source}" if is_dataset_id(source) else None
-
-
-def is_dataset_id(source: str) -> bool:
-    """`org/name`, where no such path exists here."""
-    return (
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", source) is not None
-        and not Path(source).exists()
-    )
-
-
-def dataset_of(source: str | None) -> str | None:
-    match = re.match(r"hf://datasets/([^/@]+/[^/@]+)", source or "")
-    return match and match.group(1)
-
-
-def _hub_id(name: str | None) -> str | None:
-    return name if name and is_dataset_id(name) else None
 
 
 def _street_in_words(source: str) -> str | None:

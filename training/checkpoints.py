@@ -19,7 +19,8 @@ from modeling_poodle.cpu import usable_cores
 from modeling_poodle.processes import on_all
 from modeling_poodle.recipe_files import read_yaml_mapping
 from modeling_poodle.remote_code import add_code
-from training.cards import Facts, flow_card, is_dataset_id, run_card
+from training.addresses import is_dataset_id
+from training.cards import Facts, flow_card, run_card
 from training.checkpoint_files import (
     damage,
     finish,

@@ -14,8 +14,7 @@ import fsspec
 from huggingface_hub import HfApi, HfFileSystem
 
 from modeling_poodle.folders import files_below
-from training.addresses import is_remote, printable, public_url, video_name, without_secrets
-from training.cards import is_dataset_id
+from training.addresses import is_dataset_id, is_remote, printable, public_url, video_name, without_secrets
 from training.checkpoint_files import replace_text
 from training.hub import FAILURES, explain
 from training.video_files import RemoteFile
