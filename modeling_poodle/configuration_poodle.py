@@ -146,7 +146,8 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
                 self._check_values()
                 if name in _OF_STAGES:
                     self._follow_stages()
-                self._check_readout_stage(self.stage_names)
+                else:
+                    self._check_readout_stage(self.stage_names)
             except ValueError:
                 super().__setattr__(name, before)
                 raise

@@ -168,6 +168,16 @@ def test_a_worker_that_dies_is_named_with_its_video(drives, tmp_path, monkeypatc
     assert not multiprocessing.active_children()
 
 
+def test_a_death_that_torch_reports_while_flow_is_written_is_named_too(drives, tmp_path, monkeypatch):
+    def interrupted(*_):  # as by torch's handler of SIGCHLD, which raises wherever the process is
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+
+    monkeypatch.setattr(flow_writer, "write_opening", interrupted)
+    with pytest.raises(ChildProcessError, match="a loader worker was killed by signal: Segmentation fault"):
+        write(drives, tmp_path, "--dataloader_num_workers", "1")
+    assert not multiprocessing.active_children()
+
+
 def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypatch):
     shutil.copytree(drives, tmp_path / "mine")
     given = writer_flags(tmp_path / "mine", "", "--max_steps", "1")

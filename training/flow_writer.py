@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -223,18 +224,21 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
         total=len(shards), disable=not (accelerator.is_main_process and sys.stderr.isatty()), unit="opening"
     )
     done, written, told = 0, 0, 0
-    for group in in_words(openings, workers, recipe):
-        if module is not None:
-            samples = [sample for _, _, found in group if not isinstance(found, str) for sample in found]
-            device_flow(accelerator, module, samples, batch_size)
-        for epoch, path, found in group:
-            written += write_opening(opening_file(folder, epoch, path), path, found)
-        done += len(group)
-        progress.update(len(group))
-        if progress.disable and 10 * done // len(shards) > told:
-            told, whole = 10 * done // len(shards), written / done * len(shards) * ranks / 2**30
-            free = shutil.disk_usage(folder).free / 2**30
-            logger.info("%d of %d openings; about %.2f GiB in all, %.2f GiB are free", done, len(shards), whole, free)
+    with in_words(openings, workers, recipe) as groups:
+        for group in groups:
+            if module is not None:
+                samples = [sample for _, _, found in group if not isinstance(found, str) for sample in found]
+                device_flow(accelerator, module, samples, batch_size)
+            for epoch, path, found in group:
+                written += write_opening(opening_file(folder, epoch, path), path, found)
+            done += len(group)
+            progress.update(len(group))
+            if progress.disable and 10 * done // len(shards) > told:
+                told, whole = 10 * done // len(shards), written / done * len(shards) * ranks / 2**30
+                free = shutil.disk_usage(folder).free / 2**30
+                logger.info(
+                    "%d of %d openings; about %.2f GiB in all, %.2f GiB are free", done, len(shards), whole, free
+                )
     progress.close()
     # No barrier: a process with shorter videos would wait longer for the others than a process group's timeout allows.
     per_pair = written / max(len(shards) * recipe.pairs_per_video, 1) / 1024
@@ -243,14 +247,20 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
     )
 
 
-def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Recipe) -> Iterator[list]:
-    """What the loader gives. Raises, where a worker dies, an error that names what it read; ends the workers in any case."""
+@contextmanager
+def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Recipe) -> Iterator[Iterator[list]]:
+    """
+    What the loader gives. Raises, where a worker dies, an error that names what it read; ends the workers in any case. Around whatever is done with
+    it: torch's handler of SIGCHLD raises wherever the process is by then.
+    """
     batches = iter(openings)
     try:
         try:
-            yield from batches
+            yield batches
         finally:
             workers.end(batches)
+    except BrokenPipeError:  # whoever read this output has ended
+        raise
     except (EOFError, ConnectionError, RuntimeError) as error:
         fault = fault_of(error, workers.died_at, recipe.ddp_timeout, "then give the same command again")
         if fault is None:

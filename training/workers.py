@@ -65,7 +65,7 @@ class Workers:
         # On a busy machine a crash can take longer than that; its own signal stays the exit code, whatever is sent after it.
         ours = (-signal.SIGTERM, -signal.SIGKILL)
         self.died_at = [
-            f"{printable(note.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
-            for worker, before, note in zip(workers, ended, self._notes)
-            if worker.exitcode < 0 and (before or worker.exitcode not in ours) and note.value
+            f"{printable(noted.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
+            for worker, before, noted in zip(workers, ended, self._notes)
+            if worker.exitcode < 0 and (before or worker.exitcode not in ours) and noted.value
         ]
