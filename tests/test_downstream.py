@@ -34,9 +34,7 @@ DINOV2 = {
 
 # transformers 5.24 has renamed it.
 GRADIENT_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if hasattr(TrainingArguments, name) or name in TrainingArguments.__dataclass_fields__
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
 
 

@@ -164,6 +164,7 @@ class FlowFiles:
     def __call__(self, sample: dict) -> None:
         video, repeat, (height, width) = sample["video"], sample["repeat"], sample["frames"].shape[-2:]
         file = opening_file(self.folder, sample["epoch"], video)
+        damaged = f"its flow in {file} is damaged: delete it, and training.flow writes it anew"
         try:
             with safe_open(file, framework="numpy") as opened:
                 about = _about(opened)
@@ -181,16 +182,14 @@ class FlowFiles:
                 raise UnreadableVideo(f"has no flow: {skipped.read_text()}") from None
             raise UnreadableVideo(f"its flow cannot be read ({error})") from error
         if zlib.crc32(valid, zlib.crc32(data)) != about["crc32"][repeat]:
-            raise UnreadableVideo(f"its flow in {file} is damaged: delete it, and training.flow writes it anew")
+            raise UnreadableVideo(damaged)
         if len(valid):
             bits = np.unpackbits(valid, count=2 * height * width)
             sample["valid_mask"] = bits.astype(bool).reshape(2, height, width)
         try:
             sample["flow"] = decode_flow(data, height, width)
         except (OSError, ValueError) as error:  # of another length than it says
-            raise UnreadableVideo(
-                f"its flow in {file} is damaged: delete it, and training.flow writes it anew"
-            ) from error
+            raise UnreadableVideo(damaged) from error
 
 
 # --- a folder ---
