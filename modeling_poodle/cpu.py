@@ -26,7 +26,7 @@ def share_cpu(num_processes: int) -> None:
     256x512 took 0.65 to 0.87 of the time on 2 cores and 1.03 times the memory, one of the small network at 128x256 0.93 of the time.
 
     (The scripts set GOMP_SPINCOUNT=1000 before they import torch, unless it is set. By default, threads that wait for others keep their cores for
-    milliseconds, and where another program has a core, the run waits for that too: docs/scaling.md, "What pays on a CPU".)
+    milliseconds, and where another program has a core, the run waits for that too: docs/scaling.md, "Threads that wait".)
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)
     threads, asked = usable_cores() // max(here, 1), os.environ.get("OMP_NUM_THREADS", "")
