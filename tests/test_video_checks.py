@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from test_video_stream import SAMPLING, videos
 
 from training import first_look, video_checks
+from training.pair_plans import PairSampling
 from training.recipe import Recipe
 from training.video_checks import check_videos
 from training.video_index import by_index, index_video, read_index
@@ -44,6 +45,17 @@ def test_a_source_without_a_usable_video_is_refused_by_its_name(tmp_path, videos
     assert skipped.startswith(f"{good}/a.mp4: ")
     with pytest.raises(ValueError, match="videos: b has no usable video of 2 looked at, among 3, for example .*a.mp4"):
         check_videos([*by_source[str(bad)], *videos], SAMPLING, {"b": by_source[str(bad)], "v": videos}, limit=2)
+
+
+def test_videos_smaller_than_a_crop_are_named(videos, caplog):
+    index = read_index(videos[0])
+    for crop_size, more in (((index.height, index.width), {}), ((999, 999), {"frame_size": (999, 999)})):
+        assert check_videos(videos, PairSampling(crop_size, frame_gap_seconds=(0, 0.1), **more)) == []
+        assert not caplog.messages
+    assert check_videos(videos, PairSampling((index.height, index.width + 2), frame_gap_seconds=(0, 0.1))) == []
+    (said,) = caplog.messages
+    assert said.startswith(f"{len(videos)} of the {len(videos)} videos looked at first are smaller than crop_size")
+    assert f"({videos[0]} is {index.height}x{index.width})" in said
 
 
 def test_the_first_look_is_bounded_whatever_the_number_of_sources(monkeypatch, caplog):

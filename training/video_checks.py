@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from training.addresses import printable, public_url
+from training.addresses import printable, public_url, video_name
 from training.pair_plans import PairSampling
+from training.video_index import index_video
 from training.video_stream import reasons_to_skip
 
 logger = logging.getLogger("poodle")
@@ -54,7 +55,26 @@ def check_videos(
         if seen and all(seen):
             more = [video for video in _spread(videos, limit) if video not in reasons]
             _need_usable(source, videos, seen, (reason for _, reason in reasons_to_skip(more, sampling)))
+    _tell_of_small([path for path, reason in reasons.items() if not reason], sampling)
     return [reason for reason in reasons.values() if reason]
+
+
+def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
+    """A warning of videos in which no crop fits. Of servers' files, whose index is not kept, nothing is known here."""
+    if (
+        sampling.frame_size is not None
+    ):  # the size that frames are to have, whatever the videos': so the paper's, of 1280x720
+        return
+    (crop_h, crop_w), known = sampling.crop_size, {path: index_video.kept.get(path) for path in paths}
+    known = {path: index for path, index in known.items() if index is not None}
+    small = [path for path, index in known.items() if index.height < crop_h or index.width < crop_w]
+    if small:
+        logger.warning(
+            "%d of the %d videos looked at first are smaller than crop_size %dx%d (%s is %dx%d): every crop of them is enlarged, which takes "
+            "time and shows no more. Lower crop_size, unless this is meant",
+            *(len(small), len(known), crop_h, crop_w, printable(video_name(small[0]))),
+            *(known[small[0]].height, known[small[0]].width),
+        )
 
 
 def _spread(items: Sequence[str], limit: int) -> list[str]:
