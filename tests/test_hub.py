@@ -177,6 +177,22 @@ def test_a_token_is_found_in_whatever_is_sent(published_run, tmp_path, monkeypat
         stage(folder, tmp_path / "staged", "org/p", [])
 
 
+def test_no_picture_is_sent_where_none_is_wanted(own_hub, published_run, tmp_path):
+    for more in ([], ["--no_panel"]):
+        assert publish(own_hub, published_run, "--repo_id", "org/p", *more).returncode == 0
+        commit = own_hub.repository("org/p").commits[-1]
+        assert ("panel.png" in commit.files) == (not more)
+    # A folder as others download it, with its picture, published anew.
+    publish_main([str(published_run), "--repo_id", "org/p", "--dry_run"])
+    downloaded = Path(shutil.copytree(published_run / "hub" / "encoder", tmp_path / "downloaded"))
+    assert (downloaded / "panel.png").exists()
+    text = (downloaded / "README.md").read_text()
+    stage(downloaded, tmp_path / "staged", "org/other", [], panel=False)
+    assert not (tmp_path / "staged" / "panel.png").exists()
+    (picture,) = [line for line in text.splitlines() if "(panel.png)" in line]
+    assert (tmp_path / "staged" / "README.md").read_text() == text.replace(f"{picture}\n\n", "")
+
+
 def test_a_picture_from_elsewhere_and_a_checkpoint_are_not_sent(published_run, tmp_path):
     shutil.copytree(published_run / "encoder", tmp_path / "encoder")
     (tmp_path / "panels").mkdir()

@@ -105,6 +105,17 @@ def test_whatever_an_upload_raises_is_a_warning_and_the_next_is_tried(tmp_path, 
     assert "step 2 was not sent to the Hub (training goes on): 'what no one has thought of'" in caplog.text
 
 
+@pytest.mark.parametrize("panel", [True, False])
+def test_a_picture_is_sent_unless_the_run_writes_none(published_run, tmp_path, monkeypatch, panel):
+    """A run may have had panels before it was resumed with `panel_steps` 0."""
+    sent, run = [], shutil.copytree(published_run, tmp_path / "run")
+    monkeypatch.setattr(publishing, "push", lambda folder, *_, **__: sent.append((folder / "panel.png").exists()))
+    publisher = BackgroundPublisher(run, "org/p", False, panel=panel)
+    publisher.submit(2)
+    publisher.close()
+    assert sent == [panel, panel]
+
+
 def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, caplog):
     """In this process the client is offline, as all tests are: every upload fails."""
     AcceleratorState._reset_state(True)

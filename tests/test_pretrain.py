@@ -241,6 +241,13 @@ def test_panels_are_written_and_show_something(drives, tmp_path):
     assert picture.shape[0] > 64 and picture.shape[1] > 256 and picture.std() > 20
 
 
+def test_no_panels_where_none_are_wanted(drives, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="poodle"):
+        train(drives, tmp_path / "run", "--panel_steps", "0", steps=1)
+    assert not (tmp_path / "run" / "panels").exists()
+    assert "encoder/, model/, metrics.jsonl and checkpoints/ are there" in caplog.text
+
+
 def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture():
     """As `--subcrop_area 0.00001 0.3` draws them in a frame of 512x1024, which the panel shows at a quarter of its size."""
     boxes = torch.tensor([10.0, 10.0, 13.0, 12.0]).expand(1, 2, 1, 4)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -185,7 +186,9 @@ def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) 
         lines = [result_line(result) for result in results]
         head = "| data set | readout | features | figures |\n|---|---|---|---|\n"
         card.text = card.text.replace(NOT_MEASURED, head + "\n".join(lines))
-    if panel and "(panel.png)" not in card.text:
+    if not panel:  # of a folder that had one when it was published before
+        card.text = re.sub(r"^!\[[^\n]*\]\(panel\.png\)\n\n?", "", card.text, flags=re.MULTILINE)
+    elif "(panel.png)" not in card.text:
         flow = "optical-flow" in (card.data.tags or [])
         shown = (
             "both flows, and what is not hidden"

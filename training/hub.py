@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+PANEL = "panel.png"  # a card's picture
 # What a push may hold, and what of an earlier push it takes away where it is no longer there. Nothing else in the repository is touched.
 PATTERNS = (
     "*.safetensors",
@@ -24,7 +25,7 @@ PATTERNS = (
     "*_poodle.py",
     "*_poodle_flow.py",
     "README.md",
-    "panel.png",
+    PANEL,
 )
 # What the client raises for a Hub that refuses, fails or cannot be reached (it wraps errors of LFS uploads in a RuntimeError).
 FAILURES = (OSError, HTTPError, RuntimeError, ValueError)

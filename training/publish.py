@@ -1,7 +1,7 @@
 """
 Send a run, or one folder of weights, to the Hub.
 
-    python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--dry_run]
+    python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--no_panel] [--dry_run]
 
 DIR is a run (its encoder/ goes to org/name, and what has the decoder to org/name-sdm; of a run of train_flow.py its model/), or one of the
 folders encoder/, model/, readout/ or detector/. Sent are safetensors, configs, the card with its picture, and for PooDLe's own architecture its code; nothing else.
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_poodle.remote_code import add_code
 from training import cards
-from training.hub import belongs, check_repo_id, push
+from training.hub import PANEL, belongs, check_repo_id, push
 from training.resnet_names import add_timm, timm_architecture
 
 logger = logging.getLogger("poodle")
@@ -46,6 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--private", action="store_true", help="Make the repository private where it is new.")
     parser.add_argument(
+        "--no_panel",
+        action="store_true",
+        help="Send no picture: a run's last panel shows frames of its videos. One that was sent is deleted, but earlier commits keep it.",
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="Write the folder, show what would be sent, send nothing."
     )
     options = parser.parse_args(arguments)
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = read_evaluations(options.evaluation, [source for source, _ in parts])
         for source, repo_id in parts:
             target = folder_for_dry_run(options.folder, source) if options.dry_run else Path(scratch, source.name)
-            stage(source, target, repo_id, results[source])
+            stage(source, target, repo_id, results[source], panel=not options.no_panel)
             files = sorted(target.iterdir())
             for file in files:
                 print(f"  {file.stat().st_size:>12,} bytes  {file.name}")
@@ -228,16 +233,17 @@ def _measured_on(name: str) -> Path:
     return (path / "model" if (path / "model" / "config.json").is_file() else path).resolve()
 
 
-def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None:
+def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: bool = True) -> None:
     """
-    Write to `target` exactly what is sent of the folder `source`.
+    Write to `target` exactly what is sent of the folder `source`; without `panel`, no picture.
 
     Raises:
         ValueError: a card or a config that is not valid or not there, or a file that holds the token.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for path in (path for path in source.iterdir() if path.is_file() and belongs(path.name)):
+    sent = (path for path in source.iterdir() if path.is_file() and belongs(path.name))
+    for path in (path for path in sent if panel or path.name != PANEL):
         _refuse_link(path)
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".json":
@@ -250,14 +256,15 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict]) -> None
         if not {"image_mean", "image_std"} <= processor.keys():
             raise ValueError(f"{source}/preprocessor_config.json must hold image_mean and image_std, which timm needs")
         config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
-    found = (source.parent / "panels").glob("step-*.png")
-    panels = sorted(found, key=lambda path: (len(path.name), path.name)) if source.name in ("encoder", "model") else []
-    if panels:
-        _refuse_link(panels[-1])
-        shutil.copyfile(panels[-1], target / "panel.png")
+    if panel and source.name in ("encoder", "model"):
+        panels = (source.parent / "panels").glob("step-*.png")
+        last = max(panels, key=lambda path: (len(path.name), path.name), default=None)
+        if last is not None:
+            _refuse_link(last)
+            shutil.copyfile(last, target / PANEL)
     readme = source / "README.md"
     text = readme.read_text() if readme.is_file() else cards.folder_card(config, results)
-    (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, panel=bool(panels)))
+    (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, (target / PANEL).exists()))
     _refuse_token(target)
 
 
@@ -290,11 +297,11 @@ class BackgroundPublisher:
     Sends a run's folders while the run goes on, one upload at a time; of those that wait, only the newest. A failure is a warning.
 
     Args:
-        output_dir: of the run. repo_id: name of the encoder on the Hub. private: for repositories that are new.
+        output_dir: of the run. repo_id: name of the encoder on the Hub. private: for repositories that are new. panel: send the last panel.
     """
 
-    def __init__(self, output_dir: Path, repo_id: str, private: bool):
-        self.output_dir, self.repo_id, self.private = output_dir, repo_id, private
+    def __init__(self, output_dir: Path, repo_id: str, private: bool, panel: bool = True):
+        self.output_dir, self.repo_id, self.private, self.panel = output_dir, repo_id, private, panel
         self.scratch = output_dir / ".publish"
         shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
         self.scratch.mkdir(parents=True)
@@ -307,7 +314,7 @@ class BackgroundPublisher:
         try:
             parts = []
             for source, repo_id in parts_of(self.output_dir, self.repo_id):
-                stage(source, scratch / source.name, repo_id, [])
+                stage(source, scratch / source.name, repo_id, [], self.panel)
                 parts.append((scratch / source.name, repo_id))
         except Exception as error:  # whatever it is, training goes on
             shutil.rmtree(scratch, ignore_errors=True)

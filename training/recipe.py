@@ -125,7 +125,9 @@ class RunRecipe(CheckedRecipe):
     logging_steps: int = described(10, "Steps between lines of metrics.jsonl.")
     save_steps: int = described(500, "Steps between checkpoints.")
     save_total_limit: int = described(2, "Checkpoints to keep.")
-    panel_steps: int = described(500, "Steps between panels.")
+    panel_steps: int = described(
+        500, "Steps between panels: pictures with frames of the videos. 0 writes none, and pushes hold none."
+    )
     report_to: str = described("none", f"Tracker through Accelerate: {', '.join(TRACKERS)}.")
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     resume_inexact: bool = described(
@@ -206,7 +208,7 @@ class RunRecipe(CheckedRecipe):
         for name in ("adam_beta1", "adam_beta2"):
             self.need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.need(is_finite(self.adam_epsilon) and self.adam_epsilon > 0, "adam_epsilon", "a finite number above 0")
-        self.need_integers("dataloader_num_workers", "seed", low=0)
+        self.need_integers("dataloader_num_workers", "seed", "panel_steps", low=0)
         self.need_output_dir()
 
     def model_config(self):
@@ -356,7 +358,6 @@ _AT_LEAST_ONE = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
-    "panel_steps",
     "ddp_timeout",
 )
 

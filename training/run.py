@@ -115,7 +115,10 @@ class Run(ABC):
             leave_later(self.output_dir, self.step)
             if self.recipe.push_to_hub:
                 self.publisher = BackgroundPublisher(
-                    self.output_dir, self.recipe.hub_model_id, self.recipe.hub_private_repo
+                    self.output_dir,
+                    self.recipe.hub_model_id,
+                    self.recipe.hub_private_repo,
+                    panel=self.recipe.panel_steps > 0,
                 )
         compile_modules(self.recipe, *self.compiled)
         self.wrapped = prepared(self.accelerator, self.model)
@@ -156,8 +159,9 @@ class Run(ABC):
             progress.update()
             if self.step % recipe.logging_steps == 0 or last:
                 self.log(output, progress)
-            if (self.step % recipe.panel_steps == 0 or self.step == 1 or last) and self.accelerator.is_main_process:
-                self.save_panel(batch, inputs, output)
+            if recipe.panel_steps and self.accelerator.is_main_process:
+                if self.step % recipe.panel_steps == 0 or self.step == 1 or last:
+                    self.save_panel(batch, inputs, output)
             self.measure(last)
             del output, inputs, batch  # or they would stay in memory beside the next step's
             stop = self.signals.agreed()
@@ -307,7 +311,8 @@ class Run(ABC):
                 again = "go on with --resume_from_checkpoint latest"
                 logger.info("%s: saved at step %d; %s", self.signals.name, self.step, again)
             else:
-                logger.info("%s: %s are there", self.output_dir, self.WRITTEN)
+                written = self.WRITTEN if self.recipe.panel_steps else self.WRITTEN.replace("panels/, ", "")
+                logger.info("%s: %s are there", self.output_dir, written)
             for path, reason in sorted(self.skipped.items()):
                 logger.warning("skipped %s: %s", path, reason)
         if torch.distributed.is_initialized():
