@@ -346,9 +346,8 @@ def test_raft_beside_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     with torch.random.fork_rng():
         runpy.run_path(str(REPOSITORY / "benchmarks" / "raft.py"), run_name="__main__")
-    torchvision, full, reduced = json.loads((tmp_path / "f.json").read_text())["rows"]
+    torchvision, full = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert torchvision["max_px"] == 0 and full["max_px"] < 1e-3
-    assert full["mean_px"] < reduced["mean_px"] < 0.05
 
 
 def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):

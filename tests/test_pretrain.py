@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,12 +41,17 @@ def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch)
 
 
 def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, monkeypatch):
-    """Two micro-steps of two pairs: the reported loss is their mean, and the gradient that of the mean loss."""
-    losses, original = [], PoodleForPreTraining.forward
+    """
+    Two micro-steps of two pairs: the reported loss is their mean, and the gradient that of the mean loss. Of one, no tensor stays in memory
+    beside the next one's.
+    """
+    losses, features, original = [], [], PoodleForPreTraining.forward
 
     def forward(self, *args, **kwargs):
+        assert not features or features[-1]() is None
         output = original(self, *args, **kwargs)
         losses.append(output.loss.item())
+        features.append(weakref.ref(output.dense_features))
         return output
 
     monkeypatch.setattr(PoodleForPreTraining, "forward", forward)

@@ -21,8 +21,10 @@ _PRIVATE_FIELDS = (
     "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers", "probe", "probe_steps",
 )  # fmt: skip
 _CITATION = """```bibtex
-@misc{poodle2025,
-  title = {PooDLe: Pooled and dense self-supervised learning from naturalistic videos},
+@inproceedings{wang2025poodle,
+  title = {{PooDLe}: Pooled and dense self-supervised learning from naturalistic videos},
+  author = {Wang, Alex N. and Hoang, Christopher and Xiong, Yuwen and LeCun, Yann and Ren, Mengye},
+  booktitle = {International Conference on Learning Representations (ICLR)},
   year = {2025},
   eprint = {2408.11208},
   archivePrefix = {arXiv}
@@ -75,8 +77,8 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
     }
     what = (
         f"{_part_in_words(part, kind, config)} Weights of the {_NETWORKS[facts.network]} after {facts.step} steps of self-supervised\n"
-        "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that is equivariant to "
-        "optical flow,\nand a pooled loss on subcrops that follow the flow."
+        "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that makes\n"
+        "features equivariant to optical flow, and a pooled loss on subcrops that follow the flow."
     )
     return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind, config), _training(rows, recipe))
 

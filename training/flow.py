@@ -145,6 +145,11 @@ def check_sidecars(paths: Sequence[str]) -> None:
         read_sidecar(path)
 
 
+def in_float16(kind: str) -> bool:
+    """Whether a flow network computes in float16 on this kind of device: under autocast, but not on CPUs, to which it is slower than float32."""
+    return kind != "cpu" and torch.is_autocast_enabled(kind)
+
+
 class RaftFlow(nn.Module):
     """
     torchvision's RAFT (Teed & Deng 2020) for both directions at once.
@@ -152,7 +157,7 @@ class RaftFlow(nn.Module):
     The released code runs RAFT on both orders. Here each image passes the encoders once, both directions go through the update
     block as one batch, what the updates share is computed once (training/raft.py), and only the last of them is upsampled.
 
-    Under autocast it computes in float16, whatever autocast's own type: flow enters the update block as numbers of up to 128 cells, of
+    Under autocast it computes in float16 (on CPUs in float32), whatever autocast's own type: flow enters the update block as numbers of up to 128 cells, of
     which bfloat16 keeps 8 bits. Positions are float32 always.
 
     Args:
@@ -224,7 +229,7 @@ class RaftFlow(nn.Module):
     def _both_directions(self, images: Tensor) -> Tensor:
         """(2B, 3, H, W) -> (2B, 2, H, W): first the flow from earlier to later, then the other."""
         raft, kind = self.raft, images.device.type
-        reduced = torch.is_autocast_enabled(kind)
+        reduced = in_float16(kind)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(kind, dtype=torch.float16, enabled=reduced):
             features, context = raft.feature_encoder(images), raft.context_encoder(images)
@@ -302,7 +307,7 @@ class UnFlow(nn.Module):
         images = F.pad(frames.flatten(0, 1).float() / 255, padding, mode="replicate").unflatten(0, (-1, 2))
         # As RAFT: bfloat16 is too coarse for flow (0.15 px on average at 512x1024, float16 0.03).
         kind = frames.device.type
-        with torch.autocast(kind, dtype=torch.float16, enabled=torch.is_autocast_enabled(kind)):
+        with torch.autocast(kind, dtype=torch.float16, enabled=in_float16(kind)):
             flow = self.model(images).flow
         return flow[..., :height, :width].float().contiguous()
 

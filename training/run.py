@@ -186,6 +186,8 @@ class Run(ABC):
                 output, inputs, more = self.objective(batch)
                 self.accelerator.backward(output.loss / micro_steps)
             self.accumulate(output, batch, **more)
+            if micro_step + 1 < micro_steps:  # or they would stay in memory beside the next micro-step's
+                del output, inputs, batch
         self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
