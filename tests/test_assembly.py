@@ -7,7 +7,7 @@ from small_runs import MODEL, RESNET
 from torch import nn
 
 from evaluation import outputs
-from modeling_poodle import PoodleConfig, PoodleModel
+from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
 from training.assembly import (
     build_model,
     build_optimizer,
@@ -122,6 +122,41 @@ def test_crops_are_whole_cells_of_the_coarsest_map():
         for wrong in ([stride, 3 * stride + stride // 2], [stride // 2, stride]):
             with pytest.raises(ValueError, match=f"crop_size must be multiples of the .* encoder's {stride}, got"):
                 check_crop_size(config, wrong)
+
+
+HIERA = {
+    "model_type": "hiera", "image_size": [64, 64], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "masked_unit_size": [8, 8],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("encoder", "flags", "message"),
+    [
+        (HIERA, {"crop_size": [128, 256]}, r"crop_size \[128, 256\] does not fit the hiera encoder: "),
+        ({"model_type": "convnext"}, {"subcrop_size": 8}, r"subcrop_size \[8, 8\] does not fit the convnext encoder: "),
+        ({"model_type": "timm_backbone", "backbone": "resnet18"}, {"crop_size": [80, 160]}, "gives a map of 3x5 cells, which are no"),
+    ],
+)  # fmt: skip
+def test_sizes_that_an_encoder_cannot_take_are_a_sentence(fresh_accelerator, encoder, flags, message):
+    model = {"backbone_config": encoder, "decoder_reduction": 2, "num_decoder_blocks": 0}
+    with pytest.raises(ValueError, match=message):
+        build_model(
+            Accelerator(cpu=True), Recipe(**{"crop_size": [64, 64], "subcrop_size": 32, "model": model, **flags})
+        )
+
+
+def test_sizes_are_tried_without_a_trace(fresh_accelerator):
+    torch.manual_seed(3)
+    recipe = Recipe(model=MODEL, crop_size=[64, 64])
+    model = build_model(Accelerator(cpu=True), recipe)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    expected = PoodleForPreTraining(recipe.model_config())
+    assert torch.equal(torch.rand(1), after)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert modes == {name: module.training for name, module in expected.named_modules()}
 
 
 def test_weights_that_an_encoder_has_no_place_for_are_refused():

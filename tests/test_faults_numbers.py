@@ -32,6 +32,7 @@ from training.pair_plans import PairSampling
 from training.recipe import Recipe, parse_recipe
 from training.resume import find_checkpoint, prepare_output_dir
 from training.run import Run
+from training.schedules import learning_rate
 from training.video_sources import find_videos
 from training.video_stream import PairLoader
 from training.views import model_inputs
@@ -194,6 +195,20 @@ def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tm
         assert lines[3][same] == before[3][same]
     # The run now has this configuration: from here on it is exact again.
     assert "resume_inexact" not in str(find_checkpoint(recipe(*halved)))
+
+
+def test_a_finished_run_is_made_longer_by_the_word(drives, whole, tmp_path, monkeypatch):
+    run = copy_of(whole, tmp_path)
+    longer = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match=r"max_steps: 4 in the run, 5 now.*--resume_inexact true"):
+        find_checkpoint(parse_recipe(flags(drives, run, *longer, steps=5)))
+    held = opened(monkeypatch)
+    lines = without_timings(train(drives, run, *longer, "--resume_inexact", "true", steps=5))
+    assert_goes_on_exactly(held, whole / "checkpoints" / "step-4")
+    assert lines[:4] == metrics(whole) and lines[4]["step"] == 5
+    recipe = parse_recipe(flags(drives, run, steps=5))
+    expected = learning_rate(4, 5, recipe.warmup_steps, recipe.learning_rate, recipe.min_learning_rate)
+    assert lines[4]["lr"] == expected != lines[3]["lr"]
 
 
 def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_the_word_for_other_pairs_is_offered_where_it_would_do_and_excuses_nothi
         found(**other)
     assert found(**other, resume_inexact=True) == tmp_path / "run" / "checkpoints" / "step-1"
     # A run that has gone wrong goes on with other values of these.
-    lower = {"learning_rate": 1e-5, "teacher_momentum": 0.999, "bf16": True}
+    lower = {"learning_rate": 1e-5, "teacher_momentum": 0.999, "bf16": True, "gradient_checkpointing": True}
     with pytest.raises(ValueError, match="or add --resume_inexact true"):
         found(**lower)
     assert found(**lower, resume_inexact=True) == tmp_path / "run" / "checkpoints" / "step-1"

@@ -102,7 +102,32 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = synchronise_batch_norm(model, recipe.torch_compile)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
-    return model.to(accelerator.device, memory_format=torch.channels_last)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    _try_sizes(model, recipe)
+    return model
+
+
+@torch.no_grad()
+def _try_sizes(model: PoodleForPreTraining, recipe: Recipe) -> None:
+    """Raises ValueError where the encoder cannot take images of the recipe's sizes, or its map of a crop is not one of the whole crop."""
+    student, config = model.student.eval(), model.config
+    sizes = {"crop_size": recipe.crop_size} if config.dense_weight else {}
+    sizes |= {"subcrop_size": [recipe.subcrop_size] * 2} if config.pooled_weight else {}
+    for field, size in sizes.items():
+        images = torch.zeros(1, 3, *size, device=model.device).contiguous(memory_format=torch.channels_last)
+        try:
+            height, width = list(student.encode(images).values())[-1].shape[-2:]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            kind = config.backbone_config.model_type
+            raise ValueError(f"{field} {size} does not fit the {kind} encoder: {str(error)[:300]}") from error
+        cell = size[0] / height
+        if field == "crop_size" and not (cell == size[1] / width == int(cell)):
+            raise ValueError(
+                f"crop_size {size} gives a map of {height}x{width} cells, which are no squares of whole pixels: take multiples of the encoder's stride"
+            )
+    student.train()
 
 
 def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:

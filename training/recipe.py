@@ -43,17 +43,22 @@ FREE_ON_RESUME = frozenset(
         "hub_private_repo",
     )
 )
-# With resume_inexact these may differ too: the pairs are others from there on (as many a step), or the arithmetic is, for a run that went wrong.
+# With resume_inexact these may differ too: the pairs are others from there on (as many a step), or the arithmetic or the schedules are, for a
+# run that went wrong, or that is to be longer.
 FREE_ON_INEXACT_RESUME = frozenset(
     (
         "dataloader_num_workers",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "flow_epochs",
+        "max_steps",
+        "num_train_epochs",
         "learning_rate",
         "min_learning_rate",
         "teacher_momentum",
         "bf16",
+        "gradient_checkpointing",
+        "torch_compile",
     )
 )
 
@@ -133,7 +138,7 @@ class RunRecipe(CheckedRecipe):
     resume_inexact: bool = described(
         False,
         "Allow to resume with another number of processes or workers (a step has as many pairs, but other ones than without the stop), "
-        "or with another learning_rate, min_learning_rate, teacher_momentum or bf16.",
+        "or with another max_steps, num_train_epochs, learning_rate, min_learning_rate, teacher_momentum, bf16, gradient_checkpointing or torch_compile.",
     )
     ddp_timeout: int = described(
         1800, "Seconds that a process waits for the others before the run ends with an error."

@@ -183,9 +183,7 @@ def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
         )
 
 
-_INEXACT = (
-    "add --resume_inexact true: weights, optimizer and schedules go on, with other pairs than an uninterrupted run's"
-)
+_INEXACT = "add --resume_inexact true: weights, optimizer and schedules go on, with other pairs or values than an uninterrupted run's"
 
 
 def launched_with(accelerator: Accelerator, processes: int) -> str:
