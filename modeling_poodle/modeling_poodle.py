@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     SemanticSegmenterOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_poodle import PoodleConfig
 from .encoder_poodle import PlainVitEncoder, build_encoder, recomputable
@@ -194,8 +194,10 @@ class PoodleModel(PoodlePreTrainedModel):
     """
     Encoder and spatial decoder module without the pretraining heads.
 
-    `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/8, W/8), the decoder's features (the
-    encoder's last stage where there is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged.
+    `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/s, W/s), the decoder's features (the encoder's last stage where there
+    is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged. s is the encoder's stride / 2**num_decoder_blocks: 8 for a
+    ResNet with two blocks. With `output_hidden_states=True`, `hidden_states` are the maps of the stages that the decoder reads, in the order of
+    the stages, then the decoder's.
 
     For torch.export give sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`: with other sizes,
     what the SDM cuts off or repeats depends on the size.
@@ -243,7 +245,7 @@ class PoodleModel(PoodlePreTrainedModel):
         return maps
 
     def decode(self, features: dict[str, Tensor]) -> Tensor:
-        """The SDM: dense features (B, C, H/8, W/8) from the encoder's maps."""
+        """The SDM: the encoder's maps by stage name -> dense features (B, C, H/s, W/s), s as in [`PoodleModel`]."""
         *laterals, last = self.config.decoder_inputs
         hidden_state = features[last]
         for index, block in enumerate(self.decoder):
@@ -255,22 +257,27 @@ class PoodleModel(PoodlePreTrainedModel):
         """Global average of the encoder's last stage, (B, C)."""
         return features[self.config.decoder_inputs[-1]].mean(dim=(2, 3))
 
+    @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs
     ) -> BaseModelOutputWithPoolingAndNoAttention:
         features = self.encode(pixel_values)
         dense = self.decode(features)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BaseModelOutputWithPoolingAndNoAttention(
+        return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=dense,
             pooler_output=self.pool(features),
             hidden_states=(*features.values(), *((dense,) if len(self.decoder) else ())) if keep else None,
         )
-        return as_asked(self.config, return_dict, output)
 
 
 class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
-    """`AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`."""
+    """
+    `AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`.
+
+    `forward(pixel_values (B, 3, H, W))` gives `feature_maps`, a tuple of (B, C, h, w) for `out_features`, in the order of `stage_names`; their C
+    are `channels`. With `output_hidden_states=True`, `hidden_states` are all maps that were computed for these.
+    """
 
     has_attentions = False
     # PoodleModel's parts under its names, so that one checkpoint serves both.
@@ -334,18 +341,16 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         # one layer's map would be taken for another's.
         PreTrainedModel.post_init(self)
 
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs
-    ) -> BackboneOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs) -> BackboneOutput:
         features = self.encode(pixel_values)
         if "decoder" in self.out_features:
             features["decoder"] = self.decode(features)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BackboneOutput(
+        return BackboneOutput(
             feature_maps=tuple(features[name] for name in self.stage_names if name in self.out_features),
             hidden_states=tuple(features.values()) if keep else None,
         )
-        return as_asked(self.config, return_dict, output)
 
 
 class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
@@ -354,6 +359,7 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
     `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, h, w) and,
     with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out; 0 where nothing else is).
+    `hidden_states`, where asked for, are as those of [`PoodleModel`], with what the readout reads among them.
     """
 
     def __init__(self, config: PoodleConfig):
@@ -374,22 +380,18 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
         stage = self.config.readout_stage
         return self.poodle.decode(maps) if stage in (None, "decoder") else maps[stage]
 
+    @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
+        self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool | None = None, **kwargs
     ) -> SemanticSegmenterOutput:
         maps = self.poodle.encode(pixel_values)
-        logits = self.classifier(self._read(maps))
+        features = self._read(maps)
+        logits = self.classifier(features)
         loss = None if labels is None else self._loss(logits, labels)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = SemanticSegmenterOutput(
-            loss=loss, logits=logits, hidden_states=tuple(maps.values()) if keep else None
-        )
-        return as_asked(self.config, return_dict, output)
+        decoded = self.config.readout_stage in (None, "decoder") and len(self.poodle.decoder) > 0
+        states = (*maps.values(), *((features,) if decoded else ())) if keep else None
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=states)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
@@ -402,11 +404,6 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
             total = (losses * kept).sum()
         # A batch of void alone has the loss 0: 0/0 would make all weights NaN.
         return total / kept.sum().clamp(min=1)
-
-
-def as_asked(config: PoodleConfig, return_dict: bool | None, output: ModelOutput) -> ModelOutput | tuple:
-    """`output`, or a tuple of what it holds, as the call asks, or else the config."""
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 __all__ = ["PoodleBackbone", "PoodleForSemanticSegmentation", "PoodleModel", "PoodlePreTrainedModel"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_poodle_flow import PoodleFlowConfig
 from .geometry_poodle import cell_centres, normalise_flow, sample
@@ -134,6 +134,7 @@ class PoodleFlowModel(PoodleFlowPreTrainedModel):
         self.decoder = PoodleFlowDecoder(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(self, frames: Tensor) -> PoodleFlowOutput:
         """
         Args:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_poodle import PoodleConfig
 from .cpu import linear
 from .geometry_poodle import alignment_grids, crop_boxes, sample, see_through
-from .modeling_poodle import PoodleModel, PoodlePreTrainedModel, as_asked
+from .modeling_poodle import PoodleModel, PoodlePreTrainedModel
 from .objectives_poodle import dense_loss, pooled_loss
 
 logger = logging.get_logger(__name__)
@@ -160,6 +160,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             None,  # the number of updates, which it does not use
         )
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -171,7 +172,6 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         teacher_boxes: Tensor | None = None,
         teacher_box_frames: Tensor | None = None,
         subcrop_size: int = 192,
-        return_dict: bool | None = None,
     ) -> PoodleForPreTrainingOutput:
         """
         Args:
@@ -211,8 +211,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             )
             loss = loss + self.config.pooled_weight * pooled
         # In one call: to_tuple() gives fields in the order in which they were set.
-        output = PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
-        return as_asked(self.config, return_dict, output)
+        return PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
 
     def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
         """Views, encoder and SDM, dense heads, and the dense loss at matched points (arXiv 2408.11208, section 3)."""

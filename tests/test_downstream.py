@@ -237,7 +237,8 @@ def test_outputs_are_what_the_call_or_else_the_config_asks():
         readout = PoodleForSemanticSegmentation(config(num_labels=3)).eval()
         hidden = readout(image, output_hidden_states=True).hidden_states
         assert readout(image).hidden_states is None
-        assert all(map(torch.equal, hidden, readout.poodle.encode(image).values()))
+        assert all(map(torch.equal, hidden, [*readout.poodle.encode(image).values(), readout.features(image)]))
+        assert len(hidden) == len(readout.poodle(image, output_hidden_states=True).hidden_states)
         for kind in (PoodleModel, PoodleBackbone, PoodleForSemanticSegmentation):
             assert isinstance(kind(config(return_dict=False)).eval()(image), tuple)
             assert not isinstance(kind(config(return_dict=False)).eval()(image, return_dict=True), tuple)

@@ -154,6 +154,8 @@ def test_unflow_pads_to_whole_cells_and_takes_bytes(model, saved, tmp_path, monk
     pair_flow, unflow = build_flow("unflow", model=str(saved))
     assert pair_flow is None and not any(p.requires_grad for p in unflow.parameters())
     flow = unflow(frames)
+    pairs = frames[..., :16, :32].float() / 255
+    assert torch.equal(model(pairs, return_dict=False)[0], model(pairs).flow)
     images = torch.nn.functional.pad(frames.flatten(0, 1).float() / 255, (0, 6, 0, 3), mode="replicate")
     with torch.no_grad():
         expected = model(images.unflatten(0, (2, 2))).flow[..., :29, :42]
