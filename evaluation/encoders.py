@@ -1,6 +1,5 @@
 """Any encoder, read in one way: image in, dense features out."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from evaluation.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.config_checks import check_timm_name
 from modeling_poodle.configuration_poodle import PLAIN_VITS
+from modeling_poodle.folders import sha256_of
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
 CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
@@ -287,7 +287,7 @@ def look_up(name: str) -> tuple[str, str | None]:
 def _digest(folder: Path) -> str | None:
     """SHA-256 of a folder's weights, for those who publish them with what was measured."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else None
+    return sha256_of(files) if files else None
 
 
 @torch.no_grad()

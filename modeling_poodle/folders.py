@@ -1,7 +1,8 @@
 """What lies below a folder."""
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -26,3 +27,12 @@ def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) 
             roots += [link for link in (os.path.join(path, name) for name in folders) if os.path.islink(link)]
             found += [Path(path, name) for name in files]
     return sorted(found)
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents, one behind the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Model cards, which say only what was done and measured. Imports neither torch nor transformers, which take seconds."""
+"""Model cards, which say only what was done and measured."""
 
 import csv
 import dataclasses

@@ -1,6 +1,5 @@
 """Files of checkpoints: found, written whole or not at all, checked against their checksums, rotated. safetensors and JSON, no pickle."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from modeling_poodle.folders import sha256_of
 from modeling_poodle.recipe_files import fits, shown, type_in_words
 
 CHECKSUMS = "SHA256SUMS"  # lines of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a checkpoint too
@@ -66,7 +66,7 @@ def _sync_folder(path: Path) -> None:
 
 def finish(partial: Path, final: Path) -> None:
     """Seal `partial` with its checksums and give it its name: from here on it counts, and not a moment before."""
-    sums = [f"{_digest(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+    sums = [f"{sha256_of([path])}  {path.name}\n" for path in sorted(partial.iterdir())]
     write_text(partial / CHECKSUMS, "".join(sums))
     _sync_folder(partial)
     _put_aside(final)  # of an earlier try at the same step
@@ -102,7 +102,7 @@ def damage(checkpoint: Path) -> str | None:
         if missing:
             return f"{CHECKSUMS} does not name {', '.join(map(repr, sorted(missing)))}"
         for name, digest in expected.items():
-            if _digest(checkpoint / name) != digest:
+            if sha256_of([checkpoint / name]) != digest:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
@@ -151,11 +151,6 @@ def _check_fields(values, kinds: dict, where: str) -> None:
         elif not fits(value, kind) or (kind is int and value < 0):
             expected = "an integer of at least 0" if kind is int else type_in_words(kind)
             raise ValueError(f"{where} {name} must be {expected}, got {shown(value)}")
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leave_later(output_dir: str | Path, step: int) -> None:

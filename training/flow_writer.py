@@ -10,7 +10,6 @@ The recipe's `flow` names the estimator. What is there is left as it is, so that
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from modeling_poodle.folders import sha256_of
 from modeling_poodle.processes import main_first
 from training.addresses import printable, video_name, without_secrets
 from training.assembly import make_accelerator
@@ -129,8 +129,7 @@ def estimator_fields(recipe: Recipe) -> dict:
 def _contents(value: str) -> str:
     path = Path(value, "model") if Path(value, "model").is_dir() else Path(value)  # a run of train_flow.py
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return f"sha256:{digest}" if files else value
+    return f"sha256:{sha256_of(files)}" if files else value
 
 
 def write_file(file: Path, data: bytes) -> None:

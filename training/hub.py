@@ -1,4 +1,4 @@
-"""One commit a push, and every failure of the Hub as a sentence. Light: neither torch nor transformers is imported."""
+"""One commit a push, and every failure of the Hub as a sentence."""
 
 import fnmatch
 from pathlib import Path

@@ -9,10 +9,8 @@ folders encoder/, model/, readout/ or detector/. Sent are safetensors, configs, 
 
 import argparse
 import concurrent.futures
-import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -21,8 +19,11 @@ from pathlib import Path
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
+from modeling_poodle.folders import sha256_of
+from modeling_poodle.recipe_files import run_script
 from modeling_poodle.remote_code import add_code
 from training import cards
+from training.checkpoints import export_network
 from training.hub import PANEL, belongs, check_repo_id, push
 from training.resnet_names import add_timm, timm_architecture
 
@@ -138,9 +139,6 @@ def student_of(folder: Path, target: Path) -> Path:
     run = folder if is_run(folder) else folder.parent
     if not is_run(run) or (run != folder and folder.name not in ("encoder", "model")):
         raise ValueError(f"--which student needs a run (or its encoder/ or model/), and {folder} is none")
-    # Only here: publishing what is there already needs neither torch nor transformers.
-    from training.checkpoints import export_network
-
     export_network(run, target, "student")
     if (run / "panels").is_dir():
         shutil.copytree(run / "panels", target / "panels")
@@ -205,9 +203,7 @@ def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -
     # Evaluations of earlier versions have no digest: the files' times must do.
     if None in measured and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         raise ValueError(f"{file} was measured before the weights in {source} were written: evaluate them again")
-    # As evaluation/encoders.py makes it; what both could share would bring torch, without which this script starts at once.
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
-    if measured - {None, digest}:
+    if measured - {None, sha256_of(weights)}:
         raise ValueError(f"{file} was measured on other weights than those in {source}: evaluate these")
 
 
@@ -345,9 +341,4 @@ class BackgroundPublisher:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # as recipe_files.run_script, which would bring torch and transformers
-        if os.environ.get("POODLE_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from modeling_poodle.folders import sha256_of
 from modeling_poodle.recipe_files import nearest
 
 HERE = Path(__file__).parent
@@ -73,7 +74,7 @@ def weights_of(words: list[str]) -> str | None:
     """
     folders = [Path(expanded(word).rpartition(":")[2]) for word in words if "${" in word]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else None
+    return sha256_of(files)[:12] if files else None
 
 
 # Fields that change neither the batches nor the arithmetic. The loader's workers do: each makes batches of its own videos.
