@@ -130,13 +130,13 @@ class OurStep:
 # --- time, memory, arithmetic ---
 
 
-def timed_steps(step, steps: int) -> list[dict[str, float]]:
-    """Seconds of each of `steps` steps: `wall` and, as the step's clock takes them, `step`, the whole, and its parts."""
+def timed_steps(step, steps: int, *batch: dict) -> list[dict[str, float]]:
+    """Seconds of each of `steps` steps: `wall` and, as the step's clock takes them, `step`, the whole, and its parts. `batch`: what they take."""
     rows = []
     for _ in range(steps):
         step.clock.seconds = {}
         wall, began = time.perf_counter(), step.clock.now()
-        step()
+        step(*batch)
         if step.device.type == "cuda":
             torch.cuda.synchronize()
         step_seconds, wall = step.clock.now() - began, time.perf_counter() - wall
@@ -152,10 +152,13 @@ def step_flops(step) -> dict[str, int]:
     """
     FLOPs of a step by torch.utils.flop_counter (a multiplication and an addition are two): `flow`, and `model`, all the rest but the
     products (bmm) that cut subcrops, which are image processing: 0.6 % of a pair at 512x1024, and none of the network's.
+
+    Uncompiled: below the counter torch.compile finds nothing to compile, torch 2.14 then raises an error where a whole graph was asked for,
+    and torch 2.11 compiles nothing any more.
     """
     total, products = {}, {}
     for name, function in (("flow", step.estimate_flow), ("all", step)):
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             function()
         total[name] = counter.get_total_flops()
         products[name] = counter.get_flop_counts()["Global"].get(
@@ -241,6 +244,8 @@ def _answer(connection, step, recipe) -> None:
     actions = {
         "run": lambda steps: timed_steps(step, steps),
         "exact": lambda steps: _exact(step, steps),
+        "without_flow": lambda steps: timed_steps(step, steps, {"frames": step.frames, "flow": step.estimate_flow()}),
+        "reset": lambda _: reset_peak(step.device),
         "memory": lambda _: {"built_bytes": base, "peak_bytes": memory_bytes(step.device, peak=True)},
         "flops": lambda _: step_flops(step),
         "count": lambda _: counted_step(step),
@@ -251,9 +256,10 @@ def _answer(connection, step, recipe) -> None:
     }
     while (request := connection.recv()) is not None:
         name, argument = request
-        connection.send(actions[name](argument))
+        answer = actions[name](argument)
         if step.device.type == "cuda":
             torch.cuda.empty_cache()  # the other one needs the memory now
+        connection.send(answer)
 
 
 def _name(device: torch.device) -> str:
@@ -317,6 +323,7 @@ def interleave(contenders: dict[str, Contender], steps: int, warmup: int, rounds
     rows = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.ask("run", warmup)
+        contender.ask("reset")  # the peak is that of steps: compilation takes memory of its own
     for number in range(rounds):
         share = (number + 1) * steps // rounds - number * steps // rounds
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:

@@ -67,15 +67,17 @@ def step_seconds(rows: list[dict[str, float]], flow_beside: bool) -> float:
 
 def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
     """Of a step; with `steps` 0 without times."""
-    contender, pairs, times = Contender(OurStep, recipe), recipe.per_device_train_batch_size, {}
+    contender, pairs, times, memory = Contender(OurStep, recipe), recipe.per_device_train_batch_size, {}, None
     if steps:
         contender.ask("run", warmup)
+        contender.ask("reset")
         beside = recipe.flow == "dis" and contender.ask("about")["device"].startswith("cuda")
         step = step_seconds(contender.ask("run", steps), flow_beside=beside)
+        memory = contender.ask("memory")
         flow = medians(contender.ask("exact", min(3, steps)))["flow"]
         times = {"ms_a_pair": 1000 * step / pairs, "flow_ms": 1000 * flow / pairs}
-    flops = contender.ask("flops")
-    memory = contender.ask("memory")
+    flops = contender.ask("flops")  # last, for it runs uncompiled
+    memory = memory or contender.ask("memory")
     contender.close()
     return {
         **times,
@@ -106,15 +108,20 @@ def main() -> None:
         if options.only is None or name in ("recipe", *options.only):
             try:
                 rows.append({"changed": name, "to": value, **cost(variant, steps, options.warmup)})
-            except TooLarge as error:
+            except RuntimeError as error:
+                if not rows and not isinstance(error, TooLarge):  # the recipe itself does not run
+                    raise
                 print(f"{name} {value}: left out, {error}", flush=True)  # the other rows are worth having
+                continue
+            figures = [f"{figure:.1f} {key}" for key, figure in rows[-1].items() if isinstance(figure, float)]
+            print(f"{name} {value}: {', '.join(figures)}", flush=True)  # at once, as the file: many rows take long
+            write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
     print(
         f"{recipe.per_device_train_batch_size} pairs of {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow {recipe.flow}"
     )
     times = {"ms_a_pair": ".1f", "flow_ms": ".1f"} if steps else {}
     formats = {**times, "gflops_a_pair": ".1f", "flow_gflops": ".1f"}
     print_table(rows, {"changed": "", "to": "", **formats, "peak_gib": ".2f", "step_gib": ".2f"})
-    write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Clock, benchmark_parser, memory_bytes, print_table, reset_peak, write_json
+from benchmarks.reference import torchvision_twice
 from training.flow import RaftFlow
 from training.street import Street
 
@@ -38,14 +39,6 @@ def street_pairs(pairs: int, height: int, width: int) -> tuple[Tensor, Tensor, T
         flows.append(np.stack([flow for flow, _ in both]))
         seen.append(np.stack([visible for _, visible in both]))
     return tuple(torch.from_numpy(np.stack(arrays)) for arrays in (frames, flows, seen))
-
-
-def torchvision_twice(raft: torch.nn.Module, frames: Tensor, updates: int) -> Tensor:
-    """frames (B, 2, 3, H, W) uint8 -> flow (B, 2, 2, H, W), the model run on both orders."""
-    earlier, later = (frames[:, index].float() / 127.5 - 1 for index in (0, 1))
-    with torch.no_grad():
-        both = [raft(a, b, num_flow_updates=updates)[-1] for a, b in ((earlier, later), (later, earlier))]
-    return torch.stack(both, dim=1)
 
 
 def overfit(raft: torch.nn.Module, frames: Tensor, flow: Tensor, seen: Tensor, steps: int, updates: int) -> float:

@@ -30,11 +30,14 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from benchmarks.common import Clock, moving_frames
 from modeling_poodle import PoodleForPreTraining
+from modeling_poodle.modeling_poodle import MOST_NUMBERS
 from modeling_poodle.modeling_poodle_pretraining import PointwiseConv
 from training.assembly import build_model, make_accelerator
 from training.flow import build_flow
 from training.recipe import Recipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
+
+MOST_SAMPLED = 2**16 - 1  # images that cuDNN's grid_sample takes: https://github.com/pytorch/pytorch/issues/88380
 
 
 class ReferenceModel(nn.Module):
@@ -87,11 +90,20 @@ class ReferenceModel(nn.Module):
 
         student = self.student.decode(self.student.encode(warp_affine(sources, student_views)))
         student = self.dense_predictor(self.dense_projector(student))
-        student = F.interpolate(student, (height, width), mode="bilinear", align_corners=False)  # (2B, 256, H, W)
-        student = warp_affine(student, invert(student_views))
         with torch.no_grad():
             teacher = self.teacher.decode(self.teacher.encode(warp_affine(targets, teacher_views)))
             teacher = self.teacher_dense_projector(teacher)
+        # All images at once, but from 8 pairs of 512x1024 on: PyTorch's CUDA interpolation has no more than 2^31 numbers, (2B, 256, H, W).
+        parts = -(-student.shape[:2].numel() * height * width // MOST_NUMBERS)
+        pieces = (piece.chunk(parts) for piece in (student, teacher, flow, valid, student_views, teacher_views))
+        return torch.stack([loss for piece in zip(*pieces) for loss in self.dense_losses(*piece)]).mean()
+
+    def dense_losses(self, student, teacher, flow, valid, student_views, teacher_views) -> list[Tensor]:
+        """The loss of each image, from the heads' maps (N, 256, h, w)."""
+        height, width = flow.shape[-2:]
+        student = F.interpolate(student, (height, width), mode="bilinear", align_corners=False)  # (N, 256, H, W)
+        student = warp_affine(student, invert(student_views))
+        with torch.no_grad():
             teacher = F.interpolate(teacher, (height, width), mode="bilinear", align_corners=False)
             teacher = warp_affine(self.warp_flow(teacher, flow), invert(teacher_views))
             seen = torch.ones_like(valid[:, None], dtype=student.dtype)
@@ -102,7 +114,7 @@ class ReferenceModel(nn.Module):
         for image in range(len(distance)):
             mask = valid[image] & in_student[image] & in_teacher[image]
             losses.append(distance[image][mask].mean() if mask.any() else distance[image].sum() * 0)
-        return torch.stack(losses).mean()
+        return losses
 
     def warp_flow(self, maps: Tensor, flow: Tensor) -> Tensor:
         height, width = maps.shape[-2:]
@@ -143,6 +155,24 @@ class ReferenceModel(nn.Module):
                 old.data = momentum * old.data + (1 - momentum) * new.data
 
 
+@torch.no_grad()
+def torchvision_twice(raft: nn.Module, frames: Tensor, updates: int) -> Tensor:
+    """
+    frames (B, 2, 3, H, W) uint8 -> flow (B, 2, 2, H, W): torchvision's RAFT, run on both orders.
+
+    All pairs at once, but from 8 of 512x1024 on: it samples the correlations of each cell as an image of its own, of which cuDNN takes no more
+    than MOST_SAMPLED.
+    """
+    cells = frames.shape[-2] // 8 * (frames.shape[-1] // 8)
+    parts = -(-len(frames) // max(1, MOST_SAMPLED // cells))
+    flows = []
+    for piece in frames.chunk(parts):
+        earlier, later = (piece[:, index].float() / 127.5 - 1 for index in (0, 1))
+        both = [raft(a, b, num_flow_updates=updates)[-1] for a, b in ((earlier, later), (later, earlier))]
+        flows.append(torch.stack(both, dim=1))
+    return torch.cat(flows)
+
+
 def warp_affine(images: Tensor, views: Tensor) -> Tensor:
     return F.grid_sample(images, F.affine_grid(views, list(images.shape), align_corners=False), align_corners=False)
 
@@ -154,7 +184,7 @@ def invert(views: Tensor) -> Tensor:
 
 def cut(image: Tensor, box: Tensor, size: int) -> Tensor:
     """A subcrop at whole pixels, resized as torchvision does by default: bilinear, antialiased."""
-    x0, y0, x1, y1 = (round(float(side)) for side in box)
+    x0, y0, x1, y1 = map(round, box.tolist())
     return resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], antialias=True)
 
 
@@ -288,13 +318,7 @@ class ReferenceStep:
     def estimate_flow(self) -> Tensor:
         if self.raft is None:
             return self.pair_flow.batch(self.frames)
-        earlier, later = (self.frames[:, index].float() / 127.5 - 1 for index in (0, 1))
-        updates = self.recipe.flow_updates
-        both = [
-            self.raft(earlier, later, num_flow_updates=updates),
-            self.raft(later, earlier, num_flow_updates=updates),
-        ]
-        return torch.stack([flows[-1] for flows in both], dim=1)
+        return torchvision_twice(self.raft, self.frames, self.recipe.flow_updates)
 
     def augment(self) -> Tensor:
         if self.device.type == "cuda":
@@ -313,10 +337,11 @@ class ReferenceStep:
             inputs[who] = torch.tensor(views, device=self.device).view(b, 2, 2, 3)
         return inputs
 
-    def __call__(self) -> None:
+    def __call__(self, batch: dict | None = None) -> None:
+        """A step; `batch` may hold the flow of its frames."""
         clock = self.clock
         with clock.part("flow"):
-            flow = self.estimate_flow()
+            flow = self.estimate_flow() if batch is None else batch["flow"]
         with clock.part("augmentation"):
             pixel_values = self.augment()
         with clock.part("draws"):

@@ -40,24 +40,34 @@ from training.recipe import Recipe
 PARTS = ("flow", "augmentation", "draws", "forward", "teacher", "backward", "optimizer", "ema")
 
 
-def summary(contender: Contender, rows: list[dict], pairs: int, exact_steps: int) -> dict:
+def speed(contender: Contender, rows: list[dict], pairs: int) -> dict:
     """Figures of one contender from the seconds of its steps."""
-    median = medians(rows)
-    step, wall = median["step"], median["wall"]
-    memory = contender.ask("memory")
-    flops, parts = contender.ask("flops"), medians(contender.ask("exact", exact_steps))
-    rest = step - parts["flow"]
+    median, memory = medians(rows), contender.ask("memory")
     return {
-        "pairs_per_second": pairs / wall,
-        "ms_a_step": 1000 * wall,
-        "ms_of_computing": 1000 * step,
+        "pairs_per_second": pairs / median["wall"],
+        "ms_a_step": 1000 * median["wall"],
+        "ms_of_computing": 1000 * median["step"],
         "peak_gib": memory["peak_bytes"] / 2**30,
         "step_gib": (memory["peak_bytes"] - memory["built_bytes"]) / 2**30,
+    }
+
+
+def details(contender: Contender, pairs: int, steps: int, kernels: bool) -> dict:
+    """Where its time goes, and what it computes: of `steps` further steps."""
+    rest = medians(contender.ask("without_flow", steps))["step"]
+    parts = medians(contender.ask("exact", steps))
+    groups = contender.ask("kernels", steps) if kernels else None
+    flops = contender.ask("flops")  # last, for it runs uncompiled
+    found = {
         "model_gflops_a_pair": flops["model"] / pairs / 1e9,
         "flow_gflops_a_pair": flops["flow"] / pairs / 1e9,
         "model_tflops_per_second": flops["model"] / rest / 1e12,
         "parts_ms": {name: 1000 * parts[name] for name in PARTS if name in parts},
     }
+    if groups is not None:
+        found["kernels_ms"] = {name: 1000 * value for name, value in groups.items()}
+        found["convolutions_tflops_per_second"] = flops["model"] / 1e12 / groups["convolutions"]
+    return found
 
 
 def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: bool = False) -> dict:
@@ -75,12 +85,12 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     rows = interleave(contenders, steps, warmup)
     ceiling = max(before, contenders["ours"].ask("ceiling"))
     pairs = recipe.per_device_train_batch_size
-    result = {name: summary(contenders[name], rows[name], pairs, min(5, steps)) for name in contenders}
-    if kernels:
-        seconds = contenders["ours"].ask("kernels", min(5, steps))
-        result["ours"]["kernels_ms"] = {name: 1000 * value for name, value in seconds.items()}
-        rate = result["ours"]["model_gflops_a_pair"] * pairs / 1000 / seconds["convolutions"]
-        result["ours"]["convolutions_tflops_per_second"] = rate
+    result = {name: speed(contenders[name], rows[name], pairs) for name in contenders}
+    for name, found in result.items():  # at once: they hold whatever becomes of the rest
+        figures = f"{found['pairs_per_second']:.2f} pairs/s, {found['peak_gib']:.2f} GiB at the peak"
+        print(f"{name}: {figures}, median of {steps} steps", flush=True)
+    for name, contender in contenders.items():
+        result[name] |= details(contender, pairs, min(5, steps), kernels and name == "ours")
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
@@ -134,6 +144,7 @@ def report(recipe: Recipe, result: dict) -> None:
         f"ours does {result['ours']['model_tflops_per_second']:.3f} TFLOP/s outside the flow: "
         f"{100 * result['share_of_ceiling']:.0f} % of the {result['ceiling_tflops_per_second']:.3f} measured on this device"
         + (f", {100 * result['share_of_bf16_peak']:.0f} % of its bf16 peak" if result["share_of_bf16_peak"] else "")
+        + (" (what gradient_checkpointing computes again counts too)" if recipe.gradient_checkpointing else "")
     )
     if "kernels_ms" in result["ours"]:
         kernels, rate = result["ours"]["kernels_ms"], result["ours"]["convolutions_tflops_per_second"]

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks import common, cost, step
+from benchmarks import common, cost, reference, step
 from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from benchmarks.reference import ReferenceModel, cut, draw_subcrops, draw_view, flow_is_valid, invert
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.configuration_poodle_flow import PoodleFlowConfig
 from modeling_poodle.geometry_poodle import affine_view, flow_valid_mask, invert_affine
 from modeling_poodle.modeling_poodle_flow import PoodleFlowModel
-from training.flow import DisFlow
+from training.flow import DisFlow, RaftFlow
 from training.recipe import Recipe
 from training.street import Street
 from training.street_files import write_video, write_videos
@@ -95,6 +95,25 @@ def test_reference_and_ours_compute_the_same_losses_and_gradients(size, whole, t
         if parameter.requires_grad:
             difference = (parameter.grad - own[name].grad).norm()
             assert difference <= max(100 * tolerance, 1e-3) * own[name].grad.norm() + 1e-6, name
+
+
+def test_what_a_gpu_cannot_take_at_once_the_reference_takes_in_pieces(monkeypatch):
+    (_, model), inputs = twins(), odd_inputs()
+    whole = model(**inputs)
+    pieces = []
+    monkeypatch.setattr(reference, "MOST_NUMBERS", 2 * TINY["projection_size"] * inputs["valid_mask"][0, 0].numel())
+    dense_losses = model.dense_losses
+    monkeypatch.setattr(model, "dense_losses", lambda *maps: (pieces.append(len(maps[0])), dense_losses(*maps))[1])
+    torch.testing.assert_close(model(**inputs), whole)
+    assert len(pieces) > 1 and sum(pieces) == 2 * len(inputs["pixel_values"])
+    raft = RaftFlow("raft_small", "random", 2).raft
+    frames = torch.randint(0, 256, (3, 2, 3, 128, 128), dtype=torch.uint8)
+    whole = reference.torchvision_twice(raft, frames, 2)
+    monkeypatch.setattr(reference, "MOST_SAMPLED", 2 * 16 * 16)
+    forward, pieces = raft.forward, []
+    monkeypatch.setattr(raft, "forward", lambda a, b, **more: (pieces.append(len(a)), forward(a, b, **more))[1])
+    torch.testing.assert_close(reference.torchvision_twice(raft, frames, 2), whole, rtol=1e-4, atol=1e-4)
+    assert pieces == [2, 2, 1, 1]
 
 
 def test_the_warps_mistake_is_small_but_there():
@@ -188,6 +207,35 @@ def test_flops_are_counted_by_part():
 
     assert step_flops(Step()) == {"flow": 2 * 2 * 3 * 4, "model": 2 * 64 * 5 * 3 * 9}
     assert medians([{"a": 1.0}, {"a": 5.0}, {"a": 2.0}]) == {"a": 2.0}
+
+
+def test_counting_flops_leaves_what_is_compiled_compiled():
+    """torch 2.11 skips it for good once it has run below a FlopCounterMode."""
+    runs = []
+
+    def backend(graph, _):
+        return lambda *inputs: (runs.append(1), graph(*inputs))[1]
+
+    class Step:
+        def __init__(self):
+            self.network = torch.nn.Linear(3, 5)
+            self.network.compile(backend=backend, fullgraph=True, dynamic=False)
+
+        def estimate_flow(self):
+            return self.network(torch.ones(2, 3))
+
+        def __call__(self):
+            self.network(self.network.weight.new_ones(4, 3))
+
+    measured = Step()
+    measured()
+    measured.estimate_flow()
+    assert len(runs) == 2
+    flops = common.step_flops(measured)
+    assert flops == {"flow": 2 * 2 * 3 * 5, "model": 2 * 4 * 3 * 5 - flops["flow"]} and len(runs) == 2
+    measured()
+    measured.estimate_flow()
+    assert len(runs) == 4
 
 
 @pytest.mark.parametrize(
