@@ -40,7 +40,7 @@ def fit(
 
     Args:
         examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit. identity: fingerprint of the
-            encoder as it was given; the fit of another is not gone on with.
+            encoder as it was given; the fit of another is not resumed.
 
     Returns:
         The loss curve, [{"step", "loss", "lr"}].

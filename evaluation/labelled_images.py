@@ -92,8 +92,8 @@ class LabelledImages:
 
     def check(self) -> None:
         """
-        Before anything costly: read the first and last training image, the sizes of all that are files, and all of the test, which is
-        read again only when the fit has ended. And look for a labelled pixel to learn from, and for one to be measured at.
+        Before the fit: read the first and last training image, the sizes of all that are files, and the whole test set, which is read again
+        only when the fit has ended, hours later perhaps. And look for a labelled pixel to learn from, and for one to be measured at.
         """
         for example in (*self.train, *self.test):
             if isinstance(example.image, Path) and isinstance(example.label, Path):

@@ -1,9 +1,8 @@
 """
 A k-NN readout of a network in training, every so many steps (`--probe` of training/pretrain.py).
 
-The script takes this module by its name, as a callback, so that `training/` does not import `evaluation/`. Moving the readout, the data
-sets and the metric into `modeling_poodle/` instead would have put half of this package among the files that are uploaded with a model;
-this way the probe is segment.py's own k-NN readout, and gives its figure.
+The script takes this module by its name, as a callback, so that `training/` imports nothing of `evaluation/`, and the probe is segment.py's own
+k-NN readout, with its data sets and its metric, and gives its figure.
 """
 
 import copy

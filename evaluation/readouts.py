@@ -41,7 +41,7 @@ class LinearReadout(nn.Module):
     """
     A 1x1 convolution on frozen features; the encoder, BatchNorm statistics included, stays as it is.
 
-    Features are standardised channel by channel with the statistics of up to 32 training images, which are folded into the
+    Features are standardised channel by channel with the statistics of the first 32 training images, which are folded into the
     convolution when it is saved: it fits as quickly on features of any scale and remains a 1x1 convolution.
     """
 
@@ -169,7 +169,7 @@ class KnnReadout(nn.Module):
         images; all processes have all cells afterwards, in the images' order.
 
         Raises:
-            ValueError: an image and its label differ in size, or no image has a labelled cell. On all processes, whose ever image it is.
+            ValueError: an image and its label differ in size, or no image has a labelled cell. On all processes, whichever has the image.
         """
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         bank, labels = on_all(accelerator, lambda: self._references(rank, processes))

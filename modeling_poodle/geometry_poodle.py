@@ -191,8 +191,9 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
 
     Args:
         frames: (B, F, C, H, W), the frames that boxes may be cut from: the two of a pair, or one.
-        boxes: (B, M, 4) xyxy in pixels (edges, so that a full frame is (0, 0, W, H)).
-        frame_index: (B, M) integer, which of the F frames a box is cut from.
+        boxes: (B, M, 4) xyxy in pixels (edges, so that a full frame is (0, 0, W, H)), x0 < x1 and y0 < y1.
+        frame_index: (B, M) integer from 0 to F - 1, which of the frames a box is cut from. Neither is checked, for which the host would have to
+            wait: other values give zeros.
         size: side of the crops, pixels.
 
     Returns:

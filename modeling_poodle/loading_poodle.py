@@ -113,7 +113,7 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
             config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), out_indices=list(range(-timm_stages, 0)))
             encoder = AutoBackbone.from_config(config, trust_remote_code=False)
             if weights:
-                # transformers gives timm's networks random weights, whatever the config says of pretraining.
+                # transformers gives timm models random weights, whatever the config says of pretraining.
                 import timm
 
                 pretrained = timm.create_model(

@@ -182,7 +182,8 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
                 The teacher's view of frame 1 is the match of the student's view of frame 0, and the other way round.
             student_boxes, teacher_boxes: (B, 2, K, 4) subcrops, xyxy pixels of the frames without the affine; the
                 student's [:, f] are cut from frame f.
-            teacher_box_frames: (B, 2, K) which of the two frames the teacher's subcrop is cut from.
+            teacher_box_frames: (B, 2, K) which of the two frames, 0 or 1, the teacher's subcrop is cut from. Values of boxes and of this are
+                not checked: see `crop_boxes`.
             subcrop_size: side to which the subcrops are resized, pixels.
 
         Raises:

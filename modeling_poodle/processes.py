@@ -32,7 +32,7 @@ def on_all(accelerator, action: Callable):
 
 
 def main_first(accelerator, action: Callable):
-    """The result of `action`, which the other processes run after the main one has; errors as [`on_all`]'s."""
+    """The result of `action`, which the other processes run after the main one has; errors are raised as by [`on_all`]."""
     found = []
 
     def turn(of_main: bool):

@@ -42,7 +42,7 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
         What its config.json then says.
 
     Raises:
-        ValueError: its architecture is none of those that are shared.
+        ValueError: its architecture is not one of those that are shared.
     """
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")

@@ -56,7 +56,7 @@ def public_url(source: str) -> str:
 
 
 def public_value(value):
-    """What JSON or YAML holds, such as a recipe's fields, with its URLs as of [`public_url`]."""
+    """What JSON or YAML holds, such as a recipe's fields, with its URLs made public by [`public_url`]."""
     if isinstance(value, dict):
         return {name: public_value(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -65,7 +65,7 @@ def public_value(value):
 
 
 def without_secrets(text: str, url: str = "") -> str:
-    """A text, such as another library's error, with all URLs in it as of [`public_url`]; `url` is one that may hold spaces or quotes."""
+    """A text, such as another library's error, with all URLs in it made public by [`public_url`]; `url` is one that may hold spaces or quotes."""
     if url:
         text = text.replace(url, public_url(url))
     return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)

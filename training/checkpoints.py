@@ -134,7 +134,7 @@ def load_checkpoint(
 
 
 def read_rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: dict, inexact: bool) -> dict:
-    """What rank `rank` of `ranks` goes on from, in a checkpoint of `saved` ranks; arguments as of [`load_checkpoint`]."""
+    """What rank `rank` of `ranks` goes on from, in a checkpoint of `saved` ranks; for the arguments see [`load_checkpoint`]."""
     if ranks == saved and not inexact:
         return _read_rank(checkpoint, rank, like)
     states = [_read_rank(checkpoint, number, like) for number in range(saved)]
@@ -201,6 +201,9 @@ def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes
     Write `encoder/` (the teacher's encoder in its own architecture's format) and `model/` (PoodleModel with its decoder).
 
     The teacher is what the method evaluates.
+
+    Args:
+        step: optimizer steps done. num_processes: of the run. Both are for the card.
     """
     facts = Facts(step, "teacher", hardware(num_processes), num_processes, Path(recipe.output_dir))
     config, fields = model.teacher.config.to_dict(), dataclasses.asdict(recipe)

@@ -273,7 +273,7 @@ class UnFlow(nn.Module):
         model: a run of train_flow.py, its `model/`, or a Hub id.
 
     Raises:
-        ValueError: there is no such model, or it is none of flow.
+        ValueError: there is no such model, or it is no flow model.
     """
 
     def __init__(self, model: str):
@@ -349,7 +349,7 @@ def flow_function(name: str, device: str | torch.device = "cpu", **options) -> C
     returns flow (B, 2, 2, H, W) float32, pixels, x then y; index 0 earlier to later.
 
     Args:
-        device: where networks compute; frames and flow are there too. options: as of [`build_flow`].
+        device: where networks compute; frames and flow are there too. options: see [`build_flow`].
 
     Raises:
         ValueError: as `build_flow`; or flow that belongs to videos (exact, precomputed).

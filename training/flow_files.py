@@ -119,7 +119,7 @@ def _video_bytes(video: str) -> int | None:
 
 
 def _difference(about: dict, repeat: int, video: str, size, crop, times=None) -> str | None:
-    """Why the flow of an opening's file is none of a pair, or `None` where it is."""
+    """Why the flow in an opening's file is not that of a pair, or `None` where it is."""
     if about.get("video_bytes") != _video_bytes(video):
         return f"is that of another file: the video had {about.get('video_bytes')} bytes, it has {_video_bytes(video)}"
     if about["size"] != list(size):

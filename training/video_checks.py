@@ -26,7 +26,7 @@ def check_videos(
     can. A source that is one file is a file as any other: skipped where it cannot be used.
 
     Args:
-        by_source: the videos of each item of `--videos`, as of [`~training.video_sources.videos_by_source`]. Of more than `limit` sources
+        by_source: the videos of each item of `--videos`, as [`~training.video_sources.videos_by_source`] gives them. Of more than `limit` sources
             without a video among the first, `limit` are looked at; how many are not is logged.
 
     Returns:

@@ -125,7 +125,7 @@ class PairLoader:
     `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
 
     Args:
-        paths: the videos, as of [`~training.video_sources.find_videos`]. batch_size: pairs. num_workers: decoding processes of this rank.
+        paths: the videos, as [`~training.video_sources.find_videos`] gives them. batch_size: pairs. num_workers: decoding processes of this rank.
         pair_flow: callable that adds the flow to a sample, in the worker.
 
     Its `epochs`, where it is set before iterating, is the number of epochs whose pairs are drawn: later ones draw those of `epoch % epochs`

@@ -46,10 +46,12 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """As `adjust_brightness`: away from the image's mean grey."""
     return _blend(images, _luma(images).mean(dim=(2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """As `adjust_brightness`: away from each pixel's grey."""
     return _blend(images, _luma(images), factor)
 
 
