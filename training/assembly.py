@@ -1,6 +1,5 @@
 """What a run is put together from: accelerator, model and optimizer of a recipe."""
 
-import importlib.util
 import logging
 import platform
 import warnings
@@ -9,6 +8,7 @@ from datetime import timedelta
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 
@@ -28,7 +28,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         ValueError: the tracker of `report_to` is not installed (Accelerate goes on without it, with a warning), or Accelerate is
             configured for FSDP or the like.
     """
-    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+    if recipe.report_to not in ("none", *(tracker.value for tracker in get_available_trackers())):
         raise ValueError(
             f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
         )
