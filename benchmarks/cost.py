@@ -14,6 +14,7 @@ workers compute (`flow_ms` is its time). With --count_only one step a row: its F
 import dataclasses
 import statistics
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +46,8 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
     for factor in (0.5, 1.5, 2):
         size = [round(factor * side) for side in (height, width)]
         if all(side % 32 == 0 for side in size):
-            rows.append(("crop_size", f"{size[0]}x{size[1]}", changed(crop_size=size)))
+            with suppress(ValueError):  # too small for the recipe's flow
+                rows.append(("crop_size", f"{size[0]}x{size[1]}", changed(crop_size=size)))
     rows += [("num_subcrops", str(k), changed(num_subcrops=k)) for k in (1, 2, 4, 6, 12) if k != recipe.num_subcrops]
     if recipe.flow.startswith("raft"):
         counts = [n for n in (6, 12, 24, 30) if n != recipe.flow_updates]

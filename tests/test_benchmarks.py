@@ -459,6 +459,11 @@ def test_shares_and_times_are_of_what_they_say():
     assert [cost.step_seconds(rows, flow_beside=beside) for beside in (False, True)] == [4.0, 1.0]
 
 
+def test_cost_leaves_out_sizes_that_the_flow_cannot_take():
+    recipe = Recipe(crop_size=[128, 256], flow="raft_small", flow_weights="random")
+    assert [value for name, value, _ in cost.variants(recipe) if name == "crop_size"] == ["192x384", "256x512"]
+
+
 def test_cost_names_what_it_changes(tmp_path):
     figures = ["--steps", "1", "--warmup", "1", "--json", str(tmp_path / "f.json")]
     run("cost.py", "--only", "dense_stride", *figures, *SMALL)
