@@ -169,6 +169,15 @@ def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tupl
     )
 
 
+def _refuse_shares(examples: Sequence[BoxExample], path: Path) -> None:
+    """Raises ValueError where boxes are given in shares of the image, as YOLO has them: each would be a corner of one pixel."""
+    ends = [example.boxes[:, 2:].max() for example in examples if len(example.boxes)]
+    if ends and max(ends) <= 1:
+        raise ValueError(
+            f"{path}: all boxes lie in the first pixel of their images; they must be in pixels, not in shares of the image"
+        )
+
+
 def _tell_flat(flat: Sequence[str]) -> None:
     if flat:
         logger.warning("%d boxes without width or height are left out, the first is %s", len(flat), flat[0])
@@ -242,6 +251,7 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         _example(file, files[identity], size, found[identity], flat) for identity, (file, size) in images.items()
     ]
     _tell_flat(flat)
+    _refuse_shares(examples, path)
     return tuple(categories[i] for i in order), tuple(sorted(examples, key=lambda e: e.name))
 
 
@@ -261,6 +271,7 @@ def _bdd100k(folder: Path) -> BoxImages:
             found = [_bdd100k_box(label, where) for label in frame.get("labels") or () if label.get("box2d")]
             examples.append(_example(frame["name"], images / frame["name"], BDD100K_SIZE, found, flat))
         _tell_flat(flat)
+        _refuse_shares(examples, path)
         splits.append(tuple(examples))
     return BoxImages("bdd100k", BDD100K_CLASSES, *splits)
 

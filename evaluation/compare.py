@@ -67,10 +67,11 @@ def aligned(table: list[list[str]], markdown: bool = False, words: int = 4) -> s
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m evaluation.compare", description=__doc__.strip().split("\n")[0])
-    parser.add_argument("files", nargs="+", help="evaluation.json files")
+    parser.add_argument("files", nargs="+", help="evaluation.json files, or the folders that hold them")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
-    print(aligned(rows([result for path in options.files for result in read_results(path)]), options.markdown))
+    files = [Path(name, "evaluation.json") if Path(name).is_dir() else Path(name) for name in options.files]
+    print(aligned(rows([result for path in files for result in read_results(path)]), options.markdown))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class ChecksOverrides:
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
-                f"this is the config of a {kind!r} network, no {cls.__name__}: load it by AutoBackbone or AutoModel, or give it as a backbone_config"
+                f"this is the config of a {kind!r} network, no {cls.__name__}: load it by its own class (such as ResNetBackbone) or AutoModel, or give it as a backbone_config"
             )
         # transformers sets what is given on the finished config, past its checks.
         values, own = dict(config_dict), {field.name for field in dataclasses.fields(cls)}

@@ -21,6 +21,14 @@ def config_values(name: str) -> dict:
     Raises:
         OSError: neither here nor on the Hub.
     """
+    own = Path(name)
+    if own.is_dir() and not (own / "config.json").is_file():
+        inside = [
+            part for part in ("encoder", "model", "readout", "detector") if (own / part / "config.json").is_file()
+        ]
+        raise OSError(
+            f"the folder {name} holds no model (no config.json)" + (f": give {own / inside[0]}" if inside else "")
+        )
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except OSError as error:

@@ -100,6 +100,7 @@ class CheckedRecipe:
     def need_output_dir(self) -> None:
         # "" is what a shell makes of a variable that is unset; it would be the current folder.
         self.need(bool(self.output_dir.strip()), "output_dir", "the name of a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)  # in a file no shell has
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -151,6 +151,10 @@ def write_coco(folder: Path, **changes) -> None:
         ({"image": {"height": 12}}, r"a.png is 20x10, but its boxes are for 20x12"),
         ({"image": {"height": None}}, r"an image needs id, file_name, height and width"),
         ({"categories": [{"id": 3, "name": "bus"}]}, r"same categories in the same order; they differ in 'bus'"),
+        (
+            {"annotation": {"bbox": [0.1, 0.2, 0.5, 0.8]}},
+            r"val/annotations.json: all boxes lie in the first pixel .* not in shares",
+        ),
         ({"no_boxes": True}, r"the 1 training images have no boxes"),
     ],
 )

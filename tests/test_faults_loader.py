@@ -1,6 +1,7 @@
 """Workers of the loader that die, and torch's messages of such faults in words."""
 
 import errno
+import multiprocessing
 import multiprocessing.connection
 import os
 import re
@@ -8,14 +9,17 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from forks import in_child, wait_for
 
 from training.faults import fault_of, faults_in_words
 from training.pair_plans import PairSampling
 from training.recipe import Recipe
 from training.video_sources import find_videos
 from training.video_stream import PairLoader
+from training.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -36,6 +40,29 @@ def fill_memory(sample: dict) -> None:
 def stand_still(sample: dict) -> None:
     if sample["repeat"] == 1:
         time.sleep(3600)
+
+
+def test_a_worker_ends_with_its_run_in_the_midst_of_a_batch():
+    """After a second Ctrl-C, or a SIGKILL: torch's own workers look for their parent between batches alone."""
+
+    def work(sender):
+        Workers(1).start(0)
+        sender.send(os.getpid())
+        time.sleep(600)
+
+    def run(sender):
+        fork.Process(target=work, args=(sender,)).start()
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe()
+    parent = in_child(lambda: run(sender))
+    worker = receiver.recv()
+    assert os.path.exists(f"/proc/{worker}")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_for(
+        lambda: not os.path.exists(f"/proc/{worker}") or "State:\tZ" in Path(f"/proc/{worker}/status").read_text()
+    )
 
 
 def loader_of(drives, pair_flow=None, workers=1):

@@ -202,6 +202,12 @@ def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypat
             flow_writer.main(["--videos", *several])
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--out-dir=x", "--flow_dir"])
+def test_the_folder_of_the_flow_has_a_flag_of_its_own(drives, flag):
+    with pytest.raises(ValueError, match=f"{flag.split('=')[0]}: the folder of the flow is given by --out"):
+        flow_writer.main(["--videos", str(drives), flag, "x"])
+
+
 def test_an_opening_s_file_keeps_its_name():
     """Or what was written is not found again; videos of one name in two folders have a file each."""
     assert opening_file("flow", 3, "/data/My drive (1).mp4") == Path(

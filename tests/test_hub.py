@@ -298,12 +298,14 @@ def test_a_hub_that_is_not_there(own_hub, published_run, tmp_path):
 def test_folders_that_cannot_be_published(as_script, published_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "fitted" / "readout").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         (tmp_path / "mine" / name).write_bytes((published_run / "encoder" / name).read_bytes())
     for folder, readme, message in (
         (tmp_path / "none", None, "no such folder; give a run"),
         (tmp_path / "empty", None, "is no run and holds no weights"),
+        (tmp_path / "fitted", None, f"it holds readout: give {tmp_path}/fitted/readout"),
         (tmp_path / "mine", f"---\nlicense: mit\n---\nmy token is {TOKEN}", "README.md holds your Hub token"),
         (tmp_path / "mine", "---\ntags: [a\n---\n", "README.md: its metadata"),
     ):

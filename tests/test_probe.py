@@ -161,6 +161,12 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
     both = {"results": [result | {"model": "b", "readout": "linear"}, result | {"model": "c"}]}
     (tmp_path / "one.json").write_text(json.dumps(result))
     (tmp_path / "two.json").write_text(json.dumps(both))
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "evaluation.json").write_text(json.dumps(result))
+    compare([str(tmp_path / "three")])
+    of_folder = capsys.readouterr().out
+    compare([str(tmp_path / "one.json")])
+    assert capsys.readouterr().out == of_folder
     compare([str(tmp_path / "one.json"), str(tmp_path / "two.json"), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

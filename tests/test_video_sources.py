@@ -1,6 +1,7 @@
 """Folders, patterns, tars and names as sources of videos: what is found, and what is named that is not."""
 
 import os
+import re
 import shutil
 import tarfile
 
@@ -54,6 +55,18 @@ def test_sources(tmp_path, videos, caplog):
         find_videos([str(tmp_path / "drives" / "shard.tar.gz")])
     assert len(find_videos([str(tmp_path / "drives")])) == len(videos)
     assert "1 compressed tars are left out, the first is" in caplog.text
+
+
+def test_what_often_means_videos_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name in ("frames/0001.png", "list.txt", "all.zip"):
+        (tmp_path / name).write_text("x")
+    for source, hint in (
+        ("frames", "1 other files): make a video of the images"), ("frames/*.png", "none of them a video: make a video of"),
+        ("list.txt", "no video: give the videos of a list themselves"), ("all.zip", "no video: unpack the archive"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(hint)):
+            find_videos([str(tmp_path / source)])
 
 
 def test_what_is_not_there_is_named_and_what_is_hidden_left_out(tmp_path, videos, monkeypatch, caplog):

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     options, flags = parser.parse_known_args(arguments)
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
+    wrong = [flag for flag in flags if re.match("--(output[-_]dir|out[-_]dir|flow[-_]dir)(=|$)", flag)]
+    if wrong:
+        raise ValueError(f"{wrong[0].split('=')[0]}: the folder of the flow is given by --out")
     recipe = parse_recipe(flags)
     out = options.out or flow_beside(recipe.videos)
     if out is None:

@@ -121,7 +121,11 @@ def _need_weights(folder: Path) -> None:
     """Raises ValueError where nobody could load what would be sent of a folder."""
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}")
+        fitted = [name for name in ("readout", "detector") if (folder / name).is_dir()]
+        hint = f": give {folder / fitted[0]}" if fitted else ""
+        raise ValueError(
+            f"{folder} is no run and holds no weights (*.safetensors with config.json); it holds {found}{hint}"
+        )
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "np"):  # reads its header, and whether all that it declares is there
@@ -298,6 +302,10 @@ class BackgroundPublisher:
 
     def __init__(self, output_dir: Path, repo_id: str, private: bool, panel: bool = True):
         self.output_dir, self.repo_id, self.private, self.panel = output_dir, repo_id, private, panel
+        if get_token() is None:
+            logger.warning(
+                "push_to_hub: there is no Hub token here, so uploads will fail: log in with `hf auth login`, or set HF_TOKEN"
+            )
         self.scratch = output_dir / ".publish"
         shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
         self.scratch.mkdir(parents=True)

@@ -12,6 +12,7 @@ from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
     is_finite,
+    is_int,
     nearest,
     read_command_line,
     read_recipe_file,
@@ -173,9 +174,9 @@ class RunRecipe(CheckedRecipe):
         for name in ("crop_size", "frame_size"):
             value = getattr(self, name)
             good = value is None or (len(value) == 2 and min(value) >= 1)
-            self.need(good, name, "two positive integers, height and width")
-        self._need_range("frame_gap_seconds")
-        self._need_range("frame_scale", above_zero=True)
+            self.need(good, name, "two positive integers, height and width, for example 256 512")
+        self._need_range("frame_gap_seconds", "0.5 1.5")
+        self._need_range("frame_scale", "1 1.5", above_zero=True)
         self.need(
             self.frame_size is not None or self.frame_scale[0] >= 1,
             "frame_scale",
@@ -235,11 +236,15 @@ class RunRecipe(CheckedRecipe):
         """Pairs that a process sees in an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def _need_range(self, name: str, above_zero: bool = False) -> None:
+    def _need_range(self, name: str, example: str, above_zero: bool = False) -> None:
         value = getattr(self, name)
         good = len(value) == 2 and all(is_finite(v) for v in value)
         low, bound = (1e-6, "both above 0 (at least 0.000001)") if above_zero else (0, "not negative")
-        self.need(good and low <= value[0] <= value[1], name, f"two numbers, the smaller first, {bound}")
+        self.need(
+            good and low <= value[0] <= value[1],
+            name,
+            f"two numbers, the smaller first, {bound}, for example {example}",
+        )
 
 
 @dataclass
@@ -290,8 +295,12 @@ class Recipe(RunRecipe):
 
     def _check(self) -> None:
         super()._check()
-        self.need_integers("flow_updates", "num_subcrops", "subcrop_size", "probe_steps")
-        self._need_range("subcrop_area", above_zero=True)
+        off = """ (--model '{"pooled_weight": 0}' leaves the pooled objective out)"""
+        self.need(
+            is_int(self.num_subcrops) and self.num_subcrops >= 1, "num_subcrops", f"an integer of at least 1{off}"
+        )
+        self.need_integers("flow_updates", "subcrop_size", "probe_steps")
+        self._need_range("subcrop_area", "0.05 0.3", above_zero=True)
         self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
         bound = self.flow_max_error

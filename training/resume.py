@@ -79,7 +79,9 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
 def _named(checkpoint: Path, output_dir: Path) -> Path:
     """The checkpoint that was named, for a run in `output_dir`: it is whole, and of that run, or that run is to be a new one."""
     if not (checkpoint / "state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json)")
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json); give latest, or RUN/checkpoints/step-N"
+        )
     if output_dir.resolve() != checkpoint.resolve().parent.parent:
         config = output_dir / "config.yaml"
         began = read_yaml_mapping(config).get("resume_from_checkpoint") if config.exists() else None
@@ -176,6 +178,8 @@ def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
         changed = {name: text for name, text in changed.items() if name not in FREE_ON_INEXACT_RESUME}
     if changed:
         hint = "" if changed.keys() - FREE_ON_INEXACT_RESUME else f", or {_INEXACT}"
+        if hint and changed.keys() & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+            hint = f", or, if all processes together have as many pairs a step as before, {_INEXACT}"
         raise ValueError(
             f"the checkpoint is one of another configuration ({saved_config}): "
             + "; ".join(changed.values())

@@ -47,12 +47,12 @@ def over_processes(function: Callable, jobs: list[tuple], num_processes: int | N
         return
     # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         yield from pool.map(function, *zip(*jobs))
 
 
-def _end_with_parent() -> None:
-    """In a worker: once its parent is gone, killed perhaps, and with it the lock on the folder, nobody waits for what it renders."""
+def end_with_parent() -> None:
+    """In a worker: once its parent is gone, killed perhaps, nobody waits for what it does (and of the street, the folder's lock is gone)."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -50,6 +50,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
         for camera in [camera for camera in CAMERAS if camera in map(street_camera, recipe.videos)]:
             by_source[f"street:{camera}"] = street_videos(camera=camera)
             paths += by_source[f"street:{camera}"]
+            logger.info("videos: the rendered street (--videos takes your own)")
         if others:
             found = expanded
             if not accelerator.is_main_process:  # what lies on this machine's disks is looked for on each

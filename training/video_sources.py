@@ -120,15 +120,28 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         inside = _there(list(map(str, below)))
         for error in refused:
             logger.warning("%s cannot be listed (%s): what lies in it is left out", error.filename, error.strerror)
-        return _videos_among(inside), f"a folder without videos ({len(inside)} other files)"
+        return _videos_among(inside), f"a folder without videos ({len(inside)} other files){_how_to_read(inside)}"
     if path.is_file():
         if path.name.lower().endswith(COMPRESSED_TARS):
             return [], "a compressed tar, of which no part can be read alone: decompress it, to .tar"
+        if hint := _how_to_read([str(path)]):
+            return [], f"no video{hint}"
         return (_tar_members(str(path)), "a tar without videos") if _is_tar(path.name) else ([str(path)], "a file")
     matches = _there(glob.glob(str(path), recursive=True))
     if glob.has_magic(source):
-        return _videos_among(matches), f"a pattern that matches {len(matches)} files, none of them a video"
+        hint = _how_to_read(matches)
+        return _videos_among(matches), f"a pattern that matches {len(matches)} files, none of them a video{hint}"
     return [], "no such file or folder"
+
+
+def _how_to_read(names: Sequence[str]) -> str:
+    """What to do with the first of these files, where it is no video but often means some."""
+    end = Path(names[0]).suffix.lower() if names else ""
+    if end in (".png", ".jpg", ".jpeg"):
+        return ": make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
+    if end in (".txt", ".csv", ".json", ".yaml", ".yml"):
+        return ": give the videos of a list themselves, for example by --videos $(cat list.txt), or in a recipe's `videos`"
+    return ": unpack the archive" if end in (".zip", ".7z", ".rar") else ""
 
 
 def _is_hidden(path: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from training.addresses import printable, video_name
+from training.street_processes import end_with_parent
 
 NOTE_BYTES = 1024
 _NOTES: list = []  # in a worker: shared memory for the path that is being read, should it kill the worker
@@ -36,6 +37,8 @@ class Workers:
         # A signal to the whole group asks the run to stop: its process finishes the step, for which it needs its workers.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        # torch's workers look for their parent between batches; one can take minutes.
+        end_with_parent()
 
     def end(self, batches: Iterator | None) -> None:
         """
