@@ -153,7 +153,7 @@ def write_coco(folder: Path, **changes) -> None:
         ({"categories": [{"id": 3, "name": "bus"}]}, r"same categories in the same order; they differ in 'bus'"),
         (
             {"annotation": {"bbox": [0.1, 0.2, 0.5, 0.8]}},
-            r"val/annotations.json: all boxes lie in the first pixel .* not in shares",
+            r"train/annotations.json: all boxes lie in the first pixel .* not in shares",
         ),
         ({"no_boxes": True}, r"the 1 training images have no boxes"),
     ],

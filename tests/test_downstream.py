@@ -69,7 +69,7 @@ def test_a_plain_encoder_is_not_taken_for_the_model_around_it(tmp_path):
     ResNetBackbone(config().backbone_config).save_pretrained(tmp_path)
     for kind in (PoodleModel, PoodleBackbone, PoodleConfig):
         with pytest.raises(
-            ValueError, match="the config of a 'resnet' network, no PoodleConfig: load it by AutoBackbone"
+            ValueError, match="the config of a 'resnet' network, no PoodleConfig: load it by its own class"
         ):
             kind.from_pretrained(tmp_path)
 

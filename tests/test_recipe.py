@@ -163,13 +163,13 @@ def test_resolved_recipe_reads_back(tmp_path):
         ({"frame_gap_seconds": [2.0, 1.0]}, "frame_gap_seconds must be two numbers"),
         (
             {"frame_gap_seconds": [-0.5, 1.0]},
-            "frame_gap_seconds must be two numbers, the smaller first, not negative, got",
+            "frame_gap_seconds must be two numbers, the smaller first, not negative, for example 0.5 1.5, got",
         ),
         (
             {"frame_scale": [0.0, 1.0]},
-            r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0.0",
+            r"two numbers, the smaller first, both above 0 \(at least 0.000001\), for example 1 1.5, got \[0.0",
         ),
-        ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), got \[0, "),
+        ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), for example 0.05 0.3, got \[0, "),
         ({"crop_size": [100, 200]}, "crop_size must be multiples"),
         ({"pairs_per_video": 33}, "pairs_per_video must be at most 32 .*; more epochs give more pairs, got 33"),
         ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),
