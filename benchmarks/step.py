@@ -53,10 +53,11 @@ def speed(contender: Contender, rows: list[dict], pairs: int) -> dict:
 
 
 def details(contender: Contender, pairs: int, steps: int, kernels: bool) -> dict:
-    """Where its time goes, and what it computes: of `steps` further steps."""
-    rest = medians(contender.ask("without_flow", steps))["step"]
-    parts = medians(contender.ask("exact", steps))
-    groups = contender.ask("kernels", steps) if kernels else None
+    """Where its time goes, and what it computes: of `steps` further steps without the flow, and of a few in parts."""
+    rest = medians(contender.ask("without_flow", steps + 1)[1:])["step"]  # as in turns, the first does not count
+    few = min(5, steps)
+    parts = medians(contender.ask("exact", few))
+    groups = contender.ask("kernels", few) if kernels else None
     flops = contender.ask("flops")  # last, for it runs uncompiled
     found = {
         "model_gflops_a_pair": flops["model"] / pairs / 1e9,
@@ -90,7 +91,9 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
         figures = f"{found['pairs_per_second']:.2f} pairs/s, {found['peak_gib']:.2f} GiB at the peak"
         print(f"{name}: {figures}, median of {steps} steps", flush=True)
     for name, contender in contenders.items():
-        result[name] |= details(contender, pairs, min(5, steps), kernels and name == "ours")
+        result[name] |= details(
+            contender, pairs, steps if name == "ours" else min(5, steps), kernels and name == "ours"
+        )
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}

@@ -229,7 +229,8 @@ def read_label(path: Path) -> np.ndarray:
 def as_ids(label: np.ndarray, where) -> np.ndarray:
     """A stored label as (H, W) uint8; raises ValueError, which names `where` it is from, for what are no ids of a byte."""
     if label.ndim != 2:
-        raise ValueError(f"label {where} must hold one class id a pixel, got an array of shape {label.shape}")
+        colours = "; colours must become ids first" if label.ndim == 3 and label.shape[2] in (3, 4) else ""
+        raise ValueError(f"label {where} must hold one class id a pixel, got an array of shape {label.shape}{colours}")
     if label.dtype != bool and (label.max(initial=0) > 255 or label.min(initial=0) < 0):
         raise ValueError(f"label {where} must hold ids from 0 to 255, got {label.dtype} up to {label.max()}")
     return label.astype(np.uint8)

@@ -169,7 +169,10 @@ def test_resolved_recipe_reads_back(tmp_path):
             {"frame_scale": [0.0, 1.0]},
             r"two numbers, the smaller first, both above 0 \(at least 0.000001\), for example 1 1.5, got \[0.0",
         ),
-        ({"subcrop_area": [0, 0.3]}, r"two numbers, the smaller first, both above 0 \(at least 0.000001\), for example 0.05 0.3, got \[0, "),
+        (
+            {"subcrop_area": [0, 0.3]},
+            r"two numbers, the smaller first, both above 0 \(at least 0.000001\), for example 0.05 0.3, got \[0, ",
+        ),
         ({"crop_size": [100, 200]}, "crop_size must be multiples"),
         ({"pairs_per_video": 33}, "pairs_per_video must be at most 32 .*; more epochs give more pairs, got 33"),
         ({"num_subcrops": 0}, "num_subcrops must be an integer of at least 1"),

@@ -61,9 +61,8 @@ def check_videos(
 
 def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
     """A warning of videos in which no crop fits. Of servers' files, whose index is not kept, nothing is known here."""
-    if (
-        sampling.frame_size is not None
-    ):  # the size that frames are to have, whatever the videos': so the paper's, of 1280x720
+    # `frame_size` is the size that frames are to have, whatever the videos': so with the paper's recipe on BDD100K, whose videos are 720x1280.
+    if sampling.frame_size is not None:
         return
     (crop_h, crop_w), known = sampling.crop_size, {path: index_video.kept.get(path) for path in paths}
     known = {path: index for path, index in known.items() if index is not None}
