@@ -63,10 +63,10 @@ def test_what_often_means_videos_is_refused_with_what_to_do(tmp_path):
         (tmp_path / name).write_text("x")
     for source, hint in (
         ("frames", "1 other files): make a video of the images"), ("frames/*.png", "none of them a video: make a video of"),
-        ("list.txt", "no video: give the videos of a list themselves"), ("all.zip", "no video: unpack the archive"),
+        ("rtsp://127.0.0.1/live", "rtsp:// is no protocol of files"), ("list.txt", "no video: give the videos of a list themselves"), ("all.zip", "no video: unpack the archive"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(hint)):
-            find_videos([str(tmp_path / source)])
+            find_videos([source if "://" in source else str(tmp_path / source)])
 
 
 def test_what_is_not_there_is_named_and_what_is_hidden_left_out(tmp_path, videos, monkeypatch, caplog):

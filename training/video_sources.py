@@ -192,6 +192,9 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _expand_remote(source: str) -> tuple[list[str], str]:
+    protocol = source.partition("://")[0].rpartition("::")[2]
+    if protocol not in fsspec.available_protocols():
+        return [], f"cannot be listed: {protocol}:// is no protocol of files (of a stream, record some first)"
     # At http(s) "?" begins a query, and what is in it is no pattern.
     place = public_url(source) if source.startswith(("http://", "https://")) else source
     if not glob.has_magic(place):
