@@ -202,7 +202,7 @@ def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypat
             flow_writer.main(["--videos", *several])
 
 
-@pytest.mark.parametrize("flag", ["--output_dir", "--out-dir=x", "--flow_dir"])
+@pytest.mark.parametrize("flag", ["--output_dir", "--out-dir=x"])
 def test_the_folder_of_the_flow_has_a_flag_of_its_own(drives, flag):
     with pytest.raises(ValueError, match=f"{flag.split('=')[0]}: the folder of the flow is given by --out"):
         flow_writer.main(["--videos", str(drives), flag, "x"])

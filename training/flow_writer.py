@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, flags = parser.parse_known_args(arguments)
     if options.epochs is not None and options.epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {options.epochs}")
-    wrong = [flag for flag in flags if re.match("--(output[-_]dir|out[-_]dir|flow[-_]dir)(=|$)", flag)]
+    wrong = [flag for flag in flags if re.match("--out(put)?[-_]dir(=|$)", flag)]
     if wrong:
         raise ValueError(f"{wrong[0].split('=')[0]}: the folder of the flow is given by --out")
     recipe = parse_recipe(flags)
