@@ -345,8 +345,6 @@ def _model_type(source: str) -> str | None:
         except ValueError as error:
             raise ValueError(f"--model {source}: no such model ({error})") from error
         return None
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise ValueError(f"--model {source}: the folder holds no model (no config.json)")
     try:
         return read_config(source).model_type
     except OSError as error:

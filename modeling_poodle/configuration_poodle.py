@@ -309,9 +309,8 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
             config = AutoConfig.for_model(model_type, **config)
         except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take
             raise ValueError(f"PoodleConfig.backbone_config is no config of {model_type!r}: {error}") from error
-    if isinstance(
-        getattr(config, "hidden_sizes", None), tuple
-    ):  # ConvNeXt's default, to which its network (transformers 5.24) adds a list
+    # ConvNeXt's default, to which its network (transformers 5.24) adds a list.
+    if isinstance(getattr(config, "hidden_sizes", None), tuple):
         config.hidden_sizes = list(config.hidden_sizes)
     # By its class, not by its attributes: timm's has no out_features until the network is built.
     if config.model_type not in PLAIN_VITS and not isinstance(config, BackboneConfigMixin):

@@ -26,9 +26,7 @@ def config_values(name: str) -> dict:
         inside = [
             part for part in ("encoder", "model", "readout", "detector") if (own / part / "config.json").is_file()
         ]
-        raise OSError(
-            f"the folder {name} holds no model (no config.json)" + (f": give {own / inside[0]}" if inside else "")
-        )
+        raise OSError("the folder holds no model (no config.json)" + (f": give {own / inside[0]}" if inside else ""))
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except OSError as error:

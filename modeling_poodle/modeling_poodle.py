@@ -377,21 +377,24 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
         return self._read(self.poodle.encode(pixel_values))
 
     def _read(self, maps: dict[str, Tensor]) -> Tensor:
+        """What the readout reads; the decoder's map is then one of `maps`, too."""
         stage = self.config.readout_stage
-        return self.poodle.decode(maps) if stage in (None, "decoder") else maps[stage]
+        if stage not in (None, "decoder"):
+            return maps[stage]
+        decoded = self.poodle.decode(maps)
+        if len(self.poodle.decoder):
+            maps["decoder"] = decoded
+        return decoded
 
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool | None = None, **kwargs
     ) -> SemanticSegmenterOutput:
         maps = self.poodle.encode(pixel_values)
-        features = self._read(maps)
-        logits = self.classifier(features)
+        logits = self.classifier(self._read(maps))
         loss = None if labels is None else self._loss(logits, labels)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        decoded = self.config.readout_stage in (None, "decoder") and len(self.poodle.decoder) > 0
-        states = (*maps.values(), *((features,) if decoded else ())) if keep else None
-        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=states)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=tuple(maps.values()) if keep else None)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)

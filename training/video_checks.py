@@ -64,8 +64,8 @@ def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
     # `frame_size` is the size that frames are to have, whatever the videos': so with the paper's recipe on BDD100K, whose videos are 720x1280.
     if sampling.frame_size is not None:
         return
-    (crop_h, crop_w), known = sampling.crop_size, {path: index_video.kept.get(path) for path in paths}
-    known = {path: index for path, index in known.items() if index is not None}
+    crop_h, crop_w = sampling.crop_size
+    known = {path: index for path in paths if (index := index_video.kept.get(path)) is not None}
     small = [path for path, index in known.items() if index.height < crop_h or index.width < crop_w]
     if small:
         logger.warning(
