@@ -81,7 +81,7 @@ class OurStep:
         if self.flow_module is not None:
             self.flow_module.to(self.device)
         self.model = build_model(self.accelerator, recipe)
-        self.optimizer = build_optimizer(self.accelerator, recipe, self.model)
+        self.optimizer = build_optimizer(recipe, self.model)
         self.health = Health(self.accelerator)
         compile_modules(recipe, self.model, self.flow_module)
         self.wrapped = prepared(self.accelerator, self.model)

@@ -52,7 +52,7 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
     if recipe.flow.startswith("raft"):
         counts = [n for n in (6, 12, 24, 30) if n != recipe.flow_updates]
         rows += [("flow_updates", str(n), changed(flow_updates=n)) for n in counts]
-        rows.append(("flow", "dis", changed(flow="dis")))
+        rows.append(("flow", "dis", changed(flow="dis", flow_weights=None)))
     blocks = recipe.model_config().num_decoder_blocks
     rows += [("num_decoder_blocks", str(n), model(num_decoder_blocks=n)) for n in (0, 1, 2, 3) if n != blocks]
     rows.append(("dense_stride", "4", model(dense_stride=4)))

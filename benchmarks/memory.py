@@ -40,7 +40,7 @@ def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
 def watch_loader(recipe: Recipe, count: int) -> dict[str, list[float]]:
     # Here alone: a machine without PyAV and datasets can still watch the steps.
     from training.pair_plans import PairSampling
-    from training.street import street_videos
+    from training.street_files import street_videos
     from training.video_sources import find_videos
     from training.video_stream import PairLoader
 

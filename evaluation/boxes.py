@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.data import STREETS, street_folder, within
-from evaluation.labelled_images import file_size, read_ahead, read_image, spread
+from evaluation.labelled_images import file_size, read_ahead, read_image
+from modeling_poodle.folders import spread
 from modeling_poodle.recipe_files import is_finite
 
 logger = logging.getLogger("poodle")

@@ -12,8 +12,7 @@ import numpy as np
 
 from evaluation.labelled_images import IGNORE, IMAGES, UNREADABLE, Example, LabelledImages, as_ids, as_rgb
 from evaluation.metrics import BDD100K_GROUPS
-from evaluation.outputs import write_aside
-from modeling_poodle.folders import files_below
+from modeling_poodle.folders import files_below, write_aside
 from modeling_poodle.recipe_files import cache_root
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.

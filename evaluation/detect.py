@@ -32,8 +32,8 @@ from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import fingerprint, fit, over_test_images
-from evaluation.labelled_images import spread
-from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
+from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance
+from modeling_poodle.folders import folder_aside, spread
 from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
 
@@ -112,7 +112,8 @@ def measure(
         **provenance(),
     }
     result["versions"] |= {package: version(package) for package in ("torchvision", "pycocotools")}
-    save_aside(readout, folder / "detector")
+    with folder_aside(folder / "detector") as partial:
+        readout.save(partial)
     shown = spread(range(len(data.test)), 4)
     pairs = [(data.test[i].name, pair(data.image(data.test[i]), data.test[i], found[i], data.classes)) for i in shown]
     return result, curve, pairs

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from evaluation.boxes import BOX_DATASETS
 from evaluation.recipe import FitRecipe, read_with_models
-from modeling_poodle.recipe_files import described, nearest
+from modeling_poodle.recipe_files import described, did_you_mean
 
 DETECTORS = ("c4", "fpn")
 
@@ -30,9 +30,9 @@ class DetectionRecipe(FitRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        known = f"one of {', '.join(DETECTORS)}{nearest(self.detector, DETECTORS)}"
+        known = f"one of {', '.join(DETECTORS)}{did_you_mean(self.detector, DETECTORS)}"
         self.need(self.detector in DETECTORS, "detector", known)
-        known = f"one of {', '.join(BOX_DATASETS)}, which have boxes{nearest(self.dataset, BOX_DATASETS)}"
+        known = f"one of {', '.join(BOX_DATASETS)}, which have boxes{did_you_mean(self.dataset, BOX_DATASETS)}"
         self.need(self.dataset in BOX_DATASETS, "dataset", known)
         self.need_integers("boxes_per_image")
         size = self.image_size

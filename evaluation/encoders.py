@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         config = self.model.config
         if config.backbone_config.model_type == "timm_backbone" and len(config.backbone_config.out_indices) == 1:
             return "last stage"
-        return config.readout_stage or ("decoder" if config.num_decoder_blocks else config.decoder_inputs[-1])
+        return config.readout_map
 
     @property
     def channels(self) -> int:
@@ -186,7 +186,7 @@ def pixels_to_cover(model: PoodleForSemanticSegmentation) -> int:
     ViTs leave out an edge, and the last cells of a ResNet or Swin reach beyond it.
     """
     config, encoder = model.config, model.poodle.encoder
-    stage = config.readout_stage or ("decoder" if config.num_decoder_blocks else config.decoder_inputs[-1])
+    stage = config.readout_map
     if stage != "decoder":
         stride = stage_stride(encoder, stage)
     elif config.backbone_config.model_type == "resnet" and config.decoder_laterals and config.output_stride is None:

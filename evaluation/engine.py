@@ -6,7 +6,10 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +34,53 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Readout(nn.Module):
+    """
+    A network on an encoder, as [`fit`] and the scripts take it. Its `forward` takes what `batch` gives, and is the loss: a scalar.
+
+    `data` holds the examples, as [`LabelledImages`] or [`BoxImages`].
+    """
+
+    data: Any
+    trains_encoder = False
+    """Whether the encoder learns too; if not, `fit` leaves it in evaluation mode, BatchNorm's statistics included."""
+
+    def prepare(self, accelerator: Accelerator | None = None) -> None:
+        """Once, before a fit, on all processes: what is taken of the training images beforehand."""
+
+    def keep(self, examples: list) -> None:
+        """Once, before the steps of a fit: what is kept of this process' `examples`."""
+
+    def read(self, example) -> tuple:
+        """What a step needs of an example. By several threads, ahead of the steps."""
+        raise NotImplementedError
+
+    def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
+        """The arguments of `forward`, on its device, of what was `read`; all that is drawn is drawn from `generator`, on the CPU."""
+        raise NotImplementedError
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are fitted."""
+        raise NotImplementedError
+
+    def predict(self, image: np.ndarray):
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids; of a detector, boxes with their scores and labels."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write it where others load it from."""
+        raise NotImplementedError
+
+    def moving(self) -> dict[str, torch.Tensor]:
+        """The buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
+        return dict(self.named_buffers()) if self.trains_encoder else {}
+
+
 def fit(
-    accelerator: Accelerator, readout: nn.Module, recipe, examples: list, folder: Path, identity: str, resume: bool
+    accelerator: Accelerator, readout: Readout, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:
     """
-    Fit a readout with AdamW, warm-up and cosine. `readout.keep(examples)` may keep what it needs of them; `readout.read(example)`, by threads, ahead of
-    the steps, reads one; `readout.batch([read, ...], generator)` gives the arguments of its `forward`, the loss.
+    Fit a readout with AdamW, warm-up and cosine.
 
     Args:
         examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit. identity: fingerprint of the
@@ -52,25 +96,21 @@ def fit(
         steps = max(1, round(recipe.num_train_epochs * total / (batch * accelerator.num_processes)))
     parameters = readout.trained()
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    begin, curve = (0, [])
-    if resume:
-        begin, curve = load_fit(
-            folder, identity, steps, accelerator.num_processes, parameters, moving(readout), optimizer
-        )
+    state = FitState(
+        folder / "fit.safetensors", identity, steps, accelerator.num_processes, parameters, readout.moving(), optimizer
+    )
+    begin, curve = state.load() if resume else (0, [])
     wrapped = accelerator.prepare_model(readout)
     if begin < steps:
         readout.keep(examples)
     order = (examples[i] for step in range(begin, steps) for i in draw(len(examples), batch, step, recipe.seed))
     reads = read_ahead(readout.read, order, ahead=2 * batch)
-    warmup = max(1, round(0.05 * steps))
     readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
     losses: list[torch.Tensor] = []
     shown = accelerator.is_main_process and sys.stderr.isatty()
     for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="fitting", disable=not shown):
         for group in optimizer.param_groups:
-            ramp = min(1.0, (step + 1) / warmup)
-            done = max(0, step - warmup) / max(1, steps - warmup)
-            group["lr"] = recipe.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = learning_rate(step, steps, recipe.learning_rate)
         generator = torch.Generator().manual_seed(
             (recipe.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
         )
@@ -89,14 +129,20 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {step + 1}; lower learning_rate")
             curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
         if saving and accelerator.is_main_process:
-            of = (steps, accelerator.num_processes)
-            save_fit(folder, identity, *of, step + 1, curve, parameters, moving(readout), optimizer)
+            state.save(step + 1, curve)
     # DistributedDataParallel copies the first process' statistics to all when a step begins. After the last step each process has its own, and
     # would predict its share of the test images with these instead of the saved ones.
-    for buffer in moving(readout).values():
+    for buffer in readout.moving().values():
         broadcast(buffer, from_process=0)
     readout.eval()
     return curve
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine to 0. Args: step: steps already taken."""
+    warmup = max(1, round(0.05 * steps))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def draw(count: int, batch: int, step: int, seed: int) -> list[int]:
@@ -108,72 +154,80 @@ def draw(count: int, batch: int, step: int, seed: int) -> list[int]:
     return indices
 
 
-_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    key = (count, seed, epoch)
-    if key not in _ORDERS:
-        while len(_ORDERS) > 4:
-            _ORDERS.pop(next(iter(_ORDERS)))
-        _ORDERS[key] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _ORDERS[key]
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def moving(readout: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
-    return dict(readout.named_buffers()) if readout.trains_encoder else {}
+@dataclass
+class FitState:
+    """
+    The state of a fit, kept in a file so that one that is interrupted goes on bit for bit.
 
+    Args:
+        identity: fingerprint of the encoder. steps, processes: of the whole fit; its schedule, and what is drawn in a step, follow from both.
+        parameters, buffers, optimizer: what changes in a fit.
+    """
 
-def save_fit(
-    folder: Path, identity: str, steps: int, processes: int, step: int, curve, parameters, buffers, optimizer
-) -> None:
-    """Written aside, then renamed: a half one is never read."""
-    tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in buffers.items()}
-    for index, parameter in enumerate(parameters):
-        tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{index}"] = value.detach().cpu().contiguous()
-    partial = folder / "fit.partial"
-    metadata = {"step": str(step), "curve": json.dumps(curve), "encoder": identity, "of": f"{steps} {processes}"}
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, folder / "fit.safetensors")
+    path: Path
+    identity: str
+    steps: int
+    processes: int
+    parameters: list[nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
 
+    def save(self, step: int, curve: list[dict]) -> None:
+        """Written aside, then renamed: a half one is never read."""
+        tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in self.buffers.items()}
+        for index, parameter in enumerate(self.parameters):
+            tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{index}"] = value.detach().cpu().contiguous()
+        partial = self.path.with_suffix(".partial")
+        of = f"{self.steps} {self.processes}"
+        metadata = {"step": str(step), "curve": json.dumps(curve), "encoder": self.identity, "of": of}
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, self.path)
 
-def load_fit(
-    folder: Path, identity: str, steps: int, processes: int, parameters, buffers, optimizer
-) -> tuple[int, list]:
-    path = folder / "fit.safetensors"
-    if not path.is_file():
-        return 0, []
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the fit begins anew") from error
-    if metadata.get("encoder") != identity:
-        raise ValueError(
-            f"{path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
-        )
-    if metadata.get("of") != f"{steps} {processes}":  # the schedule, and what is drawn in a step, follow from both
-        if "of" not in metadata:
-            raise ValueError(f"{path} is the fit of an earlier version, which did not note its steps: remove it")
+    def load(self) -> tuple[int, list[dict]]:
+        """
+        Take up what the file holds.
+
+        Returns:
+            The steps that were taken, and the loss curve; 0 and none where there is no file.
+
+        Raises:
+            ValueError: the file is damaged, or of another fit.
+        """
+        if not self.path.is_file():
+            return 0, []
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); remove it, and the fit begins anew") from error
+        if metadata.get("encoder") != self.identity:
+            raise ValueError(
+                f"{self.path} is the fit of other weights of this encoder; remove it, or choose another output_dir"
+            )
         then = metadata["of"].split()
-        raise ValueError(
-            f"{path} is the fit of {then[0]} steps on {then[1]} process(es), this one is of {steps} on {processes}: go on with "
-            f"--num_processes {then[1]}, or remove it and begin anew"
-        )
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, value in buffers.items():
-            value.copy_(tensors[f"buffer.{name}"])
-        for index, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"parameter.{index}"])
-            state = {k: tensors[f"{k}.{index}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {
-                k: v.to(parameter.device) if k != "step" else v.clone() for k, v in state.items()
-            }
-    return int(metadata["step"]), json.loads(metadata["curve"])
+        if then != [str(self.steps), str(self.processes)]:
+            raise ValueError(
+                f"{self.path} is the fit of {then[0]} steps on {then[1]} process(es), this one is of {self.steps} on {self.processes}: go on "
+                f"with --num_processes {then[1]}, or remove it and begin anew"
+            )
+        tensors = load_file(self.path)
+        with torch.no_grad():
+            for name, value in self.buffers.items():
+                value.copy_(tensors[f"buffer.{name}"])
+            for index, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{index}"])
+                state = {k: tensors[f"{k}.{index}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {
+                    k: v.to(parameter.device) if k != "step" else v.clone() for k, v in state.items()
+                }
+        return int(metadata["step"]), json.loads(metadata["curve"])
 
 
 def over_test_images(accelerator: Accelerator, data, read, measure, title: str) -> list:

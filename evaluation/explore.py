@@ -38,7 +38,8 @@ class ExploreRecipe(CheckedRecipe):
         None, "Folder of a fitted readout (readout/ of evaluation/segment.py), or a Hub id."
     )
     features: str | None = described(
-        None, "Map to look at: decoder, stage1 to stage4; unset: the SDM's, else the last stage's."
+        None,
+        "Map to look at: decoder, or a stage (stage1 to stage4; of ViTs one a layer); unset: the SDM's, else the last stage's.",
     )
     max_side: int = described(512, "Pixels of the longer side; larger pictures are shrunk.")
     port: int | None = described(None, "Port on this machine; unset: a free one from 7860.")

@@ -22,19 +22,9 @@ from torch.nn import functional as F
 from evaluation.encoders import Encoder
 from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE, as_rgb
 from modeling_poodle.folders import files_below
-from modeling_poodle.video_frames import moving, upright_of
+from modeling_poodle.video_frames import ANY_TAGS, CONTAINERS, EXTENSIONS, MAX_PIXELS, moving, upright_of
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
-# As in training/video_sources.py and video_files.py, which this package does not import.
-VIDEOS = (
-    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv",
-)  # fmt: skip
-# Containers that hold their frames themselves: a playlist under a video's name would make FFmpeg open other files and addresses.
-CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
-# The largest frame, 8192x4352, as in training/video_files.py, which this package does not import: FFmpeg takes memory for a larger one
-# that a file of a few bytes declares.
-MAX_PIXELS = 35_651_584
-ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # as there
 MAX_DECODED = 3000  # frames of a video that are decoded for one strip
 MAX_FILES = 500  # that a folder offers
 SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows none larger
@@ -74,9 +64,11 @@ def list_media(source: str | None) -> list[tuple[str, str]]:
         return [(root.name, str(root))]
     if not root.is_dir():
         raise ValueError(f"images {source}: no such file or folder")
-    files = [p for p in files_below(root) if p.suffix.lower() in (*IMAGES, *VIDEOS) and not p.name.startswith(".")]
+    files = [p for p in files_below(root) if p.suffix.lower() in (*IMAGES, *EXTENSIONS) and not p.name.startswith(".")]
     if not files:
-        raise ValueError(f"images {source}: no picture or video below it, expected {', '.join((*IMAGES, *VIDEOS))}")
+        raise ValueError(
+            f"images {source}: no picture or video below it, expected {', '.join((*IMAGES, *EXTENSIONS))}"
+        )
     return [(p.relative_to(root).as_posix(), str(p)) for p in files[:MAX_FILES]]
 
 
@@ -89,10 +81,10 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
     """
     name, suffix = Path(path).name, Path(path).suffix.lower()
     try:
-        if suffix in VIDEOS:
+        if suffix in EXTENSIONS:
             return _read_video(path, start, gap, count, max_side)
         if suffix not in IMAGES:
-            raise ValueError(f"expected {', '.join((*IMAGES, *VIDEOS))}")
+            raise ValueError(f"expected {', '.join((*IMAGES, *EXTENSIONS))}")
         with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (max_side, max_side))
             upright = Image.fromarray(as_rgb(ImageOps.exif_transpose(image)))

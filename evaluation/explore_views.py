@@ -30,11 +30,11 @@ from evaluation.explore_features import (
     read_clip,
     similarity,
 )
-from evaluation.labelled_images import spread
 from evaluation.outputs import make_accelerator
 from evaluation.preprocessing import statistics
 from evaluation.report import palette
 from modeling_poodle import PoodleForSemanticSegmentation
+from modeling_poodle.folders import spread
 from modeling_poodle.loading_poodle import from_pretrained_whole
 
 NEXT = 5  # frames of a video after the one that is clicked

@@ -54,9 +54,8 @@ class FeatureStore:
         except OSError as error:  # the disk is full after all, or memory that stands for one
             logger.warning("features are not kept in %s: %s", self.folder, error)
             if self.file is not None:
-                with contextlib.suppress(
-                    OSError
-                ):  # closing writes what is buffered, for which there is no room either; then it removes the file
+                # Closing writes what is buffered, for which there is no room either; then it removes the file.
+                with contextlib.suppress(OSError):
                     self.file.close()
             self.file, self.memory, self.places = None, None, {}
         return len(self.places)

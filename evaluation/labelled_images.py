@@ -14,6 +14,7 @@ from PIL import EpsImagePlugin, Image
 
 from evaluation.metrics import class_groups
 from modeling_poodle.cpu import usable_cores
+from modeling_poodle.folders import spread
 
 logger = logging.getLogger("poodle")
 IGNORE = 255
@@ -180,13 +181,6 @@ def read_ahead(read: Callable, items: Iterable, ahead: int = 16) -> Iterator:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def spread(examples: Sequence, count: int | None) -> tuple:
-    """`count` of the examples, spread evenly; all where there are no more, or `None` is asked for."""
-    if count is None or count >= len(examples):
-        return tuple(examples)
-    return tuple(examples[i] for i in np.linspace(0, len(examples) - 1, count).round().astype(int))
 
 
 def file_size(path: Path) -> tuple[int, int]:

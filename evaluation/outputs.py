@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import re
 import shlex
@@ -16,8 +15,9 @@ import yaml
 from accelerate import Accelerator
 
 from modeling_poodle.cpu import share_cpu
+from modeling_poodle.folders import write_aside
 from modeling_poodle.locks import lock_output_dir
-from modeling_poodle.processes import refuse_sharding
+from modeling_poodle.processes import log_plainly, refuse_sharding
 
 logger = logging.getLogger("poodle")
 FITTED = ("readout", "detector")  # folders of what was fitted
@@ -30,11 +30,7 @@ def make_accelerator() -> Accelerator:
     refuse_sharding(accelerator)
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
-    for name in ("httpx", "httpx2", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    log_plainly(accelerator)
     return accelerator
 
 
@@ -157,13 +153,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Written aside, then renamed: an interruption leaves no half file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def provenance() -> dict:
     """The command and the versions, for evaluation.json."""
     return {
@@ -181,15 +170,6 @@ def _started(script: Path) -> list[str]:
     if script.name in ("segment.py", "detect.py"):
         return ["accelerate", "launch", f"evaluation/{script.name}"]
     return ["python", "-m", f"evaluation.{script.stem}"]
-
-
-def save_aside(readout, folder: Path) -> None:
-    """`readout.save(folder)`, written aside and then renamed over an earlier one."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    readout.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> list[dict]:

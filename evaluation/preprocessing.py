@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from transformers import AutoImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_poodle.recipe_files import is_finite
 
 logger = logging.getLogger("poodle")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
 FILES = ("preprocessor_config.json", "processor_config.json")  # the latter holds processors of several kinds
 
 

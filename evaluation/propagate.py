@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
-from evaluation.labelled_images import read_image, spread
-from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance, write_aside
+from evaluation.labelled_images import read_image
+from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance
 from evaluation.recipe import read_with_models
 from evaluation.report import page, palette, percent, picture
 from evaluation.video_masks import (
@@ -35,11 +35,12 @@ from evaluation.video_masks import (
     region_similarity,
     statistics,
 )
+from modeling_poodle.folders import spread, write_aside
 from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
+    did_you_mean,
     is_finite,
-    nearest,
     run_script,
 )
 
@@ -57,7 +58,8 @@ class PropagationRecipe(CheckedRecipe):
     dataset: str = described("street", f"One of {', '.join(VIDEO_DATASETS)}.")
     data_dir: str | None = described(None, "Folder of the data set.")
     features: str | None = described(
-        None, "Map to read: decoder, stage1 to stage4; unset: the SDM's, else the last stage's."
+        None,
+        "Map to read: decoder, or a stage (stage1 to stage4; of ViTs one a layer); unset: the SDM's, else the last stage's.",
     )
     output_dir: str = described("runs/propagation", "Folder for evaluation.json and report.html.")
     max_sequences: int | None = described(None, "Use at most this many sequences, evenly spread.")
@@ -72,7 +74,7 @@ class PropagationRecipe(CheckedRecipe):
         self.need_declared()
         self.need_models()
         self.need_output_dir()
-        known = f"one of {', '.join(VIDEO_DATASETS)}{nearest(self.dataset, VIDEO_DATASETS)}"
+        known = f"one of {', '.join(VIDEO_DATASETS)}{did_you_mean(self.dataset, VIDEO_DATASETS)}"
         self.need(self.dataset in VIDEO_DATASETS, "dataset", known)
         self.need_integers("stride", "top_k", "context_frames", "radius")
         count = self.max_sequences

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
+from evaluation.engine import Readout
 from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
@@ -37,15 +38,13 @@ def processor_of(encoder: Encoder) -> SegformerImageProcessor:
     return SegformerImageProcessor(do_resize=False, image_mean=list(encoder.mean), image_std=list(encoder.std))
 
 
-class LinearReadout(nn.Module):
+class LinearReadout(Readout):
     """
     A 1x1 convolution on frozen features; the encoder, BatchNorm statistics included, stays as it is.
 
     Features are standardised channel by channel with the statistics of the first 32 training images, which are folded into the
     convolution when it is saved: it fits as quickly on features of any scale and remains a 1x1 convolution.
     """
-
-    trains_encoder = False
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
@@ -129,8 +128,13 @@ class LinearReadout(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:
-        features = (self.encoder(self.encoder.normalise(image)) - self.mean) / self.std
-        return upsample(self.classifier(features), image.shape[:2]).argmax(dim=1)[0].byte().cpu().numpy()
+        return (
+            upsample(self.classifier(self._features(image)[None]), image.shape[:2])
+            .argmax(dim=1)[0]
+            .byte()
+            .cpu()
+            .numpy()
+        )
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.classifier.parameters())
@@ -148,7 +152,7 @@ class LinearReadout(nn.Module):
         self.classifier.bias.copy_(plain[1])
 
 
-class KnnReadout(nn.Module):
+class KnnReadout(Readout):
     """
     Dense nearest neighbours; nothing is fitted. Each cell of the features takes the votes of its nearest cells (cosine) of the training
     images, weighted by exp(similarity / 0.07) (Wu et al. 2018); the votes are upsampled like logits.
@@ -156,7 +160,6 @@ class KnnReadout(nn.Module):
     Features are read at a grid of stride 8, coarser ones upsampled to it; a cell's label is the most frequent one of its pixels.
     """
 
-    trains_encoder = False
     STRIDE, TEMPERATURE, CHUNK = 8, 0.07, 2048
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
@@ -253,7 +256,7 @@ def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tens
     return torch.from_numpy(result).reshape(size)
 
 
-class UperNetReadout(nn.Module):
+class UperNetReadout(Readout):
     """
     transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without
     a labelled pixel has the loss 0.
@@ -263,7 +266,9 @@ class UperNetReadout(nn.Module):
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
-        self.encoder_info, self.data, self.recipe = (encoder,), data, recipe
+        # Not the encoder itself: UperNet has a copy of it, and this one would be fitted and counted as a module too.
+        self.normalise, self.processor = encoder.normalise, processor_of(encoder)
+        self.data, self.recipe = data, recipe
         if len(data.classes) < 2:
             raise ValueError(f"readout upernet needs at least 2 classes, {data.name} has {len(data.classes)}")
         try:
@@ -297,17 +302,10 @@ class UperNetReadout(nn.Module):
             raise ValueError(f"readout upernet: {encoder.name} reads images of one size alone ({error})") from None
         freeze_idle(backbone, maps)
 
-    def prepare(self, accelerator: Accelerator | None = None) -> None:
-        pass
-
-    def keep(self, examples: list[Example]) -> None:
-        """Nothing: each step has crops of its own."""
-
     def read(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         return self.data.both(example)
 
     def batch(self, read: list[tuple[np.ndarray, np.ndarray]], generator: torch.Generator) -> dict:
-        encoder = self.encoder_info[0]
         height, width = self.recipe.crop_size
         images, labels = [], []
         for whole, whole_label in read:
@@ -315,7 +313,7 @@ class UperNetReadout(nn.Module):
                 int(torch.randint(max(limit, 1), (1,), generator=generator))
                 for limit in (whole.shape[0] - height + 1, whole.shape[1] - width + 1, 2)
             )
-            image = encoder.normalise(whole[top : top + height, left : left + width])[0]
+            image = self.normalise(whole[top : top + height, left : left + width])[0]
             label = torch.from_numpy(whole_label[top : top + height, left : left + width].astype(np.int64))
             # Smaller images are padded; the padding is not counted.
             pad = (0, width - image.shape[2], 0, height - image.shape[1])
@@ -342,7 +340,7 @@ class UperNetReadout(nn.Module):
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:
         self.eval()
-        logits = self.model(pixel_values=resize_up(self.encoder_info[0].normalise(image), self.multiple)).logits
+        logits = self.model(pixel_values=resize_up(self.normalise(image), self.multiple)).logits
         return upsample(logits, image.shape[:2]).argmax(dim=1)[0].byte().cpu().numpy()
 
     def trained(self) -> list[nn.Parameter]:
@@ -350,7 +348,7 @@ class UperNetReadout(nn.Module):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
-        processor_of(self.encoder_info[0]).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
 READOUTS = {"linear": LinearReadout, "knn": KnnReadout, "upernet": UperNetReadout}

@@ -7,8 +7,8 @@ from evaluation.data import DATASETS
 from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
+    did_you_mean,
     is_finite,
-    nearest,
     read_command_line,
 )
 
@@ -64,7 +64,8 @@ class EvaluationRecipe(FitRecipe):
     dataset: str = described("street", f"One of {', '.join(DATASETS)}, or the id of a labelled data set on the Hub.")
     readout: str = described("linear", f"One of {', '.join(READOUTS)}.")
     features: str | None = described(
-        None, "Map to read: decoder, stage1 to stage4; unset: the SDM's, else the last stage's."
+        None,
+        "Map to read: decoder, or a stage (stage1 to stage4; of ViTs one a layer); unset: the SDM's, else the last stage's.",
     )
     output_dir: str = described("runs/evaluation", "Folder for evaluation.json, report.html and readout/.")
     crop_size: list[int] = described([256, 512], "UperNet: training crop, height and width.")
@@ -77,9 +78,9 @@ class EvaluationRecipe(FitRecipe):
     def __post_init__(self):
         super().__post_init__()
         self.need(
-            self.readout in READOUTS, "readout", f"one of {', '.join(READOUTS)}{nearest(self.readout, READOUTS)}"
+            self.readout in READOUTS, "readout", f"one of {', '.join(READOUTS)}{did_you_mean(self.readout, READOUTS)}"
         )
-        known = f"one of {', '.join(DATASETS)}, or a Hub id (org/name){nearest(self.dataset, DATASETS)}"
+        known = f"one of {', '.join(DATASETS)}, or a Hub id (org/name){did_you_mean(self.dataset, DATASETS)}"
         self.need(self.dataset in DATASETS or "/" in self.dataset, "dataset", known)
         self.need_integers("num_neighbours", "max_reference_cells")
         self.need(

@@ -27,10 +27,11 @@ from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import evaluate, fingerprint, fit
 from evaluation.labelled_images import LabelledImages
-from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance, save_aside
+from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
+from modeling_poodle.folders import folder_aside
 from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
 
@@ -112,7 +113,8 @@ def measure(
     strips = []
     if accelerator.is_main_process:
         if recipe.readout != "knn":
-            save_aside(readout, folder / "readout")
+            with folder_aside(folder / "readout") as partial:
+                readout.save(partial)
         for title, entry in best_median_worst(images):
             example = data.test[entry["index"]]
             image = data.image(example)

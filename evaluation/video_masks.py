@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 
 from evaluation.data import STREETS, render_street, street_place, within
-from evaluation.labelled_images import file_size, read_label, spread
+from evaluation.labelled_images import file_size, read_label
+from modeling_poodle.folders import spread
 
 VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12

@@ -106,6 +106,11 @@ def check_timm_name(name: Any) -> None:
         raise ValueError(f"timm has no network {name!r}.{nearest(str(name), timm.list_models())}")
 
 
+def is_int(value: Any) -> bool:
+    """True and False are integers to Python alone."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _counts_layers(name: str) -> bool:
     """`depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
     return bool(re.search("depth|layer|block|stage", name)) and not re.search(
@@ -126,13 +131,13 @@ def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
         if key in known or key.startswith("_"):
             continue
         name = type(config).__name__
-        if config.transformers_version is not None and not nearest(key, known, SURE):
+        if config.transformers_version is not None and not nearest(key, known, MISSPELT):
             logger.warning("%s has no field %r: it is left alone (written by a later version?)", name, key)
             continue
         raise ValueError(f"{name} has no field {key!r}.{nearest(key, known)}")
 
 
-SURE = 0.8  # of two names: one is the other misspelt
+MISSPELT = 0.8  # of two names: one is the other misspelt
 
 
 def nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:

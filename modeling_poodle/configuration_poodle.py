@@ -14,10 +14,11 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .config_checks import (
     EARLIER_KEYS,
     MAX_DECODER_BLOCKS,
-    SURE,
+    MISSPELT,
     TRANSFORMERS_KEYS,
     check_config,
     check_timm_name,
+    is_int,
     nearest,
     refuse_unknown,
 )
@@ -43,7 +44,7 @@ class ChecksOverrides:
         maps = {"out_features", "out_indices"}  # either stands for the other
         given = {name: kwargs.pop(name) for name in (own | maps) & {*kwargs}}
         for key in kwargs:
-            if not hasattr(cls, key) and nearest(key, own, SURE):
+            if not hasattr(cls, key) and nearest(key, own, MISSPELT):
                 raise ValueError(f"{cls.__name__} has no field {key!r}.{nearest(key, own)}")
         # Those of the file are of another network then, or replaced.
         if given.keys() & {"backbone_config", "num_decoder_blocks", "decoder_laterals", *maps}:
@@ -53,6 +54,11 @@ class ChecksOverrides:
             whole = {**values.get("backbone_config", {}), **part} if "model_type" not in part else part
             given["backbone_config"] = _as_backbone_config(whole, saved=whole is not part)
         return super().from_dict(values | given, **kwargs)
+
+    @property
+    def readout_map(self) -> str:
+        """Name of the map that a readout reads: `readout_stage`, or that of the dense features."""
+        return self.readout_stage or ("decoder" if self.num_decoder_blocks else self.decoder_inputs[-1])
 
     def to_dict(self) -> dict[str, Any]:
         # auto_map would name code that is not beside what is saved, or not beside the network that this config is a part of. It is right only
@@ -169,7 +175,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         if out_indices is not None and not (
             isinstance(out_indices, (list, tuple))
             and out_indices
-            and all(_is_int(index) for index in out_indices)
+            and all(is_int(index) for index in out_indices)
             # Those of a file, which has the names as well, are compared by transformers, which names the stage that is missing.
             and (out_features is not None or all(-count <= index < count for index in out_indices))
         ):
@@ -187,7 +193,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"PoodleConfig.{name} must be {expected}, got {getattr(self, name)!r}")
 
         for name, low in (("num_decoder_blocks", 0), *((n, 1) for n in _POSITIVE)):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < low:
+            if not is_int(getattr(self, name)) or getattr(self, name) < low:
                 refuse(name, f"an integer of at least {low}")
         if self.num_decoder_blocks > MAX_DECODER_BLOCKS:
             refuse("num_decoder_blocks", f"at most {MAX_DECODER_BLOCKS}: each doubles the resolution")
@@ -202,12 +208,12 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
                 refuse(name, "a finite number of at least 0")
         if self.dense_weight == 0 and self.pooled_weight == 0:
             refuse("dense_weight", "above 0 where pooled_weight is 0: one objective must be left")
-        if self.dense_stride is not None and (not _is_int(self.dense_stride) or self.dense_stride < 1):
+        if self.dense_stride is not None and (not is_int(self.dense_stride) or self.dense_stride < 1):
             refuse("dense_stride", "None or an integer of at least 1")
-        if not _is_int(self.semantic_loss_ignore_index):
+        if not is_int(self.semantic_loss_ignore_index):
             refuse("semantic_loss_ignore_index", "an integer")
         if self.output_stride is not None:
-            if not _is_int(self.output_stride) or self.output_stride not in (8, 16, 32):
+            if not is_int(self.output_stride) or self.output_stride not in (8, 16, 32):
                 refuse("output_stride", "None, 8, 16 or 32")
             if self.backbone_config.model_type != "resnet":
                 refuse(
@@ -266,19 +272,15 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
 # Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
 PLAIN_VITS = ("vit", "deit")
-_CHECKED = {name for name in PoodleConfig.__annotations__ if name not in ("model_type", "sub_configs")}
+_CHECKED = set(PoodleConfig.__annotations__)
 _OF_STAGES = ("backbone_config", "output_stride", "num_decoder_blocks", "decoder_laterals")
 _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_size", "projection_size")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_labels(name: str, value: Any) -> None:
     """Checks the fields of transformers' own that a readout is built from."""
     if name == "num_labels":
-        fits, expected = _is_int(value) and value >= 0, "an integer of at least 0"
+        fits, expected = is_int(value) and value >= 0, "an integer of at least 0"
     elif name == "id2label":
         fits = value is None or isinstance(value, dict) and all(re.fullmatch(r"-?\d+", str(key)) for key in value)
         expected = "a mapping, a name for each number"

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .config_checks import refuse_unknown
+from .config_checks import is_int, refuse_unknown
 from .configuration_poodle import ChecksOverrides
 
 
@@ -44,8 +44,8 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_values(self) -> None:
-        def is_int(value: Any, low: int, high: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        def within(value: Any, low: int, high: int) -> bool:
+            return is_int(value) and low <= value <= high
 
         limits = {
             "num_levels": (2, 8),
@@ -55,10 +55,10 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not is_int(value, low, high):
+            if not within(value, low, high):
                 raise ValueError(f"PoodleFlowConfig.{name} must be an integer between {low} and {high}, got {value!r}")
         sizes = self.decoder_sizes
-        if not isinstance(sizes, (list, tuple)) or not sizes or not all(is_int(size, 1, 1024) for size in sizes):
+        if not isinstance(sizes, (list, tuple)) or not sizes or not all(within(size, 1, 1024) for size in sizes):
             raise ValueError(
                 f"PoodleFlowConfig.decoder_sizes must be a list of integers between 1 and 1024, got {sizes!r}"
             )

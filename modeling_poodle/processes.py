@@ -1,8 +1,10 @@
-"""What all processes do together: an error of one is the error of all."""
+"""What all processes of a script do alike: an error of one is the error of all."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
+import transformers
 from safetensors import SafetensorError
 from torch import distributed
 
@@ -42,6 +44,15 @@ def main_first(accelerator, action: Callable):
     for of_main in (True, False):
         on_all(accelerator, partial(turn, of_main))
     return found[0]
+
+
+def log_plainly(accelerator) -> None:
+    """A script's log: sentences of the main process, errors of all, and nothing that libraries tell of each request and file."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
+    for name in ("httpx", "httpx2", "datasets"):  # the first two are the Hub client's, by its version
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def refuse_sharding(accelerator) -> None:

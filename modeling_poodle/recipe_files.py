@@ -17,6 +17,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from .config_checks import is_int
+
 
 def described(default, help: str):
     """A dataclass field with a help text; lists and mappings are copied for each instance."""
@@ -43,10 +45,6 @@ def cache_root() -> Path:
     return root
 
 
-def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_finite(value) -> bool:
     """True for numbers that a float holds: not for NaN, infinity and integers of 400 digits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -61,7 +59,7 @@ _SHORT = {
 }
 
 
-def nearest(name: str, names) -> str:
+def did_you_mean(name: str, names) -> str:
     """` (did you mean 'x'?)`, or nothing where no name is near."""
     names = list(names)
     name = _SHORT.get(str(name), name)
@@ -166,7 +164,7 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key, count in Counter(keys).items() if count > 1]:
-            raise yaml.MarkedYAMLError(f"{twice[0]!r} stands there twice", node.start_mark)
+            raise yaml.MarkedYAMLError(f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -199,7 +197,7 @@ def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, An
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ValueError(
-            f"--config: no such recipe file {path}; recipes of the package: {', '.join(known)}{nearest(path.stem, known)}"
+            f"--config: no such recipe file {path}; recipes of the package: {', '.join(known)}{did_you_mean(path.stem, known)}"
         )
     values = read_yaml_mapping(path)
     _refuse_unknown(kind, values, str(path))
@@ -210,15 +208,16 @@ def _refuse_unknown(kind: type, names, where: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in names:
         if name not in known:
-            raise ValueError(f"{where}: unknown recipe field {name!r}{nearest(name, known)}")
+            raise ValueError(f"{where}: unknown recipe field {name!r}{did_you_mean(name, known)}")
 
 
 def _as_declared(kind: type, name: str, value, where: str):
     """YAML reads 1e-4 as a string and 'videos: a.mp4' as no list; both are what a person meant."""
-    field = {f.name: f for f in dataclasses.fields(kind)}[name]
-    declared = field.type  # once HfArgumentParser has seen the class, without its `| None`
-    if value is None and field.default is None:
-        return None
+    declared = get_type_hints(kind)[name]
+    if isinstance(declared, UnionType):
+        if value is None and NoneType in get_args(declared):
+            return None
+        declared = get_args(declared)[0]
     try:
         if declared is float and isinstance(value, str):
             return float(value)
@@ -260,7 +259,8 @@ def read_command_line(
     parser.add_argument(
         "-h", "--help", action="store_true", help="Show this and end; with --config, that recipe's values."
     )
-    parser.add_argument("--config", help="Recipe file, or the name of a recipe of the package.")
+    named = "" if default_config({}) is None else ", or the name of a recipe of the package"
+    parser.add_argument("--config", help=f"Recipe file{named}.")
     for action in parser._actions:
         # Only flags that were given override the file.
         action.default = argparse.SUPPRESS

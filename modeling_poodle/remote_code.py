@@ -6,7 +6,7 @@ from pathlib import Path
 
 _CODE = Path(__file__).resolve().parent
 # By model type: the code that a folder holds, and its config's class.
-_CODE_FILES = {
+CODE_FILES = {
     "poodle": ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
     "poodle_flow": (
         "config_checks.py",
@@ -46,7 +46,7 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
     """
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")
-    if kind not in _CODE_FILES:
+    if kind not in CODE_FILES:
         return config
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in _AUTO_MAPS:
@@ -55,6 +55,6 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
         )
     config = {**config, "auto_map": {"AutoConfig": _CONFIGS[kind], **_AUTO_MAPS[names[0]]}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in _CODE_FILES[kind]:
+    for file in CODE_FILES[kind]:
         shutil.copyfile(_CODE / file, folder / file)
     return config

@@ -73,7 +73,7 @@ def test_the_optimizer_has_the_recipe_s_numbers_and_decays_matrices_alone(fresh_
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.Linear(2, 2).requires_grad_(False)
     )
-    decayed, others = build_optimizer(Accelerator(cpu=True), recipe, model).param_groups
+    decayed, others = build_optimizer(recipe, model).param_groups
     assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
     rest = (model[0].bias, model[1].weight, model[1].bias, model[2].bias)
     assert {id(p) for p in others["params"]} == {id(p) for p in rest}

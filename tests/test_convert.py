@@ -239,7 +239,7 @@ def test_files_that_are_not_read(tmp_path, as_script):
     whole = (tmp_path / "list.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     for name, message in (
-        ("none.pth", "no such file"), ("text.pth", "text.pth is no checkpoint: torch wrote neither"), ("pickle.pth", "pickle.pth"), ("cut.pth", "is no checkpoint that torch reads"),
+        ("none.pth", "no such file"), ("text.pth", "text.pth is no checkpoint: it is neither a zip nor a pickle"), ("pickle.pth", "pickle.pth"), ("cut.pth", "is no checkpoint that torch reads"),
         ("list.pth", "holds no state dict"), ("numbers.pth", "holds no state dict"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,6 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerImageProcessor, ViTConfig, ViTModel
 
-from evaluation import explore_features
 from evaluation.encoders import Encoder, build
 from evaluation.explore_features import (
     MAX_PIXELS,
@@ -38,7 +37,6 @@ from evaluation.labelled_images import Example, LabelledImages
 from evaluation.readouts import UperNetReadout
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
-from training import video_files, video_sources
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -146,17 +144,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path, video):
 
 def test_frames_beyond_the_limit_are_not_decoded(tmp_path):
     """Uploads to a Space come from anybody; the limit is that of videos to train on."""
-    assert MAX_PIXELS == video_files.MAX_PIXELS
     beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more
     write_video(tmp_path / "large.mp4", [np.zeros((beyond, 8192, 3), np.uint8)])
     with pytest.raises(ValueError, match=r"^large.mp4 is no picture or video that can be read"):
         read_clip(str(tmp_path / "large.mp4"), 0, 0.5, 1, 512)
-
-
-def test_the_page_offers_what_a_run_reads():
-    assert (
-        explore_features.VIDEOS == video_sources.EXTENSIONS and explore_features.CONTAINERS == video_files.CONTAINERS
-    )
 
 
 def test_media_of_a_folder(tmp_path, video):

@@ -115,7 +115,7 @@ note("remote videos", videos("https://example.org/a.mp4", "https://example.org/a
 note("asked", lambda: gather_object([len(asked)]))
 failing = dataclasses.replace(recipe, output_dir=recipe.output_dir + "-failing")
 model = pretrain.build_model(accelerator, failing)
-optimizer = pretrain.build_optimizer(accelerator, failing, model)
+optimizer = pretrain.build_optimizer(failing, model)
 def save(step):
     return run.save_checkpoint(accelerator, failing, step, model, optimizer, {"sums": torch.ones(3)}).name
 note("saved", lambda: save(1))

@@ -34,9 +34,10 @@ from fuzzed_videos import (
 )
 from loopback import serve
 
+from modeling_poodle.video_frames import MAX_PIXELS
 from training import video_files, video_index
 from training.video_decoding import Cut, decode_cuts
-from training.video_files import MAX_ENTRIES, MAX_PIXELS, Deadline, UnreadableVideo
+from training.video_files import MAX_ENTRIES, Deadline, UnreadableVideo
 from training.video_index import _estimate_pts, index_video, read_index
 from training.video_sources import find_videos
 

@@ -89,7 +89,7 @@ def test_what_a_gpu_would_refuse_or_wait_for_is_an_error(gpu):
 @pytest.mark.parametrize(("flow", "small"), [("raft_large", None), ("raft_small", SMALL), ("dis", SMALL)])
 def test_a_step_of_pretraining(gpu, generator, flow, small):
     changes = [] if small is None else ["--model", json.dumps(small)]
-    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--flow_weights", "random", "--bf16", *changes])
+    recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--bf16", *changes])
     height, width = recipe.crop_size
     # As a loader hands it out: on the CPU.
     batch = {"frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)}

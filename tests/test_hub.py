@@ -15,6 +15,7 @@ from loopback_hub import TOKEN
 from published import REPOSITORY, publish, python
 from safetensors.torch import load_file, save_file
 
+from modeling_poodle.remote_code import CODE_FILES
 from training import publish as publishing
 from training.checkpoints import export_network
 from training.hub import belongs
@@ -94,6 +95,11 @@ for revision in sys.argv[1:]:
 def test_files_in_folders_of_a_repository_are_not_ours_to_delete():
     assert belongs("config.json") and belongs("model.safetensors") and belongs("modeling_poodle.py")
     assert not belongs("onnx/config.json") and not belongs("old/model.safetensors") and not belongs("notes.txt")
+
+
+def test_all_code_that_is_sent_is_taken_away_again_where_it_is_no_longer_sent():
+    assert all(belongs(name) for names in CODE_FILES.values() for name in names)
+    assert not belongs("my_poodle.py")
 
 
 def test_a_dry_run_writes_the_folder_and_sends_nothing(own_hub, published_run):

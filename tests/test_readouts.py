@@ -11,13 +11,12 @@ import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from forked_scripts import forked
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from evaluation import engine
 from evaluation.data import load_dataset
 from evaluation.encoders import build
-from evaluation.engine import draw, evaluate, fingerprint, fit, load_fit, over_test_images, save_fit
+from evaluation.engine import FitState, Readout, draw, evaluate, fingerprint, fit, over_test_images
 from evaluation.feature_store import FeatureStore
 from evaluation.readouts import KnnReadout, LinearReadout, UperNetReadout, _in_order, majority
 from evaluation.recipe import EvaluationRecipe
@@ -321,10 +320,8 @@ def test_another_seed_draws_in_another_order():
 # --- the fit ---
 
 
-class Weight(torch.nn.Module):
+class Weight(Readout):
     """A readout of one weight, of which its loss does not depend: the examples are the losses. It notes the seeds of its steps."""
-
-    trains_encoder = False
 
     def __init__(self, losses):
         super().__init__()
@@ -332,9 +329,6 @@ class Weight(torch.nn.Module):
 
     def trained(self):
         return [self.weight]
-
-    def keep(self, examples):
-        pass
 
     def read(self, example):
         return example
@@ -399,8 +393,8 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     weight.grad = torch.ones(1)
     optimizer.step()
-    arguments = ([weight], {}, optimizer)
-    save_fit(tmp_path, "x", 4, 1, 2, [], *arguments)
+    state = FitState(tmp_path / "fit.safetensors", "x", 4, 1, [weight], {}, optimizer)
+    state.save(2, [])
 
     def killed(tensors, path, **more):
         Path(path).write_bytes(b"half")
@@ -408,18 +402,17 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_fit(tmp_path, "x", 4, 1, 3, [], *arguments)
-    assert load_fit(tmp_path, "x", 4, 1, *arguments) == (2, [])
+        state.save(3, [])
+    assert state.load() == (2, [])
 
 
-def test_a_fit_of_a_version_that_noted_no_steps_and_a_damaged_one_are_named(tmp_path):
-    save_file({}, tmp_path / "fit.safetensors", metadata={"encoder": "x", "step": "1", "curve": "[]"})
-    with pytest.raises(ValueError, match="fit.safetensors is the fit of an earlier version.*: remove it"):
-        load_fit(tmp_path, "x", 4, 1, [], {}, None)
-    for content in (b"", (tmp_path / "fit.safetensors").read_bytes()[:40]):  # a power cut can leave a file of no bytes
-        (tmp_path / "fit.safetensors").write_bytes(content)
+def test_a_damaged_fit_is_named(tmp_path):
+    state = FitState(tmp_path / "fit.safetensors", "x", 4, 1, [], {}, None)
+    state.save(1, [])
+    for content in (b"", state.path.read_bytes()[:40]):  # a power cut can leave a file of no bytes
+        state.path.write_bytes(content)
         with pytest.raises(ValueError, match="fit.safetensors is damaged .*; remove it, and the fit begins anew"):
-            load_fit(tmp_path, "x", 4, 1, [], {}, None)
+            state.load()
 
 
 # --- the test images ---

@@ -1,7 +1,10 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+from published import REPOSITORY
 
 from modeling_poodle import PoodleConfig
 from training.recipe import RECIPES, Recipe, check_crop_size, parse_recipe, read_yaml
@@ -69,7 +72,7 @@ def test_what_argparse_refuses_and_what_yaml_forgives_are_sentences(tmp_path):
     ):
         parse_recipe(["--crop_size", "64x128"])
     (tmp_path / "twice.yaml").write_text("max_steps: 5\nseed: 1\nmax_steps: 7\n")
-    with pytest.raises(ValueError, match="twice.yaml is not valid YAML: 'max_steps' stands there twice"):
+    with pytest.raises(ValueError, match="twice.yaml is not valid YAML: 'max_steps' is given twice"):
         parse_recipe(["--config", str(tmp_path / "twice.yaml")])
 
 
@@ -84,6 +87,37 @@ def test_the_crop_fits_the_encoder_that_a_run_starts_from():
         ValueError, match=r"crop_size must be at least 128x128 with flow raft_small .*dis.*, got \[96, 128\]"
     ):
         Recipe(crop_size=[96, 128], flow="raft_small")
+    tiny = {"backbone_config": {"model_type": "dinov2", "patch_size": 8}}
+    with pytest.raises(ValueError, match=r"crop_size must be at least 12x12 with flow dis, got \[8, 8\]"):
+        Recipe(model=tiny, crop_size=[8, 8])
+
+
+def test_weights_of_raft_are_not_passed_over_with_another_flow():
+    with pytest.raises(
+        ValueError, match="flow_weights must be unset with flow dis: the weights are RAFT's, got 'raft.pth'"
+    ):
+        Recipe(flow_weights="raft.pth")
+
+
+def test_what_goes_with_the_file_s_flow_does_not_outlive_a_flag_for_another(tmp_path):
+    (tmp_path / "r.yaml").write_text("flow: raft_large\nflow_weights: raft.pth\ncrop_size: [128, 256]\n")
+    config = ["--config", str(tmp_path / "r.yaml")]
+    assert parse_recipe([*config, "--flow", "dis"]).flow_weights is None
+    assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
+    assert parse_recipe([*config, "--flow", "raft_small", "--flow_weights", "small.pth"]).flow_weights == "small.pth"
+
+
+def test_files_are_read_the_same_before_and_after_a_command_line_is(tmp_path):
+    """In a process of its own: HfArgumentParser changes the types that dataclasses.fields tell."""
+    (tmp_path / "r.yaml").write_text("flow_max_error: 1e0\nflow_weights: null\n")
+    code = (
+        "import sys; from training.recipe import parse_recipe, read_yaml; before = read_yaml(sys.argv[1]); parse_recipe([]); "
+        "print(before == read_yaml(sys.argv[1]) == {'flow_max_error': 1.0, 'flow_weights': None})"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "r.yaml"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert process.stdout == "True\n", process.stderr
 
 
 def test_bdd100k_has_the_papers_numbers():

@@ -107,10 +107,10 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
         ValueError,
         match=r"the fit of 45 steps on 1 process\(es\), this one is of 22 on 2: go on with --num_processes 1",
     ):
-        engine.load_fit(tmp_path / "c", identity, 22, 2, [], {}, None)
+        engine.FitState(tmp_path / "c" / "fit.safetensors", identity, 22, 2, [], {}, None).load()
     starts = []
-    load = engine.load_fit
-    monkeypatch.setattr(engine, "load_fit", lambda *a: (starts.append(load(*a)), starts[-1])[1])
+    load = engine.FitState.load
+    monkeypatch.setattr(engine.FitState, "load", lambda state: (starts.append(load(state)), starts[-1])[1])
     (third,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()

@@ -6,7 +6,6 @@ import warnings
 from datetime import timedelta
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
@@ -15,7 +14,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
-from modeling_poodle.processes import refuse_sharding
+from modeling_poodle.processes import log_plainly, refuse_sharding
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
 from training.recipe import Recipe, RunRecipe, check_crop_size
 
@@ -43,19 +42,15 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     refuse_sharding(accelerator)
-    accelerator.gradient_accumulation_steps = (
-        1  # the environment may set another; the loop divides the loss itself, and Accelerate would divide it again
-    )
+    # The environment may set another; the loop divides the loss itself, and Accelerate would divide it again.
+    accelerator.gradient_accumulation_steps = 1
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     else:
         # Products in TF32, as cuDNN has convolutions by default: in float32 the heads, 1x1 convolutions that are computed as products, would
         # take seven times as long by the data sheets (67 and 494 TFLOP/s), and they are more than half of a step.
         torch.set_float32_matmul_precision("high")
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
-    for name in ("httpx", "httpx2"):  # the Hub client's, by its version
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_plainly(accelerator)
     if recipe.bf16 and accelerator.device.type == "cpu" and not computes_in_bfloat16():
         logger.warning(
             "bf16: this processor has no AVX-512 and computes bfloat16 about ten times as slowly as float32; give --bf16 false"
@@ -69,7 +64,6 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
     # Accelerate and torchdata still call what torch has deprecated.
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-    transformers.utils.logging.disable_progress_bar()
     set_seed(recipe.seed)  # the same weights on every rank
     return accelerator
 
@@ -193,7 +187,7 @@ def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -
         raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")
 
 
-def build_optimizer(accelerator: Accelerator, recipe: RunRecipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(recipe: RunRecipe, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},

@@ -11,15 +11,21 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.addresses import dataset_of, hub_id, public_source
+from training.recipe import FREE_ON_RESUME
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
 # Fields of a recipe that tell of this machine, not of the training: left out of cards.
-_PRIVATE_FIELDS = (
-    "output_dir", "videos", "flow_weights", "flow_dir", "flow_model", "init_encoder", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "logging_steps", "save_steps", "save_total_limit", "panel_steps", "dataloader_num_workers", "probe", "probe_steps",
-)  # fmt: skip
+_PRIVATE_FIELDS = FREE_ON_RESUME | {
+    "videos",
+    "flow_weights",
+    "flow_dir",
+    "flow_model",
+    "init_encoder",
+    "logging_steps",
+    "dataloader_num_workers",
+}
 _CITATION = """```bibtex
 @inproceedings{wang2025poodle,
   title = {{PooDLe}: Pooled and dense self-supervised learning from naturalistic videos},
@@ -397,9 +403,8 @@ def _time(facts: Facts, recipe: dict) -> str | None:
     path = facts.output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    lines = [
-        json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
-    ]  # a kill may halve the last
+    # A kill may halve the last.
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
     seconds, before = 0.0, 0
     for line in lines:

@@ -46,13 +46,6 @@ def write_text(path: Path, text: str) -> None:
     sync_file(path)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write aside, then rename: whoever reads `path` finds the old text or the new, whenever this process is killed."""
-    partial = path.with_suffix(".partial")
-    write_text(partial, text)
-    os.replace(partial, path)
-
-
 def sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())

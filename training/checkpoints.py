@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.cpu import usable_cores
+from modeling_poodle.folders import folder_aside
 from modeling_poodle.processes import on_all
 from modeling_poodle.recipe_files import read_yaml_mapping
 from modeling_poodle.remote_code import add_code
@@ -270,39 +270,25 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
     encoder_config = model.encoder.config
     stages = [name for name in getattr(encoder_config, "stage_names", None) or [] if name != "stem"]
     for name, module in (("model", model), ("encoder", model.encoder)):
-        partial = output_dir / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
-        if encoder_config.model_type != "resnet":
-            module.save_pretrained(partial, state_dict=state)
-        else:
-            kept = list(encoder_config.out_features)
-            if name == "encoder":
-                encoder_config.out_features = stages  # all four: what UperNet and the like ask for
-            module.save_pretrained(partial, state_dict=state)
-            encoder_config.out_features = kept
-        processor.save_pretrained(partial)
-        add_code(partial)
-        (partial / "README.md").write_text(card(name))
-        _put_in_place(partial, output_dir / name)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename a finished folder to its name, over an older one."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+        with folder_aside(output_dir / name) as partial:
+            if encoder_config.model_type != "resnet":
+                module.save_pretrained(partial, state_dict=state)
+            else:
+                kept = list(encoder_config.out_features)
+                if name == "encoder":
+                    encoder_config.out_features = stages  # all four: what UperNet and the like ask for
+                module.save_pretrained(partial, state_dict=state)
+                encoder_config.out_features = kept
+            processor.save_pretrained(partial)
+            add_code(partial)
+            (partial / "README.md").write_text(card(name))
 
 
 def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_processes: int = 1) -> None:
     """Write `model/` of a run of train_flow.py: aside first, then renamed."""
     facts = Facts(step, "network", hardware(num_processes), num_processes, Path(recipe.output_dir))
-    partial = Path(recipe.output_dir, ".model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    add_code(partial)
-    (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))
-    _put_in_place(partial, Path(recipe.output_dir, "model"))
+    with folder_aside(Path(recipe.output_dir, "model")) as partial:
+        model.save_pretrained(partial)
+        add_code(partial)
+        (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))

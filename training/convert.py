@@ -86,11 +86,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         with path.open("rb") as file:
             begins = file.read(2)
-        if (
-            begins not in (b"PK", b"\x80\x02") and found is None
-        ):  # a zip, as torch writes since 1.6, or a pickle, as before
+        # A zip, as torch writes since 1.6, or a pickle, as before.
+        if begins not in (b"PK", b"\x80\x02") and found is None:
             raise ValueError(
-                f"{path} is no checkpoint: torch wrote neither its first bytes nor anything like them"
+                f"{path} is no checkpoint: it is neither a zip nor a pickle, which torch.save writes"
             ) from None
         what = f" ({found.group(1)})" if found else ""
         raise ValueError(
@@ -143,9 +142,8 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
     weights |= {f"decoder.{key.replace('.', '.lateral.', 1)}": value for key, value in ours["laterals"].items()}
     model = PoodleModel(_config(family, ours)).eval()
     report = model.load_state_dict(_same_shapes(weights, model), strict=False)
-    missing = [
-        key for key in report.missing_keys if not key.endswith("num_batches_tracked")
-    ]  # old files lack the counter
+    # Old files lack the counter.
+    missing = [key for key in report.missing_keys if not key.endswith("num_batches_tracked")]
     if missing or report.unexpected_keys:
         raise ValueError(
             f"the {which}'s weights are no whole ResNet with decoder as transformers has it: "

@@ -71,12 +71,12 @@ def fault_of(error: Exception, died_at: list[str], ddp_timeout: int, go_on: str 
             "the loader's workers are out of shared memory (/dev/shm): give them more (docker run --shm-size 8g), or lower "
             f"--dataloader_num_workers or --per_device_train_batch_size{inexactly}, {go_on}"
         )
-    killed = re.search(r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)", message)
+    killed = re.search(r"DataLoader worker .*?(?:(killed by signal: [\w ]+)|exited unexpectedly)", message)
     if killed:
+        how = f"was {killed[1].strip()}" if killed[1] else "exited unexpectedly"
         videos = f" while it read {', '.join(died_at)}" if died_at else ""
         return ChildProcessError(
-            f"a loader worker was {killed[1].strip()}{videos}".replace("was exited", "exited")
-            + ". SIGKILL is mostly the system, out of "
+            f"a loader worker {how}{videos}. SIGKILL is mostly the system, out of "
             f"memory: lower --dataloader_num_workers{inexactly}. SIGSEGV or SIGABRT is the decoder at that video: put an "
             f"empty file in its place, which is skipped; {go_on}"
         )

@@ -21,7 +21,7 @@ from torchvision.utils import flow_to_image
 
 from modeling_poodle import PoodleFlowConfig, PoodleFlowModel
 from modeling_poodle.loading_poodle import config_values
-from modeling_poodle.recipe_files import nearest
+from modeling_poodle.recipe_files import did_you_mean
 from training.addresses import printable, video_name
 from training.raft import GatedUnit, correlation_pyramid, update
 from training.recipe import FLOWS
@@ -39,7 +39,7 @@ class DisFlow:
     OpenCV's dense inverse search (Kroeger et al. 2016), the embedded default: no weights, no GPU.
 
     Preset MEDIUM, measured on one core. Smoothly warped CamVid frames (360x480, up to 24 px): mean end-point error 1.6 px at 31 ms a
-    direction; FAST 2.9 px at 6 ms, ULTRAFAST 4.1 px at 3 ms. The street at 128x256, 0.5 s apart: median 1.1 px at 3 ms; FAST 2.8 px
+    direction; FAST 2.9 px at 6 ms, ULTRAFAST 4.1 px at 3 ms. The street at 128x256, 0.5 s apart: median 2.8 px at 3 ms; FAST 5.3 px
     at 1 ms. At 512x1024 on a GPU machine use RAFT, which runs on the device.
     """
 
@@ -290,9 +290,8 @@ class UnFlow(nn.Module):
                 f"flow_model {model} is of type {kind!r}, expected {PoodleFlowConfig.model_type!r}; {advice}"
             )
         try:
-            self.model = PoodleFlowModel.from_pretrained(
-                folder, dtype=torch.float32
-            )  # also where it was saved in half precision
+            # In float32 also where it was saved in half precision.
+            self.model = PoodleFlowModel.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"flow_model {model} cannot be loaded ({str(error)[:300]}); {advice}") from error
         self.model.eval().requires_grad_(False)
@@ -340,7 +339,7 @@ def build_flow(
         if model is None:
             raise ValueError("flow unflow needs its network: a run of training/train_flow.py, its model/, or a Hub id")
         return None, UnFlow(model)
-    raise ValueError(f"flow must be one of {', '.join(FLOWS)}{nearest(name, FLOWS)}, got {name!r}")
+    raise ValueError(f"flow must be one of {', '.join(FLOWS)}{did_you_mean(name, FLOWS)}, got {name!r}")
 
 
 def flow_function(name: str, device: str | torch.device = "cpu", **options) -> Callable[[Tensor], Tensor]:

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from modeling_poodle.folders import spread
 from training.addresses import is_remote, video_name
 from training.first_look import indices_in_subprocess
 from training.pair_plans import PairSampling, plan_pairs
@@ -285,10 +286,9 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
 
 
 def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[str], epochs: int, about: dict) -> None:
-    count = len(paths) * epochs
-    numbers = np.unique(np.linspace(0, count - 1, min(_LOOKED_AT, count)).round().astype(int))
+    numbers = spread(range(len(paths) * epochs), _LOOKED_AT)
     looked_at = indices_in_subprocess([paths[number % len(paths)] for number in numbers])
-    for epoch, (path, index) in zip(numbers // len(paths), looked_at):
+    for epoch, (path, index) in zip((number // len(paths) for number in numbers), looked_at):
         file = opening_file(folder, epoch, path)
         try:
             if isinstance(index, UnreadableVideo):

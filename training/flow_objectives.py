@@ -26,9 +26,9 @@ from modeling_poodle.modeling_poodle_flow import warp
 ALPHA_1, ALPHA_2 = 0.01, 0.5  # of the forward-backward check; stricter than the one by which PooDLe uses flow (0.1)
 
 
-def charbonnier(values: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """sqrt(values^2 + epsilon^2): |values| with a gradient at 0."""
-    return (values.square() + epsilon**2).sqrt()
+def charbonnier(values: Tensor) -> Tensor:
+    """sqrt(values^2 + 0.001^2): |values| with a gradient at 0."""
+    return (values.square() + 1e-6).sqrt()
 
 
 def ssim_distance(first: Tensor, second: Tensor) -> Tensor:
@@ -181,11 +181,8 @@ def flow_losses(
     return FlowLosses(total, photometric, smoothness, self_supervision, visible.float().mean())
 
 
-MAX_ANGLE, MAX_ZOOM, MAX_SHIFT = (
-    0.05,
-    0.25,
-    0.1,
-)  # radians, log of the scale, halves of the frame; each view's, either way
+# Radians, log of the scale, halves of the frame; each view's, either way.
+MAX_ANGLE, MAX_ZOOM, MAX_SHIFT = 0.05, 0.25, 0.1
 
 
 def draw_views(n: int, height: int, width: int, generator: torch.Generator, device=None) -> Tensor:

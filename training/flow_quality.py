@@ -28,7 +28,7 @@ from modeling_poodle.recipe_files import run_script
 from training.flow import flow_function
 from training.street import Street
 from training.street_cameras import CAMERAS, check_camera
-from training.street_files import HELD_OUT_SEED
+from training.street_files import HELD_OUT_SEED, held_out_time
 
 WRONG = 3.0  # pixels
 
@@ -103,7 +103,7 @@ def held_out_pairs(
     """Of each drive frames (2, 3, H, W) uint8, exact flow (2, 2, H, W), and where its point is seen in the other frame (2, H, W)."""
     pairs = []
     for number in range(drives):
-        street, begin = Street(HELD_OUT_SEED + number, height, width, camera=camera), 1.0 + 0.37 * (number % 20)
+        street, begin = Street(HELD_OUT_SEED + number, height, width, camera=camera), held_out_time(number)
         frames = np.stack([street.frame(begin), street.frame(begin + gap)]).transpose(0, 3, 1, 2)
         flows, seen = zip(street.flow(begin, begin + gap), street.flow(begin + gap, begin))
         pairs.append((np.ascontiguousarray(frames), np.stack(flows), np.stack(seen)))

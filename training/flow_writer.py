@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -26,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from modeling_poodle.folders import sha256_of
+from modeling_poodle.folders import sha256_of, write_aside
 from modeling_poodle.processes import main_first
 from training.addresses import printable, video_name, without_secrets
 from training.assembly import make_accelerator
@@ -143,13 +142,10 @@ def write_file(file: Path, data: bytes) -> None:
     Raises:
         ValueError: the disk is full, or the folder cannot be written.
     """
-    partial = file.with_name(f".{file.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, file)
+        write_aside(file, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ValueError(
             f"{file} cannot be written ({error.strerror}). What is there is whole: make room and give the same command again, or another --out"
         ) from error

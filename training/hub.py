@@ -16,14 +16,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from modeling_poodle.remote_code import CODE_FILES
+
 PANEL = "panel.png"  # a card's picture
 # What a push may hold, and what of an earlier push it takes away where it is no longer there. Nothing else in the repository is touched.
 PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*config.json",
-    "*_poodle.py",
-    "*_poodle_flow.py",
+    *sorted({name for names in CODE_FILES.values() for name in names}),
     "README.md",
     PANEL,
 )

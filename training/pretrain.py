@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(accelerator, recipe)
     probe = build_probe(accelerator, recipe)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow)
-    optimizer = build_optimizer(accelerator, recipe, model)
+    optimizer = build_optimizer(recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = PretrainingRun(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
     run.run(checkpoint)

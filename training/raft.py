@@ -55,9 +55,8 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
     n, _, h, w = points.shape
     centres = points.permute(0, 2, 3, 1).reshape(-1, 2)
-    offsets = torch.arange(
-        1 - radius, radius + 3, device=points.device
-    )  # from a cell to its window's, behind the border
+    # From a cell to its window's, behind the border.
+    offsets = torch.arange(1 - radius, radius + 3, device=points.device)
     found = []
     for level, volume in enumerate(pyramid):
         scaled = centres / 2**level

@@ -8,12 +8,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_poodle import PoodleConfig
+from modeling_poodle.config_checks import is_int
 from modeling_poodle.recipe_files import (
     CheckedRecipe,
     described,
+    did_you_mean,
     is_finite,
-    is_int,
-    nearest,
     read_command_line,
     read_recipe_file,
     shown,
@@ -24,6 +24,8 @@ from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
+# The smallest frames that an estimator takes: DIS asserts its own, below 128 RAFT's coarsest correlation has no cells to look up.
+LEAST_SIDES = {"dis": 12, "raft_large": 128, "raft_small": 128}
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 MOST_PAIRS = 32  # of a video: half of PAIRS_HELD in training/video_stream.py, so that two videos take turns at least
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
@@ -138,8 +140,8 @@ class RunRecipe(CheckedRecipe):
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     resume_inexact: bool = described(
         False,
-        "Allow to resume with another number of processes or workers (a step has as many pairs, but other ones than without the stop), "
-        "or with another max_steps, num_train_epochs, learning_rate, min_learning_rate, teacher_momentum, bf16, gradient_checkpointing or torch_compile.",
+        "Allow to resume with another number of processes or workers, batch size or accumulation (a step has as many pairs, but other ones than "
+        "without the stop), or with another flow_epochs, max_steps, num_train_epochs, learning_rate, min_learning_rate, teacher_momentum, bf16, gradient_checkpointing or torch_compile.",
     )
     ddp_timeout: int = described(
         1800, "Seconds that a process waits for the others before the run ends with an error."
@@ -188,7 +190,7 @@ class RunRecipe(CheckedRecipe):
         self.need(
             self.report_to in TRACKERS,
             "report_to",
-            f"one of {', '.join(TRACKERS)}{nearest(self.report_to, TRACKERS)}",
+            f"one of {', '.join(TRACKERS)}{did_you_mean(self.report_to, TRACKERS)}",
         )
         named = not self.push_to_hub or self.hub_model_id is not None
         self.need(named, "hub_model_id", "org/name where push_to_hub is true")
@@ -223,12 +225,8 @@ class RunRecipe(CheckedRecipe):
             return self.config_class(**self.model)
         except ValueError as error:  # some of transformers' name no field
             raise ValueError(f"model: {error}") from error
-        except (
-            TypeError,
-            AttributeError,
-            KeyError,
-            StrictDataclassError,
-        ) as error:  # transformers', of its own fields
+        # transformers', of its own fields.
+        except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
             raise ValueError(f"model holds a value that its config cannot have: {error}") from error
 
     @property
@@ -302,7 +300,7 @@ class Recipe(RunRecipe):
         self.need_integers("flow_updates", "subcrop_size", "probe_steps")
         self._need_range("subcrop_area", "0.05 0.3", above_zero=True)
         self.need(self.subcrop_area[1] <= 1, "subcrop_area", "shares of the frame, at most 1")
-        self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{nearest(self.flow, FLOWS)}")
+        self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{did_you_mean(self.flow, FLOWS)}")
         bound = self.flow_max_error
         self.need(bound is None or (is_finite(bound) and bound > 0), "flow_max_error", "a number above 0, or unset")
         precomputed = self.flow == "precomputed"
@@ -318,6 +316,8 @@ class Recipe(RunRecipe):
         self.need(
             trained, "flow_model", f"a folder or Hub id with flow unflow, and unset with others (flow is {self.flow})"
         )
+        unused = self.flow_weights is not None and not self.flow.startswith("raft")
+        self.need(not unused, "flow_weights", f"unset with flow {self.flow}: the weights are RAFT's")
         if self.probe is not None and street_camera(self.probe) is None:
             named = self.probe.startswith("folder:") and self.probe != "folder:"
             self.need(named, "probe", "street, street:CAMERA or folder:PATH")
@@ -328,11 +328,10 @@ class Recipe(RunRecipe):
         config = self.model_config()  # raises for each field that does not fit
         if self.init_encoder is None or "backbone_config" in self.model:  # else it is known once the encoder is read
             check_crop_size(config, self.crop_size)
-        raft = self.flow.startswith("raft")
+        least = LEAST_SIDES.get(self.flow, 1)
+        smaller = " (--flow dis takes smaller ones)" if least > LEAST_SIDES["dis"] else ""
         self.need(
-            not raft or min(self.crop_size) >= 128,
-            "crop_size",
-            f"at least 128x128 with flow {self.flow} (--flow dis takes smaller ones)",
+            min(self.crop_size) >= least, "crop_size", f"at least {least}x{least} with flow {self.flow}{smaller}"
         )
 
     @property
@@ -365,6 +364,7 @@ def flow_beside(videos: list[str]) -> str | None:
     return str(Path(alone, "flow")) if alone and Path(alone).is_dir() else None
 
 
+_OF_A_FLOW = ("flow_weights", "flow_model", "flow_dir", "flow_epochs")
 _AT_LEAST_ONE = (
     "pairs_per_video",
     "per_device_train_batch_size",
@@ -394,6 +394,8 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         own = of_file.get("model") or {}
         if given.get("init_encoder") is not None:  # the flag's encoder, not that of the file
             own = {name: value for name, value in own.items() if name != "backbone_config"}
+        if given.get("flow", of_file.get("flow")) != of_file.get("flow"):  # nor what goes with the file's estimator
+            values = {name: value for name, value in values.items() if name not in _OF_A_FLOW or name in given}
         values["model"] = _changed(own, given.get("model"))
         if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
             values["max_steps"] = -1

@@ -9,10 +9,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from modeling_poodle.config_checks import is_int
+from modeling_poodle.folders import write_aside
 from modeling_poodle.locks import lock_output_dir
-from modeling_poodle.recipe_files import is_int, read_yaml_mapping
+from modeling_poodle.recipe_files import read_yaml_mapping
 from training.addresses import public_value
-from training.checkpoint_files import damage, list_checkpoints, read_state, replace_text
+from training.checkpoint_files import damage, list_checkpoints, read_state
 from training.ranks import on_main, same_on_all
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
@@ -218,7 +220,7 @@ def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
     if not path.exists():
         return
-    replace_text(path, "".join(line + "\n" for at, line in _lines(path) if at <= step))
+    write_aside(path, "".join(line + "\n" for at, line in _lines(path) if at <= step), sync=True)
 
 
 def drop_later_panels(folder: Path, step: int) -> None:

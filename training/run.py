@@ -16,10 +16,11 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from modeling_poodle.folders import write_aside
 from training import stopping
 from training.addresses import public_value
 from training.assembly import compile_modules, prepared
-from training.checkpoint_files import leave_later, replace_text, sync_file
+from training.checkpoint_files import leave_later, sync_file
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
 from training.health import Health
@@ -108,7 +109,7 @@ class Run(ABC):
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             stopping.mark_begun()
-            replace_text(self.output_dir / "config.yaml", self.recipe.to_yaml())
+            write_aside(self.output_dir / "config.yaml", self.recipe.to_yaml(), sync=True)
             for name in self.LOGS:
                 cut_metrics(self.output_dir / name, self.step)
             drop_later_panels(self.output_dir / "panels", self.step)
@@ -125,7 +126,7 @@ class Run(ABC):
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
             self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
-        if 1 <= self.recipe.warmup_steps > self.max_steps:
+        if self.recipe.warmup_steps > self.max_steps:
             logger.warning(
                 "the learning rate rises over warmup_steps = %d, of which the run has %d: it ends at %.1e instead of learning_rate = %.1e",
                 *(self.recipe.warmup_steps, self.max_steps),

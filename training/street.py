@@ -196,9 +196,8 @@ def _draw(street: Street, t: float) -> Scene:
     height, width, look, camera = street.height, street.width, street.look(), street.pose(t)
     x = (np.arange(width) + 0.5 - width / 2) / camera.focal
     y = (np.arange(height) + 0.5 - height / 2) / camera.focal
-    rays = (
-        np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T
-    )  # depth 1 along each
+    # Depth 1 along each.
+    rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T
     rays = rays.astype(np.float32)
     scene = Scene(
         camera,
@@ -220,7 +219,7 @@ def _draw(street: Street, t: float) -> Scene:
     z, distance = camera.position[2] - behind, VIEW_DISTANCE + behind
     for item in static_items(street.seed, z, distance) + moving_items(street, t, z, distance):
         scene.items[item.key] = item
-        paint_item(street, item, t, rays, scene, look)
+        paint_item(item, t, rays, scene, look)
     haze = np.clip(scene.depth / look["visibility"], 0, look["fog"])[..., None] * np.isfinite(scene.depth)[..., None]
     hazy = scene.colour * (1 - haze) + look["horizon"] * haze
     scene.colour = np.clip(hazy * look["exposure"], 0, 1).astype(np.float32)
@@ -361,18 +360,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         scene.colour[rows, columns] = colour * look["light"]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    from training.street_files import main as write_files
-
-    write_files(arguments)
-
-
-def street_videos(cache_dir=None, **parameters) -> list[str]:
-    """Paths of the street's videos, rendered on the first call (see [`training.street_files.street_videos`])."""
-    from training.street_files import street_videos as render
-
-    return render(cache_dir, **parameters)
-
-
 if __name__ == "__main__":
+    from training.street_files import main  # which imports this module
+
     main()

@@ -258,9 +258,14 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
     begun.unlink(missing_ok=True)
 
 
+def held_out_time(number: int) -> float:
+    """The second of a held-out drive that is looked at: of twenty drives that are alike not the same one."""
+    return 1.0 + 0.37 * (number % 20)
+
+
 def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
     """Write one labelled frame; its boxes, COCO's xywh."""
-    time = 1.0 + 0.37 * (number % 20)
+    time = held_out_time(number)
     labels, instances = street.labels(time), street.instances(time)
     Image.fromarray(street.frame(time)).save(Path(output_dir, "images", f"{number:05d}.png"))
     Image.fromarray(labels).save(Path(output_dir, "labels", f"{number:05d}.png"))
@@ -351,7 +356,11 @@ def main(arguments: list[str] | None = None) -> None:
         description="Render the street.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", help="folder of the videos (default: the cache that --videos street reads)")
+    parser.add_argument(
+        "--output_dir",
+        default=argparse.SUPPRESS,
+        help="folder of the videos (default: the cache that --videos street reads)",
+    )
     parser.add_argument(
         "--labelled", type=int, default=0, help="write a labelled data set of N held-out frames instead"
     )
@@ -373,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=about[name])
     options = vars(parser.parse_args(arguments))
-    output_dir, labelled, sequences = (options.pop(name) for name in ("output_dir", "labelled", "sequences"))
+    output_dir, labelled, sequences = (options.pop(name, None) for name in ("output_dir", "labelled", "sequences"))
     size = {name: options[name] for name in ("height", "width", "seed", "camera")}
     try:
         if (labelled or sequences) and output_dir is None:

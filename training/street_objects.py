@@ -1,6 +1,7 @@
 """What stands and moves on the street: where it is at a time, and how it is painted into a frame."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,8 @@ class Item:
     Args:
         key: at least 2, the same at all times.
         origin: of its own frame at t = 0 (the middle of its foot), metres. velocity: along z, metres a second.
-        follow: z offsets of a car that keeps its distance to the camera, else `None`.
         style: random numbers in [0, 1) for colours and shape.
+        camera_way: of what keeps its distance to the camera, the camera's z by the time, metres.
     """
 
     key: int
@@ -40,7 +41,7 @@ class Item:
     origin: tuple[float, float, float]
     velocity: float
     style: tuple[float, ...]
-    camera_way: object = None
+    camera_way: Callable[[float], float] | None = None
 
     def position(self, t: float) -> np.ndarray:
         x, y, z = self.origin
@@ -145,7 +146,7 @@ def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice,
     return (slice(y0, y1), slice(x0, x1)) if x0 < x1 and y0 < y1 else None
 
 
-def paint_item(street, item: Item, t: float, rays: np.ndarray, scene, look: dict) -> None:
+def paint_item(item: Item, t: float, rays: np.ndarray, scene, look: dict) -> None:
     """Draw an item where it is nearer than what the scene shows already."""
     half_width, height, half_length = SIZES[item.kind]
     place = item.position(t)
@@ -198,8 +199,8 @@ def meet(eye: np.ndarray, rays: np.ndarray, low: np.ndarray, high: np.ndarray):
     return np.where((enter <= leave) & (enter > 0.05), enter, np.inf), face
 
 
-def _flat(item: Item, count: int, value: int | None = None) -> np.ndarray:
-    return np.full(count, LABELS[item.kind] if value is None else value, dtype=np.uint8)
+def _flat(item: Item, count: int) -> np.ndarray:
+    return np.full(count, LABELS[item.kind], dtype=np.uint8)
 
 
 def _paint_pole(item, p, face, part):

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from modeling_poodle.folders import spread
 from modeling_poodle.recipe_files import is_finite, run_script
 from training.flow import DisFlow
 from training.recipe import Recipe, read_yaml
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import street_camera
+from training.street_files import held_out_time
 from training.subcrop_table import MIN_PIXELS, OTHERS, notes, scatter, table
 from training.views import draw_subcrops
 
@@ -257,7 +259,7 @@ def study_street(
     height, width = recipe.crop_size
     tally, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), DisFlow()
     for number in range(num_frames):
-        street, time = Street(seed + number, height, width, camera=camera), 1.0 + 0.37 * (number % 20)
+        street, time = Street(seed + number, height, width, camera=camera), held_out_time(number)
         for place, gap in enumerate(gaps):
             times = (time, time + gap)
             frames = np.stack([street.frame(t).transpose(2, 0, 1) for t in times])
@@ -269,7 +271,7 @@ def study_street(
             # One seed for all flows: the student's subcrops are the same.
             first = (seed + number) * len(gaps) + place
             drawn = {
-                name: _draw(recipe, field, draws, torch.Generator().manual_seed(first), jitter=name != NO_JITTER)
+                name: _draw(recipe, field, draws, torch.Generator().manual_seed(first), jittered=name != NO_JITTER)
                 for name, field in fields.items()
             }
             source = np.repeat([0, 1], len(drawn["exact"]["student_boxes"]) // 2)
@@ -288,11 +290,12 @@ def study_street(
 
 
 def _draw(
-    recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jitter: bool = True
+    recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jittered: bool = True
 ) -> dict[str, np.ndarray]:
     """Subcrops of `draws` sets of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), those of the first frame first."""
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
-    area, follow, jitter = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow, jitter * recipe.subcrop_jitter
+    area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
+    jitter = recipe.subcrop_jitter if jittered else 0.0
     drawn = draw_subcrops(many, recipe.num_subcrops, generator, area, jitter, follow_flow=follow)
     return {name: value.transpose(0, 1).flatten(0, 2).numpy() for name, value in drawn.items()}
 
@@ -305,9 +308,7 @@ def camvid_labels(data_dir: str | None, num_frames: int) -> list[Path]:
     paths = sorted(p for split in ("train", "val") for p in Path(data_dir).expanduser().glob(f"{split}/labels/*.png"))
     if not paths:
         raise ValueError(f"--data_dir {data_dir}: no label images found. {layout}")
-    return [
-        paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(num_frames, len(paths))).round().astype(int))
-    ]
+    return list(spread(paths, num_frames))
 
 
 def _read_labels(paths: list[Path]) -> Iterator[np.ndarray]:

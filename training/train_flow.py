@@ -44,11 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_flow_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    model = PoodleFlowModel(recipe.model_config()).to(
-        accelerator.device
-    )  # a config that is wrong is found before the videos are
+    # A config that is wrong is found before the videos are.
+    model = PoodleFlowModel(recipe.model_config()).to(accelerator.device)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow=None)
-    optimizer = build_optimizer(accelerator, recipe, model)
+    optimizer = build_optimizer(recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
     run = FlowRun(accelerator, recipe, model, optimizer, loader, max_steps)
     run.run(checkpoint)

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from modeling_poodle.folders import spread
 from training.addresses import printable, public_url, video_name
 from training.pair_plans import PairSampling
 from training.video_index import index_video
@@ -35,7 +34,7 @@ def check_videos(
     Raises:
         ValueError: none of them, or none of such a source's, can be used; named with the reasons. Or one of them ends or stops whoever reads it.
     """
-    looked_at = _spread(paths, limit)
+    looked_at = list(spread(paths, limit))
     by_source = {source: videos for source, videos in (by_source or {}).items() if not _is_one_file(source, videos)}
     among = set(looked_at)
     unseen = [source for source, videos in by_source.items() if among.isdisjoint(videos)]
@@ -45,7 +44,7 @@ def check_videos(
             len(unseen) - limit,
             len(by_source),
         )
-    looked_at = list(dict.fromkeys(looked_at + [by_source[source][0] for source in _spread(unseen, limit)]))
+    looked_at = list(dict.fromkeys(looked_at + [by_source[source][0] for source in spread(unseen, limit)]))
     reasons = dict(reasons_to_skip(looked_at, sampling))
     if all(reasons.values()):
         of = "" if len(looked_at) == len(paths) else f" of {len(looked_at)} looked at, among {len(paths)},"
@@ -53,7 +52,7 @@ def check_videos(
     for source, videos in by_source.items():
         seen = [reasons[video] for video in videos if video in reasons]
         if seen and all(seen):
-            more = [video for video in _spread(videos, limit) if video not in reasons]
+            more = [video for video in spread(videos, limit) if video not in reasons]
             _need_usable(source, videos, seen, (reason for _, reason in reasons_to_skip(more, sampling)))
     _tell_of_small([path for path, reason in reasons.items() if not reason], sampling)
     return [reason for reason in reasons.values() if reason]
@@ -74,11 +73,6 @@ def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
             *(len(small), len(known), crop_h, crop_w, printable(video_name(small[0]))),
             *(known[small[0]].height, known[small[0]].width),
         )
-
-
-def _spread(items: Sequence[str], limit: int) -> list[str]:
-    """Up to `limit` of the items, from the first to the last."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int))]
 
 
 def _need_usable(source: str, videos: Sequence[str], seen: list[str], more: Iterator[str]) -> None:

@@ -16,16 +16,13 @@ import av.error
 import fsspec
 import torch
 
-from modeling_poodle.video_frames import moving
+from modeling_poodle.video_frames import ANY_TAGS, CONTAINERS, MAX_PIXELS, moving
 from training.addresses import MEMBER, is_remote, printable, without_secrets
 from training.mov_tables import Tables, read_tables
 
 logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 
-# The largest picture of any level of H.264, HEVC, VP9 and AV1 (8192x4352: 8K and DCI 8K are within). Larger ones are refused before
-# memory is taken for them: a file of a few bytes can declare 65536x65536.
-MAX_PIXELS = 35_651_584
 # Of all tracks of a MOV or MP4, for each of which FFmpeg takes up to 70 bytes before anything can be asked of it. A day of 60 frames a
 # second and of AAC has 9 million.
 MAX_ENTRIES = 10_000_000
@@ -39,10 +36,6 @@ REMOTE_BLOCK = 1 << 20
 REQUEST_SECONDS = 20.0  # at http(s); other backends have limits of their own (the Hub's client 10 s without a byte)
 ATTEMPTS = 5
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
-# Containers of videos alone: FFmpeg also reads playlists and scripts, which name other files and addresses to open.
-CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v,h264,hevc"
-# Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out. From 19 on PyAV takes any, and knows no such argument.
-ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class UnreadableVideo(ValueError):

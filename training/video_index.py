@@ -12,10 +12,10 @@ import av
 import av.error
 import numpy as np
 
-from modeling_poodle.video_frames import moving, upright_of
+from modeling_poodle.video_frames import MAX_PIXELS, moving, upright_of
 from training.addresses import is_remote
 from training.mov_tables import track
-from training.video_files import MAX_PIXELS, Deadline, OpenVideo, UnreadableVideo, open_video, words
+from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video, words
 
 MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
 # Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.

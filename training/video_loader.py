@@ -14,8 +14,8 @@ from training.flow_files import precomputed_epochs, read_manifest
 from training.pair_plans import PairSampling
 from training.ranks import on_main, same_on_all
 from training.recipe import RunRecipe
-from training.street import street_videos
 from training.street_cameras import CAMERAS, street_camera
+from training.street_files import street_videos
 from training.video_checks import check_videos
 from training.video_sources import is_elsewhere, merged, videos_by_source
 from training.video_stream import PairLoader

@@ -13,29 +13,13 @@ from pathlib import Path
 import fsspec
 from huggingface_hub import HfApi, HfFileSystem
 
-from modeling_poodle.folders import files_below
+from modeling_poodle.folders import files_below, write_aside
+from modeling_poodle.video_frames import EXTENSIONS
 from training.addresses import is_dataset_id, is_remote, printable, public_url, video_name, without_secrets
-from training.checkpoint_files import replace_text
 from training.hub import FAILURES, explain
 from training.video_files import RemoteFile
 
 logger = logging.getLogger("poodle")
-EXTENSIONS = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".mts",
-    ".wmv",
-    ".flv",
-    ".3gp",
-    ".ogv",
-)
 COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -75,7 +59,7 @@ def videos_by_source(sources: Sequence[str], pins: Path | None = None) -> dict[s
     _refuse_one_name_for_two(found)
     if pins is not None and commits != known:
         pins.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(pins, json.dumps(commits, indent=1))
+        write_aside(pins, json.dumps(commits, indent=1), sync=True)
     return {source: videos for source, videos, _ in expanded}
 
 

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_poodle.geometry_poodle import affine_view, filled, flow_valid_mask, normalise_flow, sample
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -287,6 +287,7 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     for who in ("student", "teacher"):
         inputs[f"{who}_views"] = draw_views((b, 2), height, width, generator, recipe.affine_views)
     area = tuple(recipe.subcrop_area)
+    # Not finite_flow: a subcrop must not follow flow that is none.
     subcrops = draw_subcrops(
         flow, recipe.num_subcrops, generator, area, recipe.subcrop_jitter, follow_flow=recipe.subcrops_follow_flow
     )

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from evaluation.outputs import write_aside
 from evaluation.studies.report import write_page
 from evaluation.studies.study import (
     RESULTS,
@@ -38,7 +37,8 @@ from evaluation.studies.study import (
     weights_of,
 )
 from modeling_poodle.cpu import usable_cores
-from modeling_poodle.recipe_files import nearest, run_script
+from modeling_poodle.folders import write_aside
+from modeling_poodle.recipe_files import did_you_mean, run_script
 
 logger = logging.getLogger("poodle")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
             known = getattr(study, field)
             for name in getattr(options, field) or ():
                 if name not in known:
-                    raise ValueError(f"{field} must be of {'; '.join(known)}, got {name!r}{nearest(name, known)}")
+                    raise ValueError(f"{field} must be of {'; '.join(known)}, got {name!r}{did_you_mean(name, known)}")
         run_study(
             study,
             options.budget,

@@ -15,21 +15,13 @@ Made by `python -m evaluation.studies --report` from the JSON files in `evaluati
 a study (what is in those files is not measured again; `--results DIR` starts anew elsewhere). Figures are per cent: of three or more seeds the mean ± standard deviation,
 of two seeds both figures. Groups are the paper's: small and large by the size of a class's regions, rare and common by its share of the pixels.
 Spread is the student's `feature_std` at the end of pretraining: 0 if the features have collapsed, 1 at most.
-
-Runs in bfloat16 at commits before 500c120 (including all without a recorded commit) also computed the grids of views and matches in bfloat16: at 128x256
-their views are 0.1 pixels off on average, 0.5 at most. Measured again on the street with budget cpu and seed 0:
-FlowE linear 17.5 instead of 17.8; PooDLe linear 20.6 instead of 21.7, k-NN 20.5 instead of 21.3. Seeds differ by more than that.
-
-CamVid's images have 360 rows, which 32 does not divide: the last row of cells of stage4 reaches to row 384. All figures for CamVid below were measured before this was taken into
-account: stage4 was assumed to end with the image, both where it is read itself and where the SDM starts from it. (FlowE's map, of stride 8, and the street's sizes are exact.)
-Trained and read again since, budget cpu_long, seeds 0 and 1 (2026-11-29, AMD EPYC; before: the same seeds on another machine): PooDLe linear 30.8 and 28.5 instead of 29.2 and 28.6, k-NN 29.1 and 28.1
-instead of 26.6 and 29.3; dense + SDM linear 29.3 and 31.5 instead of 31.4 and 29.5, k-NN 24.6 and 27.8 instead of 26.4 and 27.0. On average they are the same; single figures differ by up to 2.6 points, as much as seeds do.
 """
 
 
 def page(results: Mapping[str, dict]) -> str:
     """docs/results.md. Args: results: entries by key (see [`~evaluation.studies.study.read_results`])."""
-    parts = [HEAD]
+    # What is to be known of the kept results as a whole: it goes with them, not with the code.
+    parts = [HEAD, Path(__file__).with_name("notes.md").read_text(encoding="utf-8")]
     for number, name in enumerate(ordered(), start=1):
         study = Study.read(name)
         parts.append(

@@ -30,8 +30,8 @@ from typing import Any
 
 import yaml
 
-from modeling_poodle.folders import sha256_of
-from modeling_poodle.recipe_files import nearest
+from modeling_poodle.folders import sha256_of, write_aside
+from modeling_poodle.recipe_files import did_you_mean
 
 HERE = Path(__file__).parent
 RECIPES, RESULTS = HERE / "recipes", HERE / "results"
@@ -111,12 +111,12 @@ class Study:
         """
         path = RECIPES / f"{name}.yaml"
         if not path.is_file():
-            raise ValueError(f"study must be one of {', '.join(names())}, got {name!r}{nearest(name, names())}")
+            raise ValueError(f"study must be one of {', '.join(names())}, got {name!r}{did_you_mean(name, names())}")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
-                f"{path} has the unknown field {unknown[0]!r}{nearest(unknown[0], cls.__dataclass_fields__)}"
+                f"{path} has the unknown field {unknown[0]!r}{did_you_mean(unknown[0], cls.__dataclass_fields__)}"
             )
         study = cls(name=name, **values)
         study.budgets = {budget: _with_shared(path, budget, own) for budget, own in study.budgets.items()}
@@ -147,7 +147,9 @@ class Study:
 def _with_shared(path: Path, budget: str, own: dict) -> dict:
     shared = yaml.safe_load((HERE / "budgets.yaml").read_text(encoding="utf-8"))
     if budget not in shared:
-        raise ValueError(f"{path}: budgets must be of {', '.join(shared)}, got {budget!r}{nearest(budget, shared)}")
+        raise ValueError(
+            f"{path}: budgets must be of {', '.join(shared)}, got {budget!r}{did_you_mean(budget, shared)}"
+        )
     return {**shared[budget], **own, "change": {**shared[budget]["change"], **own.get("change", {})}}
 
 
@@ -211,8 +213,6 @@ def results_of(name: str, folder: Path = RESULTS) -> Iterator[dict[str, dict]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         yield entries
-        partial = folder / f".{name}.partial"
         # A line an entry: small, and a change of one is a change of one line.
         lines = [f" {json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
-        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_aside(path, "{\n" + ",\n".join(lines) + "\n}\n")
