@@ -32,7 +32,7 @@ from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import fingerprint, fit, over_test_images
-from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance
+from evaluation.outputs import begin_processes, finished, measure_all, provenance
 from modeling_poodle.folders import folder_aside, spread
 from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
@@ -41,8 +41,7 @@ from modeling_poodle.recipe_files import run_script
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Results by model; of the first process only, others have none."""
     recipe = parse_detection_recipe(arguments)
-    check_output_dir(recipe)
-    accelerator = make_accelerator()
+    accelerator = begin_processes(recipe)
     for name in recipe.model:
         look_up(name)  # a name that is wrong is found before anything is rendered
     # Rank 0 renders the street, the others find it.
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         encoder = build(name, len(data.classes), seed=recipe.seed)
         built[name] = fingerprint(encoder.model.poodle)
         DetectionReadout(encoder, data, recipe)
-    if (done := finished(recipe, built)) is not None:
+    if (done := finished(accelerator, recipe, built)) is not None:
         return done
     title = f"Faster R-CNN ({recipe.detector}) on {recipe.dataset}, {len(data.test)} test images, AP in percent"
     return measure_all(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from evaluation.labelled_images import LabelledImages, read_ahead
 from evaluation.metrics import MeanIoU, confusion_matrix, scores
-from modeling_poodle.processes import on_all
+from modeling_poodle.processes import on_all, same_on_all
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -99,7 +99,11 @@ def fit(
     state = FitState(
         folder / "fit.safetensors", identity, steps, accelerator.num_processes, parameters, readout.moving(), optimizer
     )
-    begin, curve = state.load() if resume else (0, [])
+    begin, curve = 0, []
+    if resume:
+        begin, curve = on_all(accelerator, state.load)
+        # A process that begins earlier than another would wait for it for ever.
+        same_on_all(accelerator, f"{state.path}, in an output_dir that they share", f"{begin} steps")
     wrapped = accelerator.prepare_model(readout)
     if begin < steps:
         readout.keep(examples)
@@ -187,7 +191,10 @@ class FitState:
         partial = self.path.with_suffix(".partial")
         of = f"{self.steps} {self.processes}"
         metadata = {"step": str(step), "curve": json.dumps(curve), "encoder": self.identity, "of": of}
-        save_file(tensors, partial, metadata=metadata)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # which hides the system's error in its text
+            raise OSError(f"{partial} cannot be written: {error}") from error
         os.replace(partial, self.path)
 
     def load(self) -> tuple[int, list[dict]]:
@@ -215,7 +222,7 @@ class FitState:
         if then != [str(self.steps), str(self.processes)]:
             raise ValueError(
                 f"{self.path} is the fit of {then[0]} steps on {then[1]} process(es), this one is of {self.steps} on {self.processes}: go on "
-                f"with --num_processes {then[1]}, or remove it and begin anew"
+                f"with {then[1]} (on CPUs by torchrun --nproc_per_node {then[1]}), or remove it and begin anew"
             )
         tensors = load_file(self.path)
         with torch.no_grad():

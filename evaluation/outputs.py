@@ -1,5 +1,6 @@
 """What the evaluation scripts share around their work: processes, the output folder, and one model after the other."""
 
+import dataclasses
 import json
 import logging
 import platform
@@ -7,30 +8,61 @@ import re
 import shlex
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.folders import write_aside
 from modeling_poodle.locks import lock_output_dir
-from modeling_poodle.processes import log_plainly, refuse_sharding
+from modeling_poodle.processes import (
+    log_plainly,
+    on_main,
+    refuse_sharding,
+    same_fields,
+    same_on_all,
+    sums_in_one_order,
+)
 
 logger = logging.getLogger("poodle")
+# May differ between the processes of an evaluation: places. What was built of the models is compared.
+_OF_A_MACHINE = frozenset(("model", "data_dir", "output_dir"))
 FITTED = ("readout", "detector")  # folders of what was fitted
 
 
 def make_accelerator() -> Accelerator:
     # cpu is given because without it Accelerate overlooks the other processes that torchrun started on CPUs; mixed_precision because
     # `accelerate config` may ask for another, which would change the figures without a trace in them.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        # While the first process renders the street or fetches a data set, the others wait; PyTorch's own bound is ten minutes on GPUs.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+    )
     refuse_sharding(accelerator)
+    if sums_in_one_order(accelerator):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     log_plainly(accelerator)
+    return accelerator
+
+
+def begin_processes(recipe) -> Accelerator:
+    """
+    What a script of several processes does first: look at its folder, and see to it that all were given the same.
+
+    Raises:
+        ValueError: as [`check_output_dir`] and [`make_accelerator`], and where the processes were given different recipes.
+    """
+    check_output_dir(recipe)
+    accelerator = make_accelerator()
+    same_fields(accelerator, dataclasses.asdict(recipe), _OF_A_MACHINE)
     return accelerator
 
 
@@ -106,13 +138,21 @@ def left_in(recipe, folder: Path) -> list[str]:
     return [f"{path.relative_to(folder)}{'/' if path.name in FITTED else ''}" for path in found]
 
 
-def finished(recipe, built: dict[str, str]) -> list[dict] | None:
+def finished(accelerator: Accelerator, recipe, built: dict[str, str]) -> list[dict] | None:
     """
     The results of an evaluation that is to be resumed and has ended already; said where it is so. [`check_output_dir`] comes before.
 
     Args:
         built: fingerprint of each model as it is now; what was measured on other weights is measured again.
+
+    Raises:
+        ValueError: the processes have other weights.
     """
+    same_on_all(accelerator, "weights of the models", ", ".join(digest[:12] for digest in built.values()))
+    return on_main(accelerator, lambda: _finished(recipe, built))
+
+
+def _finished(recipe, built: dict[str, str]) -> list[dict] | None:
     folder = Path(recipe.output_dir)
     written = [folder / name for name in ("config.yaml", "evaluation.json", "report.html")]
     going_on = recipe.resume_from_checkpoint is not None and all(path.is_file() for path in written)
@@ -131,9 +171,10 @@ def begin_output_dir(recipe, folder: Path) -> None:
     On the first process, once all input is checked: a finished evaluation of the same values is replaced, and the recipe is kept.
 
     Raises:
-        ValueError: another process writes there.
+        ValueError: another process writes there, or has meanwhile: as [`check_output_dir`].
     """
     lock_output_dir(folder)
+    check_output_dir(recipe)  # again: until now nothing kept others from it
     if getattr(recipe, "resume_from_checkpoint", None) is None and (folder / "config.yaml").exists():
         for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
@@ -184,9 +225,7 @@ def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> l
         The results of this process.
     """
     output_dir = Path(recipe.output_dir)
-    if accelerator.is_main_process:
-        begin_output_dir(recipe, output_dir)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: begin_output_dir(recipe, output_dir))
     results, curves, pictures = [], {}, {}
     for name in recipe.model:
         folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir

@@ -27,7 +27,7 @@ from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
 from evaluation.engine import evaluate, fingerprint, fit
 from evaluation.labelled_images import LabelledImages
-from evaluation.outputs import check_output_dir, finished, make_accelerator, measure_all, provenance
+from evaluation.outputs import begin_processes, finished, measure_all, provenance
 from evaluation.readouts import READOUTS
 from evaluation.recipe import EvaluationRecipe, parse_recipe
 from evaluation.report import strip, table, write_html
@@ -38,8 +38,7 @@ from modeling_poodle.recipe_files import run_script
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
-    check_output_dir(recipe)
-    accelerator = make_accelerator()
+    accelerator = begin_processes(recipe)
     for name in recipe.model:
         look_up(name)  # a name that is wrong is found before anything is rendered
     # Rank 0 renders the street, the others find it.
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
         built[name] = fingerprint(encoder.model.poodle)
         READOUTS[recipe.readout](encoder, data, recipe)
-    if (done := finished(recipe, built)) is not None:
+    if (done := finished(accelerator, recipe, built)) is not None:
         return done
     return measure_all(
         accelerator,

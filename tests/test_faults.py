@@ -20,8 +20,8 @@ from forks import in_child, wait_for
 from safetensors.torch import load_file
 from small_runs import EACH_STEP, at_step, copy_of, flags, metrics, names, train, without_timings
 
-from modeling_poodle.locks import lock_output_dir
-from training import run
+from modeling_poodle.locks import lock_output_dir, still_held
+from training import ranks, run
 from training.checkpoint_files import damage, finish, leave_later, list_checkpoints, rotate, sweep, write_text
 from training.ranks import StopSignals
 from training.recipe import parse_recipe
@@ -56,6 +56,21 @@ def test_a_second_sigint_ends_the_process_at_once():
             signal.raise_signal(signal.SIGTERM)  # however often: it is the system that sends it
             signal.raise_signal(signal.SIGINT)
             assert signals.agreed() and signals.name == "SIGINT"
+            signal.raise_signal(signal.SIGINT)
+
+    _, status = os.waitpid(in_child(interrupted), 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGINT
+
+
+def test_a_sigint_that_torchrun_sends_on_is_not_a_second_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def interrupted() -> None:
+        with StopSignals(Accelerator(cpu=True), timedelta(seconds=1)) as signals:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert signals.agreed() and signals.name == "SIGINT"
+            ranks.SENT_ON_WITHIN = 0.0
             signal.raise_signal(signal.SIGINT)
 
     _, status = os.waitpid(in_child(interrupted), 0)
@@ -103,6 +118,25 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path)
     lock_output_dir(output_dir)
     assert json.loads((output_dir / ".lock").read_text())["pid"] == os.getpid()
     lock_output_dir(output_dir)  # one after the other in one process
+
+
+def test_a_folder_that_was_removed_is_locked_again_unless_another_run_has_begun_in_it(tmp_path, caplog):
+    own, others = tmp_path / "own", tmp_path / "others"
+    for folder in (own, others):
+        lock_output_dir(folder)
+        still_held(folder)
+        shutil.rmtree(folder)
+    assert not caplog.records
+    still_held(own)
+    assert "was removed or replaced while this run wrote to it" in caplog.text
+    still_held(own)
+    assert len(caplog.records) == 1 and json.loads((own / ".lock").read_text())["pid"] == os.getpid()
+    pid = in_child(lambda: lock_output_dir(others))
+    wait_for(lambda: (others / ".lock").is_file() and (others / ".lock").read_text())
+    with pytest.raises(ValueError, match=f"others is in use by the run of process {pid} on "):
+        still_held(others)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
+from forked_scripts import forked
 from safetensors.torch import load_file
 from small_runs import assert_goes_on_exactly, flags, metrics, names, opened, train, without_timings
 
@@ -26,11 +27,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from safetensors import SafetensorError
-from modeling_poodle.processes import main_first, on_all
+from modeling_poodle import processes
+from modeling_poodle.processes import main_first, on_all, on_main, same_on_all
 from modeling_poodle.recipe_files import run_script
 from accelerate.utils import gather_object
 from training import health, pretrain, run, video_sources
-from training.ranks import on_main, same_on_all
 
 rank, told = int(os.environ["RANK"]), {}
 
@@ -101,13 +102,18 @@ def not_finite():
         raise ValueError(str(error)) from error
 note("not finite", not_finite)
 
-# Rank 1 was started with other flags.
-def given(**of_second):
-    mine = dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}-{rank}", **of_second if rank else {})
+# Rank 1 was started with other flags, and knows the folder by another path.
+processes._SECONDS_TO_BE_SEEN = 1
+of_rank = [f"{recipe.output_dir}-{number}" for number in (0, 1)]
+if rank:
+    os.symlink(of_rank[0], of_rank[1])
+def given(output_dir=of_rank[rank], **of_second):
+    mine = dataclasses.replace(recipe, output_dir=output_dir, **of_second if rank else {})
     return lambda: pretrain.prepare_output_dir(accelerator, mine)
 note("other rate", given(learning_rate=0.25))
 note("other saves", given(save_steps=4))
 note("other places", given(init_encoder="elsewhere"))
+note("not shared", given(f"{recipe.output_dir}-own-{rank}"))
 # Servers are asked by rank 0 alone.
 asked = []
 video_sources._expand_remote = lambda source: (asked.append(source), ([video], "a URL"))[1]
@@ -119,6 +125,11 @@ optimizer = pretrain.build_optimizer(failing, model)
 def save(step):
     return run.save_checkpoint(accelerator, failing, step, model, optimizer, {"sums": torch.ones(3)}).name
 note("saved", lambda: save(1))
+elsewhere = failing.output_dir + rank * "-elsewhere"
+if rank:
+    os.symlink(failing.output_dir, elsewhere)
+at = dataclasses.replace(recipe, output_dir=elsewhere, resume_from_checkpoint="latest")
+note("latest", lambda: str(pretrain.prepare_output_dir(accelerator, at)) == f"{elsewhere}/checkpoints/step-1")
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft if rank == 0 else 0, hard))
 note("not saved", lambda: save(2))
@@ -153,6 +164,8 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     )
     assert os.listdir(tmp_path / "run-failing" / "checkpoints") == ["step-1"]
     assert damage(tmp_path / "run-failing" / "checkpoints" / "step-1") is None
+    unseen = r"ValueError: output_dir .*run-own-1 is not one folder for all processes: .*not seen by rank 1 on \S+. Give a folder"
+    assert re.match(unseen, told[0].pop("not shared"))
     assert told[0].pop("remote videos") == repr([str(video)])
     assert told[0] == {
         "asked": "[1, 0]",
@@ -168,6 +181,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         "other saves": "ValueError: all processes must have the same save_steps, got rank 0: 3; rank 1: 4",
         "other places": "None",
         "saved": "'step-1'",
+        "latest": "True",
     }
     assert re.search(r"exitcode *: 75", done.stderr) and "SIGTERM: saved at step" in done.stderr, done.stderr
     # The signal came in step 3: of it is the regular checkpoint, in the middle of a log window.
@@ -217,4 +231,21 @@ run_script(lambda: pretrain.main(sys.argv[2:]))
     assert done.returncode != 0 and time.time() - killed.stat().st_mtime < 60
     assert "error: another process of the run is gone" in done.stderr, done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's own summary
-    assert [damage(checkpoint) for checkpoint in list_checkpoints(tmp_path / "run")] == [None]
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert damage(checkpoint) is None
+    # Where a rank cannot read its part of the checkpoint, nothing is taken back that lies behind it.
+    log = tmp_path / "run" / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 9}\n')
+    before = log.read_text()
+    script = two_ranks(
+        tmp_path,
+        """
+if rank:
+    run.load_checkpoint = lambda *_: fail(1, OSError(5, "Input/output error"))()
+run_script(lambda: pretrain.main(sys.argv[1:]))
+""",
+    )
+    done = forked(script, *arguments, "--resume_from_checkpoint", "latest", ranks=2, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 1 and done.stderr.count("[Errno 5] Input/output error") == 2, done.stderr
+    assert log.read_text() == before

@@ -43,6 +43,7 @@ def submit(tmp_path):
         "SLURM_NNODES": "2",
         "SLURM_CPUS_PER_TASK": "16",
     }
+    slurm["HOME"] = str(tmp_path)
     slurm["PATH"] = f"{stubs}:{os.environ['PATH']}"
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -68,6 +69,7 @@ def test_slurm_starts_a_launcher_on_each_machine(submit):
     [
         (["--output_dir", "begun"], True),
         (["--output-dir=begun", "--seed", "1"], True),
+        (["--output_dir=~/begun"], True),
         (["--output_dir", "new"], False),
         (["--output_dir=begun", "--resume_from_checkpoint", "begun/checkpoints/step-5"], False),
         (["--output_dir=begun", "--resume_from_checkpoint", "begun/checkpoints/step-5", "REQUEUED"], True),

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from forked_scripts import forked
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from evaluation import engine
@@ -89,6 +90,7 @@ import numpy as np
 from accelerate import Accelerator
 from evaluation import readouts
 from evaluation.engine import over_test_images
+from safetensors import SafetensorError
 from test_readouts import knn_of_odd_images
 def read(example):
     if example == "bad":
@@ -404,6 +406,15 @@ def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         state.save(3, [])
     assert state.load() == (2, [])
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch):
+    def full(*_, **more):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(engine, "save_file", full)
+    with pytest.raises(OSError, match=r"fit.partial cannot be written: .*No space left on device"):
+        FitState(tmp_path / "fit.safetensors", "x", 4, 1, [], {}, None).save(1, [])
 
 
 def test_a_damaged_fit_is_named(tmp_path):

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from evaluation import data as data_module
+from evaluation import segment
 from evaluation.data import load_dataset
 from evaluation.encoders import Encoder
 from evaluation.outputs import check_output_dir, make_accelerator
@@ -105,7 +106,7 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
         identity = file.metadata()["encoder"]
     with pytest.raises(
         ValueError,
-        match=r"the fit of 45 steps on 1 process\(es\), this one is of 22 on 2: go on with --num_processes 1",
+        match=r"the fit of 45 steps on 1 process\(es\), this one is of 22 on 2: go on with 1 \(on CPUs by torchrun --nproc_per_node 1\)",
     ):
         engine.FitState(tmp_path / "c" / "fit.safetensors", identity, 22, 2, [], {}, None).load()
     starts = []
@@ -197,6 +198,18 @@ def test_an_evaluation_writes_over_no_other_run_and_no_other_files(shapes, poodl
         ValueError, match="runs/mine and ../runs/mine would both be written to .*new/runs-mine; give one"
     ):
         check_output_dir(two)
+
+
+def test_what_another_evaluation_has_written_meanwhile_is_not_replaced(shapes, poodle, tmp_path, monkeypatch):
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        main(flags(shapes, tmp_path / "run", poodle, max_steps=1))
+        return load_dataset(*arguments)
+
+    monkeypatch.setattr(segment, "load_dataset", meanwhile)
+    with pytest.raises(ValueError, match=r"run holds a finished evaluation of other values \(max_steps, readout\)"):
+        main(flags(shapes, tmp_path / "run", poodle, readout="knn"))
+    assert (tmp_path / "run" / "readout").is_dir()
 
 
 def test_a_second_evaluation_in_the_folder_is_refused_until_the_first_is_gone(shapes, poodle, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
-from modeling_poodle.processes import log_plainly, refuse_sharding
+from modeling_poodle.processes import log_plainly, refuse_sharding, sums_in_one_order
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
 from training.recipe import Recipe, RunRecipe, check_crop_size
 
@@ -160,7 +160,8 @@ def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
     if accelerator.ddp_handler is not None:
         config = getattr(model, "config", None)
-        accelerator.ddp_handler.find_unused_parameters = isinstance(config, PoodleConfig) and may_idle(config)
+        idle = isinstance(config, PoodleConfig) and may_idle(config)
+        accelerator.ddp_handler.find_unused_parameters = idle or sums_in_one_order(accelerator)
     wrapped = accelerator.prepare_model(model)
     # This changes `wrapped` in place: the copy in float32 is gone from the module within it.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 from modeling_poodle import PoodleConfig, PoodleFlowModel, PoodleForPreTraining, PoodleModel
 from modeling_poodle.cpu import usable_cores
 from modeling_poodle.folders import folder_aside
-from modeling_poodle.processes import on_all
+from modeling_poodle.processes import on_all, on_main
 from modeling_poodle.recipe_files import read_yaml_mapping
 from modeling_poodle.remote_code import add_code
 from training.addresses import is_dataset_id
@@ -33,7 +33,6 @@ from training.checkpoint_files import (
     write_tensors,
     write_text,
 )
-from training.ranks import on_main
 from training.recipe import Recipe, RunRecipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 

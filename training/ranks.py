@@ -1,48 +1,25 @@
-"""What the processes of a run decide together: shared outcomes, shared errors, and when to stop on a signal."""
+"""When the processes of a run stop on a signal: all at the same step."""
 
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed
 
-from modeling_poodle.processes import on_all
 from training.stopping import SIGNALS, stop_with_the_launcher
 
-
-def on_main(accelerator: Accelerator, action: Callable):
-    """The result of `action` on rank 0, or its error, on all ranks."""
-    outcome = [None]
-
-    def kept():
-        if accelerator.is_main_process:
-            outcome[0] = action()
-
-    on_all(accelerator, kept)
-    return broadcast_object_list(outcome)[0] if accelerator.num_processes > 1 else outcome[0]
-
-
-def same_on_all(accelerator: Accelerator, what: str, value) -> None:
-    """
-    Raises:
-        ValueError: on all ranks, where `value` is not the same on all; it names what each has.
-    """
-    if accelerator.num_processes == 1:
-        return
-    values = gather_object([value])
-    if any(other != values[0] for other in values):
-        found = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
-        raise ValueError(f"all processes must have the same {what}, got {found}")
+# Seconds: a SIGINT to all processes of a job comes from the scheduler, and once more from torchrun.
+SENT_ON_WITHIN = 5.0
 
 
 class StopSignals:
     """
-    SIGTERM and SIGINT as a request to stop after the step at hand. A second SIGINT ends the process at once, by the system.
+    SIGTERM and SIGINT as a request to stop after the step at hand. A second SIGINT ends the process at once, by the system; under torchrun,
+    which sends on what it gets, only if it comes SENT_ON_WITHIN seconds later.
 
     A context manager. All ranks learn of a signal that any of them got, at the same step: each step starts a reduction of one
     number between the hosts and reads that of the step before, so that neither the device nor (in step) the host waits.
@@ -51,6 +28,7 @@ class StopSignals:
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
         self.received, self.name, self._work, self._group = 0, None, None, None
         self._speaks = accelerator.is_main_process
+        self._interrupted, self._sent_on = 0.0, "TORCHELASTIC_RUN_ID" in os.environ
         if accelerator.num_processes > 1:
             self._group = distributed.new_group(backend="gloo", timeout=timeout)
 
@@ -70,9 +48,16 @@ class StopSignals:
             self._work.wait()
 
     def _receive(self, number: int, _) -> None:
-        self.received = number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            before, self._interrupted = self._interrupted, self._interrupted or time.monotonic()
+            if self._sent_on and before and time.monotonic() - before < SENT_ON_WITHIN:
+                return
+            if before or not self._sent_on:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if before:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+        self.received = number
         if self._speaks:  # not print or a logger, which this handler may be interrupting
             again = "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from modeling_poodle.config_checks import is_int
 from modeling_poodle.folders import write_aside
 from modeling_poodle.locks import lock_output_dir
+from modeling_poodle.processes import launched_with, need_shared, on_main, same_fields
 from modeling_poodle.recipe_files import read_yaml_mapping
 from training.addresses import public_value
 from training.checkpoint_files import damage, list_checkpoints, read_state
-from training.ranks import on_main, same_on_all
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
 logger = logging.getLogger("poodle")
@@ -31,27 +30,29 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
 
     Raises:
         ValueError: the folder is in use or holds another run, the checkpoint is missing or damaged, or is one of another configuration. Or
-            the processes were given different recipes.
+            the processes were given different recipes, or do not share the folder.
     """
-    _refuse_different_recipes(accelerator, recipe)
+    # Another learning rate would lead the weights apart, another save_steps end in a wait.
+    same_fields(accelerator, public_value(dataclasses.asdict(recipe)), _OF_A_MACHINE)
+    output_dir = Path(recipe.output_dir)
 
-    def prepare() -> Path | None:
-        lock_output_dir(Path(recipe.output_dir))
+    def prepare() -> tuple[Path | None, Path | None]:
+        lock_output_dir(output_dir)
         checkpoint = find_checkpoint(recipe)
         if checkpoint is not None:
             _refuse_other_ranks(accelerator, recipe, checkpoint)
+            if checkpoint.resolve().is_relative_to(output_dir.resolve()):
+                return checkpoint, checkpoint.resolve().relative_to(output_dir.resolve())
+        return checkpoint, None
+
+    checkpoint, within = on_main(accelerator, prepare)
+    need_shared(accelerator, output_dir)
+    if accelerator.is_main_process or checkpoint is None:
         return checkpoint
-
-    return on_main(accelerator, prepare)
-
-
-def _refuse_different_recipes(accelerator: Accelerator, recipe: RunRecipe) -> None:
-    """Of several machines each has a command of its own: another learning rate would lead the weights apart, another save_steps end in a wait."""
-    own = public_value(dataclasses.asdict(recipe))
-    recipes = gather_object([own])
-    for name, value in recipes[0].items():
-        if name not in _OF_A_MACHINE and any(other.get(name) != value for other in recipes):
-            same_on_all(accelerator, name, own.get(name))
+    if within is not None:  # this machine may know the folder by another path
+        return output_dir / within
+    own = recipe.resume_from_checkpoint
+    return checkpoint if own in (None, "latest") else Path(own)
 
 
 def find_checkpoint(recipe: RunRecipe) -> Path | None:
@@ -190,13 +191,6 @@ def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
 
 
 _INEXACT = "add --resume_inexact true: weights, optimizer and schedules go on, with other pairs or values than an uninterrupted run's"
-
-
-def launched_with(accelerator: Accelerator, processes: int) -> str:
-    """How a script is launched on so many processes: on CPUs `accelerate launch` starts one, whatever it is told."""
-    if accelerator.device.type == "cpu" and processes > 1:
-        return f"torchrun --standalone --nproc_per_node {processes}"
-    return f"accelerate launch --num_processes {processes}"
 
 
 def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint: Path) -> None:

@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from modeling_poodle.folders import write_aside
+from modeling_poodle.locks import still_held
+from modeling_poodle.processes import on_all, on_main
 from training import stopping
 from training.addresses import public_value
 from training.assembly import compile_modules, prepared
@@ -25,7 +27,7 @@ from training.checkpoints import load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
 from training.health import Health
 from training.publish import BackgroundPublisher
-from training.ranks import StopSignals, on_main
+from training.ranks import StopSignals
 from training.resume import cut_metrics, drop_later_panels
 from training.schedules import learning_rate
 
@@ -93,18 +95,23 @@ class Run(ABC):
         if self.step < self.max_steps:
             raise SystemExit(stopping.RESUMABLE_EXIT_CODE)
 
+    def load(self, checkpoint: Path) -> None:
+        """This rank's state. Raises ValueError where the checkpoint cannot be read."""
+        own, inexact = self.rank_state(), self.recipe.resume_inexact
+        self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
+        self.loader.load_state_dict(state["loader"], inexact)
+        self.sums.copy_(state["sums"])
+        self.health.load_state_dict(state)
+        try:
+            torch.set_rng_state(state["rng"])
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint {checkpoint}: rng is no state of torch's generator ({error})") from error
+        self.skipped = dict(state["skipped"])
+
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            own, inexact = self.rank_state(), self.recipe.resume_inexact
-            self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
-            self.loader.load_state_dict(state["loader"], inexact)
-            self.sums.copy_(state["sums"])
-            self.health.load_state_dict(state)
-            try:
-                torch.set_rng_state(state["rng"])
-            except RuntimeError as error:
-                raise ValueError(f"checkpoint {checkpoint}: rng is no state of torch's generator ({error})") from error
-            self.skipped = dict(state["skipped"])
+            # On all ranks before rank 0 puts aside what is of later steps: where one cannot read its part, the folder stays as it is.
+            on_all(self.accelerator, lambda: self.load(checkpoint))
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -292,6 +299,7 @@ class Run(ABC):
         return state | {"skipped": self.skipped, **self.health.state_dict()}
 
     def before_saving(self) -> None:
+        still_held(self.output_dir)
         self.health.refuse_bad_weights(self.model, self.optimizer)
         for log in (self.output_dir / name for name in self.LOGS):
             if log.exists():

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from modeling_poodle.processes import main_first
+from modeling_poodle.processes import main_first, on_main, same_on_all
 from training.addresses import video_name
 from training.flow import check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
 from training.pair_plans import PairSampling
-from training.ranks import on_main, same_on_all
 from training.recipe import RunRecipe
 from training.street_cameras import CAMERAS, street_camera
 from training.street_files import street_videos

@@ -33,6 +33,7 @@ for argument in "$@"; do
   esac
   previous=$argument
 done
+case $output_dir in "~/"*) output_dir=$HOME/${output_dir#"~/"} ;; esac # of --output_dir=~/runs, which bash leaves as it is
 [[ -n $output_dir ]] || { echo "give --output_dir, a folder that all machines share" >&2; exit 2; }
 if [[ -f $output_dir/config.yaml && (-z $chosen || ${SLURM_RESTART_COUNT:-0} -gt 0) ]]; then
   resume=(--resume_from_checkpoint latest) # behind the arguments, of which the last counts
