@@ -35,7 +35,9 @@ def upsample(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def processor_of(encoder: Encoder) -> SegformerImageProcessor:
     """Image processor that a saved readout needs in a pipeline: no resizing, the encoder's own mean and deviation."""
-    return SegformerImageProcessor(do_resize=False, image_mean=list(encoder.mean), image_std=list(encoder.std))
+    return SegformerImageProcessor(
+        do_convert_rgb=True, do_resize=False, image_mean=list(encoder.mean), image_std=list(encoder.std)
+    )
 
 
 class LinearReadout(Readout):

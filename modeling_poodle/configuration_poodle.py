@@ -56,6 +56,11 @@ class ChecksOverrides:
         return super().from_dict(values | given, **kwargs)
 
     @property
+    def num_channels(self) -> int:
+        """Channels of the images, as ViTMatte asks of a backbone's config."""
+        return getattr(self.backbone_config, "num_channels", 3)
+
+    @property
     def readout_map(self) -> str:
         """Name of the map that a readout reads: `readout_stage`, or that of the dense features."""
         return self.readout_stage or ("decoder" if self.num_decoder_blocks else self.decoder_inputs[-1])

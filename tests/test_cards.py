@@ -9,12 +9,14 @@ import shutil
 from typing import get_type_hints
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from packaging.version import Version
+from PIL import Image
 from published import EVALUATION, RESNET, publish, python
 from transformers import AutoBackbone
 
@@ -94,6 +96,52 @@ def test_sources_and_carbon_in_a_card(tmp_path):
     assert "https://example.com/a.mp4`, 1 local source |" in card.text and "dilated to stride 8" in card.text
     assert 'out_features=["stage1", "stage3"]' in card.text
     assert "secret" not in str(card) and "/home" not in str(card)
+
+
+TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+
+
+@pytest.mark.parametrize("kind", ["resnet", "dinov2", "vit", "deit"])
+def test_an_encoder_s_lines_give_the_trained_features_of_an_image_of_any_size(tmp_path, monkeypatch, kind):
+    """A grey one, too. DINOv2's own pooled output is its class token, and a ViT's has weights that nothing trained."""
+    torch.manual_seed(0)
+    backbone = RESNET if kind == "resnet" else {"model_type": kind, **TRANSFORMER}
+    model = PoodleModel(PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)).eval()
+    recipe = {**dataclasses.asdict(Recipe()), "model": {}}
+    facts = cards.Facts(2, "teacher", "2 x GPU", 2, tmp_path)
+    write_folders(model, tmp_path, lambda part: cards.run_card(part, model.config.to_dict(), recipe, facts))
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "encoder" / "README.md").read_text(), re.DOTALL).group(1)
+    if kind in ("resnet", "dinov2"):  # the Auto class takes no local folder
+        own = type(model.encoder)
+        monkeypatch.setattr(AutoBackbone, "from_pretrained", own.from_pretrained)
+    scope = {"image": Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 72), dtype=np.uint8))}
+    with torch.no_grad():
+        exec(code.replace("ORG/NAME", str(tmp_path / "encoder")), scope)
+        pixels = scope["processor"](scope["image"], return_tensors="pt").pixel_values
+        expected = model(pixels).pooler_output
+    assert pixels.shape == (1, 3, 40, 72)
+    torch.testing.assert_close(scope["pooled"], expected, rtol=1e-4, atol=1e-5)
+    assert "timm.create_model" not in code
+    standard = {
+        "layer_type": "basic",
+        "depths": [2, 2, 2, 2],
+        "hidden_sizes": [64, 128, 256, 512],
+        "model_type": "resnet",
+    }
+    config = PoodleConfig(backbone_config=standard).to_dict()
+    assert 'timm.create_model("hf-hub:ORG/NAME", pretrained=True)' in cards.run_card("encoder", config, recipe, facts)
+
+
+def test_no_pipeline_is_offered_where_it_cannot_load_the_encoder(tmp_path):
+    facts, recipe = cards.Facts(2, "teacher", "2 x GPU", 2, tmp_path), dataclasses.asdict(Recipe())
+    config = PoodleConfig(
+        backbone_config={"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    )
+    tasks = {
+        part: ModelCard(cards.run_card(part, config.to_dict(), recipe, facts)).data.pipeline_tag
+        for part in ("encoder", "model")
+    }
+    assert tasks == {"encoder": None, "model": "image-feature-extraction"}
 
 
 @pytest.mark.parametrize("stride", [8, None])

@@ -12,7 +12,7 @@ import torch
 from test_modeling_pretraining import config, gradient_checkpointing_enable, inputs
 from torch import nn
 from torch.nn import functional as F
-from transformers import ResNetBackbone, Trainer, TrainingArguments
+from transformers import ResNetBackbone, Trainer, TrainingArguments, VitMatteConfig, VitMatteForImageMatting
 
 from modeling_poodle import (
     PoodleBackbone,
@@ -294,3 +294,18 @@ def test_who_has_only_the_code_beside_the_weights_fine_tunes_saves_and_loads_aga
     assert saved["auto_map"]["AutoModelForSemanticSegmentation"].endswith(
         "modeling_poodle.PoodleForSemanticSegmentation"
     )
+
+
+def test_vitmatte_is_built_on_the_decoder_s_map():
+    """It asks the backbone's config for the images' channels, of which it has four: the trimap is one. Its stride is 16: one block."""
+    encoder = {"model_type": "resnet", "layer_type": "basic", "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}  # fmt: skip
+    backbone = PoodleConfig(
+        backbone_config={**encoder, "num_channels": 4},
+        decoder_reduction=2,
+        num_decoder_blocks=1,
+        out_features=["decoder"],
+    )
+    assert backbone.num_channels == 4 and PoodleConfig().num_channels == 3
+    sizes = {"hidden_size": 16, "convstream_hidden_sizes": [8, 16, 32], "fusion_hidden_sizes": [32, 16, 16, 8]}
+    model = VitMatteForImageMatting(VitMatteConfig(backbone_config=backbone, **sizes))
+    assert model(torch.rand(1, 4, 64, 64)).alphas.shape == (1, 1, 64, 64)

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.addresses import dataset_of, hub_id, public_source
 from training.recipe import FREE_ON_RESUME
+from training.resnet_names import timm_architecture
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
@@ -71,7 +72,7 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
     emissions = _emissions(facts.output_dir / "emissions.csv")
     data = _data(
         kind,
-        "image-feature-extraction",
+        _task(part, kind),
         datasets=sorted({name for source in sources if (name := dataset_of(source))}) or None,
         base_model=hub_id(recipe["init_encoder"]),
         co2_eq_emissions=emissions and {**emissions, "hardware_used": facts.hardware, "training_type": "pre-training"},
@@ -112,7 +113,7 @@ _NETWORKS = {"teacher": "momentum teacher", "student": "student"}
 def converted_card(part: str, config: dict, source: str, network: str) -> str:
     """Card of a folder converted from a released checkpoint. The licence is not known here, and so not named."""
     kind = config["backbone_config"]["model_type"]
-    data = _data(kind, "image-feature-extraction", license=None)
+    data = _data(kind, _task(part, kind), license=None)
     what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
     return _card(
         data,
@@ -149,7 +150,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
     if not readout:
         part = "model" if kind == "poodle" else "encoder"
         inner = config["backbone_config"]["model_type"] if kind == "poodle" else kind
-        data = _data(inner, "image-feature-extraction", license=None)
+        data = _data(inner, _task(part, inner), license=None)
         return _card(
             data,
             f"{inner}: {part}",
@@ -172,6 +173,10 @@ def folder_card(config: dict, results: list[dict]) -> str:
     load = _LOAD["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
     known = ("num_train_images", "steps", "seed", "features", "inference")
     rows = {name.replace("_", " "): result[name] for name in known if name in result}
+    if kind != "detector":
+        rows["labels"] = Markdown(
+            "the ids of `id2label`; to train on with others, map pixels without one (such as CamVid's 11) to 255"
+        )
     return _card(data, f"PooDLe: {plain(name)} on {plain(dataset)}", what, load, _table(rows))
 
 
@@ -269,6 +274,8 @@ _LOAD = {
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES)
+maps = backbone(**processor(image, return_tensors="pt")).feature_maps  # image: PIL, or (H, W, 3) uint8
+pooled = maps[-1].mean(dim=(2, 3))  # what the pooled loss has trained POOLED
 # UperNetConfig(backbone="ORG/NAME") and the like build the architecture without its weights; load these as well:
 # upernet.backbone.load_state_dict(backbone.state_dict())""",
     "timm": """from huggingface_hub import hf_hub_download
@@ -282,7 +289,11 @@ backbone.load_state_dict(load_file(hf_hub_download("ORG/NAME", "model.safetensor
     "plain vit": """from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-model = AutoModel.from_pretrained("ORG/NAME")""",
+model = AutoModel.from_pretrained("ORG/NAME", add_pooling_layer=False)
+# Images of any size: positions are interpolated, as in pretraining.
+output = model(**processor(image, return_tensors="pt"), interpolate_pos_encoding=True)  # image: PIL, or (H, W, 3) uint8
+patches = output.last_hidden_state[:, SPECIAL:]
+pooled = patches.mean(dim=1)  # what the pooled loss has trained, not the class token""",
     "model": """from transformers import AutoBackbone, AutoImageProcessor
 
 # trust_remote_code runs the code in this repository; leave it out if the package modeling-poodle is installed and imported.
@@ -312,18 +323,28 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 
 
 def _load(part: str, kind: str, config: dict) -> str:
+    encoder = config.get("backbone_config", config)
     if part == "encoder" and kind in ("vit", "deit"):
-        return _LOAD["plain vit"]
+        return _LOAD["plain vit"].replace("SPECIAL", "2" if kind == "deit" else "1")
     if part == "encoder" and kind == "timm_backbone":
         return _LOAD["timm"]
     names = config.get("stage_names") or []
     if part == "model":  # the last stage, and the decoder where there is one
         features = names[-2 if config["num_decoder_blocks"] else -1 :]
     else:
-        features = [name for name in names if name not in ("stem", "decoder")][-3::2]
+        stages = [name for name in names if name not in ("stem", "decoder")]
+        features = stages[-3:-2] + stages[-1:]
+    text = _LOAD[part].replace("POOLED", "(`pooler_output` of AutoModel may be another)")
+    if part == "encoder" and timm_architecture(encoder) is not None:
+        text += '\n# or: timm.create_model("hf-hub:ORG/NAME", pretrained=True)'
     if not features:  # another architecture's config: its last stage
-        return _LOAD[part].replace(", out_features=FEATURES", "")
-    return _LOAD[part].replace("FEATURES", json.dumps(features))
+        return text.replace(", out_features=FEATURES", "")
+    return text.replace("FEATURES", json.dumps(features))
+
+
+def _task(part: str, kind: str) -> str | None:
+    """The Hub's name of the task; none where transformers' pipeline of that name cannot load the folder."""
+    return None if part == "encoder" and kind == "timm_backbone" else "image-feature-extraction"
 
 
 def _part_in_words(part: str, kind: str, config: dict) -> str:

@@ -265,7 +265,9 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
         card: text of the model card of "encoder" and of "model".
     """
     # do_resize=False: dense features are wanted at the image's own size.
-    processor = SegformerImageProcessor(do_resize=False, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
+    processor = SegformerImageProcessor(
+        do_convert_rgb=True, do_resize=False, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+    )
     encoder_config = model.encoder.config
     stages = [name for name in getattr(encoder_config, "stage_names", None) or [] if name != "stem"]
     for name, module in (("model", model), ("encoder", model.encoder)):

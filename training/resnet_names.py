@@ -48,7 +48,8 @@ def to_torchvision(key: str) -> str:
 
 def timm_architecture(config: dict) -> str | None:
     """timm's name of the network of a transformers config, where it is one of the standard ResNets."""
-    if config.get("model_type") != "resnet" or config["hidden_sizes"] != _SIZES.get(config["layer_type"]):
+    layer = config.get("layer_type")
+    if config.get("model_type") != "resnet" or layer not in _SIZES or config.get("hidden_sizes") != _SIZES[layer]:
         return None
     if config.get("hidden_act", "relu") != "relu":  # timm would build its own, with ReLUs
         return None
