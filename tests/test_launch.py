@@ -42,6 +42,7 @@ def submit(tmp_path):
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2",
         "SLURM_CPUS_PER_TASK": "16",
+        "SLURM_JOB_ID": "1230042",
     }
     slurm["HOME"] = str(tmp_path)
     slurm["PATH"] = f"{stubs}:{os.environ['PATH']}"
@@ -61,7 +62,7 @@ def test_slurm_starts_a_launcher_on_each_machine(submit):
     options = dict(zip(words[1:-5:2], words[2:-5:2]))
     assert options["--config_file"] == "training/launch/several_nodes.yaml"
     assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("2", "4", "1")
-    assert options["--main_process_ip"] == "node1"
+    assert (options["--main_process_ip"], options["--main_process_port"]) == ("node1", "20042")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class Health:
         )  # fmt: skip
         self._judge(
             "valid_fraction", valid == 0, "no pixel has flow that may be used (valid_fraction 0)",
-            "Look at panels/: lower frame_gap_seconds, or take another --flow",
+            "Look at panels/: lower frame_gap_seconds" + (", or take another --flow" if "feature_std" in metrics else ""),
         )  # fmt: skip
 
     def _judge(self, name: str, ill: bool, what: str, advice: str) -> None:

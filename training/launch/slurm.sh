@@ -39,13 +39,14 @@ if [[ -f $output_dir/config.yaml && (-z $chosen || ${SLURM_RESTART_COUNT:-0} -gt
   resume=(--resume_from_checkpoint latest) # behind the arguments, of which the last counts
 fi
 
+port=$((20000 + ${SLURM_JOB_ID:-0} % 10000)) # of this job: two that share a machine do not meet
 # srun does not take this over from sbatch.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # In single quotes, so that each machine expands its own SLURM_NODEID.
 srun --kill-on-bad-exit=1 bash -c '
-  gpus=$1 host=$2
-  shift 2
+  gpus=$1 host=$2 port=$3
+  shift 3
   exec .venv/bin/accelerate launch --config_file training/launch/several_nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus))" --machine_rank "$SLURM_NODEID" \
-    --main_process_ip "$host" --main_process_port 29500 training/pretrain.py "$@"
-' launch "$gpus" "$main_host" "$@" ${resume[@]+"${resume[@]}"}
+    --main_process_ip "$host" --main_process_port "$port" training/pretrain.py "$@"
+' launch "$gpus" "$main_host" "$port" "$@" ${resume[@]+"${resume[@]}"}
