@@ -1,8 +1,6 @@
 """What the page of features shows: files, colours and similarities against closed forms."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from forked_scripts import forked
 from labelled_shapes import RESNET
 from PIL import Image
 from torch.nn import functional as F
@@ -104,8 +103,11 @@ def test_closing_a_video_does_not_wait_for_ever(tmp_path):
     y, x = np.mgrid[:240, :320]
     frames = [np.stack([x + 3 * number, 2 * y + number, x + y], axis=-1).astype(np.uint8) for number in range(12)]
     write_video(tmp_path / "a.mp4", frames)
-    code = "import sys; from evaluation.explore_features import read_clip\nfor _ in range(30): read_clip(sys.argv[1], 0, 0.1, 1, 64)"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.mp4")], cwd=REPOSITORY, timeout=120, check=True)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from evaluation.explore_features import read_clip\nfor _ in range(30): read_clip(sys.argv[1], 0, 0.1, 1, 64)"
+    )
+    assert forked(script, tmp_path / "a.mp4", timeout=120, PYTHONPATH=str(REPOSITORY)).returncode == 0
 
 
 def test_pictures_and_videos_are_shrunk_and_upright(tmp_path, video):

@@ -93,8 +93,10 @@ def test_bf16_follows_fp32(drives, tmp_path):
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
 
 
-# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with the graphs alone.
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with Dynamo's graphs alone.
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot_eager", "inductor"))]
+)
 def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
     compile_module, used = torch.nn.Module.compile, []
     monkeypatch.setattr(

@@ -1,10 +1,9 @@
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from published import REPOSITORY
+from conftest import REPOSITORY
+from forked_scripts import forked
 
 from modeling_poodle import PoodleConfig
 from training.recipe import RECIPES, Recipe, check_crop_size, parse_recipe, read_yaml
@@ -108,16 +107,20 @@ def test_what_goes_with_the_file_s_flow_does_not_outlive_a_flag_for_another(tmp_
 
 
 def test_files_are_read_the_same_before_and_after_a_command_line_is(tmp_path):
-    """In a process of its own: HfArgumentParser changes the types that dataclasses.fields tell."""
+    """In a process that has read none yet: HfArgumentParser changes the types that dataclasses.fields tell."""
     (tmp_path / "r.yaml").write_text("flow_max_error: 1e0\nflow_weights: null\n")
-    code = (
-        "import sys; from training.recipe import parse_recipe, read_yaml; before = read_yaml(sys.argv[1]); parse_recipe([]); "
-        "print(before == read_yaml(sys.argv[1]) == {'flow_max_error': 1.0, 'flow_weights': None})"
+    (tmp_path / "script.py").write_text(
+        """
+import sys
+from training.recipe import parse_recipe, read_yaml
+
+before = read_yaml(sys.argv[1])
+parse_recipe([])
+print(before == read_yaml(sys.argv[1]) == {"flow_max_error": 1.0, "flow_weights": None})
+"""
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "r.yaml"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert process.stdout == "True\n", process.stderr
+    done = forked(tmp_path / "script.py", tmp_path / "r.yaml", PYTHONPATH=str(REPOSITORY))
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_bdd100k_has_the_papers_numbers():
