@@ -36,8 +36,9 @@ class FeatureStore:
         """
         offset = 0
         try:
-            # A tenth of the disk is left to others, among them the checkpoints of this very fit.
-            limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free)
+            # A tenth of the disk is left to others, among them the checkpoints of this very fit; the machine's processes share the rest.
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free / here)
             # Without a name: one that has a name stays, with all its gigabytes, where the process is killed.
             self.file = tempfile.TemporaryFile(dir=self.folder)
             for name, values in features:

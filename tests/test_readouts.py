@@ -14,7 +14,7 @@ from forked_scripts import forked
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from evaluation import engine
+from evaluation import engine, feature_store
 from evaluation.data import load_dataset
 from evaluation.encoders import build
 from evaluation.engine import FitState, Readout, draw, evaluate, fingerprint, fit, over_test_images
@@ -269,6 +269,14 @@ def test_a_killed_process_leaves_no_features_on_the_disk(tmp_path, monkeypatch):
     store = FeatureStore(1e6)
     assert store.fill([("a", torch.ones(2, 3, 4)), ("b", torch.zeros(2, 3, 4))]) == 2
     assert list(tmp_path.iterdir()) == [] and store["a"].eq(1).all() and store["b"].eq(0).all()
+
+
+def test_the_processes_of_a_machine_share_the_room_on_its_disk(monkeypatch):
+    features = [(str(number), torch.ones(1, 10, 10)) for number in range(9)]
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=8 * 200 / 0.9))
+    assert FeatureStore(1e6).fill(features) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert FeatureStore(1e6).fill(features) == 4
 
 
 def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number():
