@@ -73,6 +73,8 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     The teacher is a copy of the student, frozen, moved by [`~PoodleForPreTraining.update_teacher`] once an optimizer
     step. Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of
     [`PoodleModel`], which becomes the student; weights of the teacher that it lacks are copied from the student.
+
+    In transformers' Trainer a callback moves the teacher (`on_step_end`), and `label_names=["pixel_values"]` lets `evaluate()` report a loss.
     """
 
     base_model_prefix = "student"  # a checkpoint whose names lack it, one of PoodleModel's, is the student's
