@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from modeling_poodle.cpu import share_cpu
-from modeling_poodle.folders import write_aside
+from modeling_poodle.folders import sweep_aside, write_aside
 from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.processes import (
     log_plainly,
@@ -41,8 +41,9 @@ def make_accelerator() -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",
-        # While the first process renders the street or fetches a data set, the others wait; PyTorch's own bound is ten minutes on GPUs.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        # While the first process renders the street or fetches a data set, the others wait; PyTorch's own bound is ten minutes on GPUs. (One
+        # that has ended is noticed at once, by the launcher.)
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_sharding(accelerator)
     if sums_in_one_order(accelerator):
@@ -181,6 +182,8 @@ def begin_output_dir(recipe, folder: Path) -> None:
                 (place / name).unlink(missing_ok=True)
             for name in FITTED:
                 shutil.rmtree(place / name, ignore_errors=True)
+    for place in places(recipe, folder):
+        sweep_aside(place)
     (folder / "config.yaml").write_text(recipe.to_yaml())
 
 

@@ -130,13 +130,8 @@ class LinearReadout(Readout):
 
     @torch.no_grad()
     def predict(self, image: np.ndarray) -> np.ndarray:
-        return (
-            upsample(self.classifier(self._features(image)[None]), image.shape[:2])
-            .argmax(dim=1)[0]
-            .byte()
-            .cpu()
-            .numpy()
-        )
+        logits = upsample(self.classifier(self._features(image)[None]), image.shape[:2])
+        return logits.argmax(dim=1)[0].byte().cpu().numpy()
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.classifier.parameters())
@@ -268,7 +263,7 @@ class UperNetReadout(Readout):
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
-        # Not the encoder itself: UperNet has a copy of it, and this one would be fitted and counted as a module too.
+        # Not the encoder as a module of this one: UperNet has a copy of it, which is the one that is fitted, saved and moved.
         self.normalise, self.processor = encoder.normalise, processor_of(encoder)
         self.data, self.recipe = data, recipe
         if len(data.classes) < 2:

@@ -44,6 +44,8 @@ class ChecksOverrides:
         maps = {"out_features", "out_indices"}  # either stands for the other
         given = {name: kwargs.pop(name) for name in (own | maps) & {*kwargs}}
         for key in kwargs:
+            if isinstance(own_property := getattr(cls, key, None), property) and own_property.fset is None:
+                raise ValueError(f"{cls.__name__}.{key} follows from its other fields, and cannot be given")
             if not hasattr(cls, key) and nearest(key, own, MISSPELT):
                 raise ValueError(f"{cls.__name__} has no field {key!r}.{nearest(key, own)}")
         # Those of the file are of another network then, or replaced.
@@ -54,16 +56,6 @@ class ChecksOverrides:
             whole = {**values.get("backbone_config", {}), **part} if "model_type" not in part else part
             given["backbone_config"] = _as_backbone_config(whole, saved=whole is not part)
         return super().from_dict(values | given, **kwargs)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the images, as ViTMatte asks of a backbone's config."""
-        return getattr(self.backbone_config, "num_channels", 3)
-
-    @property
-    def readout_map(self) -> str:
-        """Name of the map that a readout reads: `readout_stage`, or that of the dense features."""
-        return self.readout_stage or ("decoder" if self.num_decoder_blocks else self.decoder_inputs[-1])
 
     def to_dict(self) -> dict[str, Any]:
         # auto_map would name code that is not beside what is saved, or not beside the network that this config is a part of. It is right only
@@ -268,6 +260,16 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         """Encoder stages that the dense features are made from, earliest first; the last one enters at the top."""
         laterals = self.num_decoder_blocks if self.decoder_laterals else 0
         return self._encoder_stages()[-1 - laterals :]
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images, as ViTMatte asks of a backbone's config."""
+        return getattr(self.backbone_config, "num_channels", 3)
+
+    @property
+    def readout_map(self) -> str:
+        """Name of the map that a readout reads: `readout_stage`, or that of the dense features."""
+        return self.readout_stage or ("decoder" if self.num_decoder_blocks else self.decoder_inputs[-1])
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

@@ -70,6 +70,13 @@ def write_aside(path: Path, data: str | bytes, sync: bool = False) -> None:
         raise
 
 
+def sweep_aside(folder: Path) -> None:
+    """Remove what processes that were killed in [`write_aside`] have left in a folder that nobody else writes to now."""
+    for left in folder.glob(".*.partial"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
     """A name to fill a folder under, which takes the name `final`, over an older one, once the block has ended without an error."""

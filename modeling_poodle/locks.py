@@ -52,23 +52,26 @@ def lock_output_dir(output_dir: Path) -> None:
 
 def still_held(output_dir: Path) -> None:
     """
-    See to it that `output_dir` is the folder that this process has locked: a folder may be removed, and another run begin in its place. One that
-    is gone is made and locked again.
+    See to it that `output_dir` is the folder that this process has locked. One that was removed is made and locked again.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: it was removed, and another run has begun in its place, also if that has ended.
     """
     path = output_dir / ".lock"
     if (held := _HELD.get(str(path))) is None:
         return
     try:
         there, own = path.stat(), os.fstat(held.fileno())
-        if (there.st_ino, there.st_dev) == (own.st_ino, own.st_dev):
-            return
     except FileNotFoundError:
-        pass
-    logger.warning("output_dir %s was removed or replaced while this run wrote to it", output_dir)
-    lock_output_dir(output_dir)
+        logger.warning("output_dir %s was removed while this run wrote to it", output_dir)
+        lock_output_dir(output_dir)
+        return
+    if (there.st_ino, there.st_dev) != (own.st_ino, own.st_dev):
+        with open(path) as file:
+            other = _holder(file)
+        raise ValueError(
+            f"output_dir {output_dir} was removed, and another run has begun in its place ({other}): this one ends"
+        )
 
 
 def _holder(file) -> str:

@@ -262,7 +262,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
 
     def _check_inputs(self, pixel_values: Tensor, **others: Tensor | None) -> None:
         """Shapes alone, which are known without waiting for the device."""
-        channels = getattr(self.config.backbone_config, "num_channels", 3)
+        channels = self.config.num_channels
         shape = _shape(pixel_values)
         if shape is None or len(shape) != 5 or shape[1:3] != (2, channels):
             raise ValueError(f"pixel_values must be frame pairs (B, 2, {channels}, H, W), got {shape}")

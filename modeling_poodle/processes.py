@@ -103,14 +103,19 @@ def need_shared(accelerator, folder: Path) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    name = on_main(accelerator, lambda: f".seen-by-all-{uuid.uuid4().hex}")
-    on_main(accelerator, lambda: (folder / name).touch())
+
+    def mark() -> str:
+        name = f".seen-by-all-{uuid.uuid4().hex}"
+        (folder / name).touch()
+        return name
+
+    name = on_main(accelerator, mark)
 
     def look() -> None:
-        for _ in range(_SECONDS_TO_BE_SEEN):  # a network file system may be late
+        for second in range(_SECONDS_TO_BE_SEEN + 1):  # a network file system may be late
+            time.sleep(min(second, 1))
             if (folder / name).exists():
                 return
-            time.sleep(1)
         raise ValueError(
             f"output_dir {folder} is not one folder for all processes: what rank 0 writes there is not seen by rank {accelerator.process_index} "
             f"on {socket.gethostname()}. Give a folder on a file system that all machines share, by its absolute path"

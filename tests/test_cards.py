@@ -129,6 +129,9 @@ def test_an_encoder_s_lines_give_the_trained_features_of_an_image_of_any_size(tm
         "model_type": "resnet",
     }
     config = PoodleConfig(backbone_config=standard).to_dict()
+    assert "what the pooled loss has trained" in code
+    flowe = {**model.config.to_dict(), "pooled_weight": 0.0}
+    assert "pooled loss has trained" not in cards.run_card("encoder", flowe, recipe, facts).split("```")[1]
     assert 'timm.create_model("hf-hub:ORG/NAME", pretrained=True)' in cards.run_card("encoder", config, recipe, facts)
 
 

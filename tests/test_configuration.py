@@ -302,3 +302,12 @@ def test_a_config_that_is_changed_once_it_is_made_is_that_of_its_network(tmp_pat
     with pytest.raises(ValueError, match="readout_stage must be one of .*stage4, got 'decoder'"):
         read.num_decoder_blocks = 0
     assert read.num_decoder_blocks == 2
+
+
+def test_what_follows_from_other_fields_cannot_be_given(tmp_path):
+    PoodleConfig().save_pretrained(tmp_path)
+    for name, value in (("num_channels", 4), ("readout_map", "stage4")):
+        with pytest.raises(
+            ValueError, match=f"PoodleConfig.{name} follows from its other fields, and cannot be given"
+        ):
+            PoodleConfig.from_pretrained(tmp_path, **{name: value})

@@ -249,3 +249,17 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     done = forked(script, *arguments, "--resume_from_checkpoint", "latest", ranks=2, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 1 and done.stderr.count("[Errno 5] Input/output error") == 2, done.stderr
     assert log.read_text() == before
+    # Nor do they go on from two checkpoints.
+    other = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoints" / checkpoint.name)
+    with (other / "SHA256SUMS").open("a") as file:
+        file.write("\n")
+    script = two_ranks(
+        tmp_path,
+        'run_script(lambda: pretrain.main([*sys.argv[3:], "--resume_from_checkpoint", sys.argv[1 + rank]]))\n',
+    )
+    anew = flags(drives, tmp_path / "new", "--save_steps", "1", steps=40)
+    done = forked(script, checkpoint, other, *anew, ranks=2, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 1 and "all processes must have the same checkpoint, got rank 0: step" in done.stderr, (
+        done.stderr
+    )
+    assert not (tmp_path / "new" / "config.yaml").exists()

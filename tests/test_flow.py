@@ -81,7 +81,7 @@ def test_every_estimator_of_frames_is_one_function():
         for wrong in (torch.rand(1, 2, 3, 128, 128), torch.zeros(2, 3, 128, 128, dtype=torch.uint8)):
             with pytest.raises(ValueError, match=r"frames must be \(B, 2, 3, H, W\) of torch.uint8, got \(.*128\)"):
                 function(wrong)
-    with pytest.raises(ValueError, match="dis needs frames of at least 12x12, got 8x16"):
+    with pytest.raises(ValueError, match="dis needs frames of at least 16x16, got 8x16"):
         flow_function("dis")(torch.zeros(1, 2, 3, 8, 16, dtype=torch.uint8))
 
 

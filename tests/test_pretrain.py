@@ -93,10 +93,8 @@ def test_bf16_follows_fp32(drives, tmp_path):
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
 
 
-# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with Dynamo's graphs alone.
-@pytest.mark.parametrize(
-    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot_eager", "inductor"))]
-)
+# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with the graphs alone.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
     compile_module, used = torch.nn.Module.compile, []
     monkeypatch.setattr(
@@ -104,10 +102,12 @@ def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
         "compile",
         lambda m, **options: used.append(m) or compile_module(m, backend=backend, **options),
     )
-    plain = train(drives, tmp_path / "plain", steps=2)
+    # The rest takes Dynamo three times as long.
+    model = {**MODEL, "num_decoder_blocks": 0, "pooled_weight": 0.0} if backend == "aot_eager" else MODEL
+    plain = train(drives, tmp_path / "plain", model=model, steps=2)
     AcceleratorState._reset_state(True)
     assert used == []
-    compiled = train(drives, tmp_path / "compiled", "--torch_compile", "true", steps=2)
+    compiled = train(drives, tmp_path / "compiled", "--torch_compile", "true", model=model, steps=2)
     assert len(used) == 1
     for ours, theirs in zip(compiled, plain):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -87,7 +87,7 @@ def test_the_crop_fits_the_encoder_that_a_run_starts_from():
     ):
         Recipe(crop_size=[96, 128], flow="raft_small")
     tiny = {"backbone_config": {"model_type": "dinov2", "patch_size": 8}}
-    with pytest.raises(ValueError, match=r"crop_size must be at least 12x12 with flow dis, got \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"crop_size must be at least 16x16 with flow dis, got \[8, 8\]"):
         Recipe(model=tiny, crop_size=[8, 8])
 
 
@@ -104,6 +104,8 @@ def test_what_goes_with_the_file_s_flow_does_not_outlive_a_flag_for_another(tmp_
     assert parse_recipe([*config, "--flow", "dis"]).flow_weights is None
     assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
     assert parse_recipe([*config, "--flow", "raft_small", "--flow_weights", "small.pth"]).flow_weights == "small.pth"
+    (tmp_path / "r.yaml").write_text("flow_weights: raft.pth\ncrop_size: [128, 256]\n")  # which names no flow
+    assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
 
 
 def test_files_are_read_the_same_before_and_after_a_command_line_is(tmp_path):

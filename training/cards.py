@@ -275,7 +275,7 @@ _LOAD = {
 processor = AutoImageProcessor.from_pretrained("ORG/NAME")
 backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES)
 maps = backbone(**processor(image, return_tensors="pt")).feature_maps  # image: PIL, or (H, W, 3) uint8
-pooled = maps[-1].mean(dim=(2, 3))  # what the pooled loss has trained POOLED
+pooled = maps[-1].mean(dim=(2, 3))  # POOLED (`pooler_output` of AutoModel may be another)
 # UperNetConfig(backbone="ORG/NAME") and the like build the architecture without its weights; load these as well:
 # upernet.backbone.load_state_dict(backbone.state_dict())""",
     "timm": """from huggingface_hub import hf_hub_download
@@ -293,7 +293,7 @@ model = AutoModel.from_pretrained("ORG/NAME", add_pooling_layer=False)
 # Images of any size: positions are interpolated, as in pretraining.
 output = model(**processor(image, return_tensors="pt"), interpolate_pos_encoding=True)  # image: PIL, or (H, W, 3) uint8
 patches = output.last_hidden_state[:, SPECIAL:]
-pooled = patches.mean(dim=1)  # what the pooled loss has trained, not the class token""",
+pooled = patches.mean(dim=1)  # POOLED, not the class token""",
     "model": """from transformers import AutoBackbone, AutoImageProcessor
 
 # trust_remote_code runs the code in this repository; leave it out if the package modeling-poodle is installed and imported.
@@ -324,8 +324,10 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 
 def _load(part: str, kind: str, config: dict) -> str:
     encoder = config.get("backbone_config", config)
+    trained = config.get("pooled_weight", 0) > 0 and config.get("output_stride") is None
+    pooled = "what the pooled loss has trained" if trained else "of the whole image"
     if part == "encoder" and kind in ("vit", "deit"):
-        return _LOAD["plain vit"].replace("SPECIAL", "2" if kind == "deit" else "1")
+        return _LOAD["plain vit"].replace("SPECIAL", "2" if kind == "deit" else "1").replace("POOLED", pooled)
     if part == "encoder" and kind == "timm_backbone":
         return _LOAD["timm"]
     names = config.get("stage_names") or []
@@ -334,7 +336,7 @@ def _load(part: str, kind: str, config: dict) -> str:
     else:
         stages = [name for name in names if name not in ("stem", "decoder")]
         features = stages[-3:-2] + stages[-1:]
-    text = _LOAD[part].replace("POOLED", "(`pooler_output` of AutoModel may be another)")
+    text = _LOAD[part].replace("POOLED", pooled)
     if part == "encoder" and timm_architecture(encoder) is not None:
         text += '\n# or: timm.create_model("hf-hub:ORG/NAME", pretrained=True)'
     if not features:  # another architecture's config: its last stage

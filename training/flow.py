@@ -24,7 +24,7 @@ from modeling_poodle.loading_poodle import config_values
 from modeling_poodle.recipe_files import did_you_mean
 from training.addresses import printable, video_name
 from training.raft import GatedUnit, correlation_pyramid, update
-from training.recipe import FLOWS
+from training.recipe import FLOWS, LEAST_SIDES
 from training.street import Street
 
 
@@ -60,8 +60,10 @@ class DisFlow:
     def batch(self, frames: Tensor) -> Tensor:
         """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32 on their device; pair by pair on the CPU."""
         _check_frames(frames)
-        if min(frames.shape[-2:]) < 12:
-            raise ValueError(f"dis needs frames of at least 12x12, got {frames.shape[-2]}x{frames.shape[-1]}")
+        if min(frames.shape[-2:]) < (least := LEAST_SIDES["dis"]):
+            raise ValueError(
+                f"dis needs frames of at least {least}x{least}, got {frames.shape[-2]}x{frames.shape[-1]}"
+            )
         flows = [self.estimate(pair) for pair in frames.cpu().numpy()]
         return torch.from_numpy(np.stack(flows)).to(frames.device)
 
@@ -214,9 +216,9 @@ class RaftFlow(nn.Module):
         """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32."""
         _check_frames(frames)
         b, _, _, height, width = frames.shape
-        if min(height, width) < 128:
+        if min(height, width) < (least := LEAST_SIDES["raft_large"]):
             raise ValueError(
-                f"RAFT needs frames of at least 128x128, got {height}x{width}; use --flow dis for smaller ones"
+                f"RAFT needs frames of at least {least}x{least}, got {height}x{width}; use --flow dis for smaller ones"
             )
         images = frames.transpose(0, 1).flatten(0, 1).float() / 127.5 - 1  # (2B, 3, H, W): all earlier, then all later
         pad_h, pad_w = -height % 8, -width % 8

@@ -19,7 +19,7 @@ SENT_ON_WITHIN = 5.0
 class StopSignals:
     """
     SIGTERM and SIGINT as a request to stop after the step at hand. A second SIGINT ends the process at once, by the system; under torchrun,
-    which sends on what it gets, only if it comes SENT_ON_WITHIN seconds later.
+    which sends on what it gets, only if it comes at least SENT_ON_WITHIN seconds after the first.
 
     A context manager. All ranks learn of a signal that any of them got, at the same step: each step starts a reduction of one
     number between the hosts and reads that of the step before, so that neither the device nor (in step) the host waits.
@@ -59,7 +59,8 @@ class StopSignals:
                 return
         self.received = number
         if self._speaks:  # not print or a logger, which this handler may be interrupting
-            again = "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
+            when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""
+            again = f"; once more{when} ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
 
     def agreed(self) -> bool:

@@ -24,8 +24,9 @@ from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
-# The smallest frames that an estimator takes: DIS asserts its own, below 128 RAFT's coarsest correlation has no cells to look up.
-LEAST_SIDES = {"dis": 12, "raft_large": 128, "raft_small": 128}
+# The smallest frames that an estimator takes. OpenCV's DIS crashes with a shorter side of 12 to 15 (seen with 12x40 to 15x256, never from 16 on);
+# below 128 RAFT's coarsest correlation has no cells to look up.
+LEAST_SIDES = {"dis": 16, "raft_large": 128, "raft_small": 128}
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 MOST_PAIRS = 32  # of a video: half of PAIRS_HELD in training/video_stream.py, so that two videos take turns at least
 # May differ between a run and its resumption: they change neither the batches nor the arithmetic.
@@ -329,7 +330,7 @@ class Recipe(RunRecipe):
         if self.init_encoder is None or "backbone_config" in self.model:  # else it is known once the encoder is read
             check_crop_size(config, self.crop_size)
         least = LEAST_SIDES.get(self.flow, 1)
-        smaller = " (--flow dis takes smaller ones)" if least > LEAST_SIDES["dis"] else ""
+        smaller = " (--flow dis takes smaller ones)" if self.flow.startswith("raft") else ""
         self.need(
             min(self.crop_size) >= least, "crop_size", f"at least {least}x{least} with flow {self.flow}{smaller}"
         )
@@ -394,7 +395,9 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         own = of_file.get("model") or {}
         if given.get("init_encoder") is not None:  # the flag's encoder, not that of the file
             own = {name: value for name, value in own.items() if name != "backbone_config"}
-        if given.get("flow", of_file.get("flow")) != of_file.get("flow"):  # nor what goes with the file's estimator
+        if (
+            "flow" in of_file and given.get("flow", of_file["flow"]) != of_file["flow"]
+        ):  # nor what goes with the file's estimator
             values = {name: value for name, value in values.items() if name not in _OF_A_FLOW or name in given}
         values["model"] = _changed(own, given.get("model"))
         if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag

@@ -16,13 +16,13 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from modeling_poodle.folders import write_aside
+from modeling_poodle.folders import sha256_of, sweep_aside, write_aside
 from modeling_poodle.locks import still_held
-from modeling_poodle.processes import on_all, on_main
+from modeling_poodle.processes import on_all, on_main, same_on_all
 from training import stopping
 from training.addresses import public_value
 from training.assembly import compile_modules, prepared
-from training.checkpoint_files import leave_later, sync_file
+from training.checkpoint_files import CHECKSUMS, leave_later, sync_file
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.faults import faults_in_words
 from training.health import Health
@@ -112,9 +112,12 @@ class Run(ABC):
         if checkpoint is not None:
             # On all ranks before rank 0 puts aside what is of later steps: where one cannot read its part, the folder stays as it is.
             on_all(self.accelerator, lambda: self.load(checkpoint))
+            which = sha256_of([checkpoint / CHECKSUMS])[:12]  # each machine may have been given a path of its own
+            same_on_all(self.accelerator, "checkpoint", f"step {self.step}, checksums {which}")
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            sweep_aside(self.output_dir)
             stopping.mark_begun()
             write_aside(self.output_dir / "config.yaml", self.recipe.to_yaml(), sync=True)
             for name in self.LOGS:
