@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.addresses import dataset_of, hub_id, public_source
+from training.card_code import LOADING, lines_to_load
 from training.recipe import FREE_ON_RESUME
-from training.resnet_names import timm_architecture
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # in a card until it is published
@@ -87,7 +87,7 @@ def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
         "pretraining on video with PooDLe ([arXiv 2408.11208](https://arxiv.org/abs/2408.11208)): a dense loss that makes\n"
         "features equivariant to optical flow, and a pooled loss on subcrops that follow the flow."
     )
-    return _card(data, f"PooDLe {kind}: {part}", what, _load(part, kind, config), _training(rows, recipe))
+    return _card(data, f"PooDLe {kind}: {part}", what, lines_to_load(part, kind, config), _training(rows, recipe))
 
 
 def _rows(recipe: dict, facts: Facts) -> dict:
@@ -119,7 +119,7 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
         data,
         f"PooDLe {kind}: {part}, converted",
         what,
-        _load(part, kind, config),
+        lines_to_load(part, kind, config),
         "See the publication of the checkpoint.",
     )
 
@@ -137,7 +137,7 @@ def flow_card(recipe: dict, facts: Facts) -> str:
 def _flow_card(what: str, training: str, license: str | None = "apache-2.0") -> str:
     data = _data("optical-flow", None, license)  # the Hub has no name for this task
     return _card(
-        data, "Optical flow without labels", what, _LOAD["flow"], training, "RGB from 0 to 1, not normalised."
+        data, "Optical flow without labels", what, LOADING["flow"], training, "RGB from 0 to 1, not normalised."
     )
 
 
@@ -155,7 +155,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
             data,
             f"{inner}: {part}",
             _part_in_words(part, inner, config),
-            _load(part, inner, config),
+            lines_to_load(part, inner, config),
             "Nothing was recorded.",
         )
     result = results[0] if results else {}
@@ -170,7 +170,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
         f"A {plain(name)} {'detector' if kind == 'detector' else 'readout'} on {data.base_model or 'an encoder'}, "
         f"fitted on {plain(dataset)}."
     )
-    load = _LOAD["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
+    load = LOADING["detector" if kind == "detector" else "poodle readout" if kind == "poodle" else "readout"]
     known = ("num_train_images", "steps", "seed", "features", "inference")
     rows = {name.replace("_", " "): result[name] for name in known if name in result}
     if kind != "detector":
@@ -268,80 +268,6 @@ def _sources_in_words(sources: list[str | None]) -> Markdown:
 
 
 # --- parts of a card ---
-
-_LOAD = {
-    "encoder": """from transformers import AutoBackbone, AutoImageProcessor
-
-processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES)
-maps = backbone(**processor(image, return_tensors="pt")).feature_maps  # image: PIL, or (H, W, 3) uint8
-pooled = maps[-1].mean(dim=(2, 3))  # POOLED (`pooler_output` of AutoModel may be another)
-# UperNetConfig(backbone="ORG/NAME") and the like build the architecture without its weights; load these as well:
-# upernet.backbone.load_state_dict(backbone.state_dict())""",
-    "timm": """from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
-
-processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-# Not AutoBackbone.from_pretrained, which looks the name up in timm.
-backbone = AutoBackbone.from_config(AutoConfig.from_pretrained("ORG/NAME"))
-backbone.load_state_dict(load_file(hf_hub_download("ORG/NAME", "model.safetensors")))""",
-    "plain vit": """from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-model = AutoModel.from_pretrained("ORG/NAME", add_pooling_layer=False)
-# Images of any size: positions are interpolated, as in pretraining.
-output = model(**processor(image, return_tensors="pt"), interpolate_pos_encoding=True)  # image: PIL, or (H, W, 3) uint8
-patches = output.last_hidden_state[:, SPECIAL:]
-pooled = patches.mean(dim=1)  # POOLED, not the class token""",
-    "model": """from transformers import AutoBackbone, AutoImageProcessor
-
-# trust_remote_code runs the code in this repository; leave it out if the package modeling-poodle is installed and imported.
-processor = AutoImageProcessor.from_pretrained("ORG/NAME")
-backbone = AutoBackbone.from_pretrained("ORG/NAME", out_features=FEATURES, trust_remote_code=True)""",
-    "flow": """import modeling_poodle  # the package modeling-poodle; without it give trust_remote_code=True, which runs the code in this repository
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("ORG/NAME")
-flow = model(frames).flow  # frames (B, 2, 3, H, W) in [0, 1], sides multiples of model.config.stride -> (B, 2, 2, H, W) pixels""",
-    "poodle readout": """from transformers import pipeline
-
-segmenter = pipeline("image-segmentation", model="ORG/NAME", trust_remote_code=True)""",
-    "readout": """from transformers import pipeline
-
-segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
-    "detector": "\n".join(
-        (
-            "from huggingface_hub import snapshot_download",
-            "",
-            "from evaluation.detection import load_detector  # of the package modeling-poodle",
-            "",
-            'detector = load_detector(snapshot_download("ORG/NAME"))',
-        )
-    ),
-}
-
-
-def _load(part: str, kind: str, config: dict) -> str:
-    encoder = config.get("backbone_config", config)
-    trained = config.get("pooled_weight", 0) > 0 and config.get("output_stride") is None
-    pooled = "what the pooled loss has trained" if trained else "of the whole image"
-    if part == "encoder" and kind in ("vit", "deit"):
-        return _LOAD["plain vit"].replace("SPECIAL", "2" if kind == "deit" else "1").replace("POOLED", pooled)
-    if part == "encoder" and kind == "timm_backbone":
-        return _LOAD["timm"]
-    names = config.get("stage_names") or []
-    if part == "model":  # the last stage, and the decoder where there is one
-        features = names[-2 if config["num_decoder_blocks"] else -1 :]
-    else:
-        stages = [name for name in names if name not in ("stem", "decoder")]
-        features = stages[-3:-2] + stages[-1:]
-    text = _LOAD[part].replace("POOLED", pooled)
-    if part == "encoder" and timm_architecture(encoder) is not None:
-        text += '\n# or: timm.create_model("hf-hub:ORG/NAME", pretrained=True)'
-    if not features:  # another architecture's config: its last stage
-        return text.replace(", out_features=FEATURES", "")
-    return text.replace("FEATURES", json.dumps(features))
 
 
 def _task(part: str, kind: str) -> str | None:
