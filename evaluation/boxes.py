@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from evaluation.data import STREETS, street_folder, within
 from evaluation.labelled_images import file_size, read_ahead, read_image
 from modeling_poodle.folders import spread
-from modeling_poodle.recipe_files import is_finite
+from modeling_poodle.recipe_files import is_finite, shown
 
 logger = logging.getLogger("poodle")
 BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
@@ -127,6 +127,10 @@ def _read_json(path: Path, name: str):
         raise ValueError(f"{path} cannot be read: {error}. {_LAYOUTS[name]}") from None
 
 
+def _is_box(box) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))
+
+
 def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple], flat: list[str]) -> BoxExample:
     """
     An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the
@@ -135,9 +139,8 @@ def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tupl
     height, width = size
     kept, boxes, areas = [], [], []
     for box, label, crowd, area, where in found:
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-        if not numbers or not all(math.isfinite(v) for v in box):
-            raise ValueError(f"{where}: a box must be 4 finite numbers, got {box!r}")
+        if not _is_box(box):
+            raise ValueError(f"{where}: a box must be 4 finite numbers, got {shown(box)}")
         if area is not None and not (is_finite(area) and area >= 0):
             raise ValueError(f"{where}: area must be a number of square pixels, got {area!r}")
         x0, y0, x1, y1 = box
@@ -150,7 +153,7 @@ def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tupl
             continue
         if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING or x0 >= width or y0 >= height:
             raise ValueError(
-                f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) is outside its image {name}, {width}x{height}"
+                f"{where}: the box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) reaches beyond its image {name}, {width}x{height}"
             )
         cut = np.array([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], np.float32)
         if min(cut[2:] - cut[:2]) < THIN:
@@ -177,6 +180,12 @@ def _refuse_shares(examples: Sequence[BoxExample], path: Path) -> None:
         raise ValueError(
             f"{path}: all boxes lie in the first pixel of their images; they must be in pixels, not in shares of the image"
         )
+
+
+def _refuse_twice(names: Iterable[str], path: Path) -> None:
+    """Raises ValueError where an image is listed twice: each entry would have a part of its boxes, and what is right for one be wrong for the other."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{path} lists the image {twice[0]} more than once ({len(twice)} are)")
 
 
 def _tell_flat(flat: Sequence[str]) -> None:
@@ -229,6 +238,7 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
         if not isinstance(image.get("id"), (int, str)) or image["id"] in images:
             raise ValueError(f"{path}: images need different ids, numbers or text, got {image.get('id')!r}")
         images[image["id"]] = (image["file_name"], size)
+    _refuse_twice((file for file, _ in images.values()), path)
     files = {identity: within(folder / "images", file, path) for identity, (file, _) in images.items()}
     _need_images(name, folder / "images", list(files.values()))
     found = {identity: [] for identity in images}
@@ -242,10 +252,12 @@ def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, .
             ids = ", ".join(str(identity) for identity in order[:20])
             raise ValueError(f"{where} has the category_id {annotation.get('category_id')!r}; categories are {ids}")
         box = annotation.get("bbox")
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box):
+        if _is_box(box):
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         label = order.index(annotation["category_id"])
-        entry = (box, label, bool(annotation.get("iscrowd", 0)), annotation.get("area"), where)
+        if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
+            raise ValueError(f"{where}: iscrowd must be 0 or 1, got {shown(crowd)}")
+        entry = (box, label, bool(crowd), annotation.get("area"), where)
         found[annotation["image_id"]].append(entry)
     flat: list[str] = []
     examples = [
@@ -266,10 +278,14 @@ def _bdd100k(folder: Path) -> BoxImages:
         ):
             raise ValueError(f"{path} must hold a list of frames, each with its name. {_LAYOUTS['bdd100k']}")
         _need_images("bdd100k", images, [within(images, frame["name"], path) for frame in frames])
+        _refuse_twice((frame["name"] for frame in frames), path)
         examples, flat = [], []
         for frame in sorted(frames, key=lambda f: f["name"]):
             where = f"{path}, {frame['name']}"
-            found = [_bdd100k_box(label, where) for label in frame.get("labels") or () if label.get("box2d")]
+            labels = frame.get("labels") or []
+            if not isinstance(labels, list) or not all(isinstance(label, dict) for label in labels):
+                raise ValueError(f"{where}: labels must be a list of objects, got {shown(labels)}")
+            found = [_bdd100k_box(label, where) for label in labels if label.get("box2d")]
             examples.append(_example(frame["name"], images / frame["name"], BDD100K_SIZE, found, flat))
         _tell_flat(flat)
         _refuse_shares(examples, path)
@@ -278,12 +294,16 @@ def _bdd100k(folder: Path) -> BoxImages:
 
 
 def _bdd100k_box(label: dict, where: str) -> tuple:
-    name = BDD100K_RENAMED.get(label.get("category"), label.get("category"))
+    attributes = label.get("attributes") or {}
+    for part, kind in ((label.get("category"), str), (label["box2d"], dict), (attributes, dict)):
+        if not isinstance(part, kind):
+            raise ValueError(f"{where}: a label must have a category, a box2d and attributes, got {shown(label)}")
+    name = BDD100K_RENAMED.get(label["category"], label["category"])
     ignored = name in BDD100K_IGNORED
     name = BDD100K_IGNORED.get(name, name)
     if name not in BDD100K_CLASSES:
         raise ValueError(f"{where}: unknown category {name!r}; BDD100K's are {', '.join(BDD100K_CLASSES)}")
-    crowd = ignored or bool((label.get("attributes") or {}).get("crowd", False))
+    crowd = ignored or bool(attributes.get("crowd", False))
     box = [label["box2d"].get(key) for key in ("x1", "y1", "x2", "y2")]
     # x2 and y2 are the last pixels of the box: as in BDD100K's own conversion to COCO's format (scalabel, box2d_to_bbox) its width is x2 - x1 + 1.
     for side, limit in ((3, BDD100K_SIZE[0]), (2, BDD100K_SIZE[1])):

@@ -49,6 +49,22 @@ def rows(results: list[dict]) -> list[list[str]]:
     return [head, *body]
 
 
+def differences(results: list[dict]) -> list[str]:
+    """What results of one data set differ in besides the model: sentences, for their figures are not of the same."""
+    told = []
+    for name in dict.fromkeys(result["dataset"] for result in results):
+        those = [result for result in results if result["dataset"] == name]
+        for what, of in (
+            ("classes", lambda r: list(r.get("per_class", {}))),
+            ("groups of classes", lambda r: r.get("group_members")),
+            ("number of training images", lambda r: r.get("num_train_images")),
+            ("number of test images", lambda r: r.get("num_test_images")),
+        ):
+            if any(of(result) != of(those[0]) for result in those):
+                told.append(f"{name}: the results differ in their {what}, and cannot be compared as they stand")
+    return told
+
+
 def aligned(table: list[list[str]], markdown: bool = False, words: int = 4) -> str:
     """Columns of equal width, those after the first `words` to the right, as figures are; with `markdown` a table of it."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
@@ -71,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
     files = [Path(name, "evaluation.json") if Path(name).is_dir() else Path(name) for name in options.files]
-    print(aligned(rows([result for path in files for result in read_results(path)]), options.markdown))
+    results = [result for path in files for result in read_results(path)]
+    print(aligned(rows(results), options.markdown))
+    for sentence in differences(results):
+        print(f"\n{sentence}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Labelled images from the folder layouts that data sets are shipped in, the rendered street, and data sets of the Hub."""
 
 import glob
+import io
 import json
+import logging
 import subprocess
 import sys
 from collections import Counter
@@ -9,11 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from evaluation.labelled_images import IGNORE, IMAGES, UNREADABLE, Example, LabelledImages, as_ids, as_rgb
+from evaluation.labelled_images import (
+    FORMATS,
+    IGNORE,
+    IMAGES,
+    LABEL_FORMATS,
+    UNREADABLE,
+    Example,
+    LabelledImages,
+    as_rgb,
+    label_of,
+)
 from evaluation.metrics import BDD100K_GROUPS
 from modeling_poodle.folders import files_below, write_aside
 from modeling_poodle.recipe_files import cache_root
+
+logger = logging.getLogger("poodle")
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.
 STREET_CAMERAS = ("walking", "static", "aerial")
@@ -93,7 +108,7 @@ def _pairs(
     for folder in (images, labels):
         if not folder.is_dir():
             raise ValueError(f"{name}: there is no folder {folder}. {_LAYOUTS[name]}")
-    files = [p for p in files_below(images) if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
+    files = [p for p in files_below(images) if p.suffix.lower() in IMAGES and not _hidden(p.relative_to(images))]
     files = [p for p in files if image_end is None or p.name.endswith(image_end)]
     examples, missing, known = [], [], {}
     for path in files:
@@ -117,7 +132,23 @@ def _pairs(
         )
     if not examples:
         raise ValueError(f"{name}: no images in {images}. {_LAYOUTS[name]}")
+    ends = [
+        (path.relative_to(labels), end)
+        for path in files_below(labels)
+        for end in label_ends
+        if path.name.endswith(end)
+    ]
+    alone = sorted({stem for path, end in ends if not _hidden(path) and (stem := str(path)[: -len(end)]) not in known})
+    if alone:
+        logger.warning(
+            "%s: %d labels in %s have no image in %s (%s) and are left out, the first is %s", name, len(alone), labels, images, ", ".join(IMAGES), alone[0]
+        )  # fmt: skip
     return tuple(examples)
+
+
+def _hidden(path: Path) -> bool:
+    """A file that is hidden, or lies in a hidden folder."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _camvid(folder: Path) -> LabelledImages:
@@ -162,6 +193,10 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
     if not file.is_file():
         raise ValueError(f"{name}: {file} is missing; it holds the names of the classes. {_LAYOUTS[name]}")
     lines = [line for line in file.read_text().splitlines() if line.strip() and line.lstrip()[0].isdigit()]
+    if wrong := next((line for line in lines if "\t" not in line), None):
+        raise ValueError(
+            f"{name}: {file} must have tabs between its columns, as ADE20K has it, got the line {wrong!r}"
+        )
     names = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
     _check_names(names, file)
     return names
@@ -184,7 +219,12 @@ def _ade20k(folder: Path) -> LabelledImages:
 
 def _wt_sem(folder: Path) -> LabelledImages:
     listed = folder / "classes.json"
-    classes = _read_classes(listed)[0] if listed.is_file() else _ade_classes(folder, "wt_sem")
+    if listed.is_file():
+        classes, ignore = _read_classes(listed)
+        if ignore != IGNORE:
+            raise ValueError(f"{listed}: of wt_sem 0 and 255 are not counted, leave out ignore_index {ignore}")
+    else:
+        classes = _ade_classes(folder, "wt_sem")
     train, test = (_pairs("wt_sem", folder / "images" / s, folder / "annotations" / s) for s in ("train", "val"))
     return LabelledImages("wt_sem", classes, train, test, _reduced())
 
@@ -340,17 +380,23 @@ def _hub(name: str) -> LabelledImages:
     _check_names(classes, f"--dataset {name}: id2label.json")
 
     def examples(split: str) -> tuple[Example, ...]:
-        # A row would decode all its columns: with columns apart a label is read without its image.
-        columns = {column: splits[split].select_columns([column]) for column in (image, label)}
+        # A row would decode all its columns: with columns apart a label is read without its image. Not decoded by `datasets`, which turns a
+        # picture by its EXIF, but no label.
+        columns = {
+            column: splits[split].select_columns([column]).cast_column(column, datasets.Image(decode=False))
+            for column in (image, label)
+        }
 
         def read(index: int, column: str) -> np.ndarray:
             try:
-                picture = columns[column][index][column]
+                stored = columns[column][index][column]
+                file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"])
+                if column == label:
+                    return label_of(file, f"{name}[{split}][{index}]", (*LABEL_FORMATS, "TIFF"))
+                with Image.open(file, formats=(*FORMATS, "TIFF")) as picture:
+                    return as_rgb(picture)
             except UNREADABLE as error:
                 raise ValueError(f"{name}[{split}][{index}]: its {column} cannot be read: {error}") from error
-            if column == image:
-                return as_rgb(picture)
-            return as_ids(np.asarray(picture), f"{name}[{split}][{index}]")
 
         return tuple(
             Example(f"{split}-{index}", lambda index=index: read(index, image), lambda index=index: read(index, label))

@@ -112,12 +112,17 @@ class Encoder(nn.Module):
         unit = -(-32 // self.multiple) * self.multiple  # a cell of an encoder's last stage, if not some
         height, width = 3 * unit, (-(-(own or 0) // unit) + 2) * unit
         try:
-            channels, rows, columns = self(torch.zeros(1, 3, height, width, device=self.model.device)).shape[1:]
+            features = self(torch.zeros(1, 3, height, width, device=self.model.device))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             if own is None or self.window is not None:
                 raise ValueError(f"{self.name} reads no image of {height}x{width} pixels ({error})") from error
             self.window, self.one_size = own, True
             return self.check()
+        channels, rows, columns = features.shape[1:]
+        if not features.isfinite().all():
+            raise ValueError(
+                f"{self.name} gives features that are not finite: its weights are damaged, or it has diverged"
+            )
         if channels != self.channels:
             raise ValueError(f"{self.name} has a map of {channels} channels, but its config says {self.channels}")
         if height * columns != width * rows or height % rows or (self.window or 0) % self.multiple:
@@ -300,7 +305,12 @@ def calibrate_batch_norm(encoder: Encoder, images: Iterable[np.ndarray]) -> None
         norm.momentum = None
     encoder.train()
     for image in images:
-        encoder(encoder.normalise(image))
+        try:
+            encoder(encoder.normalise(image))
+        except ValueError as error:
+            raise ValueError(
+                f"{encoder.name}: an image of {image.shape[0]}x{image.shape[1]} is too small for the statistics of its BatchNorms ({error})"
+            ) from error
     encoder.eval()
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum

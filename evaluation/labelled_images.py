@@ -22,7 +22,9 @@ STATISTICS = 200  # training labels that the groups of classes are made from
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # By what is in a file, whatever its name: PIL knows 40 formats more, and hands one of them, PostScript, to Ghostscript, which runs it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-EpsImagePlugin.gs_binary = False  # for images that `datasets` opens
+# Of labels, which must be stored without loss: JPEG and WebP would change ids.
+LABEL_FORMATS = ("PNG", "BMP")
+EpsImagePlugin.gs_binary = False  # wherever a library opens an image by itself
 # A file that is none, is damaged, or would be more pixels than PIL opens (a decompression bomb).
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -96,6 +98,10 @@ class LabelledImages:
         Before the fit: read the first and last training image, the sizes of all that are files, and the whole test set, which is read again
         only when the fit has ended, hours later perhaps. And look for a labelled pixel to learn from, and for one to be measured at.
         """
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{self.name} has {len(self.classes)} class, with which all figures would be 100 %: what is not {self.classes[0]!r} needs a class too"
+            )
         for example in (*self.train, *self.test):
             if isinstance(example.image, Path) and isinstance(example.label, Path):
                 image, label = file_size(example.image), file_size(example.label)
@@ -116,7 +122,7 @@ class LabelledImages:
         if self.absent:
             names = f"{', '.join(self.absent[:8])}{', ...' if len(self.absent) > 8 else ''}"
             told = f"{self.name}: no training label has a pixel of {names} ({len(self.absent)} of {len(self.classes)} classes)"
-            if len(self.classes) - len(self.absent) < 2 and len(self.classes) > 1:
+            if len(self.classes) - len(self.absent) < 2:
                 raise ValueError(
                     f"{told}, and with one class alone all figures would be 100 %. {IGNORE} is not counted: are the masks 0 and 255? Ids are the places "
                     "in the list of classes, or set ignore_index"
@@ -212,12 +218,22 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_label(path: Path) -> np.ndarray:
+    """(H, W) uint8, as stored. Raises ValueError for a file that is no label."""
+    return label_of(path, path)
+
+
+def label_of(file, where, formats: Sequence[str] = LABEL_FORMATS) -> np.ndarray:
+    """The label in `file`, a path or an open one; `where` it is from, in errors. Raises as [`read_label`]."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=formats) as image:
+            # PIL spreads grey of two and four bits over a byte.
+            factor = {"L;2": 85, "L;4": 17}.get(image.tile[0][3] if image.tile else None, 1)
             label = np.asarray(image)
     except UNREADABLE as error:
-        raise ValueError(f"label {path} cannot be read: {error}") from error
-    return as_ids(label, path)
+        raise ValueError(
+            f"label {where} cannot be read: {error} (expected {' or '.join(formats)}; JPEG and WebP change ids)"
+        ) from error
+    return as_ids(label // factor if factor > 1 else label, where)
 
 
 def as_ids(label: np.ndarray, where) -> np.ndarray:

@@ -58,7 +58,7 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
     listed = folder / "ImageSets" / "2017" / "val.txt"
     if not listed.is_file():
         raise ValueError(f"{dataset}: there is no {listed}. {LAYOUT}")
-    names = listed.read_text().split()
+    names = list(dict.fromkeys(listed.read_text().split()))
     if not names:
         raise ValueError(f"{dataset}: {listed} lists no sequence. {LAYOUT}")
     return [_sequence(folder, name) for name in spread(names, max_sequences)]
@@ -81,6 +81,12 @@ def _sequence(folder: Path, name: str) -> Sequence:
     if missing:
         raise ValueError(
             f"sequence {name}: {len(missing)} of {len(paths)} frames have no mask in {masks}, the first is {missing[0]}. {LAYOUT}"
+        )
+    known = {path.stem for path in paths}
+    alone = sorted(path.name for path in masks.glob("*.png") if path.stem not in known)
+    if alone:
+        raise ValueError(
+            f"sequence {name}: {len(alone)} masks have no frame in {frames}, the first is {alone[0]}; the first mask is what is given. {LAYOUT}"
         )
     sequence = Sequence(name, tuple(paths), tuple(masks / f"{path.stem}.png" for path in paths))
     sizes = {path: file_size(path) for path in (*sequence.frames, *sequence.masks)}

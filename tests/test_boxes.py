@@ -141,12 +141,14 @@ def write_coco(folder: Path, **changes) -> None:
         ({"annotation": {"category_id": 4}}, r"annotation 7 has the category_id 4; categories are 3"),
         ({"annotation": {"image_id": 5}}, r"annotation 7: there is no image with the id 5"),
         ({"annotation": {"bbox": [2, 2, 5, -1]}}, r"annotation 7: the box from \(2, 2\) to \(7, 1\) has no extent"),
-        ({"annotation": {"bbox": [12, 2, 10, 5]}}, r"annotation 7: the box .* is outside its image a.png, 20x10"),
-        ({"annotation": {"bbox": [30, 2, 1, 1]}}, r"outside its image"),
+        ({"annotation": {"bbox": [12, 2, 10, 5]}}, r"annotation 7: the box .* reaches beyond its image a.png, 20x10"),
+        ({"annotation": {"bbox": [30, 2, 1, 1]}}, r"reaches beyond its image"),
         ({"annotation": {"bbox": [2, 2, float("nan"), 5]}}, r"4 finite numbers"),
         ({"annotation": {"bbox": [2, 2, 5]}}, r"4 finite numbers"),
         ({"annotation": {"area": "wide"}}, r"annotation 7: area must be a number of square pixels, got 'wide'"),
         ({"annotation": {"area": float("nan")}}, r"annotation 7: area must be a number of square pixels, got nan"),
+        ({"annotation": {"bbox": [10**400, 2, 5, 1]}}, r"4 finite numbers"),
+        ({"annotation": {"iscrowd": "0"}}, r"annotation 7: iscrowd must be 0 or 1, got '0'"),
         ({"image": {"file_name": "b.png"}}, r"1 of 1 annotated images are missing, the first is .*b.png"),
         ({"image": {"height": 12}}, r"a.png is 20x10, but its boxes are for 20x12"),
         ({"image": {"height": None}}, r"an image needs id, file_name, height and width"),
@@ -162,6 +164,16 @@ def test_wrong_boxes_are_named(tmp_path, changes, message):
     write_coco(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         load_boxes("coco_folder", str(tmp_path)).check()
+
+
+def test_an_image_that_is_listed_twice_is_named(tmp_path):
+    write_coco(tmp_path)
+    annotations = tmp_path / "train" / "annotations.json"
+    coco = json.loads(annotations.read_text())
+    coco["images"] += [{**coco["images"][0], "id": "again"}]
+    annotations.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=r"annotations.json lists the image a.png more than once \(1 are\)"):
+        load_boxes("coco_folder", str(tmp_path))
 
 
 def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, caplog):
@@ -254,6 +266,21 @@ def test_bdd100k(tmp_path):
     cut = load_boxes("bdd100k", str(tmp_path)).test[0]
     assert [BDD100K_CLASSES[k] for k in cut.labels] == ["traffic sign", "car", "car"]
     assert cut.boxes[1].tolist() == [1200, 700, 1280, 720]
+    for wrong in (
+        [*labels, "car"],
+        [{**labels[0], "category": []}],
+        [{**labels[0], "box2d": [1, 2]}],
+        [{**labels[0], "attributes": [1]}],
+        {"a": 1},
+    ):
+        (tmp_path / "labels" / "det_20" / "det_val.json").write_text(json.dumps([{"name": "a.jpg", "labels": wrong}]))
+        with pytest.raises(
+            ValueError, match=r"det_val.json, a.jpg: (labels must be a list|a label must have a category)"
+        ):
+            load_boxes("bdd100k", str(tmp_path))
+    (tmp_path / "labels" / "det_20" / "det_val.json").write_text(json.dumps([{"name": "a.jpg"}] * 2))
+    with pytest.raises(ValueError, match="lists the image a.jpg more than once"):
+        load_boxes("bdd100k", str(tmp_path))
     labels[0]["category"] = "zebra"
     frames = json.dumps([{"name": "a.jpg", "labels": labels}])
     (tmp_path / "labels" / "det_20" / "det_val.json").write_text(frames)
@@ -276,8 +303,8 @@ def test_an_image_of_another_size_in_the_middle_is_found_before_the_fit(street_b
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"annotation": {"bbox": [20, 2, 0.5, 5]}}, r"outside its image"),
-        ({"annotation": {"bbox": [2, 10, 5, 0.5]}}, r"outside its image"),
+        ({"annotation": {"bbox": [20, 2, 0.5, 5]}}, r"reaches beyond its image"),
+        ({"annotation": {"bbox": [2, 10, 5, 0.5]}}, r"reaches beyond its image"),
         ({"image": {"width": 24}}, r"a.png is 20x10, but its boxes are for 24x10"),
     ],
 )

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from labelled_shapes import squares
 from PIL import Image
 
 from evaluation.data import load_dataset
-from evaluation.labelled_images import Example, LabelledImages, as_rgb, read_image
+from evaluation.labelled_images import Example, LabelledImages, as_rgb, read_image, read_label
 from evaluation.readouts import majority
 from training.street_files import write_folder
 
@@ -84,6 +86,14 @@ def test_classes_without_a_pixel_are_named_and_one_class_alone_is_refused(caplog
     assert "no training label has a pixel of x (1 of 3 classes)" in caplog.text
 
 
+def test_one_class_is_none_to_measure():
+    data = of_labels([np.zeros((4, 4), np.uint8)] * 3, ("car",))
+    with pytest.raises(
+        ValueError, match="has 1 class, with which all figures would be 100 %: what is not 'car' needs a class too"
+    ):
+        data.check()
+
+
 def test_a_test_split_of_void_alone_is_refused():
     """Nothing could be measured; after the fit the figures would be None."""
     mask = np.zeros((8, 8), np.uint8)
@@ -124,6 +134,49 @@ def test_masks_of_one_bit_are_ids_and_other_files_than_png_are_named(tmp_path):
     Image.new("RGB", (96, 64)).save(tmp_path / "images" / "3.jpg")
     with pytest.raises(ValueError, match=r"3.jpg and 3.png would have one label"):
         load_dataset("folder", str(tmp_path))
+
+
+def grey_png(ids: np.ndarray, bits: int) -> bytes:
+    """A grey PNG of 1, 2, 4 or 8 bits a pixel (PNG specification, 11.2.2 and 7.2), which PIL does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = ids.shape
+    rows = np.unpackbits(ids.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :].reshape(height, -1)
+    lines = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_labels_of_few_bits_hold_the_ids_that_are_stored(tmp_path, bits):
+    ids = np.random.default_rng(0).integers(0, 2**bits, (7, 13))
+    (tmp_path / "label.png").write_bytes(grey_png(ids, bits))
+    assert np.array_equal(read_label(tmp_path / "label.png"), ids)
+
+
+def test_labels_that_were_stored_with_loss_are_refused(tmp_path):
+    ids = Image.fromarray(np.random.default_rng(0).integers(0, 9, (32, 32), dtype=np.uint8))
+    for kind in ("JPEG", "WEBP"):
+        ids.save(tmp_path / "label.png", kind)
+        with pytest.raises(
+            ValueError, match=r"label .*label.png cannot be read: .*expected PNG or BMP; JPEG and WebP change ids"
+        ):
+            read_label(tmp_path / "label.png")
+
+
+def test_hidden_folders_are_passed_over_and_labels_without_images_are_told(tmp_path, caplog):
+    squares(tmp_path, 4, 0)
+    (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    for place, end in (("images", ".jpg"), ("labels", ".png")):
+        (tmp_path / place / ".trash").mkdir()
+        shutil.copy(next((tmp_path / place).glob("0.*")), tmp_path / place / ".trash" / f"z{end}")
+    data = load_dataset("folder", str(tmp_path))
+    assert {e.name for e in (*data.train, *data.test)} == {"0", "1", "2", "3"} and not caplog.records
+    next((tmp_path / "images").glob("2.*")).rename(tmp_path / "images" / "2.tif")
+    assert len(load_dataset("folder", str(tmp_path)).train) == 2
+    assert "folder: 1 labels in" in caplog.text and caplog.text.strip().endswith("are left out, the first is 2")
 
 
 def test_sixteen_bits_of_grey_are_no_white(tmp_path):

@@ -31,7 +31,7 @@ from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection import DetectionReadout, DetectorConfig, build_detector, detect, load_detector
 from evaluation.detection_recipe import DetectionRecipe
 from evaluation.detection_report import COLUMNS, write_detection_html
-from evaluation.encoders import Encoder, build, look_up
+from evaluation.encoders import Encoder, build, calibrate_batch_norm, look_up
 from evaluation.labelled_images import Example, LabelledImages
 from evaluation.readouts import UperNetReadout, processor_of
 from evaluation.recipe import EvaluationRecipe
@@ -442,3 +442,24 @@ def test_a_model_with_a_decoder_is_no_encoder_to_start_from(poodle):
         ValueError, match=r"it is a PooDLe model, with a decoder; give its plain encoder \(a run's encoder/\)"
     ):
         load_encoder(str(poodle / "model"))
+
+
+def test_a_network_whose_features_are_not_finite_is_refused(tmp_path):
+    """Their largest class would be class 0 everywhere, with figures like any others'."""
+    model = PoodleModel(PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, decoder_reduction=2))
+    with torch.no_grad():
+        next(model.decoder.parameters())[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="gives features that are not finite: its weights are damaged, or it has diverged"
+    ):
+        build(str(tmp_path), 3)
+
+
+def test_images_that_are_too_small_for_the_statistics_of_an_untrained_network_are_named(tmp_path):
+    PoodleModel(
+        PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0)
+    ).save_pretrained(tmp_path)
+    encoder = build(f"random:{tmp_path}", 3)
+    with pytest.raises(ValueError, match="an image of 32x32 is too small for the statistics of its BatchNorms"):
+        calibrate_batch_norm(encoder, [np.zeros((32, 32, 3), np.uint8)])

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image
 from published import REPOSITORY
+from test_data import grey_png
 
 CLASSES = ("grass", "brick")
 
@@ -31,6 +32,22 @@ def parquet(labels: list[np.ndarray], tmp_path) -> bytes:
     return (tmp_path / "split.parquet").read_bytes()
 
 
+def turned(tmp_path) -> dict[str, bytes]:
+    """A picture that its EXIF turns upside down, whose label is 1 where it is bright as it is stored; and a label of two bits."""
+    picture, exif, files = np.zeros((40, 40, 3), np.uint8), Image.Exif(), {}
+    picture[:20] = 200
+    exif[0x0112] = 3
+    image, mask = io.BytesIO(), io.BytesIO()
+    Image.fromarray(picture).save(image, "JPEG", exif=exif, quality=100)
+    Image.fromarray((picture[..., 0] > 100).astype(np.uint8)).save(mask, "PNG")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    for split, label in (("train", mask.getvalue()), ("validation", grey_png(np.array([[0, 1], [2, 3]]), 2))):
+        rows = {"image": [{"bytes": image.getvalue(), "path": None}], "label": [{"bytes": label, "path": None}]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "split.parquet")
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "split.parquet").read_bytes()
+    return files
+
+
 def test_masks_and_classes_of_a_hub_data_set(bare_hub, hub_process, tmp_path):
     train, test = masks(3, 0), masks(2, 1)
     names = json.dumps({str(k): name for k, name in enumerate(CLASSES)}).encode()
@@ -39,6 +56,9 @@ def test_masks_and_classes_of_a_hub_data_set(bare_hub, hub_process, tmp_path):
         "data/validation-00000-of-00001.parquet": parquet(test, tmp_path),
     }
     bare_hub.add_dataset("org/masks", {**files, "id2label.json": names})
+    bare_hub.add_dataset(
+        "org/turned", {**turned(tmp_path), "id2label.json": b'{"0": "a", "1": "b", "2": "c", "3": "d"}'}
+    )
     bare_hub.add_dataset("org/nameless", files)
     bare_hub.add_dataset("org/giant", {**files, "id2label.json": b'{"1000000000": "grass"}'})
     bare_hub.add_dataset("org/twice", {**files, "id2label.json": b'{"0": "grass", "1": "grass"}'})
@@ -60,6 +80,8 @@ for name in ("org/none", "org/nameless", "org/untested", "org/giant", "org/twice
         load_dataset(name)
     except ValueError as error:
         print(str(error).splitlines()[0])
+data = load_dataset("org/turned")
+print(json.dumps([int(data.image(data.train[0])[data.label(data.train[0]) == 1].mean()), data.label(data.test[0]).tolist()]))
 import huggingface_hub
 
 def gone(*arguments, **keywords):
@@ -71,13 +93,14 @@ try:
 except ValueError as error:
     print(error)
 """
-    classes, *splits, missing, nameless, untested, giant, twice, script, damaged, offline = hub_process(
+    classes, *splits, missing, nameless, untested, giant, twice, script, damaged, upright, offline = hub_process(
         tmp_path, script
     ).splitlines()
     assert json.loads(classes) == list(CLASSES)
     for found, truth in zip(splits, (train, test), strict=True):
         assert [label for label, _ in json.loads(found)] == [label.tolist() for label in truth]
         assert all(shape == [8, 12, 3] for _, shape in json.loads(found))
+    assert json.loads(upright) == [200, [[0, 1], [2, 3]]]
     assert "--dataset org/none: no such data set on the Hub" in missing
     assert "--dataset org/nameless has no id2label.json" in nameless
     assert "--dataset org/untested needs a train and a validation or test split, it has train" in untested

@@ -185,6 +185,15 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
     ]
     assert [row[0] for row in cells[2:]] == ["a", "b", "c"]
     assert cells[3][2:] == ["linear", "decoder", "0", "0", "25.0", "50.0", "-", "0.0", "50.0"]
+    assert len(lines) == 5
+    others = [result | {"num_test_images": 2}, result | {"num_test_images": 3, "per_class": {"road": 0.5}}]
+    (tmp_path / "other.json").write_text(json.dumps({"results": [*others, result | {"dataset": "camvid"}]}))
+    compare([str(tmp_path / "other.json")])
+    told = "street: the results differ in their {}, and cannot be compared as they stand"
+    assert capsys.readouterr().out.split("\n\n")[1:] == [
+        told.format("classes"),
+        told.format("number of test images") + "\n",
+    ]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no segmentation results"):
         compare([str(tmp_path / "other.json")])

@@ -317,6 +317,12 @@ def test_wrong_folders_are_explained(tmp_path):
     (tmp_path / "Annotations/480p/a/00002.png").unlink()
     with pytest.raises(ValueError, match=r"a: 1 of 4 frames have no mask in .*, the first is 00002.jpg"):
         load_sequences("davis", str(tmp_path))
+    write_video(tmp_path / "late", "a", [two_squares(0)] * 5)
+    (tmp_path / "late" / "JPEGImages/480p/a/00000.jpg").unlink()
+    with pytest.raises(
+        ValueError, match=r"a: 1 masks have no frame in .*, the first is 00000.png; the first mask is what is given"
+    ):
+        load_sequences("davis", str(tmp_path / "late"))
     write_video(tmp_path / "one", "b", [two_squares(0)])
     with pytest.raises(ValueError, match="sequence b has 1 frames .* at least 3 are needed"):
         load_sequences("davis", str(tmp_path / "one"))
