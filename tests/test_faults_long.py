@@ -213,7 +213,8 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
         f"{len(seen)} workers"
     )
     assert late[0] <= 1.02 * early[0]
-    assert late[1:] == early[1:]
+    # A file or thread that each of the spans left behind would be some 26 more.
+    assert all(abs(there - before) <= 2 for there, before in zip(late[1:], early[1:]))
     assert len(seen) > 50  # one after the other: a span is 24 x 16 steps
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, steps + 1, 10))

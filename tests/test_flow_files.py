@@ -16,8 +16,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from flow_folders import recipe_of, videos, write, writer_flags
+from loopback import serve
 from safetensors.numpy import save
 from small_runs import flags as run_flags
+from test_remote_faults import noisy
 
 from training import flow_writer, pretrain
 from training.assembly import make_accelerator
@@ -28,6 +30,7 @@ from training.flow_files import (
     encode_flow,
     opening_file,
     precomputed_epochs,
+    read_about,
     read_manifest,
 )
 from training.pair_plans import PairSampling
@@ -401,6 +404,27 @@ def test_every_video_is_compared_with_what_was_written(drives, tmp_path):
         said = refused(own, out, "--max_steps", "1", "--per_device_train_batch_size", "2")
         assert f"the flow of {video} in" in said and "is that of another file" in said
         video.write_bytes(whole)
+
+
+def test_pairs_that_a_remote_video_lacks_are_lacking_in_its_flow_too(tmp_path):
+    """Of a video with a hole, whose times are estimated, some pairs are left out once they are decoded."""
+    (tmp_path / "web").mkdir()
+    noisy(tmp_path / "web" / "a.mkv", [number / 25 for number in (*range(50), *range(250, 300))], gop=25)
+    with serve(tmp_path / "web") as server:
+        url, more = f"{server.url}/a.mkv", ("--pairs_per_video", "12")
+        write(url, tmp_path / "flow", "--epochs", "1", *more)
+        (file,) = (tmp_path / "flow" / "epoch-0000").iterdir()
+        kept = len(read_about(file)["crops"])
+        assert 0 < kept < 12
+        AcceleratorState._reset_state(True)
+        pretrain.main(
+            run_flags(
+                url, tmp_path / "run", *more, "--flow", "precomputed", "--flow_dir", str(tmp_path / "flow"), "--flow_epochs", "1",
+                "--per_device_train_batch_size", "1", steps=kept + 1,
+            )
+        )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == kept + 1 and lines[-1]["skipped_videos"] == 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import io
 import tarfile
 import time
+from fractions import Fraction
 
+import av
+import numpy as np
 import pytest
 from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
 from loopback import serve
@@ -16,7 +19,8 @@ from training.video_index import index_video, read_index
 from training.video_sources import find_videos
 from training.video_stream import PairLoader, video_pairs
 
-SAMPLING = PairSampling(crop_size=(32, 48), frame_gap_seconds=(0.2, 0.8), pairs_per_video=2)
+SAMPLING_FIELDS = {"crop_size": (32, 48), "frame_gap_seconds": (0.2, 0.8), "pairs_per_video": 2}
+SAMPLING = PairSampling(**SAMPLING_FIELDS)
 WHOLE = ((0, 0, 64, 48), (48, 64))
 
 
@@ -252,3 +256,79 @@ def test_a_remote_member_is_read_by_ranges(web, clip):
     before = web.sent
     read_index(member)
     assert web.sent - before <= 2 * video_files.REMOTE_BLOCK
+
+
+# --- times that are estimated ---
+
+
+def noisy(path, times, codec="libx264", gop=250, sound: float = 0.0) -> str:
+    """Frames at `times`, seconds, whose bytes take their time on the way; with some seconds of sound."""
+    rng, size = np.random.default_rng(0), (48, 64, 3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"preset": "ultrafast"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.gop_size = gop
+        audio = container.add_stream("mp2" if codec == "mpeg2video" else "libopus", rate=48000) if sound else None
+        for time_ in times:
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, size, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time_ * 25), Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for number in range(round(sound * 48000 / 960)):
+            heard = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.int16), format="s16", layout="mono")
+            heard.sample_rate, heard.pts, heard.time_base = 48000, 960 * number, Fraction(1, 48000)
+            container.mux(audio.encode(heard))
+        if audio is not None:
+            container.mux(audio.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "gop"), [("a.ts", "libx264", 250), ("b.ts", "libx264", 25), ("c.mpg", "mpeg2video", 15)]
+)
+def test_frames_of_streams_without_an_index_are_those_that_were_asked_for(tmp_path, name, codec, gop):
+    """FFmpeg seeks any packet of them, and the next keyframe may be seconds later."""
+    times = [number / 25 for number in range(300)]
+    local = index_video(noisy(tmp_path / name, times, codec, gop))
+    with serve(tmp_path) as server:
+        url = f"{server.url}/{name}"
+        index = index_video(url)
+        assert local.exact and not index.exact and len(index.pts) > 250
+        for number in range(0, min(len(index.pts), 300), 23):
+            (picture,), (seconds,) = decode_cuts(url, index, [Cut(number, *WHOLE)])
+            assert picture is not None and seconds == pytest.approx(number / 25, abs=0.041), number
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.ts"])
+def test_pairs_of_a_remote_video_with_a_hole_are_as_far_apart_as_was_asked_for(tmp_path, name):
+    """Its header tells nothing of the hole: of estimated times some mean one and the same frame, or frames on both sides of it."""
+    times = [number / 25 for number in (*range(50), *range(250, 300))]
+    noisy(tmp_path / name, times, "libvpx" if name.endswith("webm") else "libx264", gop=25)
+    sampling, gaps, left_out = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 8}), [], 0
+    with serve(tmp_path) as server:
+        for epoch in range(4):
+            try:
+                pairs = list(video_pairs(f"{server.url}/{name}", sampling, epoch))
+            except UnreadableVideo as error:
+                assert "so that none are as far apart as frame_gap_seconds asks for" in str(error)
+                pairs = []
+            assert [pair["repeat"] for pair in pairs] == list(range(len(pairs)))
+            gaps += [float(np.diff(pair["times"])[0]) for pair in pairs]
+            left_out += 8 - len(pairs)
+    assert left_out and gaps and all(0.1 < gap < 0.9 for gap in gaps), (left_out, gaps)
+
+
+@pytest.mark.parametrize(("name", "sound"), [("a.mkv", 11.0), ("a.webm", 12.0), ("a.flv", 0.0)])
+def test_pairs_beyond_the_end_of_a_remote_video_are_left_out_alone(tmp_path, name, sound):
+    """Its header tells how long its sound is."""
+    noisy(
+        tmp_path / name,
+        [number / 25 for number in range(250)],
+        "libvpx" if name.endswith("webm") else "libx264",
+        25,
+        sound,
+    )
+    sampling = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 4})
+    with serve(tmp_path) as server:
+        found = [len(list(video_pairs(f"{server.url}/{name}", sampling, epoch))) for epoch in range(12)]
+    assert min(found) >= 1 and sum(found) > 0.75 * 48, found

@@ -36,3 +36,9 @@ def test_schedules_at_their_ends():
     assert count_steps(Recipe(max_steps=1), 1, 64) == 1
     assert cosine(1.0, 0.2, 1.5) == pytest.approx(0.2) and cosine(1.0, 0.2, -0.5) == pytest.approx(1.0)
     assert learning_rate(10, 10, 10, 2.0, 0.2) == pytest.approx(2.0)  # a run of warm-up alone
+
+
+@pytest.mark.parametrize("warmup", [1.5, 2.5, 3])
+def test_a_warmup_between_whole_steps_does_not_pass_its_peak(warmup):
+    rates = [learning_rate(step, 100, warmup, peak=2.0) for step in range(100)]
+    assert max(rates) == pytest.approx(2.0, rel=0.01) and max(rates) <= 2.0 and rates[0] < 2.0

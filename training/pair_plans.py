@@ -1,6 +1,7 @@
 """Which frames and crops the pairs of a video have: a draw from its index alone, the same on every machine."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,15 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
         box = _draw_box(index, sampling, rng)
         pairs.append((Cut(first, box, sampling.crop_size), Cut(second, box, sampling.crop_size)))
     return pairs
+
+
+def is_within(times: Sequence[float], index: VideoIndex, sampling: PairSampling) -> bool:
+    """Whether two frames that were decoded are as far apart as [`plan_pairs`] has them: seconds of both."""
+    (low, high), apart = sampling.frame_gap_seconds, times[1] - times[0]
+    if high == 0:
+        return apart == 0
+    spare = float(np.clip(np.median(np.diff(index.times)), *SPARE))
+    return apart > 0 and low - spare <= apart <= high + spare
 
 
 def _frames_within(times: np.ndarray, gaps, spare: float, gap: float, rng: np.random.Generator) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def count_steps(recipe, num_processes: int, pairs_per_epoch: int) -> int:
     return max(1, round(recipe.num_train_epochs * pairs_per_epoch / pairs))
 
 
-def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
+def learning_rate(step: int, max_steps: int, warmup_steps: float, peak: float, floor: float = 0.0) -> float:
     """
     Linear warm-up to `peak` over `warmup_steps`, then a cosine to `floor` at `max_steps` (arXiv 2408.11208, section 3).
 
@@ -24,7 +24,7 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, flo
         step: optimizer steps already taken; the first step of a warm-up of n has peak / n, not 0.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * min(1.0, (step + 1) / warmup_steps)
     return cosine(peak, floor, (step - warmup_steps) / max(max_steps - warmup_steps, 1))
 
 

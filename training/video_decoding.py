@@ -18,6 +18,7 @@ from training.video_index import (
     video_stream,
 )
 
+MOST_SECONDS_BACK = 64  # that a keyframe is looked for before a frame whose file's keyframes are not known
 MOST_BACK = 3  # keyframes before the last one that a decoder begins at where it else skips a frame
 
 
@@ -32,7 +33,7 @@ class Cut:
 
 def decode_cuts(
     source: str, index: VideoIndex, cuts: list[Cut], video: OpenVideo | None = None
-) -> tuple[list[np.ndarray], list[float]]:
+) -> tuple[list[np.ndarray | None], list[float]]:
     """
     Decode the wanted pictures in one pass over the file.
 
@@ -40,7 +41,8 @@ def decode_cuts(
         video: the file where it is open already, and nothing was decoded of it.
 
     Returns:
-        RGB uint8 arrays (3, H, W), and the frames' times in seconds, both in the order of `cuts`.
+        RGB uint8 arrays (3, H, W), and the frames' times in seconds, both in the order of `cuts`. Where times are estimated from the header,
+        which may tell of more than there is (the sound's length), some may be `None`: those behind the last frame.
 
     Raises:
         UnreadableVideo: a wanted frame is missing, corrupt, or not what the index says.
@@ -68,7 +70,7 @@ def decode_cuts(
                 seconds = (frame.pts - index.pts[0]) * float(stream.time_base) + float(index.times[0])
                 times[position] = seconds
     missing = [index.times[cut.number] for cut, picture in zip(cuts, pictures) if picture is None]
-    if missing:
+    if missing and (index.exact or len(missing) == len(cuts)):
         raise UnreadableVideo(f"has no decodable frame at {missing[0]:.2f} s (truncated?)")
     return pictures, times
 
@@ -152,13 +154,21 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
     Packets up to a frame and on, from the keyframe to which `place` leads. A MOV without edit lists is sought in the order of decoding, in which its frames are
     some earlier than they are shown: of two keyframes closer than that (a cut just before a group's end) it takes the later one.
     """
+    seconds = 1
     while True:
         deadline.check()
         container.seek(min(place, target), stream=stream, backward=True)
         packets = container.demux(stream)
         first = next(packets)
+        if not index.exact:
+            # In MPEG-TS and MPEG-PS FFmpeg seeks any packet: a decoder gives nothing before the next keyframe, which may be seconds later.
+            begins = first.is_keyframe and first.pts is not None and first.pts <= target
+            if begins or seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base:
+                return itertools.chain([first], packets)
+            place, seconds = int(target - seconds / stream.time_base), 2 * seconds
+            continue
         earlier = bisect.bisect_left(index.seek_points, place) - 1
-        if not index.exact or first.pts is None or first.pts <= target or earlier < 0:
+        if first.pts is None or first.pts <= target or earlier < 0:
             return itertools.chain([first], packets)
         place = index.seek_points[earlier]
 

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.addresses import printable, video_name
 from training.first_look import indices_in_subprocess, patience
-from training.pair_plans import PairSampling, checksum, plan_pairs
+from training.pair_plans import PairSampling, checksum, is_within, plan_pairs
 from training.video_decoding import decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
@@ -50,19 +50,29 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
 
     def read(index: VideoIndex, video: OpenVideo | None):
         pairs = plan_pairs(index, sampling, epoch, path)
-        return pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair], video)
+        return index, pairs, decode_cuts(path, index, [cut for pair in pairs for cut in pair], video)
 
     with ended_if_stuck(video_name(path), patience(path)):
-        pairs, (pictures, times) = by_index(path, read)
-    for repeat, (earlier, _) in enumerate(pairs):
+        index, pairs, (pictures, times) = by_index(path, read)
+    kept = 0
+    for number, (earlier, _) in enumerate(pairs):
+        both, when = pictures[2 * number : 2 * number + 2], times[2 * number : 2 * number + 2]
+        # Where times are estimated from a header, other frames may come than were planned: in videos with holes, and at their ends.
+        if not index.exact and (both[0] is None or both[1] is None or not is_within(when, index, sampling)):
+            continue
         yield {
-            "frames": np.stack(pictures[2 * repeat : 2 * repeat + 2]),
+            "frames": np.stack(both),
             "video": video_name(path),
-            "times": np.array(times[2 * repeat : 2 * repeat + 2]),
+            "times": np.array(when),
             "epoch": epoch,
-            "repeat": repeat,
+            "repeat": kept,
             "crop": np.array(earlier.box, dtype=np.float64),
         }
+        kept += 1
+    if not kept:
+        raise UnreadableVideo(
+            "has no frames where its header tells of them, so that none are as far apart as frame_gap_seconds asks for"
+        )
 
 
 def generate_pairs(paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
