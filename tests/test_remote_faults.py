@@ -11,7 +11,7 @@ import pytest
 from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
 from loopback import serve
 
-from training import video_files
+from training import video_files, video_stream
 from training.pair_plans import PairSampling
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import ATTEMPTS, RemoteFile, UnreadableVideo
@@ -300,22 +300,21 @@ def test_frames_of_streams_without_an_index_are_those_that_were_asked_for(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.ts"])
-def test_pairs_of_a_remote_video_with_a_hole_are_as_far_apart_as_was_asked_for(tmp_path, name):
+def test_pairs_of_a_remote_video_with_a_hole_are_as_far_apart_as_was_asked_for(tmp_path, monkeypatch, name):
     """Its header tells nothing of the hole: of estimated times some mean one and the same frame, or frames on both sides of it."""
-    times = [number / 25 for number in (*range(50), *range(250, 300))]
+    times = [number / 25 for number in (*range(100), *range(200, 300))]
     noisy(tmp_path / name, times, "libvpx" if name.endswith("webm") else "libx264", gop=25)
     sampling, gaps, left_out = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 8}), [], 0
     with serve(tmp_path) as server:
-        for epoch in range(4):
-            try:
-                pairs = list(video_pairs(f"{server.url}/{name}", sampling, epoch))
-            except UnreadableVideo as error:
-                assert "so that none are as far apart as frame_gap_seconds asks for" in str(error)
-                pairs = []
+        for epoch in range(4):  # which pairs are drawn depends on the server's port
+            pairs = list(video_pairs(f"{server.url}/{name}", sampling, epoch))
             assert [pair["repeat"] for pair in pairs] == list(range(len(pairs)))
             gaps += [float(np.diff(pair["times"])[0]) for pair in pairs]
             left_out += 8 - len(pairs)
-    assert left_out and gaps and all(0.1 < gap < 0.9 for gap in gaps), (left_out, gaps)
+        assert left_out and gaps and all(0.1 < gap < 0.9 for gap in gaps), (left_out, gaps)
+        monkeypatch.setattr(video_stream, "is_within", lambda *_: False)
+        with pytest.raises(UnreadableVideo, match="so that none are as far apart as frame_gap_seconds asks for"):
+            list(video_pairs(f"{server.url}/{name}", sampling, 0))
 
 
 @pytest.mark.parametrize(("name", "sound"), [("a.mkv", 11.0), ("a.webm", 12.0), ("a.flv", 0.0)])
@@ -328,7 +327,7 @@ def test_pairs_beyond_the_end_of_a_remote_video_are_left_out_alone(tmp_path, nam
         25,
         sound,
     )
-    sampling = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 4})
+    sampling = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 12})
     with serve(tmp_path) as server:
-        found = [len(list(video_pairs(f"{server.url}/{name}", sampling, epoch))) for epoch in range(12)]
-    assert min(found) >= 1 and sum(found) > 0.75 * 48, found
+        found = [len(list(video_pairs(f"{server.url}/{name}", sampling, epoch))) for epoch in range(4)]
+    assert min(found) >= 1 and sum(found) > 0.5 * 48, found
