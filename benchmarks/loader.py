@@ -162,6 +162,8 @@ def opening_parts(path: str, sampling: PairSampling, number: int, pair_flow) -> 
     """CPU milliseconds a pair of one opening of a video: index, decode, and the flow that a worker makes."""
     pairs, seconds = ours(path, sampling, number)
     pictures, _ = decode_cuts(path, index_video(path), [cut for pair in pairs for cut in pair])
+    if any(picture is None for picture in pictures):
+        raise SystemExit(f"{path}: its times are estimated, and some frames are not there; give a local file")
     began = time.process_time()
     if isinstance(pair_flow, DisFlow):
         for repeat in range(len(pairs)):

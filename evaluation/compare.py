@@ -8,6 +8,7 @@ A line for each model and readout, in the order of the files. Reads what evaluat
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from evaluation.metrics import GROUPS
@@ -50,18 +51,19 @@ def rows(results: list[dict]) -> list[list[str]]:
 
 
 def differences(results: list[dict]) -> list[str]:
-    """What results of one data set differ in besides the model: sentences, for their figures are not of the same."""
+    """What results of one data set differ in besides the model, as sentences: their figures are of different things."""
     told = []
     for name in dict.fromkeys(result["dataset"] for result in results):
         those = [result for result in results if result["dataset"] == name]
         for what, of in (
-            ("classes", lambda r: list(r.get("per_class", {}))),
+            ("classes", lambda r: list(r.get("per_class") or {}) or None),
             ("groups of classes", lambda r: r.get("group_members")),
             ("number of training images", lambda r: r.get("num_train_images")),
             ("number of test images", lambda r: r.get("num_test_images")),
         ):
-            if any(of(result) != of(those[0]) for result in those):
-                told.append(f"{name}: the results differ in their {what}, and cannot be compared as they stand")
+            values = [value for value in map(of, those) if value is not None]
+            if any(value != values[0] for value in values):
+                told.append(f"note: the results on {name} differ in their {what}")
     return told
 
 
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = [result for path in files for result in read_results(path)]
     print(aligned(rows(results), options.markdown))
     for sentence in differences(results):
-        print(f"\n{sentence}")
+        print(sentence, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ from modeling_poodle.folders import files_below, write_aside
 from modeling_poodle.recipe_files import cache_root
 
 logger = logging.getLogger("poodle")
+HUB_FORMATS = (
+    "TIFF",
+    "GIF",
+    "PPM",
+)  # lossless ones beside those of files; `datasets` itself stores some kinds of pictures as TIFF
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.
 STREET_CAMERAS = ("walking", "static", "aerial")
@@ -388,15 +393,17 @@ def _hub(name: str) -> LabelledImages:
         }
 
         def read(index: int, column: str) -> np.ndarray:
+            where, stored = f"{name}[{split}][{index}]", columns[column][index][column]
+            if not stored or (stored["bytes"] is None and not Path(stored["path"] or "").is_file()):
+                raise ValueError(f"{where}: its {column} is missing, or is not stored in the data set")
+            file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"])
+            if column == label:
+                return label_of(file, where, (*LABEL_FORMATS, *HUB_FORMATS))
             try:
-                stored = columns[column][index][column]
-                file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"])
-                if column == label:
-                    return label_of(file, f"{name}[{split}][{index}]", (*LABEL_FORMATS, "TIFF"))
-                with Image.open(file, formats=(*FORMATS, "TIFF")) as picture:
+                with Image.open(file, formats=(*FORMATS, *HUB_FORMATS)) as picture:
                     return as_rgb(picture)
             except UNREADABLE as error:
-                raise ValueError(f"{name}[{split}][{index}]: its {column} cannot be read: {error}") from error
+                raise ValueError(f"{where}: its {column} cannot be read: {error}") from error
 
         return tuple(
             Example(f"{split}-{index}", lambda index=index: read(index, image), lambda index=index: read(index, label))

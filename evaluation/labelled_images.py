@@ -227,7 +227,8 @@ def label_of(file, where, formats: Sequence[str] = LABEL_FORMATS) -> np.ndarray:
     try:
         with Image.open(file, formats=formats) as image:
             # PIL spreads grey of two and four bits over a byte.
-            factor = {"L;2": 85, "L;4": 17}.get(image.tile[0][3] if image.tile else None, 1)
+            stored = image.tile[0][3] if image.tile else None
+            factor = {"L;2": 85, "L;4": 17}.get(stored[0] if isinstance(stored, tuple) else stored, 1)
             label = np.asarray(image)
     except UNREADABLE as error:
         raise ValueError(

@@ -83,7 +83,7 @@ def _sequence(folder: Path, name: str) -> Sequence:
             f"sequence {name}: {len(missing)} of {len(paths)} frames have no mask in {masks}, the first is {missing[0]}. {LAYOUT}"
         )
     known = {path.stem for path in paths}
-    alone = sorted(path.name for path in masks.glob("*.png") if path.stem not in known)
+    alone = sorted(path.name for path in masks.glob("[!.]*.png") if path.stem not in known)
     if alone:
         raise ValueError(
             f"sequence {name}: {len(alone)} masks have no frame in {frames}, the first is {alone[0]}; the first mask is what is given. {LAYOUT}"

@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from modeling_poodle.folders import spread
 from training.addresses import is_remote, video_name
 from training.first_look import indices_in_subprocess
-from training.pair_plans import PairSampling, plan_pairs
+from training.pair_plans import PairSampling, is_within, plan_pairs
 from training.schedules import count_steps
 from training.video_files import UnreadableVideo
 from training.video_stream import PairLoader
@@ -304,6 +304,11 @@ def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[s
             raise ValueError(f"{file} is damaged ({error}): `{about['command']}` writes it anew") from error
         if not index.exact and len(opening["crops"]) < len(pairs):
             continue  # of a remote video, some of whose frames were not where its header tells of them: these pairs are known once decoded
+        if not index.exact and not all(is_within(times, index, sampling) for times in opening["times"]):
+            raise ValueError(
+                f"the flow of {video_name(path)} in {file} is of frames that are no pairs: an earlier version found others in such files. "
+                f"Delete {folder} and write it anew by `{about['command']}`"
+            )
         for repeat, pair in enumerate(pairs):
             times = [index.times[cut.number] for cut in pair] if index.exact else None
             difference = _difference(opening, repeat, path, sampling.crop_size, pair[0].box, times)

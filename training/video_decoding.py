@@ -157,13 +157,23 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
     seconds = 1
     while True:
         deadline.check()
-        container.seek(min(place, target), stream=stream, backward=True)
+        try:
+            container.seek(min(place, target), stream=stream, backward=True)
+        except av.error.FFmpegError:
+            if seconds == 1:
+                raise
+            # FLV and AVI are not sought before their first keyframe.
+            container.seek(index.pts[0], stream=stream, backward=True)
+            return container.demux(stream)
         packets = container.demux(stream)
         first = next(packets)
         if not index.exact:
-            # In MPEG-TS and MPEG-PS FFmpeg seeks any packet: a decoder gives nothing before the next keyframe, which may be seconds later.
-            begins = first.is_keyframe and first.pts is not None and first.pts <= target
-            if begins or seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base:
+            # In MPEG-TS and MPEG-PS FFmpeg seeks any packet, behind which the next keyframe may lie seconds later than the wanted frame.
+            last = seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base
+            while not last and first.size and not first.is_keyframe and (first.dts is None or first.dts <= target):
+                deadline.check()
+                first = next(packets)
+            if last or (first.is_keyframe and first.pts is not None and first.pts <= target):
                 return itertools.chain([first], packets)
             place, seconds = int(target - seconds / stream.time_base), 2 * seconds
             continue
