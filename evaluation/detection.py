@@ -21,7 +21,7 @@ from transformers import AutoBackbone, AutoConfig
 from evaluation.boxes import BoxExample, BoxImages
 from evaluation.detection_recipe import DETECTORS, DetectionRecipe
 from evaluation.encoders import Encoder, four_stages, freeze_idle
-from evaluation.engine import Readout
+from evaluation.engine import FittedReadout
 from modeling_poodle.config_checks import check_config
 from modeling_poodle.encoder_poodle import refuse_giant
 from modeling_poodle.loading_poodle import required_keys
@@ -194,7 +194,7 @@ def take_stage4(encoder: nn.Module) -> nn.Module:
     raise ValueError(f"detector c4 needs a ResNet, whose stage4 reads single boxes, not a {name!r}; {WORKING}")
 
 
-class DetectionReadout(Readout):
+class DetectionReadout(FittedReadout):
     """Faster R-CNN with everything fine-tuned but the statistics of the encoder's BatchNorms; images are flipped at random."""
 
     trains_encoder = True

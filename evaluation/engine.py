@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,42 +35,47 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Readout(nn.Module):
+class Readout(nn.Module, ABC):
+    """What the scripts measure: a network on an encoder."""
+
+    trains_encoder = False
+    """Whether a fit trains the encoder too; if not, it stays in evaluation mode, BatchNorm's statistics included."""
+
+    def prepare(self, accelerator: Accelerator | None = None) -> None:
+        """Once, before a fit, on all processes: what is taken of the training images beforehand."""
+
+    @abstractmethod
+    def predict(self, image: np.ndarray):
+        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids; of a detector, boxes with their scores and labels."""
+
+
+class FittedReadout(Readout):
     """
-    A network on an encoder, as [`fit`] and the scripts take it. Its `forward` takes what `batch` gives, and is the loss: a scalar.
+    A readout that [`fit`] fits. Its `forward` takes what `batch` gives, and is the loss: a scalar.
 
     `data` holds the examples, as [`LabelledImages`] or [`BoxImages`].
     """
 
     data: Any
-    trains_encoder = False
-    """Whether the encoder learns too; if not, `fit` leaves it in evaluation mode, BatchNorm's statistics included."""
-
-    def prepare(self, accelerator: Accelerator | None = None) -> None:
-        """Once, before a fit, on all processes: what is taken of the training images beforehand."""
 
     def keep(self, examples: list) -> None:
         """Once, before the steps of a fit: what is kept of this process' `examples`."""
 
+    @abstractmethod
     def read(self, example) -> tuple:
         """What a step needs of an example. By several threads, ahead of the steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
         """The arguments of `forward`, on its device, of what was `read`; all that is drawn is drawn from `generator`, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are fitted."""
-        raise NotImplementedError
 
-    def predict(self, image: np.ndarray):
-        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids; of a detector, boxes with their scores and labels."""
-        raise NotImplementedError
-
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write it where others load it from."""
-        raise NotImplementedError
 
     def moving(self) -> dict[str, torch.Tensor]:
         """The buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
@@ -77,7 +83,7 @@ class Readout(nn.Module):
 
 
 def fit(
-    accelerator: Accelerator, readout: Readout, recipe, examples: list, folder: Path, identity: str, resume: bool
+    accelerator: Accelerator, readout: FittedReadout, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:
     """
     Fit a readout with AdamW, warm-up and cosine.

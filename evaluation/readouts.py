@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
-from evaluation.engine import Readout
+from evaluation.engine import FittedReadout, Readout
 from evaluation.feature_store import FeatureStore
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
@@ -40,7 +40,7 @@ def processor_of(encoder: Encoder) -> SegformerImageProcessor:
     )
 
 
-class LinearReadout(Readout):
+class LinearReadout(FittedReadout):
     """
     A 1x1 convolution on frozen features; the encoder, BatchNorm statistics included, stays as it is.
 
@@ -253,7 +253,7 @@ def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tens
     return torch.from_numpy(result).reshape(size)
 
 
-class UperNetReadout(Readout):
+class UperNetReadout(FittedReadout):
     """
     transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without
     a labelled pixel has the loss 0.

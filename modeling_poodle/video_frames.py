@@ -1,6 +1,7 @@
-"""Videos as training and evaluation must take them alike: which files, up to which size, which stream, and which way up."""
+"""Videos as training and evaluation must take them alike: which files, up to which size, which stream, and which way up. PyAV itself is the callers'."""
 
-import av
+from importlib.metadata import version
+
 import numpy as np
 
 EXTENSIONS = (
@@ -12,7 +13,7 @@ CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,nut,ivf,m4v
 # memory is taken for them: a file of a few bytes can declare 65536x65536.
 MAX_PIXELS = 35_651_584
 # Tags that are not UTF-8 (AVI has Latin-1) are no reason to leave a video out. From 19 on PyAV takes any, and knows no such argument.
-ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+ANY_TAGS = {"metadata_errors": "replace"} if int(version("av").split(".")[0]) < 19 else {}
 
 
 def moving(container) -> list:

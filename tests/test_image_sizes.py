@@ -1,10 +1,12 @@
-"""Encoders that read images of one size alone, and those whose config does not tell what a cell of their map covers."""
+"""Images of any size: networks that read one alone, maps whose cells no config tells, and what images are resized to."""
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import FocalNetConfig, HieraConfig, HieraModel
+from labelled_shapes import RESNET
+from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model, FocalNetConfig, HieraConfig, HieraModel
 
 from evaluation.encoders import Encoder, build
 from evaluation.labelled_images import Example, LabelledImages
@@ -98,3 +100,82 @@ def test_an_encoder_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "features", lambda pixels: pixels[..., :1000].reshape(7, 7))
     with pytest.raises(ValueError, match="org/name reads no image of 96x64 pixels .*invalid for input"):
         Encoder("org/name", model).check()
+
+
+def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
+    """Readers take the map to cover the image: it is resized to whole patches, not padded."""
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56)
+    ).save_pretrained(tmp_path)
+    encoder = build(str(tmp_path), 3)
+    image = torch.rand(1, 3, 60, 100)
+    with torch.no_grad():
+        features = encoder(image)
+        resized = encoder(F.interpolate(image, size=(70, 112), mode="bilinear", align_corners=False))
+    assert features.shape == (1, 24, 5, 8) and torch.equal(features, resized)
+
+
+CONVNEXT = {"model_type": "convnext", "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 24]}
+SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "image_size": 64}
+DINOV2 = {
+    "model_type": "dinov2",
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "patch_size": 14,
+}
+POODLE_RESNET = {"model_type": "resnet", **RESNET}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "values", "size"),
+    [
+        (POODLE_RESNET, {"num_decoder_blocks": 0}, (64, 128)),
+        (POODLE_RESNET, {}, (64, 104)),
+        (POODLE_RESNET, {"num_decoder_blocks": 1}, (64, 112)),
+        (POODLE_RESNET, {"decoder_laterals": False}, (64, 128)),
+        (POODLE_RESNET, {"readout_stage": "stage2"}, (64, 104)),
+        (POODLE_RESNET, {"num_decoder_blocks": 0, "output_stride": 8}, (64, 104)),
+        (POODLE_RESNET, {"output_stride": 16}, (64, 112)),
+        ({**POODLE_RESNET, "downsample_in_first_stage": True}, {"num_decoder_blocks": 0}, (64, 128)),
+        (CONVNEXT, {"num_decoder_blocks": 0}, (64, 128)),
+        (CONVNEXT, {}, (64, 128)),
+        (SWIN, {"num_decoder_blocks": 0}, (64, 128)),
+        (DINOV2, {"num_decoder_blocks": 0}, (70, 112)),
+    ],
+)
+def test_images_are_resized_to_what_the_map_that_is_read_covers(backbone, values, size):
+    """To the next multiple of its stride: ConvNeXt would leave out an edge, and a ResNet's last cells reach beyond the image."""
+    torch.manual_seed(0)
+    config = PoodleConfig(backbone_config=backbone, decoder_reduction=2, **values)
+    encoder = Encoder("x", PoodleForSemanticSegmentation(config).eval())
+    image = torch.rand(1, 3, 60, 100, requires_grad=True)
+    features = encoder(image)
+    with torch.no_grad():
+        resized = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(features.detach(), encoder.model.features(resized), rtol=1e-4, atol=1e-5)
+        street = torch.rand(1, 3, 64, 128)
+        assert "dinov2" in backbone.values() or torch.equal(encoder(street), encoder.model.features(street))
+    (gradient,) = torch.autograd.grad(features.square().sum(), image)
+    assert gradient[..., -1, :].any() and gradient[..., -1].any()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "crop"), [(POODLE_RESNET, (64, 128), (64, 96)), (DINOV2, (70, 112), (42, 84))]
+)
+def test_upernet_resizes_images_and_crops_as_other_readouts_do(backbone, size, crop):
+    """A crop's labels with it."""
+    encoder = Encoder("x", PoodleForSemanticSegmentation(PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)))
+    image, label = np.zeros((60, 100, 3), np.uint8), np.zeros((60, 100), np.uint8)
+    label[:, 50:] = 1
+    labelled = Example("a", lambda: image, lambda: label)
+    data = LabelledImages("x", ("a", "b"), (labelled,), (labelled,))
+    readout = UperNetReadout(encoder, data, EvaluationRecipe(model=["x"], readout="upernet", crop_size=[40, 72]))
+    seen = []
+    readout.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2:]))
+    assert readout.predict(image).shape == (60, 100) and seen == [size]
+    batch = readout.batch(list(map(readout.read, [labelled, labelled])), torch.Generator().manual_seed(0))
+    assert batch["pixel_values"].shape[2:] == batch["labels"].shape[1:] == crop
+    assert batch["labels"].dtype == torch.int64 and batch["labels"].unique().tolist() == [0, 1]
+    assert readout.train()(**batch).isfinite()
