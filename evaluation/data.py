@@ -29,11 +29,8 @@ from modeling_poodle.folders import files_below, write_aside
 from modeling_poodle.recipe_files import cache_root
 
 logger = logging.getLogger("poodle")
-HUB_FORMATS = (
-    "TIFF",
-    "GIF",
-    "PPM",
-)  # lossless ones beside those of files; `datasets` itself stores some kinds of pictures as TIFF
+# Lossless ones beside those of files; `datasets` itself stores some kinds of pictures as TIFF.
+HUB_FORMATS = ("TIFF", "GIF", "PPM")
 
 # The street's cameras (training/street_cameras.py): `street` is what a car sees.
 STREET_CAMERAS = ("walking", "static", "aerial")
