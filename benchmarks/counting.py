@@ -6,12 +6,7 @@ from collections import Counter, defaultdict
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    register_flop_formula,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.profiling import group
 
@@ -36,15 +31,15 @@ _NO_KERNEL = (
 )
 
 
-# A ViT's attention by the name that it has on CPUs alone, which PyTorch's counter does not know.
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def _attention(query, key, value, *others, out_shape=None, **options) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _attention_backward(gradient, query, key, value, *others, out_shape=None, **options) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+# A ViT's attention by the name that it has on CPUs alone, which PyTorch's counter knows from 2.15 on.
+_aten = torch.ops.aten
+flop_registry.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu, flop_registry[_aten._scaled_dot_product_flash_attention]
+)
+flop_registry.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    flop_registry[_aten._scaled_dot_product_flash_attention_backward],
+)
 
 
 class LiveBytes(TorchDispatchMode):
