@@ -1,6 +1,7 @@
 """Recipes: a dataclass read from YAML and overridden by flags. What training/ and evaluation/ both need; no model is in here."""
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import gc
@@ -320,9 +321,11 @@ def _typed(value) -> str:
 def run_script(main) -> None:
     """Run `main()`; wrong input, and faults of the run, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
     if not gc.isenabled():
-        # What was imported stays: neither later searches for garbage look through it nor the last one, which would take 2 s.
+        # What was imported stays: later searches for garbage do not look through it. The last one must: libraries that look for objects
+        # left over as Python ends (nanobind, in triton 3.9) print a page of leaks otherwise.
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)
     try:
         main()
     # FloatingPointError: a run that no longer learns (other ArithmeticErrors are mistakes of the code). OSError: disks, and processes that are gone.

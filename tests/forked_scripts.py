@@ -4,6 +4,7 @@ Scripts in processes that fork from one which has imported what takes seconds. O
 sums up how they ended. tests/test_cli.py, tests/test_faults_ranks.py and tests/test_benchmarks.py start scripts as users do, too.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -184,6 +185,8 @@ def run(task: dict, environment: dict) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        atexit.unregister(gc.unfreeze)  # run_script's
     return 0
 
 

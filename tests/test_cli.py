@@ -193,6 +193,7 @@ def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
     done = run(drives, tmp_path / "run", "--max_steps", "1", "--videos", "/nowhere/at/all", launcher=False)
     assert done.returncode == 1 and "error: no videos found; tried" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "leaked" not in done.stderr  # by triton 3.9, of what is still there as Python ends
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -12,9 +12,10 @@ import yaml
 from forked_scripts import forked_before_hub
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
-from published import REPOSITORY, publish, python
+from published import EVALUATION, REPOSITORY, publish, python
 from safetensors.torch import load_file, save_file
 
+from modeling_poodle.folders import sha256_of
 from modeling_poodle.remote_code import CODE_FILES
 from training import publish as publishing
 from training.checkpoints import export_network
@@ -111,8 +112,9 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(own_hub, published_run):
     assert "org/dry-sdm" in (published_run / "hub" / "model" / "README.md").read_text()
 
 
-def test_the_student_on_request(published_run):
-    publish_main([str(published_run / "model"), "--repo_id", "org/student", "--which", "student", "--dry_run"])
+def test_the_student_on_request(published_run, tmp_path):
+    arguments = [str(published_run / "model"), "--repo_id", "org/student", "--which", "student", "--dry_run"]
+    publish_main(arguments)
     checkpoint = load_file(published_run / "checkpoints" / "step-2" / "model.safetensors")
     sent = load_file(published_run / "hub" / "model" / "model.safetensors")
     assert all(torch.equal(value, checkpoint[f"student.{key}"]) for key, value in sent.items())
@@ -120,6 +122,13 @@ def test_the_student_on_request(published_run):
     assert not torch.equal(sent[first], checkpoint[f"teacher.{first}"])
     text = (published_run / "hub" / "model" / "README.md").read_text()
     assert "Weights of the student after 2 steps" in text and "cores" in text and "(panel.png)" in text
+    # Measured where a dry run has left it, it is known again by its weights.
+    measured = shutil.copytree(published_run / "hub" / "model", tmp_path / "student")
+    digest = sha256_of([measured / "model.safetensors"])
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({**EVALUATION, "model": str(measured), "weights_sha256": digest}))
+    publish_main([*arguments, "--evaluation", str(file)])
+    assert "mIoU 25.0 %" in (published_run / "hub" / "model" / "README.md").read_text()
 
 
 def test_the_student_s_card_takes_no_path_for_a_name_on_the_hub(published_run, tmp_path):

@@ -151,7 +151,7 @@ def student_of(folder: Path, target: Path) -> Path:
 
 def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[dict]]:
     """
-    Results by the folder that they were measured on: those of `files`, and those of readouts beside themselves.
+    Results by the folder that they were measured on, or one with the same weights: those of `files`, and those of readouts beside themselves.
 
     Raises:
         ValueError: not an evaluation.json, or one of another model or of other weights.
@@ -166,7 +166,12 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
         fits = False
         for source in sources:
             for twin in _twins(source):
-                fitting = [entry for entry in entries if _measured_on(entry["model"]) == twin.resolve()]
+                own = sha256_of(sorted(twin.glob("*.safetensors")))
+                fitting = [
+                    entry
+                    for entry in entries
+                    if _measured_on(entry["model"]) == twin.resolve() or entry.get("weights_sha256") == own
+                ]
                 if fitting:
                     _refuse_other_weights(file, {entry.get("weights_sha256") for entry in fitting}, twin)
                 results[source] += fitting
