@@ -15,6 +15,7 @@ frame's scale, crop, and augment it photometrically as the reference does. Crops
 U(0.5, 1.5) s (arXiv 2408.11208, section 3). Times are processor times of this one process; the two take turns at the same pairs. Flow is in neither.
 """
 
+import itertools
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from training.flow import DisFlow
 from training.pair_plans import PairSampling, plan_pairs
 from training.recipe import Recipe, parse_recipe
 from training.street import Street
+from training.street_cameras import street_camera
 from training.street_files import street_videos
 from training.video_decoding import decode_cuts
 from training.video_index import by_index, index_video
@@ -120,9 +122,15 @@ def compare(paths: list[str], repeats: int, openings: int, torchvision_blur: boo
     return {**result, "ratio": result["plain"] / result["ours"]}
 
 
+def videos_of(recipe: Recipe) -> list[str]:
+    others = [source for source in recipe.videos if street_camera(source) is None]
+    rendered = [street_videos(camera=camera) for camera in map(street_camera, recipe.videos) if camera is not None]
+    return [*itertools.chain(*rendered), *(find_videos(others) if others else [])]
+
+
 def feed(recipe: Recipe, steps: int) -> dict[str, float]:
     """The recipe's loader with its workers: alone, and beside the training step that it feeds."""
-    paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
+    paths = videos_of(recipe)
     sampling = PairSampling.of(recipe)
     step = OurStep(recipe)
     parts = medians([opening_parts(paths[n % len(paths)], sampling, n, step.pair_flow) for n in range(min(16, steps))])

@@ -39,12 +39,11 @@ def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
 
 def watch_loader(recipe: Recipe, count: int) -> dict[str, list[float]]:
     # Here alone: a machine without PyAV and datasets can still watch the steps.
+    from benchmarks.loader import videos_of
     from training.pair_plans import PairSampling
-    from training.street_files import street_videos
-    from training.video_sources import find_videos
     from training.video_stream import PairLoader
 
-    paths = street_videos() if recipe.videos == ["street"] else find_videos(recipe.videos)
+    paths = videos_of(recipe)
     pair_flow, _ = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates, model=recipe.flow_model)
     torch.set_num_threads(1)
     loader = PairLoader(

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("poodle")
-HALF_MAX = torch.finfo(torch.float16).max
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+def as_kept(features: Tensor) -> Tensor:
+    """
+    Features in the half precision in which they are kept. A channel that hardly varies in the images of the statistics may be thousands of
+    deviations away in others: it is clamped, since inf gives a NaN loss.
+    """
+    return features.clamp(-_HALF_MAX, _HALF_MAX).half()
 
 
 class FeatureStore:
@@ -42,8 +50,7 @@ class FeatureStore:
             # Without a name: one that has a name stays, with all its gigabytes, where the process is killed.
             self.file = tempfile.TemporaryFile(dir=self.folder)
             for name, values in features:
-                # A channel that hardly varies in the images of the statistics may be thousands of deviations away in others: inf in half precision, and a NaN loss.
-                array = values.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy()
+                array = as_kept(values).cpu().numpy()
                 if offset + array.size * 2 > limit:
                     break
                 self.file.write(array.tobytes())

@@ -32,6 +32,8 @@ from modeling_poodle.processes import (
 logger = logging.getLogger("poodle")
 # May differ between the processes of an evaluation: places. What was built of the models is compared.
 _OF_A_MACHINE = frozenset(("model", "data_dir", "output_dir"))
+# May change where an evaluation goes on: they change no figure.
+FREE_ON_RESUME = frozenset(("resume_from_checkpoint", "feature_cache_gb", "save_steps"))
 FITTED = ("readout", "detector")  # folders of what was fitted
 
 
@@ -112,7 +114,7 @@ def check_output_dir(recipe) -> None:
 
 
 def changed_fields(saved: str, recipe) -> str:
-    """The fields in which a kept config.yaml is not this recipe, in words; whether it resumed is no difference."""
+    """The fields in which a kept config.yaml is not this recipe, in words; those that change no figure are no difference."""
     try:
         then = yaml.safe_load(saved)
     except yaml.YAMLError:
@@ -120,7 +122,7 @@ def changed_fields(saved: str, recipe) -> str:
     if not isinstance(then, dict):
         return "its config.yaml cannot be read"
     now = yaml.safe_load(recipe.to_yaml())
-    names = [name for name in {**now, **then} if name != "resume_from_checkpoint"]
+    names = [name for name in {**now, **then} if name not in FREE_ON_RESUME]
     changed = [str(name) for name in names if name not in then or name not in now or then[name] != now[name]]
     return ", ".join([*changed[:8], *([f"{len(changed) - 8} more"] if len(changed) > 8 else [])])
 

@@ -12,7 +12,7 @@ from transformers import AutoBackbone, SegformerImageProcessor, UperNetConfig, U
 
 from evaluation.encoders import Encoder, four_stages, freeze_idle, resize_up, stage_stride
 from evaluation.engine import FittedReadout, Readout
-from evaluation.feature_store import FeatureStore
+from evaluation.feature_store import FeatureStore, as_kept
 from evaluation.labelled_images import IGNORE, Example, LabelledImages, read_ahead
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle.loading_poodle import required_keys
@@ -61,7 +61,7 @@ class LinearReadout(FittedReadout):
         """Statistics from the data set's first images (the same on all ranks)."""
         sums = torch.zeros(3, self.encoder.channels, dtype=torch.float64)
         for image in read_ahead(self.data.image, self.data.train[:32]):
-            flat = self._raw(image).flatten(1).double().cpu()
+            flat = self._raw(image).flatten(1).cpu().double()
             sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.full_like(sums[2], flat.shape[1])])
         mean = sums[0] / sums[2]
         std = (sums[1] / sums[2] - mean.square()).clamp(min=0).sqrt()
@@ -95,8 +95,10 @@ class LinearReadout(FittedReadout):
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
         """Features and labels of what was `read`, and the points that the loss is taken at."""
         device = self.encoder.model.device
+        # Computed anew or not, which depends on the disk: a fit that goes on elsewhere sees the same numbers.
         features = [
-            stored.to(device).float() if isinstance(stored, Tensor) else self._features(stored) for stored, _ in read
+            (stored.to(device) if isinstance(stored, Tensor) else as_kept(self._features(stored))).float()
+            for stored, _ in read
         ]
         points, targets = [], []
         for _, label in read:

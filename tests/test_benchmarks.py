@@ -239,6 +239,16 @@ def test_the_loader_that_feeds_a_step(tmp_path):
     assert all(figures[f"{name}_ms_a_pair"] > 0 for name in ("index", "decode", "flow")) and figures["peak_gib"] > 0
 
 
+def test_the_loader_s_benchmark_takes_the_street_of_every_camera(tmp_path, monkeypatch):
+    from benchmarks import loader
+
+    (tmp_path / "own.mp4").write_bytes(b"")
+    monkeypatch.setattr(loader, "street_videos", lambda camera: [f"{camera}.mp4"])
+    recipe = Recipe(videos=["street", "street:walking", str(tmp_path)], output_dir="x")
+    assert loader.videos_of(recipe) == ["driving.mp4", "walking.mp4", str(tmp_path / "own.mp4")]
+    assert loader.videos_of(Recipe(videos=["street:aerial"], output_dir="x")) == ["aerial.mp4"]
+
+
 def test_clips_have_the_groups_of_pictures_that_they_are_named_by(tmp_path):
     loader = runpy.run_path(str(REPOSITORY / "benchmarks" / "loader.py"))
     loader["write_clip"](tmp_path / "clip.mp4", gop=10, seconds=1.0, height=128, width=256)

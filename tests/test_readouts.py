@@ -239,7 +239,7 @@ def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle
         ours = batch_of(readout, data.train[3:5])
         assert torch.equal(ours["points"], theirs["points"]) and torch.equal(ours["targets"], theirs["targets"])
         for a, b in zip(ours["features"], theirs["features"]):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # half precision
+            assert torch.equal(a, b)
 
 
 def test_a_disk_that_is_full_costs_the_cache_and_not_the_readout(shapes, poodle, tmp_path, caplog, monkeypatch):

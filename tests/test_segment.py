@@ -112,7 +112,8 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     starts = []
     load = engine.FitState.load
     monkeypatch.setattr(engine.FitState, "load", lambda state: (starts.append(load(state)), starts[-1])[1])
-    (third,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
+    free = {"feature_cache_gb": 0, "save_steps": 100}  # a disk may be full meanwhile
+    (third,) = main(flags(shapes, tmp_path / "c", model, **{**options, **free}, resume_from_checkpoint="latest"))
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()
     capsys.readouterr()

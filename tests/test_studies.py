@@ -42,6 +42,30 @@ def test_what_studies_have_in_common_is_one_run():
     )  # the untrained one shares PooDLe's config
 
 
+def test_an_untrained_variant_has_the_changes_of_its_twin_and_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RECIPES", tmp_path)
+    variants = """variants:
+  trained: {crop_size: [32, 64], measure: {max_test_images: 1}}
+  same: {untrained: trained}
+  other: {untrained: trained, measure: {max_test_images: 2}}
+"""
+    before, after = TINY.replace("VIDEOS", "street").replace("SHAPES", "shapes").split("measures:")
+    (tmp_path / "tiny.yaml").write_text(f"{before.split('variants:')[0]}{variants}measures:{after}")
+    runs = {run.variant: run for run in Study.read("tiny").runs("cpu", [0])}
+    assert {name: run.measure["max_test_images"] for name, run in runs.items()} == {
+        "trained": 1,
+        "same": 1,
+        "other": 2,
+    }
+    assert all(run.recipe["crop_size"] == [32, 64] for run in runs.values())
+    assert {name for name, run in runs.items() if run.untrained} == {"same", "other"}
+
+
+def test_without_git_the_commit_is_not_recorded(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert script.where()["commit"] is None
+
+
 def test_the_page_is_made_of_the_results():
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page(read_results())
 

@@ -91,8 +91,10 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
         load_into(model.student.encoder, weights, recipe.init_encoder)
         model.reset_teacher()
     if recipe.gradient_checkpointing:
-        student = model.student  # transformers 5.24 has renamed it
-        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+        student = model.student
+        # transformers 5.24 has renamed it, and will remove the old name.
+        renamed = hasattr(student, "activation_checkpointing_enable")
+        (student.activation_checkpointing_enable if renamed else student.gradient_checkpointing_enable)()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = synchronise_batch_norm(model, recipe.torch_compile)
     # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.

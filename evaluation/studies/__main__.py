@@ -217,12 +217,15 @@ def where() -> dict:
         if torch.cuda.is_available()
         else f"{usable_cores()} CPU core(s), {platform.machine()}"
     )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git: the entry says that its commit is not recorded
+        commit = None
     return {
         "device": device,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": (commit and commit.stdout.strip()) or None,
     }
 
 

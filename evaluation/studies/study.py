@@ -138,7 +138,7 @@ class Study:
                 if twin is not None:
                     if twin not in self.variants:
                         raise ValueError(f"{self.name}: variants.{name}.untrained names no variant: {twin!r}")
-                    change = dict(self.variants[twin] or {})
+                    change = {**(self.variants[twin] or {}), **change}
                 measure = change.pop("measure", {})
                 recipe = changed(base, change, f"{self.name}: variants.{name}")
                 yield Run(name, seed, recipe, twin is not None, measure)
