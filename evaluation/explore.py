@@ -20,7 +20,7 @@ import evaluation
 import modeling_poodle
 from evaluation.explore_features import list_media
 from evaluation.explore_views import Explorer
-from evaluation.recipe import read_with_models
+from evaluation.recipe import models, read_with_models
 from modeling_poodle.recipe_files import CheckedRecipe, described, run_script
 
 SETTINGS = "explore.yaml"
@@ -30,9 +30,7 @@ SETTINGS = "explore.yaml"
 class ExploreRecipe(CheckedRecipe):
     """What the page shows."""
 
-    model: list[str] = described(
-        [], "Models: run or model folders, Hub ids, timm/NAME, random:MODEL (untrained). Two of several are compared."
-    )
+    model: list[str] = models("Two of several are compared.")
     images: str | None = described(None, "Picture, video, or folder of them to pick from; unset: uploads alone.")
     readout: str | None = described(
         None, "Folder of a fitted readout (readout/ of evaluation/segment.py), or a Hub id."

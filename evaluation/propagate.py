@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from evaluation.encoders import CALIBRATION_IMAGES, Encoder, build, calibrate_batch_norm
 from evaluation.labelled_images import read_image
 from evaluation.outputs import begin_output_dir, check_output_dir, make_accelerator, provenance
-from evaluation.recipe import read_with_models
+from evaluation.recipe import models, read_with_models
 from evaluation.report import page, palette, percent, picture
 from evaluation.video_masks import (
     VIDEO_DATASETS,
@@ -52,9 +52,7 @@ SHOWN = 4  # frames of a strip in the report
 class PropagationRecipe(CheckedRecipe):
     """A label propagation. The defaults are those of DINO (Caron et al. 2021), at the stride of the SDM's features."""
 
-    model: list[str] = described(
-        [], "Models: run or model folders, Hub ids, timm/NAME, random:MODEL (untrained). Several give one table."
-    )
+    model: list[str] = models("Several give one table.")
     dataset: str = described("street", f"One of {', '.join(VIDEO_DATASETS)}.")
     data_dir: str | None = described(None, "Folder of the data set.")
     features: str | None = described(

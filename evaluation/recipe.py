@@ -16,13 +16,18 @@ RECIPES = Path(__file__).parent / "recipes"
 READOUTS = ("linear", "knn", "upernet")
 
 
+def models(about: str):
+    """The field of the models, by `--model A --model B` as well as `--model A B`."""
+    return described(
+        [], f"Models: run or model folders, Hub ids, timm/NAME, random:MODEL (untrained). {about}", action="extend"
+    )
+
+
 @dataclass
 class FitRecipe(CheckedRecipe):
     """What every evaluation that fits something depends on. Fields that transformers' `TrainingArguments` has are called as there."""
 
-    model: list[str] = described(
-        [], "Models: run or model folders, Hub ids, timm/NAME, random:MODEL (untrained). Several give one table."
-    )
+    model: list[str] = models("Several give one table.")
     dataset: str = "street"
     data_dir: str | None = described(None, "Folder of the data set.")
     output_dir: str = "runs/evaluation"
@@ -117,5 +122,5 @@ def read_with_models(kind: type, arguments: list[str] | None, about: str, recipe
         file = RECIPES / f"{recipe_name(given)}.yaml"
         return file if file.is_file() else None
 
-    values, given = read_command_line(kind, arguments, about, RECIPES, default_config, repeatable=("model",))
+    values, given = read_command_line(kind, arguments, about, RECIPES, default_config)
     return kind(**{**values, **given})

@@ -21,11 +21,12 @@ from transformers import HfArgumentParser
 from .config_checks import is_int
 
 
-def described(default, help: str):
-    """A dataclass field with a help text; lists and mappings are copied for each instance."""
+def described(default, help: str, **flag):
+    """A dataclass field with a help text, and more for argparse; lists and mappings are copied for each instance."""
+    metadata = {"help": help, **flag}
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def cache_root() -> Path:
@@ -242,7 +243,6 @@ def read_command_line(
     folder: Path,
     default_config: Callable[[dict], str | Path | None],
     json_fields=(),
-    repeatable=(),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     The values of a recipe's file, and the flags that go before them, both by field name. `--help` shows the values of the recipe.
@@ -250,7 +250,7 @@ def read_command_line(
     Args:
         kind: the dataclass. folder: of the package's recipes.
         default_config: what stands for `--config` where it is not given, by the flags; `None`: the dataclass's own values.
-        json_fields: mappings, as JSON on the command line. repeatable: lists whose flag may be given several times.
+        json_fields: mappings, as JSON on the command line.
 
     Raises:
         ValueError: an unknown flag or field (the nearest is suggested), or a file that cannot be read.
@@ -267,8 +267,6 @@ def read_command_line(
         action.default = argparse.SUPPRESS
         if action.dest in json_fields:
             action.type = str  # read by the dataclass, whose error says what is wrong with it
-        if action.dest in repeatable:
-            action.__class__ = argparse._ExtendAction  # --model A --model B as well as --model A B
     parser.error = _raise  # argparse would print all that there is before its sentence, and end the process
     flags, rest = parser.parse_known_args(arguments)
     for argument in rest:
