@@ -3,7 +3,7 @@ Pretrain PooDLe on video.
 
     accelerate launch training/pretrain.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
-The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, photometric augmentation, flow, views and subcrops,
+The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, its flow, photometric augmentation, views and subcrops,
 both objectives, an optimizer step, and one of the teacher.
 """
 

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import zlib
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,7 +10,7 @@ from modeling_poodle.processes import main_first, on_main, same_on_all
 from training.addresses import video_name
 from training.flow import check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
-from training.pair_plans import PairSampling
+from training.pair_plans import PairSampling, checksum
 from training.recipe import RunRecipe
 from training.street_cameras import CAMERAS, street_camera
 from training.street_files import street_videos
@@ -69,8 +68,8 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
 
     # Rank 0 renders the street; the others find it there.
     paths = main_first(accelerator, find)
-    names = " ".join(map(video_name, paths)).encode(errors="surrogateescape")  # names of files need not be UTF-8
-    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {zlib.crc32(names):08x}")
+    names = " ".join(map(video_name, paths))
+    same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {checksum(names):08x}")
     return paths
 
 

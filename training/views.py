@@ -258,7 +258,7 @@ def draw_subcrops(
 @torch.no_grad()
 def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=None) -> dict[str, Tensor]:
     """
-    Augmentation, flow, views and subcrops: a batch of the loader -> the model's inputs.
+    Flow of the frames as they are, then augmentation, views and subcrops: a batch of the loader -> the model's inputs.
 
     Args:
         batch: frames (B, 2, 3, H, W) uint8; flow (B, 2, 2, H, W) where the loader made it, and valid_mask (B, 2, H, W) where it is known.
