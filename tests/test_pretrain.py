@@ -18,7 +18,7 @@ from small_runs import MODEL, flags, train
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from training import video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
-from training.panels import COLOURS, TILE_HEIGHT, make_panel, pca_rgb
+from training.panels import COLOURS, GAP, TILE_HEIGHT, TITLE, make_panel, pca_rgb
 from training.pretrain import main
 from training.recipe import Recipe
 from training.run import Run
@@ -266,6 +266,26 @@ def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture(
     inputs |= {"student_boxes": boxes, "teacher_boxes": boxes, "teacher_box_frames": torch.zeros(1, 2, 1).long()}
     picture = np.asarray(make_panel(torch.zeros(1, 2, 3, 512, 1024, dtype=torch.uint8), inputs))
     assert (picture == COLOURS[0]).all(axis=-1)[:TILE_HEIGHT].any()
+
+
+def test_both_boxes_of_a_subcrop_pair_are_drawn_on_the_frames_that_they_are_cut_from():
+    """The student's solid on its own frame; the teacher's dashed, here on the other one; in one colour. And all four views are there."""
+    height, width = TILE_HEIGHT, 2 * TILE_HEIGHT  # shown as they are
+    views = torch.eye(2, 3).expand(1, 2, 2, 3)
+    inputs = {"pixel_values": torch.zeros(1, 2, 3, height, width), "flow": torch.zeros(1, 2, 2, height, width)}
+    inputs |= {"valid_mask": torch.ones(1, 2, height, width).bool(), "student_views": views, "teacher_views": views}
+    inputs["student_boxes"] = torch.tensor([[[[20.0, 10, 60, 40]], [[100.0, 50, 160, 100]]]])
+    inputs["teacher_boxes"] = torch.tensor([[[[30.0, 20, 70, 60]], [[90.0, 40, 170, 110]]]])
+    inputs["teacher_box_frames"] = torch.tensor([[[1], [0]]])
+    picture = np.asarray(make_panel(torch.zeros(1, 2, 3, height, width, dtype=torch.uint8), inputs))
+    earlier, later = (picture[TITLE : TITLE + height, x : x + width] for x in (GAP, width + 2 * GAP))
+    for frame, own, other in ((earlier, 0, 1), (later, 1, 0)):
+        for boxes, pair, share in (("student_boxes", own, 1.0), ("teacher_boxes", other, 0.5)):
+            x0, y0, x1, y1 = inputs[boxes][0, pair, 0].int().tolist()
+            drawn = (frame == COLOURS[pair]).all(axis=-1)
+            for side in (drawn[y0, x0:x1], drawn[y1 - 1, x0:x1], drawn[y0:y1, x0], drawn[y0:y1, x1 - 1]):
+                assert side.mean() == pytest.approx(share, abs=0.06)
+    assert picture.shape[1] == 4 * width + 5 * GAP
 
 
 def test_features_that_are_not_finite_end_no_run_by_their_picture():

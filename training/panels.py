@@ -23,6 +23,7 @@ COLOURS = (
     (141, 110, 99),
 )
 TILE_HEIGHT, GAP, TITLE = 128, 8, 18
+DASH = 4  # pixels of a dash, and between two
 BACKGROUND, INK = (250, 250, 248), (40, 40, 40)
 
 
@@ -65,15 +66,31 @@ def _picture(image: Tensor, height: int = TILE_HEIGHT, smooth: bool = True) -> I
     return picture.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 
-def _with_boxes(image: Tensor, boxes: Tensor, colours) -> Image.Image:
+def _frame_with_boxes(image: Tensor, inputs: dict[str, Tensor], pair: int, frame: int, colours) -> Image.Image:
+    """A frame with the boxes that are cut from it: the student's, and dashed, in the colour of its subcrop pair, the teacher's."""
     picture = _picture(image)
     scale = picture.height / image.shape[-2]
     draw = ImageDraw.Draw(picture)
-    for box, colour in zip(boxes.tolist(), colours):
+    cut_here = (inputs["teacher_box_frames"][pair] == frame).flatten()
+    for box, colour, here in zip(inputs["teacher_boxes"][pair].flatten(0, 1).tolist(), colours, cut_here):
+        if here:
+            _dashed_rectangle(draw, [side * scale for side in box], colour)
+    k = inputs["student_boxes"].shape[2]
+    for box, colour in zip(inputs["student_boxes"][pair, frame].tolist(), colours[frame * k :]):
         x0, y0, x1, y1 = (side * scale for side in box)
         # A box of less than a pixel here still has one: PIL draws none that ends before it begins.
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     return picture
+
+
+def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: list[float], colour) -> None:
+    x0, y0, x1, y1 = (round(side) for side in box)
+    for x in range(x0, x1, 2 * DASH):
+        for y in (y0, y1 - 1):
+            draw.line((x, y, min(x + DASH, x1) - 1, y), fill=colour)
+    for y in range(y0, y1, 2 * DASH):
+        for x in (x0, x1 - 1):
+            draw.line((x, y, x, min(y + DASH, y1) - 1), fill=colour)
 
 
 def _row(tiles: list[tuple[str, Image.Image]]) -> Image.Image:
@@ -134,33 +151,32 @@ def make_panel(
         rows.append(
             _row(
                 [
-                    (
-                        "earlier frame, student's subcrops",
-                        _with_boxes(frames[pair, 0], inputs["student_boxes"][pair, 0], colours),
-                    ),
-                    (
-                        "later frame, student's subcrops",
-                        _with_boxes(frames[pair, 1], inputs["student_boxes"][pair, 1], colours[k:]),
+                    *(
+                        (
+                            f"{name} frame; teacher's boxes dashed",
+                            _frame_with_boxes(frames[pair, frame], inputs, pair, frame, colours),
+                        )
+                        for frame, name in enumerate(("earlier", "later"))
                     ),
                     ("flow, earlier to later", _picture(flow_to_rgb(inputs["flow"][pair, 0]))),
                     ("valid", _picture(mask[0], smooth=False)),
                 ]
             )
         )
-        tiles = [
-            ("student's view, earlier", _picture(views[0][0])),
-            ("student's view, later", _picture(views[0][1])),
-            ("teacher's view, earlier", _picture(views[1][0])),
-            ("teacher's view, later", _picture(views[1][1])),
-        ]
+        rows.append(
+            _row(
+                [
+                    (f"{who}'s view, {name}", _picture(views[i][j]))
+                    for i, who in enumerate(("student", "teacher"))
+                    for j, name in enumerate(("earlier", "later"))
+                ]
+            )
+        )
+        tiles = [("subcrop pairs: student's above, teacher's below", _subcrops(inputs, pair, colours))]
         if dense_features is not None:
-            colours_of_features = pca_rgb(dense_features[2 * pair : 2 * pair + 2])
-            tiles[2:] = [
-                ("student's features, earlier (PCA)", _picture(colours_of_features[0], smooth=False)),
-                ("teacher's view, later", tiles[3][1]),
-            ]
+            features = pca_rgb(dense_features[2 * pair : 2 * pair + 2])[0]
+            tiles.append(("student's earlier view: features (PCA)", _picture(features, smooth=False)))
         rows.append(_row(tiles))
-        rows.append(_row([("subcrop pairs: student's above, teacher's below", _subcrops(inputs, pair, colours))]))
     panel = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows) + GAP), BACKGROUND)
     y = 0
     for row in rows:
