@@ -280,6 +280,8 @@ def look_up(name: str) -> tuple[str, str | None]:
         ValueError: there is no such model, or a folder has no weights.
     """
     source = name.removeprefix("random:")
+    if Path(source).name == "config.json" and Path(source).is_file():
+        source = str(Path(source).parent)
     if Path(source, "model", "config.json").is_file():  # the folder of a run
         source = str(Path(source, "model"))
     model_type = _model_type(source)

@@ -132,7 +132,8 @@ def fit(
         last = step + 1 == steps
         # Also the last: an evaluation that is interrupted after its fit does not fit again.
         saving = (step + 1) % recipe.save_steps == 0 or last
-        if (step + 1) % recipe.logging_steps == 0 or last or saving:
+        # The first is a point as well: the curve of a short fit has a beginning.
+        if step == 0 or (step + 1) % recipe.logging_steps == 0 or last or saving:
             value = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
             losses.clear()
             if not math.isfinite(value):

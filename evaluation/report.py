@@ -60,7 +60,7 @@ def picture(array: np.ndarray, max_width: int = 1600) -> str:
 
 def curve(points: Sequence[dict]) -> str:
     """The loss as an SVG polyline."""
-    if len(points) < 2:
+    if not points:
         return "<p>Nothing was fitted.</p>"
     steps, losses = (np.array([p[key] for p in points], dtype=float) for key in ("step", "loss"))
     low, high = losses.min(), losses.max()

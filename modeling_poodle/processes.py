@@ -148,7 +148,7 @@ def log_plainly(accelerator) -> None:
     """A script's log: sentences of the main process, errors of all, and nothing that libraries tell of each request and file."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
-    for name in ("httpx", "httpx2", "datasets"):  # the first two are the Hub client's, by its version
+    for name in ("httpx", "httpx2", "datasets", "fsspec"):  # the first two are the Hub client's, by its version
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 

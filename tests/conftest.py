@@ -88,7 +88,7 @@ def as_script(monkeypatch):
         monkeypatch.setattr(gc, "freeze", lambda: None)  # what earlier tests leave is garbage
         threads, levels = (
             torch.get_num_threads(),
-            {name: logging.getLogger(name).level for name in ("httpx", "datasets")},
+            {name: logging.getLogger(name).level for name in ("httpx", "datasets", "fsspec")},
         )
         try:
             with pytest.raises(SystemExit) as ended:

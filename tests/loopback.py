@@ -12,7 +12,7 @@ class FileServer(ThreadingHTTPServer):
     Serves the files below `folder`. `requests` holds (method, path, range header) of each request; `sent` counts body bytes;
     `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403, those in `stalled` send half a body and
     then nothing until the server ends. `statuses` maps paths to [status, number of answers that it is given in]; `told` maps paths to headers
-    that stand in the place of the ETag.
+    that stand in the place of the ETag. `ranges` is the Accept-Ranges header; but for "bytes" the server sends whole files, and `None` is no header.
     """
 
     daemon_threads = True
@@ -21,7 +21,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler or FileHandler)
         self.folder, self.requests, self.sent, self.drop, self.refused = Path(folder), [], 0, 0, set()
         self.stalled, self.ended = set(), threading.Event()
-        self.statuses, self.told = {}, {}
+        self.statuses, self.told, self.ranges = {}, {}, "bytes"
 
     @property
     def url(self) -> str:
@@ -63,8 +63,10 @@ class FileHandler(BaseHTTPRequestHandler):
     def send_file(self, file: Path, body: bool, **headers: str) -> None:
         data = file.read_bytes()
         wanted, status = self.headers.get("Range"), 200
-        headers = {"Accept-Ranges": "bytes", **{k.replace("_", "-"): v for k, v in headers.items()}}
-        if wanted:
+        headers = {k.replace("_", "-"): v for k, v in headers.items()}
+        if self.server.ranges is not None:
+            headers["Accept-Ranges"] = self.server.ranges
+        if wanted and self.server.ranges == "bytes":
             first, last = wanted.removeprefix("bytes=").split("-")
             begin = int(first) if first else len(data) - int(last)
             end = min(int(last), len(data) - 1) if first and last else len(data) - 1

@@ -319,6 +319,7 @@ def test_wrong_models_are_named(tmp_path, poodle):
     with pytest.raises(ValueError, match="--model .*/resnet: the folder holds no weights"):
         build(str(tmp_path / "resnet"), 3)
     assert look_up(f"random:{tmp_path / 'resnet'}") == (str(tmp_path / "resnet"), "resnet")
+    assert look_up(f"random:{tmp_path / 'resnet' / 'config.json'}") == (str(tmp_path / "resnet"), "resnet")
     ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
     other = ResNetConfig(**{**RESNET, "depths": [2, 1, 1, 1]})
     other.save_pretrained(tmp_path / "resnet")  # the config of one, the weights of another

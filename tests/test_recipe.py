@@ -104,6 +104,12 @@ def test_what_goes_with_the_file_s_flow_does_not_outlive_a_flag_for_another(tmp_
     assert parse_recipe([*config, "--flow", "dis"]).flow_weights is None
     assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
     assert parse_recipe([*config, "--flow", "raft_small", "--flow_weights", "small.pth"]).flow_weights == "small.pth"
+    # FlowE's bound goes with any estimator, but the exact flow's mask is its own.
+    flowe = ["--config", "flowe_r50", "--videos", "street", "--output_dir", "x"]
+    assert parse_recipe([*flowe, "--flow", "dis"]).flow_max_error == 3.54
+    assert parse_recipe([*flowe, "--flow", "exact"]).flow_max_error is None
+    with pytest.raises(ValueError, match="flow_max_error must be unset with flow exact"):
+        parse_recipe(["--flow", "exact", "--flow_max_error", "3"])
     (tmp_path / "r.yaml").write_text("flow_weights: raft.pth\ncrop_size: [128, 256]\n")  # which names no flow
     assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
 

@@ -1,5 +1,6 @@
 """Videos on a server that stalls, breaks off, refuses or changes them, and tars that lie: skipped and counted, in bounded time."""
 
+import dataclasses
 import io
 import tarfile
 import time
@@ -8,6 +9,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from forked_scripts import forked
 from fuzzed_videos import BY_NAME, FRAMES, RATE, number_of, write_clip
 from loopback import serve
 
@@ -101,6 +103,31 @@ def test_a_refusal_is_not_asked_again(web, status):
     with pytest.raises(OSError, match=r"^((?!tried).)*$"):
         RemoteFile(f"{web.url}/good.mp4")
     assert len(web.requests) <= 2
+
+
+@pytest.mark.parametrize("header", [None, "none"])
+def test_a_server_without_ranges_is_named_and_not_asked_again(web, monkeypatch, header):
+    """As `python -m http.server`, which says nothing of ranges and sends whole files; others say that they give none."""
+    clip = BY_NAME["raw.avi"]  # of more than one block
+    write_clip(web.folder / "large.avi", dataclasses.replace(clip, size=(240, 320)))
+    assert (web.folder / "large.avi").stat().st_size > 2 * video_files.REMOTE_BLOCK
+    web.ranges = header
+    monkeypatch.setattr(video_files.time, "sleep", lambda _: pytest.fail("it is asked again"))
+    with pytest.raises(
+        UnreadableVideo, match=r"gives no byte ranges, which videos are read by: download it(?!.*tried)"
+    ):
+        index_video(f"{web.url}/large.avi")
+
+
+def test_a_run_s_log_has_no_line_of_each_request(web):
+    script = web.folder / "script.py"
+    script.write_text(
+        "import sys\nfrom accelerate import Accelerator\nfrom modeling_poodle.processes import log_plainly\n"
+        "from training.video_index import index_video\n"
+        "log_plainly(Accelerator(cpu=True))\nprint(len(index_video(sys.argv[1]).pts))\n"
+    )
+    done = forked(script, f"{web.url}/good.mp4")
+    assert (done.stdout, done.stderr) == (f"{FRAMES}\n", "")
 
 
 def test_an_opening_as_a_whole_has_a_time_limit(web, monkeypatch):

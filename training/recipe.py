@@ -304,6 +304,11 @@ class Recipe(RunRecipe):
         self.need(self.flow in FLOWS, "flow", f"one of {', '.join(FLOWS)}{did_you_mean(self.flow, FLOWS)}")
         bound = self.flow_max_error
         self.need(bound is None or (is_finite(bound) and bound > 0), "flow_max_error", "a number above 0, or unset")
+        self.need(
+            bound is None or self.flow != "exact",
+            "flow_max_error",
+            "unset with flow exact, which knows what is hidden",
+        )
         precomputed = self.flow == "precomputed"
         self.need(
             self.flow_folder is not None if precomputed else self.flow_dir is None,
@@ -398,7 +403,8 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         if (
             "flow" in of_file and given.get("flow", of_file["flow"]) != of_file["flow"]
         ):  # nor what goes with the file's estimator
-            values = {name: value for name, value in values.items() if name not in _OF_A_FLOW or name in given}
+            dropped = {*_OF_A_FLOW, *(["flow_max_error"] if given["flow"] == "exact" else [])}
+            values = {name: value for name, value in values.items() if name not in dropped or name in given}
         values["model"] = _changed(own, given.get("model"))
         if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
             values["max_steps"] = -1

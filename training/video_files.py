@@ -35,6 +35,7 @@ REMOTE_SECONDS = 120.0
 REMOTE_BLOCK = 1 << 20
 REQUEST_SECONDS = 20.0  # at http(s); other backends have limits of their own (the Hub's client 10 s without a byte)
 ATTEMPTS = 5
+NO_RANGES = "its server gives no byte ranges, which videos are read by: download it, or use a server that does"
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
 
 
@@ -120,7 +121,9 @@ class RemoteFile(_Seekable):
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
         files, path = fsspec.core.url_to_fs(self.source, client_kwargs={"timeout": timeout})
         details = files.info(path)  # asked for here: the file keeps its size alone
-        whole = details.get("size") if details.get("partial", True) else None
+        if not details.get("partial", True):
+            raise _NoRanges(NO_RANGES)
+        whole = details.get("size")
         return files.open(path, "rb", block_size=self.block, cache_type="blockcache", size=whole), details
 
     def _attempt(self, act):
@@ -138,11 +141,13 @@ class RemoteFile(_Seekable):
                 # fsspec says "not found" of whatever failed; the cause is behind it, and behind a timeout only its mechanism.
                 while root.__cause__ is not None and not isinstance(root, TimeoutError):
                     root = root.__cause__
+                if "support range requests" in str(root):  # fsspec's ValueError, which advises its caller
+                    root = _NoRanges(NO_RANGES)
                 status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
                 refused = status is not None and 400 <= status < 500 and status not in (408, 429)
                 pause = BACK_OFF * 2**attempt
                 late = attempt + 1 == ATTEMPTS or time.monotonic() + pause > self.deadline.end
-                if late or refused or isinstance(root, (FileNotFoundError, _Changed)):
+                if late or refused or isinstance(root, (FileNotFoundError, _Changed, _NoRanges)):
                     reason = (
                         "no answer in time" if isinstance(root, TimeoutError) else str(root) or type(root).__name__
                     )
@@ -161,6 +166,10 @@ class RemoteFile(_Seekable):
 
 
 class _Changed(OSError):
+    pass
+
+
+class _NoRanges(OSError):
     pass
 
 
