@@ -1,11 +1,11 @@
-"""Names and URLs of videos as logs, errors and files may show them: without user, password and query, which can be secrets."""
+"""Names and URLs of videos without user, password and query, so that logs, errors and files hold no secrets."""
 
 import re
 from pathlib import Path
 
 from training.street_cameras import street_camera
 
-# The second kind of user: a password with a "/", "?" or "#" in it makes no valid URL, and is a secret all the same.
+# The second alternative for the user matches passwords with "/", "?" or "#". Such a URL is invalid, but its password is still a secret.
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*@|[^/?#:@\[]*:(?!\d*(?:[/?#]|\Z)).*@)?(.*)",
     re.DOTALL,
@@ -14,13 +14,13 @@ _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
 
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# A video in a tar, as TAR::OFFSET:SIZE:NAME. The name is the tar's word: it is only shown, and nothing in it is taken for a path, an offset or
-# an address.
+# A video in a tar: TAR::OFFSET:SIZE:NAME. The name comes from the tar and is not trusted: it is only shown, and never parsed as a path,
+# an offset or an address.
 MEMBER = re.compile(r"((?=https?://).*?\.(?i:tar)(?:\?.*?)?|.*?\.(?i:tar))::(\d+):(\d+):", re.DOTALL)
 
 
 def printable(text: str) -> str:
-    """A name or a reason for logs and errors, of one line: what files are called is the word of those who made them."""
+    """Return a name or a reason as one line for logs and errors. File names are not trusted: they may hold control characters."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -30,8 +30,9 @@ def is_remote(source: str) -> bool:
 
 def video_name(source: str) -> str:
     """
-    What a video is called where it is shown, kept or compared, and what its pairs are drawn by: its path, and of a URL [`public_url`], so
-    that a signature is in no file and a new one changes no pair.
+    Return the name by which a video is shown, stored and compared, and from which its pairs are drawn.
+
+    This is the path of a local video, and [`public_url`] of a URL. So no file holds a signature, and a new signature changes no pair.
     """
     member = MEMBER.match(source)
     return public_url(member[1]) + source[member.end(1) :] if member else public_url(source)
@@ -39,10 +40,10 @@ def video_name(source: str) -> str:
 
 def public_url(source: str) -> str:
     """
-    A URL without user, password, query and fragment; any other text as it is. Twice is as once.
+    Return a URL without user, password, query and fragment, and any other text unchanged. The function is idempotent.
 
-    Beyond http(s) "@" and "?" mean other things too (a container, a revision, one character of a pattern): what is left out there is a user
-    with a password, and a query with a "=".
+    In schemes other than http(s), "@" and "?" can also mean a container, a revision or one character of a pattern. There the function
+    removes only a user with a password, and a query with a "=".
     """
     found = _URL.fullmatch(source)
     if found is None:
@@ -56,7 +57,7 @@ def public_url(source: str) -> str:
 
 
 def public_value(value):
-    """What JSON or YAML holds, such as a recipe's fields, with its URLs made public by [`public_url`]."""
+    """Apply [`public_url`] to all strings in a JSON or YAML value, such as a recipe's fields."""
     if isinstance(value, dict):
         return {name: public_value(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -65,17 +66,22 @@ def public_value(value):
 
 
 def without_secrets(text: str, url: str = "") -> str:
-    """A text, such as another library's error, with all URLs in it made public by [`public_url`]; `url` is one that may hold spaces or quotes."""
+    """
+    Apply [`public_url`] to all URLs in a text, such as another library's error.
+
+    Args:
+        url: a URL that the text may contain and that may hold spaces or quotes, at which the search for URLs stops.
+    """
     if url:
         text = text.replace(url, public_url(url))
     return _URL_IN_TEXT.sub(lambda found: public_url(found[0]), text)
 
 
-# --- sources of videos and encoders, as they may be shown ---
+# --- sources of videos and encoders that may be shown ---
 
 
 def public_source(source: str) -> str | None:
-    """A video source without what is of this machine or secret: `None` for local paths, URLs without user and query."""
+    """Return a video source without local or secret parts: `None` for local paths, URLs without user and query."""
     if street_camera(source) is not None:
         return source
     if "://" in source:
@@ -84,7 +90,7 @@ def public_source(source: str) -> str | None:
 
 
 def is_dataset_id(source: str) -> bool:
-    """`org/name`, where no such path exists here."""
+    """Return whether `source` has the form `org/name` or `org/name@revision`, and is not an existing local path."""
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?", source) is not None
         and not Path(source).exists()

@@ -1,4 +1,4 @@
-"""What a run is put together from: accelerator, model and optimizer of a recipe."""
+"""Build the accelerator, the model and the optimizer of a run from its recipe."""
 
 import logging
 import platform
@@ -23,9 +23,11 @@ logger = logging.getLogger("poodle")
 
 def make_accelerator(recipe: RunRecipe) -> Accelerator:
     """
+    Set up Accelerate for a recipe: device, precision, tracker and seed.
+
     Raises:
-        ValueError: the tracker of `report_to` is not installed (Accelerate goes on without it, with a warning), or Accelerate is
-            configured for FSDP or the like.
+        ValueError: the tracker of `report_to` is not installed (Accelerate would only warn and continue without it), or Accelerate is
+            configured for FSDP or similar sharding.
     """
     if recipe.report_to not in ("none", *(tracker.value for tracker in get_available_trackers())):
         raise ValueError(
@@ -33,22 +35,23 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         )
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        # Without it Accelerate overlooks the other processes that torchrun started on CPUs.
+        # Without this flag, Accelerate does not see the other processes that torchrun started on CPUs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.bf16 else "no",
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
-        # How long the others wait for a process that is gone or hangs, before they end with an error.
+        # The timeout after which the other processes fail if one has died or hangs.
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     refuse_sharding(accelerator)
-    # The environment may set another; the loop divides the loss itself, and Accelerate would divide it again.
+    # The environment may set another value. The training loop divides the loss itself, so Accelerate must not divide it again.
     accelerator.gradient_accumulation_steps = 1
     if accelerator.device.type == "cpu":
         share_cpu(accelerator.num_processes)
     else:
-        # Products in TF32, as cuDNN has convolutions by default: in float32 the heads, 1x1 convolutions that are computed as products, would
-        # take seven times as long by the data sheets (67 and 494 TFLOP/s), and they are more than half of a step.
+        # Compute matrix products in TF32, as cuDNN does for convolutions by default. The heads are 1x1 convolutions that are computed as
+        # matrix products. In float32 they would take seven times as long by the data sheets (67 and 494 TFLOP/s), and they are more than
+        # half of a step.
         torch.set_float32_matmul_precision("high")
     log_plainly(accelerator)
     if recipe.bf16 and accelerator.device.type == "cpu" and not computes_in_bfloat16():
@@ -61,7 +64,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         logger.warning("bf16: this GPU does not compute it, and emulates it slowly; give --bf16 false")
-    # Accelerate and torchdata still call what torch has deprecated.
+    # Accelerate and torchdata still call deprecated functions of torch.
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     set_seed(recipe.seed)  # the same weights on every rank
@@ -69,7 +72,11 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether bfloat16 convolutions are no slower than float32 ones here: on x86 oneDNN has none below AVX-512, and ATen's own are slow."""
+    """
+    Return whether bfloat16 convolutions are no slower than float32 ones on this CPU.
+
+    On x86, oneDNN has no bfloat16 convolutions below AVX-512, and ATen's own are slow.
+    """
     return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() not in (
         "DEFAULT",
         "AVX2",
@@ -92,12 +99,12 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
         model.reset_teacher()
     if recipe.gradient_checkpointing:
         student = model.student
-        # transformers 5.24 has renamed it, and will remove the old name.
+        # transformers 5.24 renamed this method and will remove the old name.
         renamed = hasattr(student, "activation_checkpointing_enable")
         (student.activation_checkpointing_enable if renamed else student.gradient_checkpointing_enable)()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = synchronise_batch_norm(model, recipe.torch_compile)
-    # Half the time of the default layout for small ResNets on a CPU, and what bf16 convolutions want on a GPU.
+    # Channels-last takes half the time of the default layout for small ResNets on a CPU, and bf16 convolutions on a GPU prefer it.
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     _try_sizes(model, recipe)
     return model
@@ -105,7 +112,12 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
 
 @torch.no_grad()
 def _try_sizes(model: PoodleForPreTraining, recipe: Recipe) -> None:
-    """Raises ValueError where the encoder cannot take images of the recipe's sizes, or its map of a crop is not one of the whole crop."""
+    """
+    Run the encoder once on an image of each of the recipe's sizes.
+
+    Raises:
+        ValueError: the encoder cannot take a size, or its feature map does not cover the whole crop in square cells of whole pixels.
+    """
     student, config = model.student.eval(), model.config
     sizes = {"crop_size": recipe.crop_size} if config.dense_weight else {}
     sizes |= {"subcrop_size": [recipe.subcrop_size] * 2} if config.pooled_weight else {}
@@ -128,10 +140,13 @@ def _try_sizes(model: PoodleForPreTraining, recipe: Recipe) -> None:
 
 def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:
     """
-    `model` with BatchNorm over all processes. timm's has the activation within, which PyTorch's conversion would leave out.
+    Return `model` with its BatchNorm layers synchronised over all processes.
+
+    timm's BatchNorm layers contain the activation, which PyTorch's conversion would drop. timm's own conversion is used for them.
 
     Args:
-        compiled: with operations that torch.compile takes into one graph (training/batch_norm.py). Without it PyTorch's kernels are the better.
+        compiled: use operations that torch.compile captures in one graph (training/batch_norm.py). PyTorch's kernels are better without
+            compilation.
     """
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         from timm.layers import convert_sync_batchnorm as convert
@@ -140,7 +155,7 @@ def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:
     if not compiled:
         return convert(model)
     for_compilation(model)
-    # `convert` would replace these too, for they are BatchNorms.
+    # `convert` would replace these layers too, because they are BatchNorms.
     kept = {name: module for name, module in model.named_modules() if isinstance(module, EqualSyncBatchNorm2d)}
     model = convert(model)
     for name, module in kept.items():
@@ -149,38 +164,41 @@ def synchronise_batch_norm(model: nn.Module, compiled: bool) -> nn.Module:
 
 
 def compile_modules(recipe: Recipe, *modules: nn.Module | None) -> None:
-    """Compile these in place where the recipe says so."""
+    """Compile the modules in place if the recipe asks for it."""
     for module in modules:
         if recipe.torch_compile and module is not None:
-            module.compile(dynamic=False)  # there are few shapes: one kernel for each, none for all
+            module.compile(dynamic=False)  # there are few shapes, so each gets its own kernel
 
 
 def prepared(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
-    `model` as Accelerate distributes it, without its copy of all outputs in float32: in a step of bfloat16 that of the dense features is 128 MiB
-    a pair (ResNet-50, 512x1024), at its peak. The losses are float32 as they are, and its callers enter autocast themselves.
+    Return `model` as Accelerate distributes it, but without Accelerate's conversion of all outputs to float32.
+
+    In a bfloat16 step, the float32 copy of the dense features would take 128 MiB a pair when memory use peaks (ResNet-50, 512x1024). The
+    losses are computed in float32 anyway, and the callers enter autocast themselves.
     """
     if accelerator.ddp_handler is not None:
         config = getattr(model, "config", None)
         idle = isinstance(config, PoodleConfig) and may_idle(config)
         accelerator.ddp_handler.find_unused_parameters = idle or sums_in_one_order(accelerator)
     wrapped = accelerator.prepare_model(model)
-    # This changes `wrapped` in place: the copy in float32 is gone from the module within it.
+    # This changes `wrapped` in place: it removes the conversion to float32 from the module inside.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     return wrapped
 
 
 def may_idle(config: PoodleConfig) -> bool:
     """
-    Whether the encoder can have parameters without use: a ViT's mask token, stages behind the last that is read. To look for them costs a walk
-    through the graph at each step; a ResNet that is read to its end has none.
+    Return whether the encoder can have unused parameters, such as a ViT's mask token or stages after the last one that is read.
+
+    Searching for them takes a walk through the graph at each step. A ResNet that is read to its last stage has none.
     """
     encoder = config.backbone_config
     return encoder.model_type != "resnet" or config.decoder_inputs[-1] != encoder.stage_names[-1]
 
 
 def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Raises ValueError where the weights are another encoder's."""
+    """Load `weights` into `encoder`. Raises ValueError if they belong to another architecture."""
     try:
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
     except RuntimeError as error:

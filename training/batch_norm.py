@@ -1,4 +1,4 @@
-"""BatchNorm over all processes that torch.compile takes into its one graph."""
+"""BatchNorm over all processes that torch.compile can capture in a single graph."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.distributed import _functional_collectives as collectives
 
 
 class _OfAllRanks(torch.autograd.Function):
-    """Each rank's mean and variance (C,) of as many numbers -> those of all of them together."""
+    """Mean and variance (C,) of each rank -> those over all ranks. Every rank must have the same number of values."""
 
     @staticmethod
     def forward(ctx, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,9 +15,9 @@ class _OfAllRanks(torch.autograd.Function):
         gathered = collectives.wait_tensor(collectives.all_gather_tensor(own, 0, dist.group.WORLD))
         means, variances = gathered.unbind(1)  # (ranks, C)
         whole = means.mean(dim=0)
-        # Variance around the common mean: mean of squares minus squared mean would lose digits where the mean is large.
+        # Computed around the common mean: mean of squares minus squared mean would lose digits if the mean is large.
         spread = (variances + (means - whole).square()).mean(dim=0)
-        # Taken from `gathered`: with Inductor (torch 2.14) `mean` itself came back changed from the collective, and gradients were 2 % off.
+        # Read from `gathered`: with Inductor (torch 2.14), the collective changed `mean` itself, and gradients were 2 % off.
         ctx.save_for_backward(means[dist.get_rank()] - whole)
         return whole, spread
 
@@ -32,12 +32,15 @@ class _OfAllRanks(torch.autograd.Function):
 
 class EqualSyncBatchNorm2d(nn.BatchNorm2d):
     """
-    [`torch.nn.SyncBatchNorm`] for processes with equal batches, as a run's are, in operations that torch.compile can fuse.
+    [`torch.nn.SyncBatchNorm`] for processes with equal batch sizes, as in a run, built from operations that torch.compile can fuse.
 
-    PyTorch's own asks which processes had an empty batch: a mask, whose size the host waits for, and which ends the compiled graph, at each of a
-    ResNet-50's 230 normalisations a step. Counted for a small ResNet of 42 without a GPU, where other operations took the place of its kernels: 83 graphs
-    instead of one, and functions that are compiled no more, for too many versions. Which is faster was not measured.
-    One collective forward and one backward, of 2 C numbers of each process. Without processes, and in evaluation, it is BatchNorm.
+    PyTorch's own layer asks which processes had an empty batch. It does so with a mask whose size the host waits for, which breaks the
+    compiled graph at each of a ResNet-50's 230 normalisations a step. This was counted for a small ResNet with 42 normalisations, without a
+    GPU and with other operations in place of the layer's kernels: 83 graphs instead of one, and functions that torch.compile no longer
+    compiled because they had too many versions. Which layer is faster was not measured.
+
+    The layer needs one collective forward and one backward, of 2 C numbers from each process. With a single process, and in evaluation, it
+    is a plain BatchNorm.
     """
 
     def forward(self, hidden_state: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class EqualSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def for_compilation(model: nn.Module) -> nn.Module:
-    """`model` with each plain BatchNorm2d made one of these, in place."""
+    """Turn each plain BatchNorm2d of `model` into an [`EqualSyncBatchNorm2d`], in place, and return `model`."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
             module.__class__ = EqualSyncBatchNorm2d  # the same parameters, buffers and hooks
