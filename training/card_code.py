@@ -1,10 +1,10 @@
-"""The Python in model cards: how each kind of folder is loaded."""
+"""The Python code in model cards that loads each kind of folder."""
 
 import json
 
 from training.resnet_names import timm_architecture
 
-# By what the folder holds. ORG/NAME stands for its id until it is published.
+# Code by the kind of folder. ORG/NAME stands for the repository id until the folder is published.
 LOADING = {
     "encoder": """from transformers import AutoBackbone, AutoImageProcessor
 
@@ -60,10 +60,12 @@ segmenter = pipeline("image-segmentation", model="ORG/NAME")""",
 
 def lines_to_load(part: str, kind: str, config: dict) -> str:
     """
-    Python that loads a folder of weights from the Hub, for its card.
+    Return the Python code that loads a folder of weights from the Hub, for its model card.
 
     Args:
-        part: "encoder" or "model". kind: the encoder's model type. config: of the PoodleModel, or of an encoder alone.
+        part: "encoder" or "model".
+        kind: the encoder's model type.
+        config: the config of the PoodleModel, or of an encoder alone.
     """
     encoder = config.get("backbone_config", config)
     trained = config.get("pooled_weight", 0) > 0 and config.get("output_stride") is None
@@ -73,7 +75,7 @@ def lines_to_load(part: str, kind: str, config: dict) -> str:
     if part == "encoder" and kind == "timm_backbone":
         return LOADING["timm"]
     names = config.get("stage_names") or []
-    if part == "model":  # the last stage, and the decoder where there is one
+    if part == "model":  # the last stage, and the decoder if there is one
         features = names[-2 if config["num_decoder_blocks"] else -1 :]
     else:
         stages = [name for name in names if name not in ("stem", "decoder")]
@@ -81,6 +83,6 @@ def lines_to_load(part: str, kind: str, config: dict) -> str:
     text = LOADING[part].replace("POOLED", pooled)
     if part == "encoder" and timm_architecture(encoder) is not None:
         text += '\n# or: timm.create_model("hf-hub:ORG/NAME", pretrained=True)'
-    if not features:  # another architecture's config: its last stage
+    if not features:  # another architecture's config without stage names: its last stage is the default
         return text.replace(", out_features=FEATURES", "")
     return text.replace("FEATURES", json.dumps(features))

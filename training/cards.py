@@ -15,9 +15,9 @@ from training.card_code import LOADING, lines_to_load
 from training.recipe import FREE_ON_RESUME
 from training.street_cameras import street_camera
 
-HUB_ID = "ORG/NAME"  # in a card until it is published
+HUB_ID = "ORG/NAME"  # placeholder in a card until it is published
 NOT_MEASURED = "Nothing was measured yet."
-# Fields of a recipe that tell of this machine, not of the training: left out of cards.
+# Recipe fields that describe this machine rather than the training. Cards leave them out.
 _PRIVATE_FIELDS = FREE_ON_RESUME | {
     "videos",
     "flow_weights",
@@ -42,11 +42,14 @@ _CITATION = """```bibtex
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """
-    What a card says of a training.
+    What a card says about a training run.
 
     Args:
-        step: optimizer steps done. network: "teacher" or "student". hardware: in words. num_processes: of the run.
-        output_dir: of the run; its `metrics.jsonl` tells the time, and CodeCarbon's `emissions.csv`, where there is one, the carbon.
+        step: optimizer steps done.
+        network: "teacher" or "student"; "network" for a run of train_flow.py.
+        hardware: in words.
+        num_processes: of the run.
+        output_dir: of the run. The time comes from its `metrics.jsonl`, the carbon from CodeCarbon's `emissions.csv` if there is one.
     """
 
     step: int
@@ -57,15 +60,17 @@ class Facts:
 
 
 class Markdown(str):
-    """Text that is Markdown already, in which names from outside are code or `plain`."""
+    """Text that is already Markdown. Names from outside in it must have gone through [`code`] or [`plain`]."""
 
 
 def run_card(part: str, config: dict, recipe: dict, facts: Facts) -> str:
     """
-    Card of `encoder/` or `model/` of a run.
+    Return the card of `encoder/` or `model/` of a run.
 
     Args:
-        part: "encoder" or "model". config: of the PoodleModel. recipe: its fields.
+        part: "encoder" or "model".
+        config: of the PoodleModel.
+        recipe: the fields of the run's recipe.
     """
     kind = config["backbone_config"]["model_type"]
     sources = [public_source(source) for source in recipe["videos"]]
@@ -103,7 +108,7 @@ def _rows(recipe: dict, facts: Facts) -> dict:
 def _training(rows: dict, recipe: dict) -> str:
     shown = {name: value for name, value in recipe.items() if name not in _PRIVATE_FIELDS and value is not None}
     recipe_text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)
-    recipe_text = recipe_text.replace("```", "~~~")  # a value may hold the fence that would end the block
+    recipe_text = recipe_text.replace("```", "~~~")  # a value may contain the fence, which would end the block
     return f"{_table(rows)}\n\n<details><summary>Recipe</summary>\n\n```yaml\n{recipe_text}```\n</details>"
 
 
@@ -111,7 +116,7 @@ _NETWORKS = {"teacher": "momentum teacher", "student": "student"}
 
 
 def converted_card(part: str, config: dict, source: str, network: str) -> str:
-    """Card of a folder converted from a released checkpoint. The licence is not known here, and so not named."""
+    """Return the card of a folder converted from a released checkpoint. It names no licence, because none is known here."""
     kind = config["backbone_config"]["model_type"]
     data = _data(kind, _task(part, kind), license=None)
     what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
@@ -125,7 +130,7 @@ def converted_card(part: str, config: dict, source: str, network: str) -> str:
 
 
 def flow_card(recipe: dict, facts: Facts) -> str:
-    """Card of `model/` of a run of train_flow.py. recipe: its fields."""
+    """Return the card of `model/` of a run of train_flow.py. `recipe` holds the fields of its recipe."""
     what = (
         f"Optical flow of both directions of a frame pair, after {facts.step} steps of training on video without labels (photometric loss,\n"
         "smoothness, self-supervision on crops and a forward-backward occlusion check, after "
@@ -142,7 +147,13 @@ def _flow_card(what: str, training: str, license: str | None = "apache-2.0") -> 
 
 
 def folder_card(config: dict, results: list[dict]) -> str:
-    """Card of a folder that has none: a readout or detector, told from its `evaluation.json`, or an encoder of which no more is known."""
+    """
+    Return a card for a folder without one.
+
+    Args:
+        config: the folder's config.json.
+        results: of its `evaluation.json`. They describe a readout or detector; of encoders and flow models nothing else is known.
+    """
     kind = config.get("model_type", "detector")
     if kind == "poodle_flow":
         return _flow_card("Optical flow of both directions of a frame pair.", "Nothing was recorded.", license=None)
@@ -160,11 +171,11 @@ def folder_card(config: dict, results: list[dict]) -> str:
         )
     result = results[0] if results else {}
     task = "object-detection" if kind == "detector" else "image-segmentation"
-    # Weights with a digest are from a local folder, whose path may look like an id of the Hub.
+    # Weights with a digest come from a local folder, whose path may look like a Hub id.
     model = None if result.get("weights_sha256") else result.get("model")
     data = _data(kind, task, base_model=hub_id(model))
     if kind == "detector":
-        data.library_name = None  # torchvision's, and read by this project's own function
+        data.library_name = None  # a torchvision model, which this project's own function loads
     name, dataset = result.get("detector") or result.get("readout") or "", result.get("dataset", "images")
     what = (
         f"A {plain(name)} {'detector' if kind == 'detector' else 'readout'} on {data.base_model or 'an encoder'}, "
@@ -182,7 +193,7 @@ def folder_card(config: dict, results: list[dict]) -> str:
 
 def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) -> str:
     """
-    The card of a folder as it is sent: with its name, its picture, and what was measured.
+    Return a card ready to be sent: with the repository's name, the picture and the results.
 
     Raises:
         ValueError: the metadata is not valid.
@@ -199,7 +210,7 @@ def publishable_card(text: str, repo_id: str, results: list[dict], panel: bool) 
         lines = [result_line(result) for result in results]
         head = "| data set | readout | features | figures |\n|---|---|---|---|\n"
         card.text = card.text.replace(NOT_MEASURED, head + "\n".join(lines))
-    if not panel:  # of a folder that had one when it was published before
+    if not panel:  # the folder may have had one in an earlier publication
         card.text = re.sub(r"^!\[[^\n]*\]\(panel\.png\)\n\n?", "", card.text, flags=re.MULTILINE)
     elif "(panel.png)" not in card.text:
         flow = "optical-flow" in (card.data.tags or [])
@@ -220,7 +231,7 @@ _METRICS = {
 
 
 def eval_results(result: dict) -> list[EvalResult]:
-    """One model's result of an evaluation.json as the Hub's `model-index` entries; values as they are there."""
+    """Convert one model's result in an evaluation.json to the Hub's `model-index` entries. Values are not rescaled."""
     task = "object-detection" if "detector" in result else "image-segmentation"
     readout = result.get("detector") or result.get("readout")
     how = [readout, result.get("features"), f"{result['num_test_images']} test images", f"seed {result['seed']}"]
@@ -232,7 +243,7 @@ def eval_results(result: dict) -> list[EvalResult]:
             task_name=f"{task.replace('-', ' ').capitalize()}, {readout}",
             dataset_type=result["dataset"],
             dataset_name=f"{result['dataset']} ({result['num_test_images']} images)",
-            # Entries of one task and data set are merged but for their config; names do not count.
+            # huggingface_hub merges entries of one task and data set unless their configs differ; names do not count.
             dataset_config=", ".join(part for part in how if part),
             metric_type=kind,
             metric_name=name,
@@ -271,7 +282,7 @@ def _sources_in_words(sources: list[str | None]) -> Markdown:
 
 
 def _task(part: str, kind: str) -> str | None:
-    """The Hub's name of the task; none where transformers' pipeline of that name cannot load the folder."""
+    """Return the Hub's name of the task, or `None` if transformers' pipeline of that name cannot load the folder."""
     return None if part == "encoder" and kind == "timm_backbone" else "image-feature-extraction"
 
 
@@ -337,22 +348,22 @@ def _table(rows: dict) -> str:
 
 
 def plain(value) -> str:
-    """A value from outside (a file's name, a machine's, a source) as text of one line that Markdown and HTML leave alone."""
+    """Return a value from outside (the name of a file or machine, a source) as one line that Markdown and HTML do not interpret."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return text.translate({ord(character): f"&#{ord(character)};" for character in "|[]`"})
 
 
 def code(value) -> str:
-    """The same as code of one line, in which Markdown and HTML read nothing but the backtick that ends it, and so no entities either."""
+    """Return a value from outside as one line of inline code. Only backticks matter there: Markdown reads no HTML or entities in code."""
     return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _time(facts: Facts, recipe: dict) -> str | None:
-    """Time in the steps, from the speeds that the run logged; it knows nothing of time between two parts of a run."""
+    """Return the time spent in steps, computed from the logged speeds. Time between two parts of a run does not count."""
     path = facts.output_dir / "metrics.jsonl"
     if not path.exists():
         return None
-    # A kill may halve the last.
+    # The last line may be cut off if the run was killed.
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
     seconds, before = 0.0, 0
@@ -365,8 +376,10 @@ def _time(facts: Facts, recipe: dict) -> str | None:
 
 def _emissions(path: Path) -> dict | None:
     """
-    Grams of CO2eq from the file that CodeCarbon leaves in a run's folder; its unit is the kilogram. A line a measured part; of several lines with
-    one `run_id`, written while it was measured, each has what came before in it, and the last counts.
+    Return the grams of CO2eq from the file that CodeCarbon leaves in a run's folder, or `None` if there is no file.
+
+    The file is in kilograms, one line for each measured part. Several lines with one `run_id` were written during one measurement: each
+    includes the earlier ones, so only the last counts.
     """
     if not path.exists():
         return None

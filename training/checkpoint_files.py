@@ -1,4 +1,4 @@
-"""Files of checkpoints: found, written whole or not at all, checked against their checksums, rotated. safetensors and JSON, no pickle."""
+"""Find, write, verify and rotate checkpoints, which are written whole or not at all. safetensors and JSON, no pickle."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _STATE = {"step": int, "num_processes": int, "pairs_per_step": int}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, whole or damaged, oldest first. Unfinished ones (written aside, not renamed) do not count."""
+    """List the checkpoints of a run, whole or damaged, oldest first. Unfinished ones (not yet renamed to their final name) do not count."""
     found = [path for path in Path(output_dir, "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
@@ -31,12 +31,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises OSError where the file cannot be written."""
-    # One copy a tensor: no shared storage, and safetensors wants it dense in the default memory format.
+    """Write tensors to a safetensors file. Raises OSError if it cannot be written."""
+    # Copy each tensor: safetensors needs tensors without shared storage, dense and in the default memory format.
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     try:
         save_file(copies, path)
-    except SafetensorError as error:  # which hides the system's error in its text
+    except SafetensorError as error:  # its message contains the system's error
         raise OSError(f"{path}: {error}") from error
     sync_file(path)
 
@@ -58,27 +58,27 @@ def _sync_folder(path: Path) -> None:
 
 
 def finish(partial: Path, final: Path) -> None:
-    """Seal `partial` with its checksums and give it its name: from here on it counts, and not a moment before."""
+    """Add the checksums to `partial` and rename it to `final`. The checkpoint counts only from the rename on."""
     sums = [f"{sha256_of([path])}  {path.name}\n" for path in sorted(partial.iterdir())]
     write_text(partial / CHECKSUMS, "".join(sums))
     _sync_folder(partial)
-    _put_aside(final)  # of an earlier try at the same step
+    _put_aside(final)  # from an earlier attempt at the same step
     os.replace(partial, final)
     _sync_folder(final.parent)
     sweep(final.parent)
 
 
 def rank_files(ranks: int) -> list[str]:
-    """The files that each of a run's processes writes."""
+    """Return the names of the files that the processes of a run write, two for each rank."""
     return [f"rank-{rank}.{ending}" for rank in range(ranks) for ending in ("json", "safetensors")]
 
 
 def damage(checkpoint: Path) -> str | None:
     """
-    What is wrong with a checkpoint's files: one is missing, or its bytes are not those that were written. `None`: nothing.
+    Return what is wrong with a checkpoint's files, or `None` if they are sound. A file can be missing, or differ from what was written.
 
-    Nothing else than regular files that lie in it is opened: a checkpoint from elsewhere could name a device, or lead to one. What file
-    browsers and servers leave (`.ipynb_checkpoints`, `._NAME`, `@eaDir`) is none of its files, and never opened.
+    Only regular files directly in the folder are opened, because a checkpoint from elsewhere could name a device, or link to one. Files
+    that file browsers and servers leave there (`.ipynb_checkpoints`, `._NAME`, `@eaDir`) do not belong to it and are never opened.
     """
     try:
         found = sorted(path.name for path in checkpoint.iterdir() if not path.name.startswith((".", "@")))
@@ -104,25 +104,25 @@ def damage(checkpoint: Path) -> str | None:
     try:
         ranks = read_state(checkpoint)["num_processes"]
     except ValueError:
-        return None  # the files are as written, but state.json is not valid: whoever loads it says so
+        return None  # the files are as written, but state.json is not valid: loading it raises the error
     missing = [name for name in rank_files(min(ranks, len(found) + 1)) if name not in expected]
     return f"it is of {ranks} processes, and has no {missing[0]}" if missing else None
 
 
 def read_state(checkpoint: Path) -> dict:
-    """`state.json`. Raises as [`read_fields`]."""
+    """Read `state.json`. Raises the errors of [`read_fields`]."""
     return read_fields(checkpoint / "state.json", _STATE)
 
 
 def read_fields(path: Path, kinds: dict) -> dict:
     """
-    A JSON file of a checkpoint, which may come from elsewhere.
+    Read a JSON file of a checkpoint, which may come from elsewhere and is not trusted.
 
     Args:
-        kinds: the fields that it must hold, with the type of each, or with a mapping of the fields within. Integers are not negative.
+        kinds: the required fields, each with its type or, for a nested mapping, with the fields inside. Integers must not be negative.
 
     Raises:
-        ValueError: names the file, and the field that is missing or of another type.
+        ValueError: the file cannot be read, or a field is missing or of another type; names the file and the field.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -148,8 +148,10 @@ def _check_fields(values, kinds: dict, where: str) -> None:
 
 def leave_later(output_dir: str | Path, step: int) -> None:
     """
-    Rename the checkpoints of later steps to `left-step-N`: a run that is resumed from before them has left that future, and `latest` must
-    not lead into it. They can still be named, until the run saves one of its own.
+    Rename the checkpoints after `step` to `left-step-N`.
+
+    A run that resumes from an earlier checkpoint abandons the later ones, so `latest` must not select them. They can still be named until
+    the run saves a checkpoint of its own.
     """
     for checkpoint in list_checkpoints(output_dir):
         if step_of(checkpoint) > step:
@@ -159,14 +161,14 @@ def leave_later(output_dir: str | Path, step: int) -> None:
 
 
 def rotate(output_dir: str | Path, limit: int) -> None:
-    """Keep the newest checkpoints, `limit` of them, and none of a future that the run has left ([`leave_later`])."""
+    """Keep the newest `limit` checkpoints. Delete older ones, and those that the run has abandoned ([`leave_later`])."""
     for old in [*list_checkpoints(output_dir)[:-limit], *Path(output_dir, "checkpoints").glob("left-step-*")]:
         _put_aside(old)
     sweep(Path(output_dir, "checkpoints"))
 
 
 def _put_aside(checkpoint: Path) -> None:
-    """Rename first: a kill while its files are deleted leaves no half checkpoint under a whole one's name."""
+    """Rename a checkpoint that [`sweep`] will delete: if that is interrupted, no incomplete checkpoint keeps the name of a whole one."""
     if checkpoint.exists():
         aside = checkpoint.parent / f".{checkpoint.name}.old"
         shutil.rmtree(aside, ignore_errors=True)
@@ -174,6 +176,6 @@ def _put_aside(checkpoint: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what was put aside or left half written."""
+    """Delete checkpoints that were put aside or are only partly written."""
     for path in (*folder.glob(".step-*"), *folder.glob(".left-step-*")):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and the two folders that others load. safetensors and JSON only, no pickle."""
+"""Checkpoints of a run, and its exported folders `encoder/` and `model/`. safetensors and JSON only, no pickle."""
 
 import dataclasses
 import errno
@@ -47,14 +47,14 @@ def save_checkpoint(
     keep_all: bool = False,
 ) -> Path:
     """
-    Write `checkpoints/step-N/`: aside first, then renamed, so that a half checkpoint is never taken for a whole one.
+    Write `checkpoints/step-N/` under a temporary name, then rename it, so that an incomplete checkpoint is never taken for a whole one.
 
     Args:
-        rank_state: what this rank needs to go on: tensors, and JSON-able values, by name.
+        rank_state: what this rank needs to resume: tensors and JSON-able values, by name.
         keep_all: delete no older checkpoint.
 
     Raises:
-        OSError: on all ranks, where any could not write; the checkpoints from before are as they were.
+        OSError: a rank could not write. Raised on all ranks; earlier checkpoints are unchanged.
     """
     folder = Path(recipe.output_dir, "checkpoints")
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
@@ -78,11 +78,11 @@ def save_checkpoint(
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
         state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
         state["hardware"] = hardware(accelerator.num_processes)
-        # For a card that is written later, elsewhere: a local path such as my/clips looks like a Hub id where it does not exist.
+        # For cards written later on another machine: a local path such as my/clips does not exist there and looks like a Hub id.
         names = [*recipe.videos, getattr(recipe, "init_encoder", None)]
         state["hub_names"] = [name for name in names if name is not None and is_dataset_id(name)]
         write_text(partial / "state.json", json.dumps(state))
-        for name in rank_files(accelerator.num_processes):  # several machines may not share the folder
+        for name in rank_files(accelerator.num_processes):  # checks that all machines share the folder
             if not (partial / name).is_file():
                 raise FileNotFoundError(
                     errno.ENOENT,
@@ -111,14 +111,17 @@ def load_checkpoint(
     accelerator: Accelerator, checkpoint: Path, model: PreTrainedModel, optimizer, like: dict, inexact: bool = False
 ) -> tuple[int, dict]:
     """
-    Load what [`save_checkpoint`] wrote, in place. Returns the step and this rank's state.
+    Load a checkpoint of [`save_checkpoint`] into `model` and `optimizer`, in place.
 
     Args:
-        like: this rank's state as it is now: that of the checkpoint has the same tensors, by name, shape and type.
-        inexact: other workers or batches than the run's: the stream begins anew, on all ranks at one place.
+        like: this rank's current state. The checkpoint's must have tensors of the same names, shapes and types.
+        inexact: the workers or batches differ from the run's, so the stream begins anew, at the same place on all ranks.
+
+    Returns:
+        The step and this rank's state.
 
     Raises:
-        ValueError: unreadable files.
+        ValueError: a file is unreadable.
     """
     try:
         state = read_state(checkpoint)
@@ -133,12 +136,12 @@ def load_checkpoint(
 
 
 def read_rank_state(checkpoint: Path, saved: int, rank: int, ranks: int, like: dict, inexact: bool) -> dict:
-    """What rank `rank` of `ranks` goes on from, in a checkpoint of `saved` ranks; for the arguments see [`load_checkpoint`]."""
+    """Read the state from which rank `rank` of `ranks` resumes, of a checkpoint of `saved` ranks. For the rest see [`load_checkpoint`]."""
     if ranks == saved and not inexact:
         return _read_rank(checkpoint, rank, like)
     states = [_read_rank(checkpoint, number, like) for number in range(saved)]
     state = states[rank] if ranks == saved else _merged(states)
-    # Ranks enter a span at different steps (one that skips videos is sooner): all go on behind the last opening that any has begun.
+    # Ranks enter a span at different steps (sooner if they skip videos). All resume after the furthest span that any rank has entered.
     openings = max(other["loader"]["openings"] for other in states)
     return {**state, "loader": {**state["loader"], "openings": openings}}
 
@@ -164,7 +167,7 @@ def _read_rank(checkpoint: Path, rank: int, like: dict) -> dict:
 
 
 def _merged(ranks: list[dict]) -> dict:
-    """One state for every rank of a run that goes on with another number of them: the log window's sums become their mean."""
+    """Merge the states of all ranks into one, for a run that resumes with another number of ranks. The log window's sums are averaged."""
     sums = torch.stack([rank["sums"] for rank in ranks]).mean(dim=0)
     skipped = {path: reason for rank in ranks for path, reason in rank["skipped"].items()}
     return {**ranks[0], "sums": sums, "skipped": skipped}
@@ -188,7 +191,7 @@ def _load_optimizer_tensors(model, optimizer, tensors: dict[str, torch.Tensor]) 
                     raise ValueError(
                         f"optimizer.safetensors: {key}.{names[parameter]} is of shape {tuple(value.shape)}"
                     )
-                if key == "step":  # where the optimizer would make it
+                if key == "step":  # on the device where the optimizer would create it
                     value = value.to(parameter.device if group["fused"] else "cpu")
                 else:  # in the parameter's memory format
                     value = torch.empty_like(parameter).copy_(value)
@@ -199,10 +202,11 @@ def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes
     """
     Write `encoder/` (the teacher's encoder in its own architecture's format) and `model/` (PoodleModel with its decoder).
 
-    The teacher is what the method evaluates.
+    The teacher is the network that the method evaluates.
 
     Args:
-        step: optimizer steps done. num_processes: of the run. Both are for the card.
+        step: optimizer steps done, for the card.
+        num_processes: of the run, for the card.
     """
     facts = Facts(step, "teacher", hardware(num_processes), num_processes, Path(recipe.output_dir))
     config, fields = model.teacher.config.to_dict(), dataclasses.asdict(recipe)
@@ -211,7 +215,7 @@ def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes
 
 def export_network(run: str | Path, output_dir: Path, network: str) -> None:
     """
-    Write `encoder/` and `model/` of the student (or teacher) of a run's last checkpoint.
+    Write `encoder/` and `model/` of the student (or teacher) in a run's last checkpoint.
 
     Raises:
         ValueError: the run has no finished checkpoint, or its last is damaged or unreadable.
@@ -239,8 +243,13 @@ def export_network(run: str | Path, output_dir: Path, network: str) -> None:
 
 
 def _with_local_names(fields: dict, on_hub) -> dict:
-    """A recipe's fields, of which a card takes no relative path of two parts for a name on the Hub. on_hub: `hub_names` of a checkpoint's state."""
-    if not isinstance(on_hub, list):  # of an earlier version
+    """
+    Prefix local paths in a recipe's fields with `./`, so that a card does not take a relative path of two parts for a Hub id.
+
+    Args:
+        on_hub: `hub_names` of a checkpoint's state, the names that are Hub ids.
+    """
+    if not isinstance(on_hub, list):  # the checkpoint of an earlier version has none
         return fields
 
     def local(name: str | None) -> str | None:
@@ -251,7 +260,7 @@ def _with_local_names(fields: dict, on_hub) -> dict:
 
 
 def hardware(num_processes: int) -> str:
-    """What a run computes on, in words."""
+    """Describe in words the hardware on which a run computes."""
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
     return f"CPU, {usable_cores()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
@@ -259,12 +268,12 @@ def hardware(num_processes: int) -> str:
 
 def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], str]) -> None:
     """
-    Write `encoder/` and `model/`, each aside first, then renamed. `model/` has its code beside it, for those without this package.
+    Write `encoder/` and `model/`, each under a temporary name and then renamed. `model/` includes its code, for users without this package.
 
     Args:
-        card: text of the model card of "encoder" and of "model".
+        card: function that returns the text of the model card of "encoder" or "model".
     """
-    # do_resize=False: dense features are wanted at the image's own size.
+    # do_resize=False, because dense features are wanted at the image's own size.
     processor = SegformerImageProcessor(
         do_convert_rgb=True, do_resize=False, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
     )
@@ -278,7 +287,7 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
             else:
                 kept = list(encoder_config.out_features)
                 if name == "encoder":
-                    encoder_config.out_features = stages  # all four: what UperNet and the like ask for
+                    encoder_config.out_features = stages  # all four stages, which UperNet and similar heads need
                 module.save_pretrained(partial, state_dict=state)
                 encoder_config.out_features = kept
             processor.save_pretrained(partial)
@@ -287,7 +296,7 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
 
 
 def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_processes: int = 1) -> None:
-    """Write `model/` of a run of train_flow.py: aside first, then renamed."""
+    """Write `model/` of a run of train_flow.py under a temporary name, then rename it."""
     facts = Facts(step, "network", hardware(num_processes), num_processes, Path(recipe.output_dir))
     with folder_aside(Path(recipe.output_dir, "model")) as partial:
         model.save_pretrained(partial)

@@ -1,9 +1,9 @@
 """
-Released PooDLe and FlowE checkpoints -> the folders that a run leaves.
+Convert released PooDLe and FlowE checkpoints to the folders that a run exports.
 
     python -m training.convert poodle_bdd.pth out/ [--which student] [--drop PREFIX ...]
 
-Writes out/encoder/ and out/model/. Every key of the checkpoint is converted, dropped for a reason that is printed, or an error.
+Writes out/encoder/ and out/model/. Every key of the checkpoint is either converted, dropped (the reason is printed), or an error.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.cards import converted_card
 from training.checkpoints import write_folders
 from training.resnet_names import to_transformers
 
-# By family: prefixes of the converted network, student and teacher, and what is left out with the reason.
+# For each family: the student's prefixes with the parts that they become, heads to drop, and what precedes both in the teacher's keys.
 _HEADS = "a head of pretraining, no part of the features"
 _FAMILIES = {
     "PooDLe": {
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, source = model.config.to_dict(), options.checkpoint.name
     try:
         write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, options.which))
-    except SafetensorError as error:  # which hides the system's error in its text
+    except SafetensorError as error:  # its message contains the system's error
         raise OSError(f"{options.output_dir} cannot be written: {error}") from error
     for reason, count in notes.items():
         print(f"{count:>6} keys {reason}")
@@ -72,21 +72,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
-    The state dict in a .pth file, read without running code from it; `module.` and the dict around it taken away.
+    Read the state dict in a .pth file without running code from the file. Wrapping dicts and the prefix `module.` are removed.
 
     Raises:
-        ValueError: no such file, one that only unsafe loading would open, or one without a state dict.
+        ValueError: the file does not exist, can only be opened by unsafe loading, or holds no state dict.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of the training's flags; holds values alone
+        with torch.serialization.safe_globals([argparse.Namespace]):  # holds the training's flags, only plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         with path.open("rb") as file:
             begins = file.read(2)
-        # A zip, as torch writes since 1.6, or a pickle, as before.
+        # torch has written zip files since version 1.6, and pickles before.
         if begins not in (b"PK", b"\x80\x02") and found is None:
             raise ValueError(
                 f"{path} is no checkpoint: it is neither a zip nor a pickle, which torch.save writes"
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors{what}, and opening it could run code: where you trust its source, open it yourself and "
             "save its state dict alone, torch.save({'model': checkpoint['model']}, PATH)"
         ) from None
-    except Exception as error:  # of a damaged file the unpickler has errors of every kind
+    except Exception as error:  # the unpickler raises errors of every kind for damaged files
         raise ValueError(f"{path} is no checkpoint that torch reads: {type(error).__name__} {error}") from None
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -111,10 +111,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str] = ()) -> tuple[PoodleModel, Counter]:
     """
-    The network `which` of a released state dict as a PoodleModel, and how many keys came to what.
+    Convert the network `which` of a released state dict to a PoodleModel.
+
+    Returns:
+        The model, and the number of keys that were converted or dropped, by reason.
 
     Raises:
-        ValueError: a key that is not known, a network that is not there, or one that is no ResNet as transformers has it.
+        ValueError: a key is not known, the network is not in the checkpoint, or it is not a ResNet that transformers can represent.
     """
     family, parts = _family_of(state, which)
     notes, ours = Counter(), {name: {} for name in ("encoder", "blocks", "laterals")}
@@ -142,7 +145,7 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
     weights |= {f"decoder.{key.replace('.', '.lateral.', 1)}": value for key, value in ours["laterals"].items()}
     model = PoodleModel(_config(family, ours)).eval()
     report = model.load_state_dict(_same_shapes(weights, model), strict=False)
-    # Old files lack the counter.
+    # Old files lack BatchNorm's counter.
     missing = [key for key in report.missing_keys if not key.endswith("num_batches_tracked")]
     if missing or report.unexpected_keys:
         raise ValueError(
@@ -190,7 +193,7 @@ def _resnet_key(key: str) -> str:
 
 
 def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:
-    """The architecture, read from the shapes."""
+    """Read the architecture from the shapes of the weights."""
     encoder, blocks, laterals = ours["encoder"], ours["blocks"], ours["laterals"]
     depths, sizes = [], []
     last = "conv3" if any(".conv3." in key for key in encoder) else "conv2"
@@ -207,7 +210,7 @@ def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:
         depths=depths,
         layer_type="bottleneck" if last == "conv3" else "basic",
     )
-    if family == "FlowE":  # dilated to stride 8; the weights do not show it
+    if family == "FlowE":  # FlowE is dilated to stride 8, which the weights do not show
         return PoodleConfig(
             backbone_config=backbone, output_stride=8, num_decoder_blocks=0, dense_weight=1.0, pooled_weight=0.0
         )

@@ -1,11 +1,11 @@
-"""One commit a push, and every failure of the Hub as a sentence."""
+"""Push a folder to the Hub as one commit, and explain every failure of the Hub in one sentence."""
 
 import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-# HTTPError is that of the client's own HTTP library (httpx, httpx2), failed connections included.
+# HTTPError comes from the client's own HTTP library (httpx or httpx2) and covers failed connections too.
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -19,7 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_poodle.remote_code import CODE_FILES
 
 PANEL = "panel.png"  # a card's picture
-# What a push may hold, and what of an earlier push it takes away where it is no longer there. Nothing else in the repository is touched.
+# Files that a push may send. It deletes those of an earlier push that are no longer in the folder, and touches nothing else in the
+# repository.
 PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -28,19 +29,21 @@ PATTERNS = (
     "README.md",
     PANEL,
 )
-# What the client raises for a Hub that refuses, fails or cannot be reached (it wraps errors of LFS uploads in a RuntimeError).
+# Errors of the client when the Hub refuses, fails or cannot be reached. It wraps errors of LFS uploads in a RuntimeError.
 FAILURES = (OSError, HTTPError, RuntimeError, ValueError)
 
 
 def belongs(name: str) -> bool:
-    """True where a file of a folder of weights is one that is sent."""
+    """Return whether a file in a folder of weights is sent to the Hub."""
     return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def check_repo_id(repo_id: str, flag: str) -> None:
     """
+    Check a repository id that was given with `flag`.
+
     Raises:
-        ValueError: it is no name of a repository.
+        ValueError: it is not a valid id.
     """
     try:
         validate_repo_id(repo_id)
@@ -52,10 +55,10 @@ def check_repo_id(repo_id: str, flag: str) -> None:
 
 def push(folder: Path, repo_id: str, message: str, private: bool | None = None) -> CommitInfo:
     """
-    Send the files of `folder` as one commit; no commit where nothing has changed. The repository is made where there is none.
+    Send the files of `folder` as one commit, or none if nothing has changed. The repository is created if it does not exist.
 
-    One commit rather than `upload_folder`, which sends several: an upload that is interrupted leaves the earlier revision as it was.
-    The token is the environment's or the cached login's.
+    This is a single commit because `upload_folder` may make several: an interrupted push then leaves the earlier revision unchanged. The
+    token comes from the environment or the cached login.
 
     Raises:
         ConnectionError: the Hub refused, failed or was not reached; the message says what to do.
@@ -86,7 +89,7 @@ _BY_STATUS = {
 
 
 def explain(error: Exception, repo_id: str) -> str:
-    """What went wrong between us and the Hub, in one sentence that says what to do. Holds no token."""
+    """Explain an error of the Hub or of the connection to it in one sentence that says what to do and contains no token."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     where = f"{repo_id} on {constants.ENDPOINT}"
