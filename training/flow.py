@@ -1,7 +1,7 @@
 """
-Optical flow of both directions of a pair: (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W), pixels, x then y; index 0 earlier to later.
+Optical flow of both directions of a pair: (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) in pixels, x then y; index 0 is earlier to later.
 
-Two kinds. A *pair flow* runs in the loader's workers on one sample; a *flow module* runs on the device on a whole batch.
+There are two kinds of estimators. A *pair flow* runs in the loader's workers on one sample; a *flow module* runs on the device on a batch.
 """
 
 import copy
@@ -29,7 +29,7 @@ from training.street import Street
 
 
 def _check_frames(frames: Tensor) -> None:
-    """By shape and type alone, which are known without waiting for the device."""
+    """Check only shape and type, which are known without waiting for the device."""
     if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[1:3] != (2, 3):
         raise ValueError(f"frames must be (B, 2, 3, H, W) of torch.uint8, got {tuple(frames.shape)} of {frames.dtype}")
 
@@ -38,9 +38,13 @@ class DisFlow:
     """
     OpenCV's dense inverse search (Kroeger et al. 2016), the embedded default: no weights, no GPU.
 
-    Preset MEDIUM, measured on one core. Smoothly warped CamVid frames (360x480, up to 24 px): mean end-point error 1.6 px at 31 ms a
-    direction; FAST 2.9 px at 6 ms, ULTRAFAST 4.1 px at 3 ms. The street at 128x256, 0.5 s apart: median 2.8 px at 3 ms; FAST 5.3 px
-    at 1 ms. At 512x1024 on a GPU machine use RAFT, which runs on the device.
+    The preset is MEDIUM. Measured on one core:
+
+    - smoothly warped CamVid frames (360x480, up to 24 px): mean end-point error 1.6 px at 31 ms a direction (FAST: 2.9 px at 6 ms,
+      ULTRAFAST: 4.1 px at 3 ms);
+    - the street at 128x256, 0.5 s apart: median end-point error 2.8 px at 3 ms (FAST: 5.3 px at 1 ms).
+
+    At 512x1024 on a GPU machine use RAFT, which runs on the device.
     """
 
     def __init__(self):
@@ -58,7 +62,7 @@ class DisFlow:
         return np.stack(both).transpose(0, 3, 1, 2)
 
     def batch(self, frames: Tensor) -> Tensor:
-        """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32 on their device; pair by pair on the CPU."""
+        """frames (B, 2, 3, H, W) uint8 -> (B, 2, 2, H, W) float32 on their device; computed pair by pair on the CPU."""
         _check_frames(frames)
         if min(frames.shape[-2:]) < (least := LEAST_SIDES["dis"]):
             raise ValueError(
@@ -68,12 +72,12 @@ class DisFlow:
         return torch.from_numpy(np.stack(flows)).to(frames.device)
 
     def __call__(self, sample: dict) -> None:
-        # Half precision halves what the worker hands over; at 64 px its step is 1/16 px, far below the estimate's error.
+        # Half precision halves what the worker hands over. Its resolution at 64 px is 1/16 px, far below the estimate's error.
         sample["flow"] = self.estimate(sample["frames"]).astype(np.float16)
 
 
 class ExactFlow:
-    """The street's own flow and visibility, from the file that lies beside each of its videos."""
+    """The street's own flow and visibility, computed from the sidecar file of each of its videos."""
 
     def __init__(self):
         self._streets: dict[str, Street] = {}
@@ -83,14 +87,14 @@ class ExactFlow:
         x0, y0, x1, y1 = sample["crop"]
         height, width = sample["frames"].shape[-2:]
         scale_x, scale_y = width / (x1 - x0), height / (y1 - y0)
-        # Where the crop's pixel centres lie in the frame; remap takes indices, that is centres less one half.
+        # Positions of the crop's pixel centres in the frame. remap takes indices, which are centres minus one half.
         map_x = np.tile(((np.arange(width) + 0.5) / scale_x + x0 - 0.5).astype(np.float32), (height, 1))
         map_y = np.tile(((np.arange(height) + 0.5) / scale_y + y0 - 0.5).astype(np.float32)[:, None], (1, width))
         earlier, later = sample["times"]
         flows, masks = [], []
         for begin, end in ((earlier, later), (later, earlier)):
             flow, visible = street.flow(begin, end)
-            # Nearest: at the edge of a car, a mean of its flow and the road's would be neither's.
+            # Nearest neighbour: at the edge of a car, a mean of its flow and the road's would be wrong for both.
             nearest = cv2.remap(
                 np.ascontiguousarray(flow.transpose(1, 2, 0)),
                 map_x,
@@ -114,17 +118,17 @@ class ExactFlow:
         if video not in self._streets:
             try:
                 self._streets[video] = read_sidecar(video)
-            except ValueError as error:  # `check_sidecars` found it sound: it has changed since
+            except ValueError as error:  # `check_sidecars` accepted it, so it has changed since
                 raise RuntimeError(str(error)) from None
         return self._streets[video]
 
 
 def read_sidecar(video: str) -> Street:
     """
-    The drive that a video of the street shows, from the file beside it.
+    Read the drive that a video of the street shows, from the sidecar file beside it.
 
     Raises:
-        ValueError: there is none, or it is another program's; says what is wrong with it.
+        ValueError: there is no sidecar, or it is not the street's; says what is wrong with it.
     """
     sidecar, shown = Path(video).with_suffix(".json"), printable(video_name(video))
     if not sidecar.is_file():
@@ -142,13 +146,13 @@ def read_sidecar(video: str) -> Street:
 
 
 def check_sidecars(paths: Sequence[str]) -> None:
-    """Raises ValueError where a video has no sidecar of the street's beside it: exact flow is computed from what was rendered."""
+    """Raises ValueError if a video has no sidecar of the street beside it, from which exact flow is computed."""
     for path in paths:
         read_sidecar(path)
 
 
 def in_float16(kind: str) -> bool:
-    """Whether a flow network computes in float16 on this kind of device: under autocast, but not on CPUs, to which it is slower than float32."""
+    """Return whether a flow network computes in float16 on this kind of device: under autocast, except on CPUs, where float32 is faster."""
     return kind != "cpu" and torch.is_autocast_enabled(kind)
 
 
@@ -156,16 +160,16 @@ class RaftFlow(nn.Module):
     """
     torchvision's RAFT (Teed & Deng 2020) for both directions at once.
 
-    The released code runs RAFT on both orders. Here each image passes the encoders once, both directions go through the update
-    block as one batch, what the updates share is computed once (training/raft.py), and only the last of them is upsampled.
+    The released code runs RAFT once for each order of the frames. Here each image passes the encoders once, and both directions go through
+    the update block as one batch. What the updates share is computed once (training/raft.py), and only the last update is upsampled.
 
-    Under autocast it computes in float16 (on CPUs in float32), whatever autocast's own type: flow enters the update block as numbers of up to 128 cells, of
-    which bfloat16 keeps 8 bits. Positions are float32 always.
+    Under autocast the network computes in float16 (on CPUs in float32), whatever autocast's own type. The reason is that flow enters the
+    update block as numbers of up to 128 cells, of which bfloat16 keeps only 8 bits. Positions are always float32.
 
     Args:
         variant: "raft_large" or "raft_small".
-        weights: a .pth or .safetensors file; `None`: torchvision's own, downloaded or from its cache; "random": untrained.
-        num_updates: iterations.
+        weights: a .pth or .safetensors file. `None` takes torchvision's own, downloaded or from its cache; "random" leaves it untrained.
+        num_updates: number of iterations.
     """
 
     def __init__(self, variant: str = "raft_large", weights: str | None = None, num_updates: int = 24):
@@ -180,10 +184,10 @@ class RaftFlow(nn.Module):
 
     def compile(self, **options) -> None:
         """
-        Compile the update alone: it is run again and again, and a graph of all of them would be compiled as many times over.
+        Compile only the update, which runs `num_updates` times: a graph of all updates would compile the same code that many times.
 
-        One core does 128x256 pairs in 1388 ms instead of 1755 (raft_large, 24 updates, float32): a lookup writes what it found and none of
-        the indices and windows that lead there, counted a third of all bytes that RAFT writes.
+        On one core, 128x256 pairs take 1388 ms instead of 1755 (raft_large, 24 updates, float32). A compiled lookup writes only its
+        result. Uncompiled, it also writes indices and windows, by count a third of all bytes that RAFT writes.
         """
         self._one_update = torch.compile(update, **{"fullgraph": True, "dynamic": False, **options})
 
@@ -203,7 +207,7 @@ class RaftFlow(nn.Module):
                 state = load_file(weights)
             else:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # network, file system and unpickling each have errors of their own
+        except Exception as error:  # network, file system and unpickling raise different errors
             raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error}). {advice}") from error
         state = {key.removeprefix("module."): value for key, value in state.items()}
         try:
@@ -229,7 +233,7 @@ class RaftFlow(nn.Module):
         return flow.unflatten(0, (2, b)).transpose(0, 1).contiguous()
 
     def _both_directions(self, images: Tensor) -> Tensor:
-        """(2B, 3, H, W) -> (2B, 2, H, W): first the flow from earlier to later, then the other."""
+        """(2B, 3, H, W) -> (2B, 2, H, W): first the flow from earlier to later, then the reverse."""
         raft, kind = self.raft, images.device.type
         reduced = in_float16(kind)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -250,7 +254,7 @@ class RaftFlow(nn.Module):
         units = [GatedUnit(u, context) for u in (recurrent.convgru1, recurrent.convgru2) if isinstance(u, nn.Module)]
         n, _, h, w = features.shape
         start = optical_flow._utils.make_coords_grid(n, h, w, device=features.device)
-        # A clone: if one tensor were two arguments of the first update, that would be compiled as a case of its own.
+        # A clone, because torch.compile would compile a separate version for the first update if both arguments were the same tensor.
         points, radius = start.clone(), self.raft.corr_block.radius
         for _ in range(self.num_updates):
             points, hidden = self._one_update(block, units, pyramid, radius, start, points, hidden)
@@ -258,7 +262,7 @@ class RaftFlow(nn.Module):
         return optical_flow._utils.upsample_flow(flow=points - start, up_mask=mask)
 
     def _in(self, like: Tensor, module: nn.Module | None) -> nn.Module | None:
-        """A frozen module in the type of `like`; kept, since autocast would cast its weights anew in every update."""
+        """Return a frozen module in the type of `like`. The copy is kept, because autocast would cast the weights again in every update."""
         if module is None or like.dtype == torch.float32:
             return module
         key = id(module), like.dtype, like.device
@@ -275,7 +279,7 @@ class UnFlow(nn.Module):
         model: a run of train_flow.py, its `model/`, or a Hub id.
 
     Raises:
-        ValueError: there is no such model, or it is no flow model.
+        ValueError: the model cannot be loaded, or it is not a flow model.
     """
 
     def __init__(self, model: str):
@@ -292,7 +296,7 @@ class UnFlow(nn.Module):
                 f"flow_model {model} is of type {kind!r}, expected {PoodleFlowConfig.model_type!r}; {advice}"
             )
         try:
-            # In float32 also where it was saved in half precision.
+            # In float32, even if the model was saved in half precision.
             self.model = PoodleFlowModel.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"flow_model {model} cannot be loaded ({str(error)[:300]}); {advice}") from error
@@ -306,7 +310,7 @@ class UnFlow(nn.Module):
         stride = self.model.config.stride
         padding = (0, -width % stride, 0, -height % stride)
         images = F.pad(frames.flatten(0, 1).float() / 255, padding, mode="replicate").unflatten(0, (-1, 2))
-        # As RAFT: bfloat16 is too coarse for flow (0.15 px on average at 512x1024, float16 0.03).
+        # float16, as for RAFT: bfloat16 is too coarse for flow (0.15 px off on average at 512x1024, float16 0.03).
         kind = frames.device.type
         with torch.autocast(kind, dtype=torch.float16, enabled=in_float16(kind)):
             flow = self.model(images).flow
@@ -321,17 +325,25 @@ def build_flow(
     model: str | None = None,
 ) -> tuple[Callable[[dict], None] | None, nn.Module | None]:
     """
-    The flow estimator of a name: (pair flow for the workers, `None`) or (`None`, module for the device).
+    Build the flow estimator with the given name.
+
+    Args:
+        weights, num_updates: of RAFT, see [`RaftFlow`].
+        folder: of precomputed flow.
+        model: of unflow, see [`UnFlow`].
+
+    Returns:
+        (pair flow for the workers, `None`) or (`None`, flow module for the device).
 
     Raises:
-        ValueError: unknown name, or weights that cannot be had.
+        ValueError: the name is unknown, or the weights cannot be loaded.
     """
     if name == "dis":
         return DisFlow(), None
     if name == "exact":
         return ExactFlow(), None
     if name == "precomputed":
-        # Imported here because it brings PyAV and datasets, which other estimators and the step itself do not need.
+        # Imported here because the module loads PyAV and datasets, which other estimators and the step itself do not need.
         from training.flow_files import FlowFiles
 
         return FlowFiles(folder), None
@@ -346,14 +358,17 @@ def build_flow(
 
 def flow_function(name: str, device: str | torch.device = "cpu", **options) -> Callable[[Tensor], Tensor]:
     """
-    An estimator that sees frames alone (dis, raft_large, raft_small, unflow), as one function of frames (B, 2, 3, H, W) uint8 that
-    returns flow (B, 2, 2, H, W) float32, pixels, x then y; index 0 earlier to later.
+    Return an estimator that needs only the frames (dis, raft_large, raft_small, unflow) as one function.
+
+    The function takes frames (B, 2, 3, H, W) uint8 and returns flow (B, 2, 2, H, W) float32 in pixels, x then y. Index 0 is earlier to
+    later.
 
     Args:
-        device: where networks compute; frames and flow are there too. options: see [`build_flow`].
+        device: where networks compute; frames and flow are on this device too.
+        options: see [`build_flow`].
 
     Raises:
-        ValueError: as `build_flow`; or flow that belongs to videos (exact, precomputed).
+        ValueError: as `build_flow`, or the flow belongs to videos (exact, precomputed).
     """
     if name in ("exact", "precomputed"):
         raise ValueError(f"flow {name} belongs to videos, it is not estimated from frames")
@@ -362,10 +377,10 @@ def flow_function(name: str, device: str | torch.device = "cpu", **options) -> C
 
 
 def flow_to_rgb(flow: Tensor) -> Tensor:
-    """Flow (2, H, W) -> uint8 (3, H, W) on the colour wheel; full colour at the 99th percentile of its length."""
+    """Flow (2, H, W) -> uint8 (3, H, W) on the colour wheel. Colours are full at the 99th percentile of the flow's length."""
     length = flow.float().square().sum(dim=0).sqrt()
     longest = torch.quantile(length.flatten()[:: max(length.numel() // 100_000, 1)], 0.99).clamp(min=1e-3)
-    # flow_to_image scales by the longest vector: one outlier would leave all others pale.
+    # flow_to_image scales by the longest vector, so one outlier would make all others pale.
     return flow_to_image(flow.float() * (longest / torch.maximum(length, longest)))
 
 

@@ -1,13 +1,13 @@
 """
-Flow that was computed before: `--flow precomputed --flow_dir DIR` reads what `python -m training.flow --out DIR` wrote.
+Flow that was computed in advance: `--flow precomputed --flow_dir DIR` reads what `python -m training.flow --out DIR` wrote.
 
-A folder holds `flow.json` (how pairs were drawn, what computed their flow, the command) and a safetensors file for each opening of a video,
-`epoch-0003/NAME.safetensors`: pairs are random only by (seed, epoch, video's name, repeat), so that the writer draws the very pairs that a run
-draws. Where a video cannot be used there is `NAME.skipped` with the reason.
+A folder holds `flow.json` (how pairs were drawn, what computed their flow, the command) and one safetensors file for each opening of a
+video, `epoch-0003/NAME.safetensors`. The draw of pairs depends only on (seed, epoch, video's name, repeat), so the writer draws exactly the
+pairs that a run draws. If a video cannot be used, there is a file `NAME.skipped` with the reason instead.
 
-A flow is kept in steps of 1/16 px as int16, so that it is at most 1/32 px off and reaches 2,047 px; what half precision hands over to the
-training process is that value exactly up to 128 px. Two differences, along x and along y, leave small numbers of what is smooth, and zstd
-(Collet & Kucherawy, RFC 8878) packs these: measured in docs/scaling.md.
+Flow is stored as int16 in steps of 1/16 px: it is at most 1/32 px off and reaches 2,047 px. The training process gets it in half precision,
+which holds these values exactly up to 128 px. Differences along x and then along y turn smooth flow into small numbers, which zstd (Collet
+& Kucherawy, RFC 8878) compresses well. docs/scaling.md has the measurements.
 """
 
 import dataclasses
@@ -36,8 +36,9 @@ from training.video_stream import PairLoader
 
 FORMAT = "poodle-flow-1"
 STEPS_PER_PIXEL = 16
-_LOOKED_AT = 64  # openings whose files are compared with the pairs before a run begins; the others when they are read
-# On DIS of CamVid and of the street, one core: level 9 is 6 % smaller and writes 3 to 5 times as long; zlib 4 % smaller, 8 times as long.
+# Openings whose files are compared with the pairs before a run begins. The others are compared when they are read.
+_LOOKED_AT = 64
+# With DIS flow of CamVid and the street on one core, level 9 is 6 % smaller but takes 3 to 5 times as long; zlib 4 % smaller, 8 times.
 _CODEC = pyarrow.Codec("zstd", 1)
 
 
@@ -46,20 +47,23 @@ _CODEC = pyarrow.Codec("zstd", 1)
 
 def encode_flow(flow: np.ndarray) -> bytes:
     """
-    Flow (2, 2, H, W), pixels -> bytes. What is longer than 2,047 px is cut there: it leaves any frame up to 2,047 px wide all the same.
+    Encode flow (2, 2, H, W) in pixels as bytes.
+
+    Components are clipped at 2,047 px: beyond that, flow leaves any frame of up to 2,047 px anyway.
 
     Raises:
-        UnreadableVideo: not finite.
+        UnreadableVideo: the flow is not finite.
     """
     if not np.isfinite(flow).all():
         raise UnreadableVideo("gives a flow that is not finite")
     limit = np.iinfo(np.int16).max
     steps = np.rint(flow.astype(np.float32) * STEPS_PER_PIXEL).clip(-limit, limit).astype(np.int16)
     along_x = steps.copy()
-    along_x[..., 1:] -= steps[..., :-1]  # differences wrap around, and so do their sums
+    along_x[..., 1:] -= steps[..., :-1]  # differences may wrap around, but so do the sums in `decode_flow`
     residual = along_x.copy()
     residual[..., 1:, :] -= along_x[..., :-1, :]
-    # Small numbers of either sign to small ones without: their high bytes are zeros, which pack to nothing in a plane of their own.
+    # Zigzag encoding turns small numbers of either sign into small unsigned ones. Their high bytes are zeros, which compress to almost
+    # nothing in a plane of their own.
     zigzag = ((residual << 1) ^ (residual >> 15)).view(np.uint16).ravel()
     return _CODEC.compress(np.stack([zigzag & 255, zigzag >> 8]).astype(np.uint8), asbytes=True)
 
@@ -70,7 +74,7 @@ def decode_flow(data, height: int, width: int) -> np.ndarray:
     low, high = np.frombuffer(_CODEC.decompress(data, decompressed_size=2 * count), np.uint8).reshape(2, count)
     zigzag = high.astype(np.uint16) << 8 | low
     residual = ((zigzag >> 1) ^ -(zigzag & 1)).view(np.int16).reshape(4, height, width)
-    for y in range(1, height):  # NumPy's cumsum takes 11.8 ms along this axis at 512x1024, this loop 1.6
+    for y in range(1, height):  # at 512x1024 this loop takes 1.6 ms, NumPy's cumsum along this axis 11.8
         residual[:, y] += residual[:, y - 1]
     steps = torch.from_numpy(residual).cumsum(dim=-1, dtype=torch.int16)
     return steps.half().mul_(1 / STEPS_PER_PIXEL).view(2, 2, height, width).numpy()
@@ -80,21 +84,23 @@ def decode_flow(data, height: int, width: int) -> np.ndarray:
 
 
 def opening_file(folder: str | Path, epoch: int, video: str) -> Path:
-    """Where the flow of an opening is: the name is readable at its begin, and each video's own at its end."""
+    """Return the path of the file with an opening's flow. Its name begins with a readable part and ends with the video's own digest."""
     video = video_name(video)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(video).stem)[-40:].strip("-")
-    # Names of files need not be UTF-8.
+    # File names need not be UTF-8.
     digest = hashlib.blake2s(video.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return Path(folder, f"epoch-{epoch:04d}", f"{stem}-{digest}.safetensors")
 
 
 def pack_opening(samples: list[dict]) -> bytes:
     """
-    The file of an opening's pairs with their flow: `flow.N` of pair N, `valid.N` where the estimator knows it, and as metadata what they
-    belong to, which is compared with the pair that asks for it.
+    Return the contents of the file with the flow of an opening's pairs.
+
+    The tensors are `flow.N` of pair N, and `valid.N` if the estimator gives a valid mask. The metadata says which video, crops and times
+    they belong to; a reader compares this with the pair that it needs flow for.
 
     Raises:
-        UnreadableVideo: a flow that is not finite.
+        UnreadableVideo: a flow is not finite.
     """
     video, tensors, checksums = samples[0]["video"], {}, []
     for repeat, sample in enumerate(samples):
@@ -115,12 +121,12 @@ def pack_opening(samples: list[dict]) -> bytes:
 
 
 def _video_bytes(video: str) -> int | None:
-    """A local file's size; a tar's member has it in its name, and a data set of the Hub its commit."""
+    """Return a local file's size, else `None`: the name of a tar's member contains its size, and that of a Hub video its commit."""
     return None if "::" in video or is_remote(video) else os.path.getsize(video)
 
 
 def _difference(about: dict, repeat: int, video: str, size, crop, times=None) -> str | None:
-    """Why the flow in an opening's file is not that of a pair, or `None` where it is."""
+    """Return why the flow in an opening's file does not belong to a pair, or `None` if it does."""
     if about.get("video_bytes") != _video_bytes(video):
         return f"is that of another file: the video had {about.get('video_bytes')} bytes, it has {_video_bytes(video)}"
     if about["size"] != list(size):
@@ -136,10 +142,10 @@ def _difference(about: dict, repeat: int, video: str, size, crop, times=None) ->
 
 def read_about(file: Path) -> dict:
     """
-    What an opening's file says that its flow belongs to.
+    Read the metadata of an opening's file: what its flow belongs to (see [`pack_opening`]).
 
     Raises:
-        SafetensorError, OSError, ValueError: the file is damaged, or not there.
+        SafetensorError, OSError, ValueError: the file is damaged or missing.
     """
     with safe_open(file, framework="numpy") as opened:
         return _about(opened)
@@ -155,8 +161,10 @@ def _about(opened) -> dict:
 
 class FlowFiles:
     """
-    The pair flow that reads. A file that is damaged, or of other frames, is a reason to skip its video, as damage to the video is; of what
-    is wrong with the whole folder [`precomputed_epochs`] tells before.
+    The pair flow that reads precomputed flow.
+
+    If a file is damaged, or belongs to other frames, its video is skipped, as a damaged video is. Problems of the whole folder are reported
+    earlier, by [`precomputed_epochs`].
     """
 
     def __init__(self, folder: str | Path):
@@ -189,7 +197,7 @@ class FlowFiles:
             sample["valid_mask"] = bits.astype(bool).reshape(2, height, width)
         try:
             sample["flow"] = decode_flow(data, height, width)
-        except (OSError, ValueError) as error:  # of another length than it says
+        except (OSError, ValueError) as error:  # the data has another length than it should
             raise UnreadableVideo(damaged) from error
 
 
@@ -197,15 +205,15 @@ class FlowFiles:
 
 
 def sampling_fields(sampling: PairSampling) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(sampling)))  # tuples as JSON has them
+    return json.loads(json.dumps(dataclasses.asdict(sampling)))  # JSON turns tuples into lists
 
 
 def read_manifest(folder: str | Path) -> dict | None:
     """
-    `flow.json`, or `None` where there is none.
+    Read `flow.json`, or return `None` if there is none.
 
     Raises:
-        ValueError: it is not one that this version reads.
+        ValueError: this version cannot read the file.
     """
     file = Path(folder, "flow.json")
     try:
@@ -221,20 +229,20 @@ def read_manifest(folder: str | Path) -> dict | None:
 
 
 def epochs_needed(recipe, loader: PairLoader) -> int:
-    """Epochs of which a run sees pairs."""
+    """Return the number of epochs from which a run sees pairs."""
     steps = count_steps(recipe, loader.world_size, loader.pairs_per_epoch)
     return loader.epochs_seen(steps * recipe.gradient_accumulation_steps)
 
 
 def precomputed_epochs(recipe, loader: PairLoader) -> int | None:
     """
-    Epochs whose pairs a run with precomputed flow goes through, again and again where it is longer; `None` with any other flow.
+    Return the number of epochs whose pairs a run with precomputed flow uses, or `None` with any other flow.
 
-    It is `flow_epochs`, or without it as many as the run needs; prefetching and skipped videos may take it a few batches beyond, to
-    pairs of the first epoch.
+    The number is `flow_epochs` or, if that is unset, as many epochs as the run needs. A longer run goes through the same pairs again.
+    Prefetching and skipped videos may take the run a few batches beyond the last epoch, to pairs of the first.
 
     Raises:
-        ValueError: the folder has not the flow of these pairs; says what differs, and the command that writes what is missing.
+        ValueError: the folder lacks the flow of these pairs. The message says what differs, and which command writes what is missing.
     """
     if recipe.flow != "precomputed":
         return None
@@ -295,15 +303,16 @@ def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[s
                 raise index
             pairs = plan_pairs(index, sampling, epoch, path)
         except UnreadableVideo:
-            continue  # it gives no pairs, and is named when it is skipped
+            continue  # the video gives no pairs; the run names it when it skips it
         if not file.exists():
-            continue  # its NAME.skipped is there
+            continue  # there is NAME.skipped instead
         try:
             opening = read_about(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): `{about['command']}` writes it anew") from error
         if not index.exact and len(opening["crops"]) < len(pairs):
-            continue  # of a remote video, some of whose frames were not where its header tells of them: these pairs are known once decoded
+            # Some frames of this remote video were not where its header says, so its pairs are known only after decoding.
+            continue
         if not index.exact and not all(is_within(times, index, sampling) for times in opening["times"]):
             raise ValueError(
                 f"the flow of {video_name(path)} in {file} is of frames that are no pairs: an earlier version found others in such files. "

@@ -1,7 +1,7 @@
 """
-The losses by which flow is learned without labels (Jonschkowski et al. 2020, UFlow), as pure functions.
+Losses for learning flow without labels (Jonschkowski et al. 2020, UFlow), as pure functions.
 
-Flow is (N, 2, H, W), x then y, in pixels (or cells) of the images beside it.
+Flow is (N, 2, H, W), x then y, in pixels (or cells) of the images that it is given with.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from modeling_poodle.geometry_poodle import (
 )
 from modeling_poodle.modeling_poodle_flow import warp
 
-ALPHA_1, ALPHA_2 = 0.01, 0.5  # of the forward-backward check; stricter than the one by which PooDLe uses flow (0.1)
+# Of the forward-backward check. It is stricter than the check by which PooDLe uses flow (alpha_1 = 0.1).
+ALPHA_1, ALPHA_2 = 0.01, 0.5
 
 
 def charbonnier(values: Tensor) -> Tensor:
@@ -33,10 +34,10 @@ def charbonnier(values: Tensor) -> Tensor:
 
 def ssim_distance(first: Tensor, second: Tensor) -> Tensor:
     """
-    (1 - SSIM) / 2 of all 3x3 windows that lie inside (Wang et al. 2004), averaged over channels.
+    Return (1 - SSIM) / 2 of all 3x3 windows inside the images (Wang et al. 2004), averaged over channels.
 
-    With SSIM's luminance term, which UFlow leaves out. Its constants are 0.01^2 and 0.003^2 of a range of 1. The second is usually
-    0.03^2, next to which asphalt has no texture.
+    Unlike UFlow's, this SSIM includes the luminance term. Its constants are 0.01^2 and 0.003^2 for a range of 1. The second is usually
+    0.03^2, but the texture of asphalt vanishes next to that.
 
     Args:
         first, second: (N, C, H, W) in [0, 1].
@@ -57,14 +58,18 @@ def ssim_distance(first: Tensor, second: Tensor) -> Tensor:
 
 def photometric_loss(first: Tensor, second: Tensor, flow: Tensor, mask: Tensor) -> Tensor:
     """
-    How unlike the first image the second is, read at the matches: the mean of [`ssim_distance`] over the windows, each weighted by that of
-    its pixels which counts least. A pixel counts by `mask` and where its match lies inside the second image.
+    Return how much the second image, read at the matches, differs from the first.
+
+    This is the weighted mean of [`ssim_distance`] over the windows. A pixel's weight is `mask` if its match lies inside the second image,
+    else 0. A window has the smallest weight of its pixels.
 
     Args:
-        first, second: (N, 3, H, W) in [0, 1]. flow: from the first to the second. mask: (N, H, W), 0 to 1; no gradient flows into it.
+        first, second: (N, 3, H, W) in [0, 1].
+        flow: (N, 2, H, W), from the first image to the second.
+        mask: (N, H, W), 0 to 1; no gradient flows into it.
 
     Returns:
-        Scalar; 0 where no pixel counts.
+        Scalar; 0 if all weights are 0.
     """
     points = cell_centres(*flow.shape[-2:], device=flow.device) + normalise_flow(flow.detach().float())
     counts = mask.detach().float() * inside(points)
@@ -75,11 +80,14 @@ def photometric_loss(first: Tensor, second: Tensor, flow: Tensor, mask: Tensor) 
 
 def smoothness_loss(flow: Tensor, images: Tensor, edge_weight: float = 150.0) -> Tensor:
     """
-    Second-order smoothness that gives way at edges of the image: the mean of exp(-edge_weight * |dI|) * charbonnier(d²flow), where dI is the
-    difference of the two neighbours along a row (column), its absolute value averaged over channels; mean of rows and columns.
+    Return the second-order smoothness of the flow, with less weight at edges of the image.
+
+    This is the mean of exp(-edge_weight * |dI|) * charbonnier(d²flow). dI is the difference between the two neighbours along a row (or
+    column), and |dI| is averaged over channels. Rows and columns have equal weight.
 
     Args:
-        flow: at the resolution of the features, in cells. images: (N, 3, H, W) in [0, 1], of the same size.
+        flow: at the resolution of the features, in cells.
+        images: (N, 3, H, W) in [0, 1], of the same size.
     """
     total = 0.0
     for dim in (-1, -2):
@@ -93,7 +101,7 @@ def smoothness_loss(flow: Tensor, images: Tensor, edge_weight: float = 150.0) ->
 @torch.no_grad()
 def visible_mask(flow: Tensor) -> Tensor:
     """
-    What the forward-backward check leaves (see [`~modeling_poodle.geometry_poodle.flow_valid_mask`]), without gradient.
+    Return the pixels that pass the forward-backward check (see [`~modeling_poodle.geometry_poodle.flow_valid_mask`]), without gradient.
 
     Args:
         flow: (B, 2, 2, H, W), both directions.
@@ -107,13 +115,15 @@ def visible_mask(flow: Tensor) -> Tensor:
 
 def self_supervision_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
-    Distance of the flow of a crop to the flow of the whole frames, cut out: near the border of the crop the latter saw what the
-    former could not. The sum of [`charbonnier`] over the pixels of `mask`, mean of both components, divided by the number of all pixels:
-    a few pixels in doubt weigh little (as in UFlow; divided by those of `mask` alone it outweighed the photometric loss, and fewer pixels
-    were consistent from step to step).
+    Return the distance between the flow of a crop (student) and the flow of the whole frames, cut to that crop (teacher).
+
+    Near the border of the crop, the teacher saw what the student could not. The loss is the sum of [`charbonnier`] over the pixels of
+    `mask` (mean of both components), divided by the number of all pixels. So a few doubtful pixels weigh little, as in UFlow. When it was
+    divided by the number of pixels in `mask`, it outweighed the photometric loss, and fewer pixels were consistent from step to step.
 
     Args:
-        student, teacher: (N, 2, H, W); no gradient flows into the teacher. mask: (N, H, W) bool.
+        student, teacher: (N, 2, H, W); no gradient flows into the teacher.
+        mask: (N, H, W) bool.
     """
     distance = charbonnier(student - teacher.detach()).mean(dim=1)
     return torch.where(mask, distance, 0.0).mean()
@@ -121,7 +131,7 @@ def self_supervision_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Ten
 
 @dataclass
 class FlowLosses:
-    """Each loss before its weight, a scalar, and their weighted sum. `valid_fraction` is the share of pixels that count."""
+    """The weighted sum of the losses, each loss before its weight, and the share of pixels that pass the forward-backward check."""
 
     loss: Tensor
     photometric_loss: Tensor
@@ -140,16 +150,17 @@ def flow_losses(
     occlusion: bool,
 ) -> FlowLosses:
     """
-    All losses of a batch of pairs, both directions alike.
+    Compute all losses of a batch of pairs. Both directions are treated alike.
 
     Args:
-        model: a [`~modeling_poodle.PoodleFlowModel`], or what accelerate made of it.
+        model: a [`~modeling_poodle.PoodleFlowModel`], or accelerate's wrapper around it.
         frames: (B, 2, 3, H, W) in [0, 1].
-        coarse_weight: of the photometric loss of each level coarser than the finest, at that level's own size. UFlow has none; with them
-            large motion is learned in far fewer steps, as no gradient of a 3x3 window reaches further than some pixels.
-        smoothness_weight, self_supervision_weight: next to 1 for the photometric loss of the full frames. 0 saves the time of the latter.
-        border: pixels that the student's crop is smaller by at each side; a multiple of 4.
-        occlusion: leave out what the forward-backward check finds hidden. While the flow is poor it finds too much.
+        coarse_weight: of the photometric loss of each level coarser than the finest, at that level's own size. UFlow has no such losses.
+            With them, large motion is learned in far fewer steps, because the gradient of a 3x3 window reaches only a few pixels.
+        smoothness_weight, self_supervision_weight: relative to 1 for the photometric loss of the full frames. If the latter is 0,
+            self-supervision is not computed.
+        border: pixels by which the student's crop is smaller at each side; a multiple of 4.
+        occlusion: leave out pixels that the forward-backward check finds hidden. While the flow is poor, it finds too many.
     """
     output = model(frames=frames)
     images, others = frames.flatten(0, 1), frames.flip(1).flatten(0, 1)  # (2B, 3, H, W)
@@ -169,7 +180,7 @@ def flow_losses(
         inner = (..., slice(border, -border), slice(border, -border))
         cells = (..., slice(border // 4, -border // 4), slice(border // 4, -border // 4))
         student = model(frames=frames[inner])
-        # The teacher's flow counts where it is consistent, and the student has to learn where its own is not (UFlow).
+        # As in UFlow, the student learns where its own flow is not consistent but the teacher's is.
         teacher_sure = F.avg_pool2d(visible[inner].float(), 4) > 0.5
         student_sure = F.avg_pool2d(visible_mask(student.flow).float(), 4) > 0.5
         self_supervision = self_supervision_loss(
@@ -181,12 +192,12 @@ def flow_losses(
     return FlowLosses(total, photometric, smoothness, self_supervision, visible.float().mean())
 
 
-# Radians, log of the scale, halves of the frame; each view's, either way.
+# Largest rotation (radians), zoom (log of the scale) and shift (halves of the frame) of a view, in either direction.
 MAX_ANGLE, MAX_ZOOM, MAX_SHIFT = 0.05, 0.25, 0.1
 
 
 def draw_views(n: int, height: int, width: int, generator: torch.Generator, device=None) -> Tensor:
-    """Views (n, 2, 3) that turn, zoom and shift a frame."""
+    """Draw views (n, 2, 3) that rotate, zoom and shift a frame."""
     turn, zoom, x, y = torch.rand(4, n, generator=generator, device=device) * 2 - 1
     view = affine_view(turn * MAX_ANGLE, (zoom * MAX_ZOOM).exp(), torch.zeros_like(turn).bool(), height, width)
     view[:, :, 2] = torch.stack([x, y], dim=1) * MAX_SHIFT
@@ -195,8 +206,10 @@ def draw_views(n: int, height: int, width: int, generator: torch.Generator, devi
 
 def view_flow(source: Tensor, target: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     """
-    Flow between two views (N, 2, 3) of the same frame: (N, 2, h, w) in cells, and a mask (N, h, w), True where the point lies
-    inside the frame and inside the target.
+    Return the flow between two views (N, 2, 3) of the same frame, and where both show the point.
+
+    Returns:
+        Flow (N, 2, h, w) in cells, and a mask (N, h, w), True where the point lies inside the frame and inside the target view.
     """
     centres = cell_centres(h, w, source.device).expand(len(source), h, w, 2)
     points = apply_affine(source, centres)
@@ -207,12 +220,14 @@ def view_flow(source: Tensor, target: Tensor, h: int, w: int) -> tuple[Tensor, T
 
 def known_motion_loss(model: nn.Module, frames: Tensor, generator: torch.Generator) -> FlowLosses:
     """
-    Two views of a single frame, between which the flow is known: [`charbonnier`] of the error where both show the point, mean of all cells,
-    summed over levels. Not of UFlow: with a first share of such steps a small network learns to match in hundreds of steps, where the
-    photometric loss takes thousands.
+    Return the loss on pairs of views of a single frame, between which the flow is known.
+
+    This is [`charbonnier`] of the error where both views show the point, divided by the number of all cells, averaged over both directions
+    and summed over levels. UFlow has no such loss. If training begins with a share of such steps, a small network learns to match in
+    hundreds of steps instead of the thousands that the photometric loss takes.
 
     Args:
-        frames: (B, 2, 3, H, W) in [0, 1]; each is used alone.
+        frames: (B, 2, 3, H, W) in [0, 1]; each frame is used on its own.
     """
     images = frames.flatten(0, 1)  # (2B, 3, H, W)
     views = [draw_views(len(images), *images.shape[-2:], generator, images.device) for _ in range(2)]

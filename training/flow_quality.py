@@ -1,18 +1,19 @@
 """
-How good an estimator's flow is, against the street's exact one.
+Measure how good an estimator's flow is, against the street's exact flow.
 
     python -m training.flow_quality --flow dis --flow unflow:DIR [--gaps 0.25 0.5 1.0] [--drives 24] [--size 128 256] [--camera NAME] [--json FILE]
 
-Flows: zero, exact (what the check does with the street's own flow), dis, raft_large, raft_small (with a file of weights: raft_small:FILE), unflow:DIR. Both directions of one pair of each held-out
-drive, all pixels together:
+Flows: zero, exact (shows what the forward-backward check does with the street's own flow), dis, raft_large, raft_small (with a file of
+weights: raft_small:FILE), unflow:DIR. The figures are taken over both directions of one pair of each held-out drive, all pixels together:
 
-- `epe_mean`, `epe_median`: end-point error in pixels, over the pixels whose point is seen in the other frame;
+- `epe_mean`, `epe_median`: end-point error in pixels, over pixels whose point is seen in the other frame;
 - `kept`: share of all pixels that PooDLe's forward-backward check keeps;
-- `wrong`: share of the kept ones whose error is above 3 px; `hidden`: whose point is not seen in the other frame;
-- `wrong_seen`: share of the kept and seen ones whose error is above 3 px: wrong matches, apart from occlusion.
+- `wrong`: share of the kept pixels whose error is above 3 px;
+- `hidden`: share of the kept pixels whose point is not seen in the other frame;
+- `wrong_seen`: share of the kept and seen pixels whose error is above 3 px, that is wrong matches apart from occlusion.
 
-And of the exact flow, where its point is seen: `motion`, its mean length in pixels, and `not_affine`, how far it is on average from the affine map
-of the whole frame that fits it best.
+Two figures describe the exact flow at points that are seen: `motion` is its mean length in pixels, and `not_affine` its mean distance in
+pixels from the affine map of the whole frame that fits it best.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_camera(options.camera, "--camera")
     estimators = {spec: build_estimator(spec) for spec in dict.fromkeys(options.flow)}
     names = [spec.partition(":")[0] for spec in estimators]
-    # A file's path is in the table only where the name alone would not tell two estimators apart.
+    # The table shows a file's path only if the name alone does not tell two estimators apart.
     shown = {spec: spec if names.count(name) > 1 else name for spec, name in zip(estimators, names)}
     results = []
     for gap in options.gaps:
@@ -78,10 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def build_estimator(spec: str):
     """
-    An estimator of frames (2, 3, H, W) uint8 -> flow (2, 2, H, W) float32, by NAME or NAME:FILE; `None` for the exact flow.
+    Build the estimator that is named by NAME or NAME:FILE.
+
+    Returns:
+        A function from frames (2, 3, H, W) uint8 to flow (2, 2, H, W) float32, or `None` for the exact flow.
 
     Raises:
-        ValueError: unknown name, or weights that cannot be had.
+        ValueError: the name is unknown, or the weights cannot be loaded.
     """
     name, _, file = spec.partition(":")
     if name == "zero":
@@ -100,7 +104,13 @@ def build_estimator(spec: str):
 def held_out_pairs(
     drives: int, height: int, width: int, gap: float, camera: str = "driving"
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each drive frames (2, 3, H, W) uint8, exact flow (2, 2, H, W), and where its point is seen in the other frame (2, H, W)."""
+    """
+    Render one pair of each held-out drive.
+
+    Returns:
+        For each drive: frames (2, 3, H, W) uint8, exact flow (2, 2, H, W), and a mask (2, H, W), True where the point is seen in the other
+        frame.
+    """
     pairs = []
     for number in range(drives):
         street, begin = Street(HELD_OUT_SEED + number, height, width, camera=camera), held_out_time(number)
@@ -112,8 +122,14 @@ def held_out_pairs(
 
 def measure(estimate, pairs) -> dict[str, float | None]:
     """
-    The figures of one estimator (`None`: the exact flow) over all pairs, as named at the top, and `ms`, milliseconds a pair. Shares of no pixel
-    at all are `None`.
+    Compute the figures of one estimator over all pairs.
+
+    Args:
+        estimate: of [`build_estimator`]; `None` for the exact flow.
+        pairs: of [`held_out_pairs`].
+
+    Returns:
+        The figures by the names at the top of this file, and `ms`, milliseconds a pair. Shares of no pixel at all are `None`.
     """
     errors, seen, kept, motion, seconds = [], [], [], [], 0.0
     for frames, exact, visible in pairs:
@@ -141,7 +157,7 @@ def measure(estimate, pairs) -> dict[str, float | None]:
 
 
 def _motion(flow: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
-    """Mean length of flow (2, H, W) where seen (H, W), and its mean distance from its best affine fit, pixels."""
+    """Return the mean length in pixels of flow (2, H, W) at the points `seen` (H, W), and its mean distance from its best affine fit."""
     rows, columns = np.nonzero(seen)
     own = flow[:, rows, columns].T
     places = np.stack([np.ones(len(rows)), rows, columns], axis=1)

@@ -13,7 +13,7 @@ _SHARES = ("known_motion_share", "half_size_share", "occlusion_start", "self_sup
 
 @dataclass
 class FlowRecipe(RunRecipe):
-    """Everything that a run of train_flow.py depends on. Weights are next to 1 for the photometric loss at full size."""
+    """Everything that a run of train_flow.py depends on. Weights are relative to 1 for the photometric loss at full size."""
 
     config_class = PoodleFlowConfig
 
@@ -59,12 +59,12 @@ class FlowRecipe(RunRecipe):
 
 def parse_flow_recipe(arguments: list[str] | None = None) -> FlowRecipe:
     """
-    Recipe from the command line: `--config FILE` first, then flags.
+    Read the recipe from the command line: `--config FILE` first, then flags.
 
-    Without `--config` the recipe is `flow_street`, or `flow_videos` where `--videos` names something else.
+    Without `--config` the recipe is `flow_street`, or `flow_videos` if `--videos` names something other than the street.
 
     Raises:
-        ValueError: an unknown field (the nearest name is suggested), or a value out of range.
+        ValueError: a field is unknown (the nearest name is suggested), or a value is out of range.
     """
     about = "Learn optical flow from video without labels."
     return parse(FlowRecipe, arguments, about, FLOW_RECIPES, ("flow_street", "flow_videos"))

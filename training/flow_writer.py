@@ -4,8 +4,9 @@ Write flow for all pairs of a recipe, to be read by `--flow precomputed --flow_d
     python -m training.flow [--config RECIPE] [--videos SOURCE ...] [--out DIR] [--epochs N] [--FIELD VALUE ...]
     torchrun --nproc_per_node 8 -m training.flow ...       # or accelerate launch: each process writes its share
 
-The recipe's `flow` names the estimator. What is there is left as it is, so that a command that was stopped goes on where it is given again, and
-`--epochs` adds epochs. Pair estimators run in `dataloader_num_workers` processes, device estimators on batches of `per_device_train_batch_size`.
+The recipe's `flow` names the estimator. Files that exist are kept: to continue after a stop, give the same command again; a higher
+`--epochs` adds epochs. Pair estimators run in `dataloader_num_workers` processes, device estimators on batches of
+`per_device_train_batch_size`.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(
             "--out must be the folder of the flow; it may be unset where --videos is one local folder alone"
         )
-    # "latest": videos of the Hub keep the commit that is noted in --out, and where none is there, theirs of now is noted.
+    # "latest": videos of the Hub keep the commit that is recorded in --out. If there is none, their current commit is recorded.
     recipe = dataclasses.replace(recipe, output_dir=out, resume_from_checkpoint="latest")
     if recipe.flow == "precomputed":
         raise ValueError("flow must name the estimator that computes what is written (--flow dis), got 'precomputed'")
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_manifest(folder: Path, recipe: Recipe, command: str) -> None:
     """
-    `flow.json`: what the flow depends on, and the command that writes more of it.
+    Write `flow.json`: what the flow depends on, and the command that writes more of it. An existing file is compared instead.
 
     Raises:
         ValueError: the folder holds flow of other pairs or of another estimator, or cannot be written.
@@ -116,13 +117,13 @@ def write_manifest(folder: Path, recipe: Recipe, command: str) -> None:
         raise ValueError(f"--out {folder} holds another recipe's flow: {'; '.join(changed)}. Give another --out")
 
 
-# Of an estimator that has weights, the fields on which what it computes depends.
+# For estimators with weights, the recipe fields on which the flow depends.
 _OF_RAFT = ("flow_weights", "flow_updates", "bf16")
 _FIELDS = {"raft_large": _OF_RAFT, "raft_small": _OF_RAFT, "unflow": ("flow_model", "bf16")}
 
 
 def estimator_fields(recipe: Recipe) -> dict:
-    """The recipe's fields on which an estimate depends; files and folders of weights by their contents."""
+    """Return the recipe's fields on which an estimate depends. Files and folders of weights become a digest of their contents."""
     fields = {name: getattr(recipe, name) for name in ("flow", *_FIELDS.get(recipe.flow, ()))}
     return fields | {
         name: fields[name] and _contents(fields[name]) for name in ("flow_weights", "flow_model") if name in fields
@@ -137,7 +138,7 @@ def _contents(value: str) -> str:
 
 def write_file(file: Path, data: bytes) -> None:
     """
-    Aside first, then renamed: of several processes that write the same file each leaves a whole one.
+    Write a file under a temporary name, then rename it. If several processes write the same file, each leaves a whole one.
 
     Raises:
         ValueError: the disk is full, or the folder cannot be written.
@@ -152,10 +153,10 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def is_written(file: Path) -> bool:
-    """True of a whole file; one that a crash of the machine cut off is written anew, and so is what was skipped."""
+    """Return whether an opening's file is whole. Files that a crash of the machine cut off, and skipped openings, are written anew."""
     try:
         return file.exists() and bool(read_about(file))
-    except (SafetensorError, OSError, KeyError, ValueError):  # or it is of something else
+    except (SafetensorError, OSError, KeyError, ValueError):  # damaged, or not a file of an opening
         return False
 
 
@@ -164,8 +165,9 @@ def is_written(file: Path) -> bool:
 
 class Openings(torch.utils.data.Dataset):
     """
-    (epoch, path, what an opening gave): its file's bytes; its samples, where their flow is the device's to compute; or the reason for
-    which there is nothing.
+    Openings of videos, each as (epoch, path, result).
+
+    The result is the bytes of the opening's file, or its samples if the device computes their flow, or the reason why there is none.
     """
 
     def __init__(self, shards: list[tuple[int, str]], sampling: PairSampling, pair_flow):
@@ -190,7 +192,7 @@ class Openings(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def device_flow(accelerator, module: torch.nn.Module, samples: list[dict], batch_size: int) -> None:
-    """Adds `flow` to the samples, batch by batch."""
+    """Add `flow` to the samples, batch by batch."""
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
         frames = torch.from_numpy(np.stack([sample["frames"] for sample in part])).to(accelerator.device)
@@ -201,7 +203,12 @@ def device_flow(accelerator, module: torch.nn.Module, samples: list[dict], batch
 
 
 def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epochs: int, estimator: tuple) -> None:
-    """Write what is missing of the openings of `epochs` epochs, this process its share. `estimator`: as [`build_flow`] gives it."""
+    """
+    Write this process's share of the openings of `epochs` epochs that are missing.
+
+    Args:
+        estimator: as [`build_flow`] returns it.
+    """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = [(epoch, path) for epoch in range(epochs) for path in paths][rank::ranks]
     shards = [(epoch, path) for epoch, path in mine if not is_written(opening_file(folder, epoch, path))]
@@ -239,7 +246,7 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
                     "%d of %d openings; about %.2f GiB in all, %.2f GiB are free", done, len(shards), whole, free
                 )
     progress.close()
-    # No barrier: a process with shorter videos would wait longer for the others than a process group's timeout allows.
+    # No barrier: a process with shorter videos could wait for the others longer than the process group's timeout allows.
     per_pair = written / max(len(shards) * recipe.pairs_per_video, 1) / 1024
     logger.info(
         "%s: flow of %d epoch(s); this process wrote %d openings, %.1f KiB a pair", folder, epochs, done, per_pair
@@ -249,8 +256,9 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
 @contextmanager
 def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Recipe) -> Iterator[Iterator[list]]:
     """
-    What the loader gives. Raises, where a worker dies, an error that names what it read; ends the workers in any case. Around whatever is done with
-    it: torch's handler of SIGCHLD raises wherever the process is by then.
+    Yield the iterator of the loader, and end its workers in any case. If a worker dies, raise an error that names what it was reading.
+
+    The block must contain all work on the batches, because torch's SIGCHLD handler raises wherever the process is when a worker dies.
     """
     batches = iter(openings)
     try:
@@ -258,7 +266,7 @@ def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Re
             yield batches
         finally:
             workers.end(batches)
-    except BrokenPipeError:  # whoever read this output has ended
+    except BrokenPipeError:  # the program that read this output has ended
         raise
     except (EOFError, ConnectionError, RuntimeError) as error:
         fault = fault_of(error, workers.died_at, recipe.ddp_timeout, "then give the same command again")
@@ -268,7 +276,7 @@ def in_words(openings: torch.utils.data.DataLoader, workers: Workers, recipe: Re
 
 
 def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int:
-    """Write an opening's file, or the reason why there is none. Returns bytes."""
+    """Write an opening's file, or the reason why there is none. Returns the bytes of flow written."""
     if isinstance(found, list):
         try:
             found = pack_opening(found)
@@ -278,7 +286,7 @@ def write_opening(file: Path, path: str, found: bytes | list[dict] | str) -> int
     if isinstance(found, str):
         logger.warning("skipped %s: %s", printable(video_name(path)), printable(found))
         write_file(skipped, found.encode())
-        file.unlink(missing_ok=True)  # a damaged one: a run would refuse it, and ask for this command again
+        file.unlink(missing_ok=True)  # if damaged, a run would refuse it and ask for this command again
         return 0
     write_file(file, found)
     skipped.unlink(missing_ok=True)
