@@ -1,4 +1,4 @@
-"""Faults of the run's own processes and disk, in words: what happened, and what to do."""
+"""Explain faults of the run's own processes and disk: what happened, and what to do."""
 
 import os
 import re
@@ -16,15 +16,17 @@ GO_ON = "then go on with --resume_from_checkpoint latest"
 @contextmanager
 def faults_in_words(recipe, workers: Workers) -> Iterator[None]:
     """
-    Around the run: errors of the disk, of torch's loader and of its process groups become errors that say what to do.
+    Turn errors of the disk, of torch's loader and of its process groups into errors that say what to do. The block is the whole run.
 
     Args:
-        recipe: of the run. workers: of its loader, ended by then.
+        recipe: of the run.
+        workers: of its loader. The block must have ended them when an error leaves it.
 
     Raises:
-        ChildProcessError: a loader worker was killed or crashed. MemoryError: no shared memory left.
-        ConnectionError: another process of the run is gone or stands still. OSError: output_dir or another file cannot be written or read, or nobody reads
-            the run's output any more.
+        ChildProcessError: a loader worker was killed or crashed.
+        MemoryError: no shared memory is left.
+        ConnectionError: another process of the run has died or does not respond.
+        OSError: output_dir or another file cannot be written or read, or the program that read the run's output has ended.
     """
     try:
         yield
@@ -37,7 +39,7 @@ def faults_in_words(recipe, workers: Workers) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:  # in words already
             raise
-        file = getattr(error, "filename", None)  # a full disk names none
+        file = getattr(error, "filename", None)  # a full disk gives no name
         elsewhere = (
             isinstance(file, (str, bytes))
             and Path(recipe.output_dir).resolve() not in Path(os.fsdecode(file)).resolve().parents
@@ -55,12 +57,14 @@ def faults_in_words(recipe, workers: Workers) -> Iterator[None]:
 
 def fault_of(error: Exception, died_at: list[str], ddp_timeout: int, go_on: str = GO_ON) -> Exception | None:
     """
-    The fault that an error of torch's stands for; `None` where it is none of these.
+    Return the fault that an error of torch stands for, or `None` if it is not one of the known faults.
 
     Args:
-        died_at: "video (signal)" of workers that have died. go_on: what to do once the cause is mended.
+        died_at: "video (signal)" of each worker that has died.
+        ddp_timeout: in seconds, for the message.
+        go_on: what to do once the cause is fixed.
     """
-    # A worker hands over a batch by a connection to itself: one that died before it was fetched leaves these.
+    # Batches are fetched through a connection to their worker. If the worker died before that, one of these errors is raised.
     died = isinstance(error, (EOFError, ConnectionError))
     message = "DataLoader worker exited unexpectedly" if died else str(error)
     inexactly = " (and add --resume_inexact true)" if go_on == GO_ON else ""

@@ -1,4 +1,4 @@
-"""The first look at videos: their indices and a frame, read in a process that a decoder may end or keep."""
+"""The first look at videos: read their indices and one frame in a separate process, which a decoder may crash or hang."""
 
 import functools
 import multiprocessing
@@ -13,11 +13,13 @@ from training.video_index import VideoIndex, by_index, index_video
 
 def indices_in_subprocess(paths: Sequence[str]) -> Iterator[tuple[str, VideoIndex | UnreadableVideo]]:
     """
-    Each path with the index by which it can be read, or the reason why there is none, found in a process of its own, as in a loader's
-    worker: what a decoder does to it, it does not do to this one. The indices are kept, for the workers to be forked with.
+    Yield each path with the index by which it can be read, or with the reason why there is none.
+
+    The videos are read in a separate process, as in a loader's worker: a decoder that crashes or hangs there does not affect this process.
+    The indices are cached in this process, so that workers forked later have them.
 
     Raises:
-        ValueError: a video ended its reader, or did not let it come back; named.
+        ValueError: a video crashed its reader or kept it beyond the time limit; names the video.
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -44,12 +46,14 @@ def indices_in_subprocess(paths: Sequence[str]) -> Iterator[tuple[str, VideoInde
 
 
 def _send_indices(paths: Sequence[str], receiver, sender) -> None:
-    receiver.close()  # or it would wait for ever for itself, should the run be gone
+    # Otherwise sending would block for ever after the run has died, because this process would hold the receiver open itself.
+    receiver.close()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     for path in paths:
-        signal.setitimer(signal.ITIMER_REAL, patience(path))  # by the system, which a decoder cannot keep from it
-        index_video.drop(path)  # of a file that may have changed since
+        # When the time is up, the system ends this process, which a decoder cannot prevent.
+        signal.setitimer(signal.ITIMER_REAL, patience(path))
+        index_video.drop(path)  # the file may have changed since
         try:
             found = by_index(path, functools.partial(_decoded, path))
         except UnreadableVideo as error:
@@ -57,17 +61,18 @@ def _send_indices(paths: Sequence[str], receiver, sender) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             sender.send((found, found is index_video.kept.get(path)))
-        except BrokenPipeError:  # the run is gone, and has said why
+        except BrokenPipeError:  # the run has ended, and has said why
             return
 
 
 def _decoded(path: str, index: VideoIndex, video: OpenVideo | None) -> VideoIndex:
-    """An index whose first frame, or the one in the middle, can be decoded."""
+    """Return `index` if its first frame, or else its middle one, can be decoded; raise UnreadableVideo otherwise."""
     corner = (0, 0, 2, 2)
     try:
         decode_cuts(path, index, [Cut(0, corner, (2, 2))], video)
     except UnreadableVideo:
-        signal.setitimer(signal.ITIMER_REAL, patience(path))  # which is that of a worker, who opens a file less often
+        # Restart the timer: `patience` is meant for a worker, which opens a file fewer times.
+        signal.setitimer(signal.ITIMER_REAL, patience(path))
         decode_cuts(path, index, [Cut(len(index.pts) // 2, corner, (2, 2))])
     return index
 
@@ -79,4 +84,5 @@ def _end_of_reader(path: str, code: int) -> str:
 
 
 def patience(path: str) -> float:
-    return 5 * time_limit(path)  # index and frames, both again by the whole file, and as much as one of these
+    # One limit each for the index and the frames, the same again if the whole file must be read, and one in reserve.
+    return 5 * time_limit(path)

@@ -1,9 +1,8 @@
 """
-Whether a run still learns: losses and gradients that are not finite, weights before they are saved, collapse, steps without a pixel.
+Check whether a run still learns: losses, gradients and weights that are not finite, collapsed features, and steps without a valid pixel.
 
-Policy, in docs/reliability.md: a gradient that is not finite changes no weight (the update is skipped and counted); a loss that is
-not finite, or many skipped updates one after another, stops the run; so do features that stay collapsed, and frames that stay
-without a valid pixel.
+The policy is in docs/reliability.md. A gradient that is not finite changes no weight: the update is skipped and counted. The run stops
+after a loss that is not finite, after many skipped updates in a row, and if features stay collapsed or frames stay without a valid pixel.
 """
 
 import logging
@@ -16,17 +15,17 @@ from torch import Tensor, nn
 from training.addresses import printable
 
 logger = logging.getLogger("poodle")
-SKIPS_ALLOWED = 10  # skipped updates, one after another
-LINES_ALLOWED = 20  # lines of metrics.jsonl, one after another
+SKIPS_ALLOWED = 10  # skipped updates in a row
+LINES_ALLOWED = 20  # lines of metrics.jsonl in a row
 GO_ON_LOWER = "go on with --resume_from_checkpoint latest --resume_inexact true and a lower --learning_rate"
-COLLAPSED = 0.01  # feature_std, which is 1 for directions spread evenly; the studies' networks have 0.38 to 0.82
+COLLAPSED = 0.01  # feature_std; evenly spread directions have 1, the studies' networks 0.38 to 0.82
 
 
 class Health:
     """
-    Counted on the device at each step, where the host does not wait; judged when a line is logged and before a checkpoint.
+    Counts problems on the device at each step, without making the host wait. Judges them when a line is logged and before a checkpoint.
 
-    Its verdicts are FloatingPointErrors, the same on all ranks, and checkpoints up to then are kept.
+    If a run must stop, a FloatingPointError is raised, the same on all ranks. Earlier checkpoints are kept.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -34,12 +33,12 @@ class Health:
         self.first_bad_step = torch.full((), -1.0, device=accelerator.device)
         self.skipped_updates = torch.zeros((), device=accelerator.device)
         self.skipped_running = torch.zeros((), device=accelerator.device)
-        self.videos: list[tuple[int, list[str]]] = []  # of the steps since the last line
+        self.videos: list[tuple[int, list[str]]] = []  # (step, names) since the last line
         self.streaks = {"feature_std": 0, "valid_fraction": 0}
 
     @property
     def doubtful(self) -> bool:
-        """The features look collapsed now: checkpoints from before should not be rotated away."""
+        """Whether the features look collapsed now, so that earlier checkpoints should not be rotated away."""
         return self.streaks["feature_std"] > 0
 
     def watch(self, loss: Tensor, step: int, videos: list[str]) -> None:
@@ -50,13 +49,13 @@ class Health:
     @torch.no_grad()
     def guard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
         """
-        Let the coming step of the fused AdamW change nothing where the gradient is not finite; called on all ranks alike.
+        Make the next step of the fused AdamW change nothing if the gradient is not finite. Must be called on all ranks.
 
         Returns:
             The gradient's norm, a scalar on the device.
         """
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        # GradScaler's flag: the fused kernel reads it on the device and then leaves weights, moments and step counts alone.
+        # GradScaler's flag: the fused kernel reads it on the device and, if it is set, leaves weights, moments and step counts alone.
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.skipped_updates = self.skipped_updates + optimizer.found_inf
         self.skipped_running = (self.skipped_running + 1) * optimizer.found_inf
@@ -64,6 +63,8 @@ class Health:
 
     def stop_if_not_finite(self) -> None:
         """
+        Stop the run if a loss or many gradients were not finite.
+
         Raises:
             FloatingPointError: a loss was not finite, or the last SKIPS_ALLOWED updates were skipped.
         """
@@ -71,7 +72,7 @@ class Health:
         steps, skipped = seen[:, 0], int(seen[:, 1].max())
         if (steps >= 0).any():
             bad = int(steps[steps >= 0].min())
-            # Of the ranks whose own loss it was: the videos of the others are innocent.
+            # Name only videos of ranks whose own loss it was; those of other ranks are not the cause.
             own = [name for step, names in self.videos if step == bad == int(self.first_bad_step) for name in names]
             videos = sorted(set(gather_object(own)))
             raise FloatingPointError(
@@ -87,7 +88,7 @@ class Health:
     @torch.no_grad()
     def refuse_bad_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """
-        The last gate before a checkpoint: weights, buffers and moments are finite.
+        Check before a checkpoint is written that weights, buffers and moments are finite.
 
         Raises:
             FloatingPointError: names the first that is not.
@@ -107,13 +108,13 @@ class Health:
 
     def judge(self, metrics: dict) -> None:
         """
-        A line of metrics, the same on all ranks.
+        Judge a line of metrics, which is the same on all ranks.
 
         Raises:
-            FloatingPointError: collapsed features, or no valid pixel, in LINES_ALLOWED lines one after another.
+            FloatingPointError: features collapsed, or no pixel was valid, in LINES_ALLOWED lines in a row.
         """
         self.videos.clear()
-        std, valid = metrics.get("feature_std", 1.0), metrics["valid_fraction"]  # training of flow has no features
+        std, valid = metrics.get("feature_std", 1.0), metrics["valid_fraction"]  # no features in the training of flow
         self._judge(
             "feature_std", std < COLLAPSED, f"the features have collapsed to one direction (feature_std {std:.4f})",
             "Go back to a checkpoint from before (--resume_from_checkpoint RUN/checkpoints/step-N --resume_inexact true) and lower learning_rate or raise teacher_momentum",

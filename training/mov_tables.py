@@ -1,12 +1,12 @@
 """
-The tables of a MOV or MP4, read for two things.
+Read the tables of a MOV or MP4, for two purposes.
 
-How large an index FFmpeg will make of them, before it is opened: a file of some KB can declare tracks of 2³² samples each, for which
-FFmpeg takes memory at once. FFmpeg forgives disorder, so these look for the tables by their names, wherever they stand but in the media
-data; nothing that is declared is taken for true but what makes the index smaller.
+[`read_tables`] tells how large an index FFmpeg will make of a file, before FFmpeg opens it. A file of a few KB can declare tracks of 2³²
+samples each, for which FFmpeg allocates memory at once. FFmpeg tolerates disorder, so the search finds tables by name anywhere except in
+the media data. It counts all that they declare. Only sound that FFmpeg indexes in groups counts as less, if nothing contradicts this.
 
-When and how upright a track's frames are shown ([`track`]), which is else known only once the whole file has been read. Here it is the
-other way round: what is not in perfect order tells nothing.
+[`track`] tells when and in which orientation a track's frames are shown, which is otherwise known only after reading the whole file. Its
+rule is the opposite: tables that are not in perfect order are ignored.
 """
 
 import zlib
@@ -15,19 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WINDOW = 1 << 26  # bytes that are looked at together: boxes are far smaller, but for films of days
-_OVERLAP = 64  # of windows: a table's fields lie whole in one of them
-_MOST_BOXES = 10_000  # in a box that is looked through
-_PCM_SAMPLES = 1024  # of an entry of the index that FFmpeg makes of sound with one duration for all samples
-# The sides of a display matrix (a, b, c, d), and the counter-clockwise turns by 90 degrees that it asks for.
+_WINDOW = 1 << 26  # bytes that are searched at once: boxes are far smaller, except in films that last days
+_OVERLAP = 64  # bytes of overlap, so that one of two windows holds all fields of a table
+_MOST_BOXES = 10_000  # in one box
+_PCM_SAMPLES = 1024  # in one entry of FFmpeg's index of a sound whose samples all have the same duration
+# The upper left 2x2 of a display matrix (a, b, c, d) -> the counter-clockwise turns by 90 degrees that it asks for.
 _TURNS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
 
 
 class Tables(NamedTuple):
     """
+    What [`read_tables`] finds in a file.
+
     Args:
-        entries: of the index that FFmpeg makes; 0 of other containers.
-        movie: the text of the one moov box by which all frames are described; None of other files.
+        entries: number of entries in the index that FFmpeg makes; 0 for other containers.
+        movie: contents of the moov box if it alone describes all frames, else None.
     """
 
     entries: int
@@ -36,11 +38,11 @@ class Tables(NamedTuple):
 
 class Track(NamedTuple):
     """
-    What the tables say of a track's samples, in the order of decoding.
+    What the tables say about a track's samples, in decoding order.
 
     Args:
-        offsets: (samples,) int64; from a sample's decoding to its presentation, all of them up to one number, in the track's time base.
-        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame; None where it is more than that.
+        offsets: (samples,) int64, in the track's time base: presentation time minus decoding time, up to a constant for all samples.
+        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame; None for any other transform.
     """
 
     offsets: np.ndarray
@@ -49,12 +51,13 @@ class Track(NamedTuple):
 
 def read_tables(file, size: int, remote: bool, check) -> Tables:
     """
-    The tables of a file.
+    Read the tables of a file.
 
     Args:
-        file: with `seek` and `read`.
-        remote: look no further than FFmpeg does on opening, up to the first media data behind the tables; each box behind may be a request.
-        check: called once a box; raises where the time is over.
+        file: an object with `seek` and `read`.
+        size: of the file, in bytes.
+        remote: stop where FFmpeg stops on opening, at the first media data after the tables. Each later box may take a request.
+        check: called for each box and each window; raises when the time is up.
     """
     boxes = []
     for kind, begin, end in _top_boxes(file, size):
@@ -70,7 +73,8 @@ def read_tables(file, size: int, remote: bool, check) -> Tables:
     samples = fragments = edits = 0
     for kind, begin, end in boxes:
         file.seek(begin)
-        if kind == b"free" and file.read(8)[4:] not in (b"mvhd", b"cmov"):  # FFmpeg, too, looks no further into it
+        # FFmpeg does not look further into other free boxes either.
+        if kind == b"free" and file.read(8)[4:] not in (b"mvhd", b"cmov"):
             continue
         if kind in (b"moov", b"moof", b"hoov", b"free"):
             movies.append(None)
@@ -88,8 +92,10 @@ def read_tables(file, size: int, remote: bool, check) -> Tables:
 
 def track(movie: bytes, number: int) -> Track | None:
     """
-    A track of a movie by its number; None unless its tables are complete, once each, where they should be, and simple: no fragments, and at
-    most one edit, which may begin later.
+    Return the track of a movie with the given number.
+
+    The result is None unless its tables are complete, present once each, where they should be, and simple. Simple means no fragments, and
+    at most one edit besides empty ones, which only delay its start.
     """
     try:
         movie = _children(memoryview(movie))
@@ -106,7 +112,7 @@ def track(movie: bytes, number: int) -> Track | None:
         if b"ctts" in table:
             offsets = _only(table, b"ctts")
             runs = np.frombuffer(offsets[8:], ">i4").reshape(_number(offsets, 4), 2).astype(np.int64)
-            # FFmpeg takes counts for signed, and throws the table away where offsets are out of all measure.
+            # FFmpeg reads counts as signed numbers, and discards the whole table if an offset is implausibly large.
             if (runs[:, 0] < 0).any() or runs[:, 0].sum() != samples or (abs(runs[:, 1]) >= 1 << 28).any():
                 return None
             offsets = np.repeat(runs[:, 1], runs[:, 0])
@@ -119,7 +125,7 @@ def track(movie: bytes, number: int) -> Track | None:
 
 
 def _children(data: memoryview) -> dict[bytes, list[memoryview]]:
-    """The boxes in a box by their types."""
+    """Return the boxes inside a box, by their types."""
     found, place, count = {}, 0, 0
     while place < len(data):
         length, count = _number(data, place), count + 1
@@ -141,14 +147,14 @@ def _track_number(boxes: dict[bytes, list[memoryview]]) -> int:
 
 
 def _matrix(header: memoryview, place: int) -> tuple:
-    """The sides of the matrix that stands at `place` of a header of version 0, with times of 64 bits 12 bytes behind."""
+    """Return the upper left 2x2 of a header's matrix. It lies at `place` in version 0, and 12 bytes later in version 1 (64-bit times)."""
     place += 12 if header[0] == 1 else 0
     matrix = np.frombuffer(header[place : place + 36], ">i4")
     return tuple((matrix.reshape(9)[[0, 1, 3, 4]] / 65536).tolist())
 
 
 def _top_boxes(file, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Type, begin and end of the contents of each box of the top level, as FFmpeg goes through them."""
+    """Yield the type of each top-level box, and where its contents begin and end, as FFmpeg goes through the boxes."""
     place = 0
     while place + 8 <= size:
         file.seek(place)
@@ -172,7 +178,7 @@ def _read(file, size: int) -> bytes:
 
 
 def _inflated(data: bytes) -> bytes:
-    """The tables of a QuickTime movie whose header is compressed."""
+    """Return the tables of a QuickTime movie with a compressed header, or nothing if there is none."""
     places = list(_tables(data, b"cmvd"))
     if not places:
         return b""
@@ -187,7 +193,7 @@ def _inflated(data: bytes) -> bytes:
 
 
 def _count(data: bytes, movie: bool) -> tuple[int, int, int]:
-    """Samples of tracks, samples of fragments, and edits of the track that has the most. `movie`: the text is that of a moov box."""
+    """Count the samples of tracks, those of fragments, and the most edits of a track. `movie`: `data` begins a moov box's contents."""
     samples = fragments = edits = 0
     for text in (data, _inflated(data)):
         sound = _plain_sound(text) if movie else []
@@ -201,7 +207,7 @@ def _count(data: bytes, movie: bool) -> tuple[int, int, int]:
 
 
 def _tables(data: bytes, name: bytes) -> Iterator[int]:
-    """Places behind the head of each box of this type, where its version and flags stand."""
+    """Yield the place after the header of each box of this type, where its version and flags are."""
     place = data.find(name, 4)
     while place >= 0:
         yield place + (12 if _number(data, place - 4) == 1 else 4)
@@ -223,8 +229,13 @@ def _edits(data: bytes, place: int) -> int:
 
 def _plain_sound(data: bytes) -> list[tuple[int, int, int]]:
     """
-    Begin and end of each track whose samples FFmpeg indexes not one by one, but 1024 of a chunk together, with the entries: hours of
-    PCM have a thousand times the samples. Only of tracks that stand where they should and hold nothing by which they could be others.
+    Find the tracks of sound of which FFmpeg indexes up to 1024 samples of a chunk in one entry. Hours of PCM have a thousand times as many
+    samples as such entries.
+
+    Only tracks that are where they should be count, and only if they contain nothing that could make FFmpeg treat them otherwise.
+
+    Returns:
+        Begin, end and number of entries of each such track.
     """
     found, place = [], 0
     while place + 8 <= len(data):

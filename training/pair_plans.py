@@ -1,4 +1,4 @@
-"""Which frames and crops the pairs of a video have: a draw from its index alone, the same on every machine."""
+"""Draw the frames and crops of a video's pairs. The draw depends on the video's index alone and is the same on every machine."""
 
 import zlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from training.video_decoding import Cut
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex
 
-# A pair's gap may leave its range by the time of one frame, but by no less and no more than these seconds.
+# A pair's gap may be outside its range by up to the time between two frames, clipped to these seconds.
 SPARE = (0.1, 1.0)
 
 
@@ -23,10 +23,10 @@ class PairSampling:
     Args:
         crop_size: (H, W) of the crop that both frames share, pixels.
         frame_scale: range of the frame's scale s before the crop.
-        frame_size: (H, W) of a frame at s = 1; `None`: the smallest size, aspect kept, in which the crop fits.
-        frame_gap_seconds: range of the time between the two frames, as near as the video's own times come to it.
+        frame_size: (H, W) of a frame at s = 1. `None` is the smallest size of the video's aspect ratio in which the crop fits.
+        frame_gap_seconds: range of the time between the two frames, met as closely as the video's frame times allow.
         pairs_per_video: pairs taken each time a video is opened.
-        seed: of all draws, with epoch, video and repeat.
+        seed: of all draws, together with epoch, video and repeat.
     """
 
     crop_size: tuple[int, int]
@@ -47,7 +47,7 @@ class PairSampling:
 
     @classmethod
     def of(cls, recipe) -> "PairSampling":
-        """The sampling that a recipe asks for."""
+        """Return the sampling that a recipe asks for."""
         return cls(
             crop_size=tuple(recipe.crop_size),
             frame_scale=tuple(recipe.frame_scale),
@@ -60,13 +60,14 @@ class PairSampling:
 
 def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str) -> list[tuple[Cut, Cut]]:
     """
-    Frames and crops of the pairs of one opening of a video. Random only by (seed, epoch, crc32(video_name(path)), repeat).
+    Draw frames and crops of the pairs of one opening of a video. Randomness comes only from (seed, epoch, crc32(video_name(path)), repeat).
 
-    The later frame is the one nearest to the drawn gap, never the earlier one itself unless the gap asked for is 0. A pair whose frames are
-    further out of the range of gaps than frames lie apart (see SPARE), as around a hole in the video, is drawn anew among those that are not.
+    The later frame is the one nearest to the drawn gap, and never the earlier frame itself unless `frame_gap_seconds` asks for 0. Around a
+    hole in the video, a pair's gap can be outside the range by more than the time between two frames (see SPARE). Such a pair is drawn
+    again among pairs that are within.
 
     Raises:
-        UnreadableVideo: too short for the smallest gap, or no pair within the range.
+        UnreadableVideo: the video is too short for the smallest gap, or has no pair within the range.
     """
     low, high = sampling.frame_gap_seconds
     frame_time = index.duration / max(len(index.pts) - 1, 1)
@@ -92,7 +93,7 @@ def plan_pairs(index: VideoIndex, sampling: PairSampling, epoch: int, path: str)
 
 
 def is_within(times: Sequence[float], index: VideoIndex, sampling: PairSampling) -> bool:
-    """Whether two frames that were decoded are as far apart as [`plan_pairs`] has them: seconds of both."""
+    """Return whether two decoded frames are as far apart as [`plan_pairs`] allows. `times`: seconds of both."""
     (low, high), apart = sampling.frame_gap_seconds, times[1] - times[0]
     if high == 0:
         return apart == 0
@@ -101,7 +102,11 @@ def is_within(times: Sequence[float], index: VideoIndex, sampling: PairSampling)
 
 
 def _frames_within(times: np.ndarray, gaps, spare: float, gap: float, rng: np.random.Generator) -> tuple[int, int]:
-    """A frame drawn from those that have a later one within the range of gaps, `spare` more or less, and of these the one nearest to `gap`."""
+    """
+    Draw a pair of frames within the range of gaps, give or take `spare`.
+
+    The first frame is drawn from those with such a later frame. The second is the one of these nearest to `gap`.
+    """
     soonest = np.maximum(np.searchsorted(times, times + gaps[0] - spare), np.arange(1, len(times) + 1))
     latest = np.searchsorted(times, times + gaps[1] + spare, "right") - 1
     firsts = np.flatnonzero(soonest <= latest)
@@ -115,7 +120,7 @@ def _frames_within(times: np.ndarray, gaps, spare: float, gap: float, rng: np.ra
 
 
 def checksum(text: str) -> int:
-    return zlib.crc32(text.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+    return zlib.crc32(text.encode(errors="surrogateescape"))  # file names need not be UTF-8
 
 
 def _nearest(times: np.ndarray, time: float) -> int:
@@ -124,7 +129,7 @@ def _nearest(times: np.ndarray, time: float) -> int:
 
 
 def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """The crop as xyxy in the video's own pixels: cut first, resize after."""
+    """Draw the crop as xyxy in the video's own pixels: frames are cropped first and resized afterwards."""
     (crop_h, crop_w), scale = sampling.crop_size, rng.uniform(*sampling.frame_scale)
     if sampling.frame_size is None:
         fit = max(crop_h / index.height, crop_w / index.width)

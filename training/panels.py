@@ -1,4 +1,4 @@
-"""Pictures of what a run sees and learns: one PNG a panel step, a block of rows for each of the first pairs of the batch."""
+"""Pictures of what a run sees and learns: one PNG per panel step, with a block of rows for each of the first pairs of the batch."""
 
 from pathlib import Path
 
@@ -29,18 +29,18 @@ BACKGROUND, INK = (250, 250, 248), (40, 40, 40)
 
 def pca_rgb(features: Tensor) -> Tensor:
     """
-    First three principal components of feature maps as colours.
+    Show the first three principal components of feature maps as colours.
 
     Args:
-        features: (N, C, h, w); the components are those of all N maps together.
+        features: (N, C, h, w); the components are computed over all N maps together.
 
     Returns:
         (N, 3, h, w) uint8, each component stretched between its 2nd and 98th percentile. The sign of a component is fixed by its
-        largest loading, so that colours do not flip from panel to panel without a cause.
+        largest loading, so that colours do not flip between panels for no reason.
     """
     n, c, h, w = features.shape
     samples = features.float().permute(0, 2, 3, 1).reshape(-1, c)
-    samples = samples.nan_to_num(0, 0, 0)  # what is wrong with them the run says itself
+    samples = samples.nan_to_num(0, 0, 0)  # the run itself reports features that are not finite
     samples = samples - samples.mean(dim=0)
     _, axes = torch.linalg.eigh(samples.T @ samples)
     axes = axes[:, -3:].flip(1)  # largest variance first
@@ -55,7 +55,7 @@ def pca_rgb(features: Tensor) -> Tensor:
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """Images (..., 3, H, W) of ImageNet mean and deviation -> uint8."""
+    """Undo the normalisation by ImageNet's mean and deviation: images (..., 3, H, W) -> uint8."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -78,7 +78,7 @@ def _frame_with_boxes(image: Tensor, inputs: dict[str, Tensor], pair: int, frame
     k = inputs["student_boxes"].shape[2]
     for box, colour in zip(inputs["student_boxes"][pair, frame].tolist(), colours[frame * k :]):
         x0, y0, x1, y1 = (side * scale for side in box)
-        # A box of less than a pixel here still has one: PIL draws none that ends before it begins.
+        # Boxes smaller than a pixel are drawn as one pixel, because PIL draws no box that ends before it begins.
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     return picture
 
@@ -105,7 +105,7 @@ def _row(tiles: list[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def _subcrops(inputs: dict[str, Tensor], pair: int, colours) -> Image.Image:
-    """Each subcrop pair of both frames, the student's tile over the teacher's, framed in its box's colour."""
+    """Draw each subcrop pair of both frames: the student's tile above the teacher's, framed in the colour of its box."""
     side, width = 64, 4
     frames = denormalise(inputs["pixel_values"][pair]).float()[None]
     own = torch.arange(2)[:, None].expand(inputs["student_boxes"].shape[1:3]).reshape(1, -1)
@@ -132,12 +132,13 @@ def make_panel(
     frames: Tensor, inputs: dict[str, Tensor], dense_features: Tensor | None = None, pairs: int = 2
 ) -> Image.Image:
     """
-    The panel of the first pairs of a batch.
+    Draw the panel of the first pairs of a batch.
 
     Args:
         frames: (B, 2, 3, H, W) uint8, before augmentation.
-        inputs: what the model was given ([`PoodleForPreTraining.forward`]), on the CPU.
+        inputs: the model's inputs ([`PoodleForPreTraining.forward`]), on the CPU.
         dense_features: (2B, C, h, w) of the student's views, or `None`.
+        pairs: how many pairs to draw at most.
     """
     rows = []
     for pair in range(min(pairs, len(frames))):
@@ -186,7 +187,7 @@ def make_panel(
 
 
 def save_panel(path: str | Path, frames: Tensor, inputs: dict[str, Tensor], output, pairs: int = 2) -> None:
-    """Write the panel of a training step as PNG; tensors may be on any device, of which only the first pairs are copied."""
+    """Write the panel of a training step as PNG. Tensors may be on any device; only those of the first pairs are copied."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = {
@@ -194,5 +195,5 @@ def save_panel(path: str | Path, frames: Tensor, inputs: dict[str, Tensor], outp
         for name, value in inputs.items()
     }
     features = None if output.dense_features is None else output.dense_features[: 2 * pairs].float().cpu()
-    # Without optimize=True, which takes six times as long for a file 3 % smaller.
+    # Without optimize=True, which takes six times as long and makes the file only 3 % smaller.
     make_panel(frames[:pairs].cpu(), inputs, features, pairs).save(path)
