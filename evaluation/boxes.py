@@ -1,4 +1,4 @@
-"""Images with boxes: the street's, BDD100K's and any folder in COCO's format, checked before anything costly."""
+"""Images with boxes: the street, BDD100K and any folder in COCO's format, checked before any costly step."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ BOX_DATASETS = (*STREETS, "bdd100k", "coco_folder")
 BDD100K_CLASSES = (
     "pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light", "traffic sign",
 )  # fmt: skip
-# Class names of BDD100K's first release; and labels that its evaluation neither rewards nor punishes, with the class they may be taken for
-# (the toolkit's configs/det.toml).
+# Class names of BDD100K's first release, with their present names.
 BDD100K_RENAMED = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
+# Labels that BDD100K's evaluation does not count, with the class that a detector may take them for (the toolkit's configs/det.toml).
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-BDD100K_SIZE = (720, 1280)  # of all its images; its labels do not give it
-ROUNDING = 1.0  # pixels by which a box may pass the border; it is cut there
-# Pixels; a box of less is lost to float32 in images of up to 8192 pixels when it is flipped or resized, if not before.
+BDD100K_SIZE = (720, 1280)  # height and width of all images; the labels do not give it
+ROUNDING = 1.0  # pixels by which a box may exceed the image; it is cut at the border
+# Least side of a box in pixels. In images of up to 8192 pixels, a thinner box may vanish in float32 when it is flipped or resized.
 THIN = 1e-3
 
 _LAYOUTS = {
@@ -43,9 +43,11 @@ class BoxExample:
     One image with its boxes.
 
     Args:
-        size: height and width. boxes: (N, 4) float32, xyxy pixels. labels: (N,) class ids from 0.
-        crowd: (N,) bool; what is detected there counts neither as right nor as wrong.
-        areas: (N,) square pixels, by which COCO tells small from large.
+        size: height and width, pixels.
+        boxes: (N, 4) float32, xyxy pixels.
+        labels: (N,) class ids from 0.
+        crowd: (N,) bool; a detection on such a box counts neither as right nor as wrong.
+        areas: (N,) square pixels, by which COCO distinguishes small from large boxes.
     """
 
     name: str
@@ -59,7 +61,13 @@ class BoxExample:
 
 @dataclass(frozen=True)
 class BoxImages:
-    """A data set with boxes. name: for tables. classes: names by id."""
+    """
+    A data set with boxes.
+
+    Args:
+        name: shown in tables.
+        classes: names by id.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -68,10 +76,10 @@ class BoxImages:
 
     def image(self, example: BoxExample) -> np.ndarray:
         """
-        (H, W, 3) uint8 RGB.
+        Read an example's image, (H, W, 3) uint8 RGB.
 
         Raises:
-            ValueError: the image is of another size than its boxes are for.
+            ValueError: the image differs in size from the one its boxes were made for.
         """
         image = read_image(example.image)
         self._need_size(example, image.shape[:2])
@@ -83,7 +91,12 @@ class BoxImages:
             raise ValueError(f"{example.image} is {width}x{height}, but its boxes are for {told_width}x{told_height}")
 
     def check(self) -> None:
-        """Look at the first and last image of each split, the sizes of all, and for boxes in each split, before anything costly."""
+        """
+        Check the data before any costly step: the first and last image of each split, the sizes of all images, and that each split has boxes.
+
+        Raises:
+            ValueError: an image cannot be read or has another size than its boxes, or a split has no boxes.
+        """
         for name, split in (("training", self.train), ("test", self.test)):
             if all(example.crowd.all() for example in split):
                 raise ValueError(f"{self.name}: the {len(split)} {name} images have no boxes; a detector needs some")
@@ -93,7 +106,7 @@ class BoxImages:
                 self._need_size(example, (height, width))
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "BoxImages":
-        """The same with fewer images, spread evenly over each split."""
+        """Return the data set with fewer images, spread evenly over each split."""
         return dataclasses.replace(
             self, train=spread(self.train, max_train_images), test=spread(self.test, max_test_images)
         )
@@ -101,10 +114,10 @@ class BoxImages:
 
 def load_boxes(name: str, data_dir: str | None = None) -> BoxImages:
     """
-    A data set with boxes by name, one of `BOX_DATASETS`.
+    Load a data set with boxes by name, one of `BOX_DATASETS`.
 
     Raises:
-        ValueError: files that are missing, boxes that are none, ids that do not fit; says which and what the layout should be.
+        ValueError: files are missing, boxes are invalid or ids do not fit; the message names them and the expected layout.
     """
     if name in STREETS:
         return _coco_splits(name, street_folder(name, data_dir))
@@ -133,8 +146,11 @@ def _is_box(box) -> bool:
 
 def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tuple], flat: list[str]) -> BoxExample:
     """
-    An example from its (box xyxy, label, crowd, area or None, where it was found); boxes are checked and cut at the
-    border. Where those were found that then have no width or height, and are left out, is added to `flat`.
+    Build an example from its annotations. Boxes are checked and cut at the image border.
+
+    Args:
+        found: tuples of (xyxy box, label, crowd, area or `None`, place of the annotation, for messages).
+        flat: receives the places of boxes that are left out because they have no width or height.
     """
     height, width = size
     kept, boxes, areas = [], [], []
@@ -174,7 +190,12 @@ def _example(name: str, image: Path, size: tuple[int, int], found: Sequence[tupl
 
 
 def _refuse_shares(examples: Sequence[BoxExample], path: Path) -> None:
-    """Raises ValueError where boxes are given in shares of the image, as YOLO has them: each would be a corner of one pixel."""
+    """
+    Refuse boxes given as shares of the image, as in YOLO's format: all of them would lie in the first pixel.
+
+    Raises:
+        ValueError: no box reaches beyond the first pixel.
+    """
     ends = [example.boxes[:, 2:].max() for example in examples if len(example.boxes)]
     if ends and max(ends) <= 1:
         raise ValueError(
@@ -183,7 +204,12 @@ def _refuse_shares(examples: Sequence[BoxExample], path: Path) -> None:
 
 
 def _refuse_twice(names: Iterable[str], path: Path) -> None:
-    """Raises ValueError where an image is listed twice: each entry would have a part of its boxes, and what is right for one be wrong for the other."""
+    """
+    Refuse an image that is listed twice. Each entry would have only some of the boxes, and a detection right for one would be wrong for the other.
+
+    Raises:
+        ValueError: a name occurs more than once.
+    """
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{path} lists the image {twice[0]} more than once ({len(twice)} are)")
 
@@ -214,7 +240,7 @@ def _coco_splits(name: str, folder: Path) -> BoxImages:
 
 
 def _coco(name: str, folder: Path) -> tuple[tuple[str, ...], tuple[BoxExample, ...]]:
-    """Classes by rising category id, and examples by file name, of one annotations.json."""
+    """Read one annotations.json: the classes ordered by category id, and the examples ordered by file name."""
     path = folder / "annotations.json"
     values = _read_json(path, name)
     for key in ("images", "annotations", "categories"):
@@ -305,8 +331,8 @@ def _bdd100k_box(label: dict, where: str) -> tuple:
         raise ValueError(f"{where}: unknown category {name!r}; BDD100K's are {', '.join(BDD100K_CLASSES)}")
     crowd = ignored or bool(attributes.get("crowd", False))
     box = [label["box2d"].get(key) for key in ("x1", "y1", "x2", "y2")]
-    # x2 and y2 are the last pixels of the box: as in BDD100K's own conversion to COCO's format (scalabel, box2d_to_bbox) its width is x2 - x1 + 1.
+    # x2 and y2 are the box's last pixels, so its width is x2 - x1 + 1, as in BDD100K's own conversion to COCO's format (scalabel, box2d_to_bbox).
     for side, limit in ((3, BDD100K_SIZE[0]), (2, BDD100K_SIZE[1])):
         if isinstance(box[side], (int, float)):
-            box[side] = min(box[side] + 1, max(box[side], limit))  # no further than the image, where it was in it
+            box[side] = min(box[side] + 1, max(box[side], limit))  # a box inside the image stays inside it
     return box, BDD100K_CLASSES.index(name), crowd, None, where

@@ -1,9 +1,9 @@
 """
-One table from several evaluations.
+Print one table of several evaluations.
 
     python -m evaluation.compare runs/a/evaluation.json runs/b/evaluation.json [--markdown]
 
-A line for each model and readout, in the order of the files. Reads what evaluation/segment.py wrote; nothing is measured anew.
+There is one line for each model and readout, in the order of the files. The script reads files of evaluation/segment.py and measures nothing itself.
 """
 
 import argparse
@@ -20,14 +20,14 @@ COLUMNS = {"miou": "mIoU", "accuracy": "accuracy", "mean_accuracy": "mean acc"}
 
 def read_results(path: str | Path) -> list[dict]:
     """
-    The results in an evaluation.json of one model or of several.
+    Read the results in an evaluation.json of one or several models.
 
     Raises:
-        ValueError: no such file, or not one of segment.py.
+        ValueError: the file cannot be read, or evaluation/segment.py did not write it.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # no JSON, or not in UTF-8
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{path} cannot be read as an evaluation.json: {error}") from None
     results = values.get("results", [values]) if isinstance(values, dict) else []
     if not results or any("miou" not in result or "readout" not in result for result in results):
@@ -36,7 +36,7 @@ def read_results(path: str | Path) -> list[dict]:
 
 
 def rows(results: list[dict]) -> list[list[str]]:
-    """The table with its head: model, data set, readout, figures in per cent."""
+    """Return the table's header and rows: model, data set, readout, settings, and figures in per cent."""
     groups = [name for name in GROUPS if any(r["groups"].get(name) is not None for r in results)]
     head = ["model", "data", "readout", "features", "steps", "seed", *COLUMNS.values(), *groups]
     body = [
@@ -51,7 +51,7 @@ def rows(results: list[dict]) -> list[list[str]]:
 
 
 def differences(results: list[dict]) -> list[str]:
-    """What results of one data set differ in besides the model, as sentences: their figures are of different things."""
+    """Return a note for each setting in which results on the same data set differ, so that their figures are not comparable."""
     told = []
     for name in dict.fromkeys(result["dataset"] for result in results):
         those = [result for result in results if result["dataset"] == name]
@@ -68,7 +68,7 @@ def differences(results: list[dict]) -> list[str]:
 
 
 def aligned(table: list[list[str]], markdown: bool = False, words: int = 4) -> str:
-    """Columns of equal width, those after the first `words` to the right, as figures are; with `markdown` a table of it."""
+    """Format a table with aligned columns: the first `words` to the left, the figures after them to the right. `markdown`: as Markdown."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = []
     for row in table:

@@ -1,4 +1,4 @@
-"""Labelled images from the folder layouts that data sets are shipped in, the rendered street, and data sets of the Hub."""
+"""Labelled images: data sets in the folder layouts they are shipped in, the rendered street, and data sets on the Hub."""
 
 import glob
 import io
@@ -29,10 +29,10 @@ from modeling_poodle.folders import files_below, write_aside
 from modeling_poodle.recipe_files import cache_root
 
 logger = logging.getLogger("poodle")
-# Lossless ones beside those of files; `datasets` itself stores some kinds of pictures as TIFF.
+# Further lossless formats, allowed only in data sets on the Hub: `datasets` itself stores some kinds of images as TIFF.
 HUB_FORMATS = ("TIFF", "GIF", "PPM")
 
-# The street's cameras (training/street_cameras.py): `street` is what a car sees.
+# Cameras of the street (training/street_cameras.py), besides the car's, which is `street` itself.
 STREET_CAMERAS = ("walking", "static", "aerial")
 STREETS = ("street", *(f"street:{camera}" for camera in STREET_CAMERAS))
 DATASETS = (
@@ -51,9 +51,9 @@ DRIVING_CLASSES = (
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
-# Cityscapes' labelIds -> train ids (cityscapesScripts, helpers/labels.py); all others are ignored.
+# Cityscapes' labelIds in the order of the train ids (cityscapesScripts, helpers/labels.py); all other ids are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}  # images, and seed among the held-out drives
+STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}  # number of images, and seed among the drives held out from pretraining
 
 
 # --- layouts ---
@@ -61,10 +61,10 @@ STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}  # images, and seed amon
 
 def load_dataset(name: str, data_dir: str | None = None) -> LabelledImages:
     """
-    A data set by name: one of `DATASETS`, or the id of a labelled data set on the Hub (`org/name`).
+    Load a labelled data set by name: one of `DATASETS`, or the id of a data set on the Hub (`org/name`).
 
     Raises:
-        ValueError: an unknown name, or files that are missing; says which and what the layout should be.
+        ValueError: the name is unknown or files are missing; the message names them and the expected layout.
     """
     if name in STREETS:
         return _folder(street_folder(name, data_dir), name)
@@ -106,7 +106,16 @@ _LAYOUTS = {
 def _pairs(
     name: str, images: Path, labels: Path, image_end: str | None = None, label_ends=(".png",)
 ) -> tuple[Example, ...]:
-    """Examples of an image folder and the label folder of the same tree; each image must have its label."""
+    """
+    Pair the images below a folder with the labels at the same relative paths below another.
+
+    Args:
+        image_end: end of the image names, `None` for any image suffix. The rest of the path, the stem, is common to image and label.
+        label_ends: possible ends of the label names, the preferred one first.
+
+    Raises:
+        ValueError: a folder is missing or without images, an image has no label, or two images share one.
+    """
     for folder in (images, labels):
         if not folder.is_dir():
             raise ValueError(f"{name}: there is no folder {folder}. {_LAYOUTS[name]}")
@@ -149,12 +158,12 @@ def _pairs(
 
 
 def _hidden(path: Path) -> bool:
-    """A file that is hidden, or lies in a hidden folder."""
+    """Whether a file is hidden or lies in a hidden folder."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def _camvid(folder: Path) -> LabelledImages:
-    table = np.arange(256).astype(np.uint8)  # ids above 11 (labels of 32 classes) stay and are refused later
+    table = np.arange(256).astype(np.uint8)  # ids above 11 (from labels of 32 classes) are kept here and refused later
     table[11] = IGNORE
     train, test = (_pairs("camvid", folder / s / "images", folder / s / "labels") for s in ("train", "val"))
     return LabelledImages("camvid", CAMVID_CLASSES, train, test, table)
@@ -190,7 +199,7 @@ def _bdd100k(folder: Path) -> LabelledImages:
 
 
 def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
-    """The 150 names from objectInfo150.txt, a table with the names in its last column."""
+    """Read the 150 class names from the last column of objectInfo150.txt."""
     file = folder / "objectInfo150.txt"
     if not file.is_file():
         raise ValueError(f"{name}: {file} is missing; it holds the names of the classes. {_LAYOUTS[name]}")
@@ -205,8 +214,8 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
 
 
 def _reduced() -> np.ndarray:
-    """ADE20K's convention (`do_reduce_labels`): 0 and 255 are not counted, k is class k - 1."""
-    table = (np.arange(256) - 1).astype(np.uint8)  # 0 -> 255; ids above the classes are refused later
+    """Return the label table of ADE20K's convention (`do_reduce_labels`): 0 and 255 are not counted, k is class k - 1."""
+    table = (np.arange(256) - 1).astype(np.uint8)  # 0 becomes 255; ids beyond the classes are refused later
     table[IGNORE] = IGNORE
     return table
 
@@ -234,7 +243,7 @@ def _wt_sem(folder: Path) -> LabelledImages:
 def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:  # no JSON, or not in UTF-8
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{file} cannot be read: {error}. {_LAYOUTS['folder']}") from None
     values = {"classes": values} if isinstance(values, list) else values
     classes, ignore = values.get("classes") if isinstance(values, dict) else None, IGNORE
@@ -257,10 +266,10 @@ def _check_names(classes: Sequence[str], where) -> None:
 
 def within(folder: Path, name: str, where) -> Path:
     """
-    The path that a list of a data set means by `name`, below `folder`.
+    Return the path below `folder` that a data set's file list gives as `name`.
 
     Raises:
-        ValueError: it would lead out of the folder, to a file that is no part of the data set.
+        ValueError: the path leads out of the folder, to a file that does not belong to the data set.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: {name!r} leads out of {folder}; expected a path below it")
@@ -279,14 +288,14 @@ def _folder(folder: Path, name: str = "folder") -> LabelledImages:
         every = _pairs("folder", folder / "images", folder / "labels")
         if len(every) < 3:
             raise ValueError(f"{folder} has {len(every)} images; at least 3 are needed to hold the last third out")
-        # In one block: neighbouring frames of a drive look alike, so test frames must not have neighbours in training.
+        # The test images are one block: neighbouring frames of a drive look alike, so none should be in both splits.
         cut = len(every) - len(every) // 3
         train, test = every[:cut], every[cut:]
     return LabelledImages(name, classes, train, test, table)
 
 
 def street_place(name: str, what: str, data_dir: str | None) -> Path:
-    """Where `what` of one of `STREETS` lies: `data_dir`, by default a folder in the cache."""
+    """Return the folder for `what` (such as labelled frames) of one of `STREETS`: `data_dir`, or by default one in the cache."""
     if data_dir is not None:
         return Path(data_dir).expanduser().resolve()
     return (cache_root() / f"street-{what}{name.removeprefix('street').replace(':', '-')}").resolve()
@@ -294,12 +303,12 @@ def street_place(name: str, what: str, data_dir: str | None) -> Path:
 
 def render_street(name: str, what: str, folder: Path, *words: str) -> None:
     """
-    Render one of `STREETS` by the street's own command, which leaves alone what is there already.
+    Render one of `STREETS` with the street's own command, which keeps files that exist already.
 
     Raises:
-        ValueError: it could not be done; says what was to be rendered and why not.
+        ValueError: rendering failed; the message says what was to be rendered, and why it failed.
     """
-    # A process of its own: evaluation does not import training.
+    # In a separate process, because evaluation/ does not import training/.
     command = [sys.executable, "-m", "training.street", "--camera", name.partition(":")[2] or "driving"]
     done = subprocess.run(
         [*command, "--output_dir", str(folder), *words],
@@ -312,7 +321,7 @@ def render_street(name: str, what: str, folder: Path, *words: str) -> None:
 
 
 def _written_by_street(listed: Path) -> bool:
-    """Whether the street's command wrote this classes.json: it says there what it rendered."""
+    """Whether the street's command wrote this classes.json; the command records in it what was rendered."""
     try:
         values = json.loads(listed.read_text())
     except ValueError:
@@ -321,7 +330,7 @@ def _written_by_street(listed: Path) -> bool:
 
 
 def street_folder(name: str, data_dir: str | None = None) -> Path:
-    """Labelled frames of one of `STREETS`, rendered where they are missing."""
+    """Return the folder of labelled frames of one of `STREETS`; missing frames are rendered."""
     folder = street_place(name, "labelled", data_dir)
     listed = folder / "classes.json"
     if listed.is_file() and not _written_by_street(listed):
@@ -331,13 +340,13 @@ def street_folder(name: str, data_dir: str | None = None) -> Path:
     for split, (count, seed) in STREET_SPLITS.items():
         render_street(name, "labelled frames", folder / split, "--labelled", str(count), "--seed", str(seed))
     text = (folder / "train" / "classes.json").read_text()
-    if not listed.is_file() or listed.read_text() != text:  # others may be reading it
+    if not listed.is_file() or listed.read_text() != text:  # another process may be reading the file
         write_aside(listed, text)
     return folder
 
 
 def _hub(name: str) -> LabelledImages:
-    """A data set of the Hub with an image column, a label column of masks, and `id2label.json` with the names of its classes."""
+    """Load a data set from the Hub that has an image column, a label column of masks, and class names in `id2label.json`."""
     import datasets
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -353,7 +362,7 @@ def _hub(name: str) -> LabelledImages:
         raise ValueError(
             f"--dataset {name}: no such data set on the Hub, it is private, or the Hub is not reached ({error})"
         ) from None
-    # The data set is made by a script, has several configurations, or is damaged.
+    # The data set needs a loading script, has several configurations, or is damaged.
     except (datasets.exceptions.DatasetsError, RuntimeError, ValueError) as error:
         raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or error}") from error
     test_name = next((s for s in ("validation", "val", "test") if s in splits), None)
@@ -382,8 +391,8 @@ def _hub(name: str) -> LabelledImages:
     _check_names(classes, f"--dataset {name}: id2label.json")
 
     def examples(split: str) -> tuple[Example, ...]:
-        # A row would decode all its columns: with columns apart a label is read without its image. Not decoded by `datasets`, which turns a
-        # picture by its EXIF, but no label.
+        # Reading a row reads all its columns, so each column is selected separately: a label is then read without its image.
+        # decode=False, because `datasets` would rotate an image by its EXIF orientation, but not its label.
         columns = {
             column: splits[split].select_columns([column]).cast_column(column, datasets.Image(decode=False))
             for column in (image, label)

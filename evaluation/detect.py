@@ -1,9 +1,9 @@
 """
-Measure encoders by object detection: Faster R-CNN, fine-tuned.
+Measure encoders by object detection with a fine-tuned Faster R-CNN.
 
     accelerate launch evaluation/detect.py --model ID_OR_DIR [--model ...] --detector c4|fpn --dataset NAME [--data_dir DIR]
 
-Leaves evaluation.json, report.html and detector/ in --output_dir.
+Writes evaluation.json, report.html and detector/ to --output_dir.
 """
 
 import gc
@@ -13,13 +13,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-# `accelerate launch evaluation/detect.py` puts evaluation/ on the path; its siblings live one folder up.
+# `accelerate launch evaluation/detect.py` puts evaluation/ on the path; the packages lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
+    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
 
 import numpy as np
 from accelerate import Accelerator
@@ -39,12 +39,12 @@ from modeling_poodle.recipe_files import run_script
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    """Results by model; of the first process only, others have none."""
+    """Evaluate the models and return their results. If models are measured, only the first process has results; the others return an empty list."""
     recipe = parse_detection_recipe(arguments)
     accelerator = begin_processes(recipe)
     for name in recipe.model:
-        look_up(name)  # a name that is wrong is found before anything is rendered
-    # Rank 0 renders the street, the others find it.
+        look_up(name)  # reports a wrong name before anything is rendered
+    # Rank 0 renders the street; the others find it rendered.
     data = main_first(accelerator, lambda: load_boxes(recipe.dataset, recipe.data_dir))
     data = data.limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
         )
     built = {}
-    for name in recipe.model:  # one that is wrong, or does not fit the detector, is found before the first is measured
+    for name in recipe.model:  # a model that cannot be loaded or does not fit the detector is reported before any is measured
         encoder = build(name, len(data.classes), seed=recipe.seed)
         built[name] = fingerprint(encoder.model.poodle)
         DetectionReadout(encoder, data, recipe)
@@ -72,7 +72,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 def measure(
     accelerator: Accelerator, recipe: DetectionRecipe, data: BoxImages, name: str, folder: Path
 ) -> tuple[dict | None, list, list]:
-    """One model: fit, detect, write. Returns its result (first process only), its loss curve, and pictures of a few images."""
+    """
+    Fine-tune a detector on one model, measure it on the test images and save it.
+
+    Returns:
+        The result (`None` except on the first process), the loss curve, and (caption, picture) pairs of a few test images.
+    """
     began = time.perf_counter()
     set_seed(recipe.seed)
     encoder = build(name, len(data.classes), seed=recipe.seed)
@@ -83,7 +88,7 @@ def measure(
     readout = DetectionReadout(encoder, data, recipe).to(accelerator.device)
     identity, weights, undilated = fingerprint(encoder.model.poodle), encoder.weights_sha256, encoder.undilated
     preprocessing = encoder.preprocessing
-    del encoder  # the readout has a copy of its own
+    del encoder  # the readout has its own copy
     mine = list(data.train[accelerator.process_index :: accelerator.num_processes])
     curve = fit(accelerator, readout, recipe, mine, folder, identity, recipe.resume_from_checkpoint is not None)
     found = detect_all(accelerator, readout.predict, data)
@@ -119,7 +124,7 @@ def measure(
 
 
 def detect_all(accelerator: Accelerator, predict, data: BoxImages) -> list[dict[str, np.ndarray]]:
-    """What `predict` finds in every test image, in their order."""
+    """Return the detections of `predict` on every test image, in the order of the images."""
     return over_test_images(accelerator, data, lambda example: (data.image(example),), predict, "detecting")
 
 
