@@ -1,4 +1,4 @@
-"""Faster R-CNN on any encoder with stages: what it is built from, how it is fitted, saved and loaded again."""
+"""Faster R-CNN on any encoder with stages: building, fitting, saving and loading it."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ from modeling_poodle.config_checks import check_config
 from modeling_poodle.encoder_poodle import refuse_giant
 from modeling_poodle.loading_poodle import required_keys
 
-# Sides of the anchors, and of the box that is read at the stride 16, for images whose shorter side is SHORT_SIDE pixels; scaled with
-# it for others (Lin et al. 2017, arXiv 1612.03144, section 4).
+# Sides in pixels of the anchors, and of a box that the FPN reads at stride 16, for images with a shorter side of SHORT_SIDE pixels.
+# For other images they are scaled in proportion (Lin et al. 2017, arXiv 1612.03144, section 4).
 ANCHORS, CANONICAL, SHORT_SIDE = (32, 64, 128, 256, 512), 224, 800
-LEAST_ANCHOR = 2.0  # pixels; of these the flat ones, 1.4 high, still have two rows
+LEAST_ANCHOR = 2.0  # pixels; a flat anchor of this size, 1.4 high, still gets two rows
 WORKING = (
     "c4 works with ResNets (transformers' and timm's, PooDLe's among them), fpn with encoders of four stages at the strides "
     "4, 8, 16 and 32 (ResNet, ConvNeXt, Swin and the like)"
@@ -39,12 +39,15 @@ WORKING = (
 @dataclass(frozen=True)
 class DetectorConfig:
     """
-    All that a detector is rebuilt from; saved beside its weights.
+    Everything that is needed to rebuild a detector; saved beside its weights.
 
     Args:
-        detector: c4 or fpn. backbone_config: of the encoder, as a dict. classes: names by id. image_mean, image_std: of its
-            preprocessing. image_size: shorter and longer side that images are resized to, `None` for their own size.
-        short_side: of images as the network sees them; anchors are in proportion to it.
+        detector: c4 or fpn.
+        backbone_config: the encoder's config, as a dict.
+        classes: names by id.
+        image_mean, image_std: the encoder's preprocessing.
+        image_size: shorter and longer side that images are resized to, `None` for their own size.
+        short_side: shorter side of the images as the network sees them, pixels; anchors are in proportion to it.
     """
 
     detector: str
@@ -57,14 +60,14 @@ class DetectorConfig:
 
 
 class OwnSizeTransform(GeneralizedRCNNTransform):
-    """Normalises and batches without resizing. (torchvision's own `_skip_resize` holds in training only.)"""
+    """Normalises and batches images without resizing. (torchvision's own `_skip_resize` applies only in training.)"""
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         return image, target
 
 
 class PyramidBackbone(nn.Module):
-    """Encoder and FPN: stage1 to stage4, and a fifth map of half stage4's resolution for the largest anchors."""
+    """Encoder with an FPN: maps of stage1 to stage4, and a fifth at half of stage4's resolution for the largest anchors."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -91,7 +94,7 @@ class Stage3Backbone(nn.Module):
 
 
 class Stage4Head(nn.Module):
-    """A ResNet's stage4 as the head of the boxes: (R, C3, 14, 14) -> (R, C4)."""
+    """A ResNet's stage4 as the box head: (R, C3, 14, 14) -> (R, C4)."""
 
     def __init__(self, stage: nn.Module, channels: int):
         super().__init__()
@@ -103,21 +106,26 @@ class Stage4Head(nn.Module):
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """
-    The norm of new layers: a pretrained encoder's features have a scale of their own, which supervised ones' rates do not fit (He et
-    al. 2020, arXiv 1911.05722, section 4.2), and BatchNorm, which is used there, needs more than 2 images a process.
+    Return the normalisation of new layers.
+
+    Features of a self-supervised encoder differ in scale from supervised ones, so learning rates chosen for these do not fit without
+    normalisation (He et al. 2020, arXiv 1911.05722, section 4.2). BatchNorm, which that paper uses, needs more than 2 images a process.
     """
     return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
 
 
 def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | None = None) -> FasterRCNN:
     """
-    torchvision's Faster R-CNN with its published settings: (images (3, H, W) in [0, 1], targets in training) -> losses or detections.
+    Build torchvision's Faster R-CNN with its published settings.
 
     Args:
-        encoder_weights: state dict of the encoder as its backbone names it.
+        encoder_weights: the encoder's state dict, with the key names of its backbone; `None` for random weights.
+
+    Returns:
+        A model that maps images (3, H, W) in [0, 1], in training with targets, to detections, in training to losses.
 
     Raises:
-        ValueError: an encoder without the stages that the detector reads, or weights that are another encoder's.
+        ValueError: the encoder lacks the stages that the detector reads, or the weights belong to another encoder.
     """
     if config.detector not in DETECTORS:
         raise ValueError(f"unknown detector {config.detector!r}: one of {', '.join(DETECTORS)}")
@@ -128,7 +136,7 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
         if wrong:
             raise ValueError(f"detector {config.detector} cannot take this encoder's weights: {wrong[0]} does not fit")
     scale = config.short_side / SHORT_SIDE
-    # torchvision rounds the corners of anchors to pixels; a smaller one would have no width, and the loss of boxes be infinite.
+    # torchvision rounds the corners of anchors to pixels; a smaller anchor would have no width, and the box loss would be infinite.
     sizes = [max(size * scale, LEAST_ANCHOR) for size in ANCHORS]
     if config.detector == "fpn":
         backbone = PyramidBackbone(encoder)
@@ -160,7 +168,12 @@ def build_detector(config: DetectorConfig, encoder_weights: dict[str, Tensor] | 
 
 
 def build_backbone(config: DetectorConfig) -> nn.Module:
-    """The encoder with its four stages as feature maps, at random weights."""
+    """
+    Build the encoder with random weights and its four stages as feature maps.
+
+    Raises:
+        ValueError: the encoder has no four stages at the strides 4, 8, 16 and 32.
+    """
     kind = config.backbone_config.get("model_type")
     try:
         backbone_config = four_stages(type(AutoConfig.for_model(kind)).from_dict(dict(config.backbone_config)))
@@ -170,7 +183,7 @@ def build_backbone(config: DetectorConfig) -> nn.Module:
     encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
     try:
         maps = encoder.eval()(torch.zeros(1, 3, 128, 128)).feature_maps
-    except (AssertionError, RuntimeError, ValueError) as error:  # timm's ViTs of one image size
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm's ViTs that accept a single image size
         raise ValueError(f"detector {config.detector} does not fit a {kind!r} encoder: {error}; {WORKING}") from None
     sizes = [tuple(features.shape[2:]) for features in maps]
     if sizes != [(side, side) for side in (32, 16, 8, 4)]:
@@ -183,7 +196,7 @@ def build_backbone(config: DetectorConfig) -> nn.Module:
 
 
 def take_stage4(encoder: nn.Module) -> nn.Module:
-    """Take stage4 out of a ResNet, which then ends with stage3: the boxes' head is its only reader."""
+    """Remove stage4 from a ResNet and return it. Only the box head uses stage4; the encoder then ends with stage3."""
     kind = encoder.config.model_type
     if kind == "resnet":
         encoder.out_features = ["stage3"]
@@ -195,7 +208,7 @@ def take_stage4(encoder: nn.Module) -> nn.Module:
 
 
 class DetectionReadout(FittedReadout):
-    """Faster R-CNN with everything fine-tuned but the statistics of the encoder's BatchNorms; images are flipped at random."""
+    """Faster R-CNN, fine-tuned as a whole except for the statistics of the encoder's BatchNorms. Images are flipped at random."""
 
     trains_encoder = True
 
@@ -217,7 +230,7 @@ class DetectionReadout(FittedReadout):
 
     def train(self, mode: bool = True) -> "DetectionReadout":
         super().train(mode)
-        # A process sees 2 images a step, too few for statistics: those of pretraining stay, as is usual in detection.
+        # 2 images a process and step are too few for BatchNorm statistics. As is usual in detection, those of pretraining are kept.
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -244,9 +257,9 @@ class DetectionReadout(FittedReadout):
         return {"images": images, "targets": targets, "seed": seed}
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]], seed: int) -> Tensor:
-        """The sum of the four losses: objectness and boxes of the proposals, classes and boxes of the head."""
-        # torchvision draws the anchors and proposals that the loss is taken at from the global generator; seeded by the step, so
-        # that an interrupted fit goes on bit for bit.
+        """Return the sum of the four losses: objectness and boxes of the proposals, classes and boxes of the head."""
+        # torchvision samples the anchors and proposals of the loss with the global generator. It is seeded anew in each step, so that
+        # an interrupted fit resumes bit for bit.
         torch.manual_seed(seed)
         return sum(self.model(images, targets).values())
 
@@ -265,13 +278,18 @@ class DetectionReadout(FittedReadout):
 
 
 def as_tensor(image: np.ndarray, device) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) in [0, 1]."""
+    """Convert an image (H, W, 3) uint8 to a tensor (3, H, W) in [0, 1]."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1).to(device).float() / 255
 
 
 @torch.no_grad()
 def detect(model: FasterRCNN, image: np.ndarray) -> dict[str, np.ndarray]:
-    """(H, W, 3) uint8 -> `boxes` (M, 4) xyxy pixels, `scores` (M,), falling, and `labels` (M,), class ids from 0."""
+    """
+    Detect objects in an image (H, W, 3) uint8.
+
+    Returns:
+        `boxes` (M, 4) in xyxy pixels, `scores` (M,) in falling order, and `labels` (M,), class ids from 0.
+    """
     (found,) = model([as_tensor(image, next(model.parameters()).device)])
     found = {key: value.cpu().numpy() for key, value in found.items()}
     return {"boxes": found["boxes"], "scores": found["scores"], "labels": found["labels"] - 1}
@@ -279,10 +297,10 @@ def detect(model: FasterRCNN, image: np.ndarray) -> dict[str, np.ndarray]:
 
 def load_detector(folder: str | Path) -> FasterRCNN:
     """
-    A saved `detector/`, ready to detect; its `config` names the classes.
+    Load a saved `detector/` in evaluation mode; its `config` names the classes.
 
     Raises:
-        ValueError: no such folder, files missing or damaged, or weights that do not fit the config.
+        ValueError: the folder or a file in it is missing, a file is damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):

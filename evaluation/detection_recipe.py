@@ -1,4 +1,4 @@
-"""What a detection readout depends on: one dataclass, read from YAML, overridden by flags."""
+"""The recipe of a detection readout: one dataclass, read from YAML, overridden by flags."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ DETECTORS = ("c4", "fpn")
 
 @dataclass
 class DetectionRecipe(FitRecipe):
-    """An object detection readout."""
+    """Recipe of an object detection readout."""
 
     dataset: str = described("street", f"One of {', '.join(BOX_DATASETS)}.")
     detector: str = described("fpn", f"Faster R-CNN, one of {', '.join(DETECTORS)}.")
@@ -42,10 +42,10 @@ class DetectionRecipe(FitRecipe):
 
 def parse_detection_recipe(arguments: list[str] | None = None) -> DetectionRecipe:
     """
-    Recipe from the command line: `--config FILE` first, then flags. Without `--config` the package's recipe of the detector.
+    Read the recipe from the command line. Flags override the file of `--config`, by default the package's recipe of the detector.
 
     Raises:
-        ValueError: an unknown field (the nearest name is suggested), or a value out of range.
+        ValueError: a field is unknown (the message suggests the nearest name), or a value is out of range.
     """
     about = "Measure encoders by object detection."
     return read_with_models(

@@ -1,4 +1,4 @@
-"""What a detection readout leaves for people: a table, and report.html with true and detected boxes."""
+"""Output of a detection readout for people: a table, and report.html with true and detected boxes."""
 
 import html
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from evaluation.boxes import BoxExample
 from evaluation.report import bars, curve, page, palette, percent, picture
 
 COLUMNS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium", "ap_large": "large"}
-SHOWN_SCORE = 0.5  # of boxes in the report's pictures
+SHOWN_SCORE = 0.5  # least score of the boxes in the report's pictures
 
 
 def detection_table(results: Sequence[dict]) -> str:
-    """The results side by side, a line a model, in percent."""
+    """Return the results as a text table with one line a model, in percent."""
     width = max(12, *(len(r["model"]) + 2 for r in results))
     lines = [f"{'model':{width}}" + "".join(f"{title:>8}" for title in COLUMNS.values())]
     lines += [f"{r['model']:{width}}" + "".join(f"{percent(r[key]):>8}" for key in COLUMNS) for r in results]
@@ -22,7 +22,17 @@ def detection_table(results: Sequence[dict]) -> str:
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """(H, W, 3) uint8, at least 640 wide, with the outlines and names of `boxes` (N, 4), xyxy pixels of the given image."""
+    """
+    Draw boxes with their class names on an image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (N, 4), xyxy pixels of the given image.
+        labels: (N,) class ids.
+
+    Returns:
+        (H', W', 3) uint8, enlarged by a whole number to a width of at least 640.
+    """
     scale = max(1, -(-640 // image.shape[1]))
     picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale))
     pen, colours = ImageDraw.Draw(picture), palette(len(classes))
@@ -30,13 +40,13 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, classes
         colour = tuple(int(v) for v in colours[label])
         x0, y0, x1, y1 = (float(v) * scale for v in box)
         pen.rectangle((x0, y0, x1, y1), outline=colour, width=2)
-        if (x1 - x0) >= 40:  # narrower boxes would be hidden by their name
+        if (x1 - x0) >= 40:  # the name would hide a narrower box
             pen.text((x0 + 3, y0 + 1), classes[label], fill=colour)
     return np.asarray(picture)
 
 
 def pair(image: np.ndarray, example: BoxExample, found: dict[str, np.ndarray], classes: Sequence[str]) -> np.ndarray:
-    """True boxes, and below them those detected with a score of at least `SHOWN_SCORE`."""
+    """Draw the true boxes, and below them the boxes detected with a score of at least `SHOWN_SCORE`."""
     kept = found["scores"] >= SHOWN_SCORE
     truth = draw_boxes(image, example.boxes, example.labels, classes)
     return np.concatenate([truth, draw_boxes(image, found["boxes"][kept], found["labels"][kept], classes)])
@@ -46,10 +56,12 @@ def write_detection_html(
     results: Sequence[dict], curves: dict[str, list], pairs: dict[str, list[tuple[str, np.ndarray]]]
 ) -> str:
     """
-    The report as one HTML text. Every name from outside (models, classes, files) is escaped.
+    Return the report as one HTML text. Every name from outside (models, classes, files) is escaped.
 
     Args:
-        results: as in evaluation.json. curves: loss curve by model. pairs: (caption, picture) by model.
+        results: as in evaluation.json.
+        curves: loss curve by model.
+        pairs: (caption, picture) pairs by model.
     """
     first = results[0]
     parts = [

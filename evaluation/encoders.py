@@ -1,4 +1,4 @@
-"""Any encoder, read in one way: image in, dense features out."""
+"""One interface to all encoders: image in, dense features out."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,23 +16,23 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.folders import sha256_of
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
-CALIBRATION_IMAGES = 32  # that an untrained network's BatchNorm statistics are taken from
-# Encoders trained at one size, that of their position embeddings. They could interpolate these, but larger images are read in windows of that size.
-# (DINOv2 was trained at several sizes; DINOv3 and the convolutional ones have no such embeddings.)
+CALIBRATION_IMAGES = 32  # from which an untrained network's BatchNorm statistics are computed
+# Encoders trained at one image size, the size of their position embeddings. They could interpolate the embeddings, but larger images are read
+# in windows of that size instead. (DINOv2 was trained at several sizes; DINOv3 and convolutional encoders have no such embeddings.)
 WINDOWED = (*PLAIN_VITS, "beit")
-WINDOWS = 16  # read at once: on a CPU a small ViT takes 0.8 of the time of one by one
+WINDOWS = 16  # windows in one forward pass; on a CPU a small ViT then takes 0.8 of the time that it takes one by one
 
 
 class Encoder(nn.Module):
     """
-    A frozen or trainable encoder with the map that a readout reads.
+    A frozen or trainable encoder, and the feature map that a readout reads.
 
     Args:
-        name: of the model, as the user gave it.
-        model: a PoodleForSemanticSegmentation whose `poodle` is the encoder; its classifier is the readout.
-        mean, std: of the model's own preprocessing.
-        whole: read whole images also by an encoder of `WINDOWED`, with its position embeddings interpolated, because PooDLe pretrained it that
-            way. Otherwise it is read in windows.
+        name: the model's name as the user gave it.
+        model: a PoodleForSemanticSegmentation whose `poodle` is the encoder and whose classifier is the readout.
+        mean, std: normalisation of the model's own preprocessing.
+        whole: read whole images, with interpolated position embeddings, even if the encoder's type is in `WINDOWED`; for encoders that PooDLe
+            pretrained this way. Otherwise encoders in `WINDOWED` are read in windows.
     """
 
     def __init__(
@@ -40,18 +40,19 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.name, self.mean, self.std = name, tuple(mean), tuple(std)
-        # As in training; a ResNet-50 reads 512x1024 on 2 CPU cores in 0.72 of the time of the default layout. (An UperNet on it gains nothing.)
+        # The memory layout of training. A ResNet-50 reads 512x1024 on 2 CPU cores in 0.72 of the time of the default layout. (UperNet on
+        # top of it gains nothing.)
         self.model = model.to(memory_format=torch.channels_last)
-        self.weights_sha256: str | None = None  # of the files of a folder that was loaded
-        self.statistics_from = "ImageNet"  # mean and std
+        self.weights_sha256: str | None = None  # hash of the weight files, if they lie in a folder
+        self.statistics_from = "ImageNet"  # origin of mean and std
         self.multiple = pixels_to_cover(model)
         windowed = model.config.backbone_config.model_type in WINDOWED and not whole
         self.window = own_size(model.poodle.encoder) if windowed else None
-        self.one_size = False  # the network reads images of that size alone
+        self.one_size = False  # whether the network accepts only images of its window's size
 
     @property
     def features_name(self) -> str:
-        """Which map is read: decoder, stage4, …"""
+        """Name of the map that is read: decoder, stage4, …"""
         config = self.model.config
         if config.backbone_config.model_type == "timm_backbone" and len(config.backbone_config.out_indices) == 1:
             return "last stage"
@@ -80,21 +81,25 @@ class Encoder(nn.Module):
 
     @property
     def undilated(self) -> str:
-        """What the report adds where a readout builds the encoder from its own config, which knows no dilation (UperNet, detectors)."""
+        """
+        Text that the report adds if a readout uses the encoder without the dilation it was trained with; empty otherwise.
+
+        UperNet and detectors build the encoder from its own config, which has no dilation.
+        """
         own, trained = stage_stride(self.model.poodle.encoder), self.model.config.output_stride
         if trained is None or trained >= own:
             return ""
         return f"; the encoder at its own strides, up to {own}, without the dilation to {trained} that it was trained with"
 
     def normalise(self, image) -> Tensor:
-        """(H, W, 3) uint8 array -> (1, 3, H, W) on the encoder's device."""
+        """Normalise an image: (H, W, 3) uint8 array -> (1, 3, H, W) on the encoder's device."""
         device = self.model.device
-        pixels = torch.from_numpy(image.copy()).to(device)  # bytes: a quarter of what floats would send
+        pixels = torch.from_numpy(image.copy()).to(device)  # sent as bytes, a quarter of the size of floats
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
         return (pixels.permute(2, 0, 1)[None].float() / 255 - mean) / std
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, H, W), any size -> features (B, C, h, w) of the whole image."""
+        """Compute features (B, C, h, w) of whole images, pixel_values (B, 3, H, W) of any size."""
         pixel_values = resize_up(pixel_values, self.multiple)
         if self.window is None:
             return self.model.features(pixel_values)
@@ -103,13 +108,16 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def check(self) -> "Encoder":
         """
-        Read a strip of pixels that is larger than the network's own images: a network of one size is read in windows of it from then on.
+        Check the encoder on a strip of pixels that is larger than the images it was made for.
+
+        If the network accepts only images of its own size, it is read in windows of that size from then on.
 
         Raises:
-            ValueError: it reads no such images either way, or its map is not what its config says, or its cells are not square.
+            ValueError: the encoder cannot read such an image even in windows, its features are not finite, its map has other channels than the
+                config says, or the map's cells are not whole squares of pixels.
         """
         own = own_size(self.model.poodle.encoder)
-        unit = -(-32 // self.multiple) * self.multiple  # a cell of an encoder's last stage, if not some
+        unit = -(-32 // self.multiple) * self.multiple  # at least one cell of the last stage of most encoders
         height, width = 3 * unit, (-(-(own or 0) // unit) + 2) * unit
         try:
             features = self(torch.zeros(1, 3, height, width, device=self.model.device))
@@ -129,11 +137,11 @@ class Encoder(nn.Module):
             of = f"{height}x{width} pixels" + ("" if self.window is None else f" in windows of {self.window}")
             raise ValueError(f"{self.name} has a map of {rows}x{columns} cells for {of}, which are no whole squares")
         if self.features_name != "decoder":
-            self.multiple = height // rows  # now that it is known
+            self.multiple = height // rows  # pixels a cell, now known
         return self
 
     def _sliding(self, pixel_values: Tensor) -> Tensor:
-        """Windows half overlapping, at multiples of the patch, their features averaged. Small images are padded to one window."""
+        """Read half-overlapping windows at multiples of the patch size and average their features. Small images are padded to one window."""
         window = self.window
         height, width = pixel_values.shape[-2:]
         pixel_values = F.pad(pixel_values, (0, max(window - width, 0), 0, max(window - height, 0)))
@@ -145,7 +153,7 @@ class Encoder(nn.Module):
             windows = [pixel_values[..., top : top + window, left : left + window] for top, left in some]
             for (top, left), part in zip(some, self.model.features(torch.cat(windows)).split(len(pixel_values))):
                 if total is None:
-                    cell = window // part.shape[-1]  # pixels: a patch, or the part of one that the SDM resolves
+                    cell = window // part.shape[-1]  # pixels a cell: a patch, or a part of it if the SDM refines the map
                     size = [side // cell for side in pixel_values.shape[-2:]]
                     total = part.new_zeros(*part.shape[:2], *size)
                     count = part.new_zeros(1, 1, *size)
@@ -157,7 +165,7 @@ class Encoder(nn.Module):
 
     @property
     def _step(self) -> int:
-        """Pixels from one window to the next: half a window, in whole cells."""
+        """Pixels from one window to the next: half a window, rounded down to whole cells."""
         return max(self.window // 2 // self.multiple, 1) * self.multiple
 
     def _offsets(self, side: int) -> list[int]:
@@ -166,7 +174,7 @@ class Encoder(nn.Module):
 
 
 def own_size(encoder: nn.Module) -> int | None:
-    """Side of the square images that a network was made for, pixels; `None` where it does not tell, or reads any."""
+    """Return the side in pixels of the square images that a network was made for; `None` if unknown, or if it accepts any size."""
     if encoder.config.model_type == "timm_backbone":
         noted = encoder._backbone.pretrained_cfg
         return noted["input_size"][-1] if noted.get("fixed_input_size") else None
@@ -176,26 +184,27 @@ def own_size(encoder: nn.Module) -> int | None:
 
 
 def resize_up(pixel_values: Tensor, multiple: int) -> Tensor:
-    """Images (B, 3, H, W) at the next multiples of `multiple` pixels; as they are where their sides are such."""
+    """Resize images (B, 3, H, W) up to the next multiples of `multiple` pixels; images with such sides are returned as they are."""
     height, width = pixel_values.shape[-2:]
     size = (height + -height % multiple, width + -width % multiple)
     if size == (height, width):
         return pixel_values
-    # Resized rather than padded: readers of the map assume that it covers the image.
+    # Resized rather than padded, because readouts assume that the map covers the image.
     return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
 
 
 def pixels_to_cover(model: PoodleForSemanticSegmentation) -> int:
     """
-    What both sides of an image must be multiples of, pixels, for the map that is read to end where the image does. Of others ConvNeXt and
-    ViTs leave out an edge, and the last cells of a ResNet or Swin reach beyond it.
+    Return the number of pixels of which both image sides must be multiples, so that the map covers the image exactly.
+
+    With other sides, ConvNeXt and ViTs leave out an edge of the image, and the last cells of a ResNet or Swin reach beyond it.
     """
     config, encoder = model.config, model.poodle.encoder
     stage = config.readout_map
     if stage != "decoder":
         stride = stage_stride(encoder, stage)
     elif config.backbone_config.model_type == "resnet" and config.decoder_laterals and config.output_stride is None:
-        # The SDM fits each of a ResNet's stages into the next finer one: its map ends where that of its last lateral does.
+        # The SDM fits each of a ResNet's stages into the next finer one, so its map ends where the map of its last lateral ends.
         stride = stage_stride(encoder) // 2**config.num_decoder_blocks
     else:
         stride = stage_stride(encoder)
@@ -203,14 +212,14 @@ def pixels_to_cover(model: PoodleForSemanticSegmentation) -> int:
 
 
 def stage_stride(encoder: nn.Module, stage: str | None = None) -> int:
-    """Pixels a cell of an encoder's stage, `None`: of its last, undilated; 1 where its config does not tell."""
+    """Return the stride in pixels of a stage, or of the last, undilated stage for `None`; 1 if the encoder's config does not tell."""
     config = encoder.config
-    if config.model_type == "timm_backbone":  # its network alone knows
+    if config.model_type == "timm_backbone":  # only the network knows its strides
         return max(encoder._backbone.feature_info.reduction())
     patch = getattr(config, "patch_size", None)
-    if not getattr(config, "depths", None):  # a ViT, whose stages have one resolution
+    if not getattr(config, "depths", None):  # a ViT; all its stages have the same resolution
         return patch if isinstance(patch, int) else 1
-    # Convolutional stems (ResNet's, BiT's, …) are of stride 4.
+    # Convolutional stems (ResNet's, BiT's, …) have stride 4.
     first = (patch if isinstance(patch, int) else 4) * (
         2 if getattr(config, "downsample_in_first_stage", False) else 1
     )
@@ -220,20 +229,21 @@ def stage_stride(encoder: nn.Module, stage: str | None = None) -> int:
 
 def build(name: str, num_labels: int, classes=None, features: str | None = None, seed: int = 0) -> Encoder:
     """
-    The encoder that `--model` names.
+    Build the encoder that `--model` names.
 
     Args:
-        name: a run's folder, a model folder, a Hub id, `timm/NAME`, or `random:` before any of them for the untrained twin.
-        num_labels: outputs of the readout. classes: their names.
-        features: the map to read; `None`: the SDM's for PooDLe, the last stage's for others.
-        seed: of the readout's and an untrained twin's weights.
+        name: a run's folder, a model folder, a Hub id, `timm/NAME`, or `random:` before any of them for an untrained copy.
+        num_labels: number of the readout's outputs.
+        classes: names of the outputs.
+        features: the map to read; `None` for the SDM's in PooDLe and the last stage's in others.
+        seed: seed of the readout's weights, and of all weights of an untrained copy.
 
     Raises:
-        ValueError: nothing there, no spatial features, no such map, one that cannot be read on images of any size, or a
-            preprocessor_config.json that cannot be read.
+        ValueError: the model does not exist or cannot be loaded, has no spatial features or no such map, cannot read images of any size,
+            or its preprocessor_config.json cannot be read.
     """
     untrained, (source, model_type) = name.startswith("random:"), look_up(name)
-    # Before the weights are read: a run that is still training may replace the files in between.
+    # Hashed right before the weights are read, because a run that is still training may replace the files.
     digest = None if untrained else _digest(Path(source))
     classes = [f"class {index}" for index in range(num_labels)] if classes is None else classes
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: k for k, label in enumerate(classes)}}
@@ -247,7 +257,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
                     f"--model {name}: {source} cannot be loaded, or is a checkpoint of another architecture ({error})"
                 ) from error
     else:
-        # A network of timm's returns the stages that it is built for.
+        # A timm network returns only the stages that it is built for.
         encoder_config, state = load_encoder(source, weights=not untrained, timm_stages=1 if features is None else 4)
         weights = None if untrained else {f"encoder.{key}": value for key, value in state.items()}
         config = PoodleConfig(backbone_config=encoder_config, num_decoder_blocks=0)
@@ -264,7 +274,7 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
         if wrong := required_keys(missing):
             raise ValueError(f"--model {name}: the checkpoint has no {wrong[0]}")
     whole = model_type == "poodle" or _is_encoder_of_poodle(source)
-    # For timm's names there is no preprocessor file: timm itself notes mean and deviation, which are not always ImageNet's.
+    # A timm name has no preprocessor file. timm itself records the mean and deviation, which are not always ImageNet's.
     mean, std, origin = preprocessing_of(source) if model_type is not None else _timm_preprocessing(model)
     encoder = Encoder(name, model.eval(), mean, std, whole=whole).check()
     encoder.statistics_from = origin
@@ -274,10 +284,12 @@ def build(name: str, num_labels: int, classes=None, features: str | None = None,
 
 def look_up(name: str) -> tuple[str, str | None]:
     """
-    The folder or id that a `--model` stands for, and its type; `None` for a name of timm's. Reads a config alone: scripts ask before their data.
+    Resolve a `--model` to its folder or Hub id, and its model type (`None` for a timm name).
+
+    Only the config is read, so that scripts can check names before they load data.
 
     Raises:
-        ValueError: there is no such model, or a folder has no weights.
+        ValueError: the model does not exist, or the folder has no weights.
     """
     source = name.removeprefix("random:")
     if Path(source).name == "config.json" and Path(source).is_file():
@@ -292,14 +304,19 @@ def look_up(name: str) -> tuple[str, str | None]:
 
 
 def _digest(folder: Path) -> str | None:
-    """SHA-256 of a folder's weights, for those who publish them with what was measured."""
+    """Return the SHA-256 of a folder's weights, so that published figures can be matched to weights; `None` if there are none."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return sha256_of(files) if files else None
 
 
 @torch.no_grad()
 def calibrate_batch_norm(encoder: Encoder, images: Iterable[np.ndarray]) -> None:
-    """An untrained network gets the BatchNorm statistics of these images, their plain average, or it would be handicapped for nothing."""
+    """
+    Set the BatchNorm statistics of an untrained network to the plain average over some images; otherwise it would be needlessly handicapped.
+
+    Raises:
+        ValueError: an image is too small.
+    """
     norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -320,13 +337,13 @@ def calibrate_batch_norm(encoder: Encoder, images: Iterable[np.ndarray]) -> None
 
 def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    A copy of an encoder's config whose backbone returns its last four stages.
+    Return a copy of an encoder's config with which AutoBackbone returns the last four stages.
 
     Raises:
         ValueError: the encoder has no stages.
     """
     config = type(config).from_dict(config.to_dict())
-    # As in `build_encoder`: not the (half) precision that the encoder's own checkpoint is stored in.
+    # As in `build_encoder`: not the (possibly half) precision in which the encoder's own checkpoint is stored.
     config.dtype = torch.get_default_dtype()
     if config.model_type == "timm_backbone":
         config.out_indices = [-4, -3, -2, -1]
@@ -341,8 +358,12 @@ def four_stages(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def freeze_idle(encoder: nn.Module, maps: tuple[Tensor, ...]) -> None:
     """
-    Freeze the parameters on which no feature map depends (Swin's last norm): they cannot be trained, and DistributedDataParallel would
-    wait for their gradients. `maps` are the encoder's, of any image.
+    Freeze the parameters on which no feature map depends, such as Swin's last norm.
+
+    They cannot be trained, and DistributedDataParallel would wait for their gradients.
+
+    Args:
+        maps: the encoder's feature maps of any image.
     """
     parameters = list(encoder.parameters())
     gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
@@ -366,7 +387,7 @@ def _model_type(source: str) -> str | None:
 
 
 def _is_encoder_of_poodle(source: str) -> bool:
-    """Whether it is the `encoder/` exported beside a PooDLe `model/`: any encoder by its config, but trained by PooDLe."""
+    """Whether `source` is the `encoder/` that PooDLe exports beside a `model/`. Its config alone does not show that PooDLe trained it."""
     folder = Path(source).resolve()
     model = folder.with_name("model")
     if folder.name != "encoder" or not folder.is_dir() or not (model / "config.json").is_file():
@@ -375,6 +396,6 @@ def _is_encoder_of_poodle(source: str) -> bool:
 
 
 def _timm_preprocessing(model: PoodleForSemanticSegmentation) -> tuple:
-    """Mean and deviation that timm notes of the weights of its name, also of a twin without them; nothing is fetched. And where they are from."""
+    """Return the mean and deviation that timm records for a name, also if the network is untrained, and 'timm' as their origin. Nothing is fetched."""
     noted = model.poodle.encoder._backbone.pretrained_cfg
     return tuple(noted["mean"]), tuple(noted["std"]), "timm"
