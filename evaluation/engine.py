@@ -1,4 +1,4 @@
-"""One fit loop and one evaluate loop for all readouts, on any number of processes."""
+"""The fit loop and the evaluation loop of all readouts, on any number of processes."""
 
 import hashlib
 import itertools
@@ -27,7 +27,7 @@ from modeling_poodle.processes import on_all, same_on_all
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash of all parameters and buffers: equal only where they are byte for byte."""
+    """Return a hash of all parameters and buffers; equal only if they are equal byte for byte."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -36,49 +36,49 @@ def fingerprint(module: nn.Module) -> str:
 
 
 class Readout(nn.Module, ABC):
-    """What the scripts measure: a network on an encoder."""
+    """A network on an encoder, as the scripts measure it."""
 
     trains_encoder = False
     """Whether a fit trains the encoder too; if not, it stays in evaluation mode, BatchNorm's statistics included."""
 
     def prepare(self, accelerator: Accelerator | None = None) -> None:
-        """Once, before a fit, on all processes: what is taken of the training images beforehand."""
+        """Compute what is needed from the training images. Called once on all processes, before a fit."""
 
     @abstractmethod
     def predict(self, image: np.ndarray):
-        """(H, W, 3) uint8 RGB -> (H, W) uint8 class ids; of a detector, boxes with their scores and labels."""
+        """Map an image (H, W, 3) uint8 RGB to class ids (H, W) uint8; a detector returns boxes with scores and labels."""
 
 
 class FittedReadout(Readout):
     """
-    A readout that [`fit`] fits. Its `forward` takes what `batch` gives, and is the loss: a scalar.
+    A readout that [`fit`] fits. Its `forward` takes the arguments that `batch` returns and returns the loss, a scalar.
 
-    `data` holds the examples, as [`LabelledImages`] or [`BoxImages`].
+    `data` holds the examples: [`LabelledImages`] or [`BoxImages`].
     """
 
     data: Any
 
     def keep(self, examples: list) -> None:
-        """Once, before the steps of a fit: what is kept of this process' `examples`."""
+        """Store what can be reused of this process' `examples`. Called once, before the steps of a fit."""
 
     @abstractmethod
     def read(self, example) -> tuple:
-        """What a step needs of an example. By several threads, ahead of the steps."""
+        """Read what a step needs of an example. Called by several threads, ahead of the steps."""
 
     @abstractmethod
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
-        """The arguments of `forward`, on its device, of what was `read`; all that is drawn is drawn from `generator`, on the CPU."""
+        """Return the arguments of `forward`, on its device, for what was `read`. All random draws use `generator`, on the CPU."""
 
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are fitted."""
+        """Return the parameters that are fitted."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write it where others load it from."""
+        """Save the readout to a folder from which others can load it."""
 
     def moving(self) -> dict[str, torch.Tensor]:
-        """The buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
+        """Return the buffers that a fit changes: BatchNorm's statistics, unless the encoder is frozen."""
         return dict(self.named_buffers()) if self.trains_encoder else {}
 
 
@@ -86,14 +86,20 @@ def fit(
     accelerator: Accelerator, readout: FittedReadout, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:
     """
-    Fit a readout with AdamW, warm-up and cosine.
+    Fit a readout with AdamW, warm-up and a cosine schedule.
 
     Args:
-        examples: of this rank. folder: where the state is kept, so that an interrupted fit goes on bit for bit. identity: fingerprint of the
-            encoder as it was given; the fit of another is not resumed.
+        examples: the examples of this rank.
+        folder: where the state is saved, so that an interrupted fit resumes bit for bit.
+        identity: fingerprint of the encoder before the fit; the fit of another encoder is not resumed.
+        resume: whether to continue from a saved state, if there is one.
 
     Returns:
         The loss curve, [{"step", "loss", "lr"}].
+
+    Raises:
+        ValueError: the saved state is damaged or of another fit, or the processes found different states.
+        FloatingPointError: the loss is not finite.
     """
     batch = recipe.per_device_train_batch_size
     total = len(readout.data.train)
@@ -108,14 +114,14 @@ def fit(
     begin, curve = 0, []
     if resume:
         begin, curve = on_all(accelerator, state.load)
-        # A process that begins earlier than another would wait for it for ever.
+        # Processes that begin at different steps would wait for each other for ever.
         same_on_all(accelerator, f"{state.path}, in an output_dir that they share", f"{begin} steps")
     wrapped = accelerator.prepare_model(readout)
     if begin < steps:
         readout.keep(examples)
     order = (examples[i] for step in range(begin, steps) for i in draw(len(examples), batch, step, recipe.seed))
     reads = read_ahead(readout.read, order, ahead=2 * batch)
-    readout.train(readout.trains_encoder)  # frozen means frozen: BatchNorm's statistics too
+    readout.train(readout.trains_encoder)  # a frozen encoder also keeps its BatchNorm statistics
     losses: list[torch.Tensor] = []
     shown = accelerator.is_main_process and sys.stderr.isatty()
     for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="fitting", disable=not shown):
@@ -130,7 +136,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         last = step + 1 == steps
-        # Also the last: an evaluation that is interrupted after its fit does not fit again.
+        # The last step is saved too, so that an evaluation interrupted after its fit does not fit again.
         saving = (step + 1) % recipe.save_steps == 0 or last
         # The first is a point as well: the curve of a short fit has a beginning.
         if step == 0 or (step + 1) % recipe.logging_steps == 0 or last or saving:
@@ -141,8 +147,8 @@ def fit(
             curve.append({"step": step + 1, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
         if saving and accelerator.is_main_process:
             state.save(step + 1, curve)
-    # DistributedDataParallel copies the first process' statistics to all when a step begins. After the last step each process has its own, and
-    # would predict its share of the test images with these instead of the saved ones.
+    # DistributedDataParallel copies the first process' statistics to all processes at the beginning of each step. After the last step each
+    # process has its own, and without this would predict its share of the test images with these instead of the saved ones.
     for buffer in readout.moving().values():
         broadcast(buffer, from_process=0)
     readout.eval()
@@ -150,14 +156,14 @@ def fit(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a cosine to 0. Args: step: steps already taken."""
+    """Return the learning rate after `step` steps: linear warm-up over the first twentieth, then a cosine to 0."""
     warmup = max(1, round(0.05 * steps))
     done = max(0, step - warmup) / max(1, steps - warmup)
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def draw(count: int, batch: int, step: int, seed: int) -> list[int]:
-    """Indices of a step's examples: every epoch in an order of its own, batches running on over its end."""
+    """Return the indices of a step's examples. Each epoch has its own order, and a batch may continue into the next epoch."""
     indices = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, count)
@@ -173,10 +179,12 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 @dataclass
 class FitState:
     """
-    The state of a fit, kept in a file so that one that is interrupted goes on bit for bit.
+    The state of a fit, saved to a file so that an interrupted fit resumes bit for bit.
 
     Args:
-        identity: fingerprint of the encoder. steps, processes: of the whole fit; its schedule, and what is drawn in a step, follow from both.
+        path: the file.
+        identity: fingerprint of the encoder.
+        steps, processes: numbers of the whole fit, which determine its schedule and its random draws.
         parameters, buffers, optimizer: what changes in a fit.
     """
 
@@ -189,7 +197,7 @@ class FitState:
     optimizer: torch.optim.Optimizer
 
     def save(self, step: int, curve: list[dict]) -> None:
-        """Written aside, then renamed: a half one is never read."""
+        """Save the state to a partial file and rename it, so that a half-written file is never read."""
         tensors = {f"buffer.{name}": value.detach().cpu().clone() for name, value in self.buffers.items()}
         for index, parameter in enumerate(self.parameters):
             tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
@@ -200,19 +208,19 @@ class FitState:
         metadata = {"step": str(step), "curve": json.dumps(curve), "encoder": self.identity, "of": of}
         try:
             save_file(tensors, partial, metadata=metadata)
-        except SafetensorError as error:  # which hides the system's error in its text
+        except SafetensorError as error:  # its text holds the system's error
             raise OSError(f"{partial} cannot be written: {error}") from error
         os.replace(partial, self.path)
 
     def load(self) -> tuple[int, list[dict]]:
         """
-        Take up what the file holds.
+        Restore the state from the file, if there is one.
 
         Returns:
-            The steps that were taken, and the loss curve; 0 and none where there is no file.
+            The number of steps taken and the loss curve; 0 and an empty list if there is no file.
 
         Raises:
-            ValueError: the file is damaged, or of another fit.
+            ValueError: the file is damaged or belongs to another fit.
         """
         if not self.path.is_file():
             return 0, []
@@ -246,8 +254,10 @@ class FitState:
 
 def over_test_images(accelerator: Accelerator, data, read, measure, title: str) -> list:
     """
-    `measure(*read(example))` of every test example, in their order: each on exactly one process, gathered on all. Threads read ahead. An image
-    that one process cannot read is every process' error.
+    Return `measure(*read(example))` for every test example, in order.
+
+    Each example is measured on exactly one process, and the results are gathered on all. Threads call `read` ahead. If one process cannot read
+    an image, the error is raised on all processes.
     """
     mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
     shown = accelerator.is_main_process and sys.stderr.isatty()
@@ -264,12 +274,12 @@ def evaluate(accelerator: Accelerator, predict, data: LabelledImages) -> tuple[M
     Predict every test image once, on exactly one process.
 
     Args:
-        predict: (H, W, 3) uint8 -> (H, W) uint8 class ids.
+        predict: maps an image (H, W, 3) uint8 to class ids (H, W) uint8.
 
     Returns:
-        The metric over all images and processes, and per image its name, index and mean IoU (where it has labelled pixels).
+        The metric over all images and processes, and for each image its index, name and mean IoU (`None` without labelled pixels).
     """
-    # Models are compared in one table: a class that no test image shows must not lower the mean of only those models that predict it.
+    # of_truth: models are compared in one table, so a class that no test image shows must not lower the mean of the models that predict it.
     metric = MeanIoU(data.classes, groups=data.groups, of_truth=True)
 
     def measure(example, image: np.ndarray, truth: np.ndarray) -> dict:

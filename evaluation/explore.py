@@ -1,10 +1,10 @@
 """
-A page to look at features: principal components in colour, similarity to a clicked point, two models side by side.
+Open a page that shows features: principal components in colour, similarity to a clicked point, two models side by side.
 
     python -m evaluation.explore --model ID_OR_DIR [--model ...] --images DIR|video.mp4 [--readout DIR] [--features stage3] [--port 7860]
 
-Opens on this machine alone. The same file runs as a Space of the Hub: `--space DIR` writes one, in which this file, copied as app.py,
-takes its flags from the explore.yaml beside it.
+The page can be opened only on this machine. `--space DIR` writes a Space of the Hub instead: this file is copied there as app.py and reads its
+flags from the explore.yaml beside it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SETTINGS = "explore.yaml"
 
 @dataclass
 class ExploreRecipe(CheckedRecipe):
-    """What the page shows."""
+    """Settings of the page."""
 
     model: list[str] = models("Two of several are compared.")
     images: str | None = described(None, "Picture, video, or folder of them to pick from; unset: uploads alone.")
@@ -79,10 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_space(recipe: ExploreRecipe) -> None:
     """
-    A Space of the Hub: this file as app.py, both packages that it needs, its requirements, its flags, and the README that the Hub reads.
+    Write a Space of the Hub: this file as app.py, the two packages it needs, the requirements, the flags, the images and the Hub's README.
 
     Raises:
-        ValueError: the folder is not empty, gradio is not installed, or a model or readout lies on this machine, where a Space cannot see it.
+        ValueError: the folder is not empty, gradio is not installed, a model or readout lies on this machine, where a Space cannot see it, or
+            an image is a link.
     """
     folder = Path(recipe.space)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

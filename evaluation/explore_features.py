@@ -1,4 +1,4 @@
-"""What the page of features shows, free of the page: frames of a file, features in colour, similarity maps, and a cache."""
+"""Contents of the feature page, independent of the page itself: frames of a file, features in colour, similarity maps, a cache."""
 
 import base64
 import io
@@ -24,11 +24,11 @@ from evaluation.labelled_images import FORMATS, IMAGES, UNREADABLE, as_rgb
 from modeling_poodle.folders import files_below
 from modeling_poodle.video_frames import ANY_TAGS, CONTAINERS, EXTENSIONS, MAX_PIXELS, moving, upright_of
 
-av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
-MAX_DECODED = 3000  # frames of a video that are decoded for one strip
-MAX_FILES = 500  # that a folder offers
-SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows none larger
-MINIMUM_SPAN = 0.1  # of a similarity's colours: features that are all alike look alike
+av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, by this module
+MAX_DECODED = 3000  # most frames of a video that are decoded for one strip
+MAX_FILES = 500  # most files of a folder that the page lists
+SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows no larger one
+MINIMUM_SPAN = 0.1  # least range of similarities that the colours span, so that features that are all alike also look alike
 
 
 # --- files ---
@@ -40,9 +40,9 @@ class Clip:
     A picture, or frames of a video.
 
     Args:
-        frames: (H, W, 3) uint8 RGB of one size, the first is the one that is clicked.
-        times: seconds from the video's start; (0.0,) of a picture.
-        duration: seconds of the whole video, 0 of a picture.
+        frames: (H, W, 3) uint8 RGB, all of the same size; the user clicks the first.
+        times: seconds from the video's start; (0.0,) for a picture.
+        duration: seconds of the whole video; 0 for a picture.
     """
 
     frames: tuple[np.ndarray, ...]
@@ -52,10 +52,10 @@ class Clip:
 
 def list_media(source: str | None) -> list[tuple[str, str]]:
     """
-    (name to show, path) of a file, or of the pictures and videos below a folder, by name; empty for `None`.
+    Return (name to show, path) of a file, or of the pictures and videos below a folder, ordered by name; empty for `None`.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: there is no such file or folder, or the folder has no picture or video.
     """
     if source is None:
         return []
@@ -74,10 +74,13 @@ def list_media(source: str | None) -> list[tuple[str, str]]:
 
 def read_clip(path: str, start: float, gap: float, count: int, max_side: int) -> Clip:
     """
-    A picture; or `count` frames of a video, `gap` seconds apart from `start`, fewer at its end. Larger ones are shrunk to `max_side`.
+    Read a picture, or `count` frames of a video from second `start` on, `gap` seconds apart; fewer at the video's end.
+
+    Args:
+        max_side: larger frames are shrunk to this longer side, pixels.
 
     Raises:
-        ValueError: not a picture or video, damaged, or no frame there; names the file, not its folder.
+        ValueError: the file is no picture or video, is damaged, or has no frame there. The message names the file, but not its folder.
     """
     name, suffix = Path(path).name, Path(path).suffix.lower()
     try:
@@ -91,7 +94,7 @@ def read_clip(path: str, start: float, gap: float, count: int, max_side: int) ->
         upright.thumbnail((max_side, max_side))
         return Clip((np.asarray(upright),), (0.0,), 0.0)
     except UNREADABLE as error:
-        # The library's own text may name the folder of an upload.
+        # The library's message may name the folder of an upload.
         reason = getattr(error, "strerror", None) or (
             str(error) if str(path) not in str(error) else "unknown contents"
         )
@@ -105,18 +108,18 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
         if not (streams := moving(container)):
             raise ValueError("it has no video stream")
         stream = streams[0]
-        # No threads for frames: one that still decodes when the file is closed waits for Python's lock, and the closing for it, for ever
+        # No frame threads: if one still decodes while the file is closed, it waits for Python's lock and closing waits for it, for ever
         # (PyAV 18.1; seen in a test on a busy machine).
         stream.thread_type = "SLICE"
-        stream.codec_context.options = limit  # frames may turn out other than the header says
+        stream.codec_context.options = limit  # frames may be larger than the header says
         origin = (stream.start_time or 0) * stream.time_base
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-        if not length:  # a browser's recording, or a raw stream
+        if not length:  # a recording from a browser, or a raw stream
             with av.open(path, options=allowed, **ANY_TAGS) as again:
                 packets = (p for p in again.demux(moving(again)[0]) if p.pts is not None)
                 length = max(((p.pts + (p.duration or 0)) * p.time_base for p in packets), default=origin) - origin
-        half = 0.5 / float(stream.average_rate or 25)  # a frame counts from half a frame before its time
-        if start <= round(float(length), 1):  # the slider ends with the video, the last frame begins before
+        half = 0.5 / float(stream.average_rate or 25)  # half a frame: the frame nearest to a second is taken
+        if start <= round(float(length), 1):  # the slider ends with the video, but the last frame begins earlier
             start = max(min(start, float(length) - 2 * half), 0.0)
         wanted = [start + gap * number for number in range(count)]
         frames, times = [], []
@@ -138,11 +141,11 @@ def _read_video(path: str, start: float, gap: float, count: int, max_side: int) 
 
 
 def _decoded(container, stream, origin, start: float, latest: float) -> Iterator[av.VideoFrame]:
-    """The frames in their order, from one not after `latest` on, where there is one; as near before `start` as can be sought."""
+    """Decode frames in order, beginning as close before `start` as seeking allows, and not after `latest` if there is such a frame."""
     if start <= 0:
         return container.decode(stream)
-    # MPEG-TS is sought by time alone and decoded from the next keyframe on, which is too late, or never comes: then from further back.
-    for back in (0, 5, 30, start + 1):  # the last one from before its beginning
+    # In MPEG-TS a seek goes by time alone, and decoding starts at the next keyframe. If that is too late or never comes, seek further back.
+    for back in (0, 5, 30, start + 1):  # the last value seeks to before the beginning
         container.seek(round((start - back + origin) / stream.time_base), stream=stream)
         frames = container.decode(stream)
         first = next(frames, None)
@@ -164,6 +167,8 @@ def _to_array(frame: av.VideoFrame, max_side: int) -> np.ndarray:
 
 class FrameFeatures(NamedTuple):
     """
+    Features of one picture.
+
     Args:
         unit: (C, h, w) features of unit length, whose cells cover the picture.
         size: height and width of the picture, pixels.
@@ -183,19 +188,19 @@ def frame_features(encoder: Encoder, image: np.ndarray) -> FrameFeatures:
 
 
 def cell_at(features: FrameFeatures, point: tuple[float, float]) -> tuple[int, int]:
-    """Row and column of the cell in which a point (x, y), pixels, lies."""
+    """Return the row and column of the cell that contains a point (x, y), pixels."""
     rows, columns = features.unit.shape[1:]
     height, width = features.size
     return min(int(point[1] * rows / height), rows - 1), min(int(point[0] * columns / width), columns - 1)
 
 
 def similarity(features: FrameFeatures, query: Tensor) -> Tensor:
-    """(h, w) cosines of all cells with a unit vector (C,)."""
+    """Return the cosines (h, w) of all cells with a unit vector (C,)."""
     return torch.einsum("chw,c->hw", features.unit, query)
 
 
 class Basis(NamedTuple):
-    """Three principal axes (C, 3) around `mean` (C,), and the values (3,) that become no and full colour."""
+    """Three principal axes (C, 3) around `mean` (C,), and the values (3,) that are drawn as no colour and as full colour."""
 
     mean: Tensor
     axes: Tensor
@@ -205,12 +210,14 @@ class Basis(NamedTuple):
 
 def principal_basis(features: FrameFeatures) -> Basis:
     """
-    Of one frame's cells. The other frames are seen through the same one, so that a colour means one thing in all of them. An axis'
-    sign is that of its largest loading; colours span the 2nd to the 98th percentile.
+    Compute the principal basis of one frame's cells.
+
+    The other frames use the same basis, so that a colour means the same in all of them. The sign of each axis makes its largest loading
+    positive. Colours span the 2nd to the 98th percentile.
     """
     samples = features.unit.flatten(1).t()
     mean = samples.mean(dim=0)
-    # Randomised subspace iteration, from one seed: the exact decomposition of 2048 channels takes seconds.
+    # Randomised subspace iteration with a fixed seed, because the exact decomposition of 2048 channels takes seconds.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         axes = torch.pca_lowrank(samples - mean, q=min(12, *samples.shape), center=False, niter=4)[2]
@@ -221,7 +228,7 @@ def principal_basis(features: FrameFeatures) -> Basis:
 
 
 def pca_colours(features: FrameFeatures, basis: Basis) -> np.ndarray:
-    """(H, W, 3) uint8 of the picture's size; grey along an axis on which the basis' own frame does not vary."""
+    """Draw features as colours, (H, W, 3) uint8 of the picture's size. An axis on which the basis' own frame does not vary gets a medium value."""
     values = (features.unit.flatten(1).t() - basis.mean) @ basis.axes
     spread = basis.high - basis.low
     scaled = torch.where(spread > 1e-6, (values - basis.low) / spread.clamp(min=1e-6), 0.5).clamp(0, 1)
@@ -238,12 +245,12 @@ def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def floor_of(cosines: Tensor) -> float:
-    """The similarity that is drawn dark; 1 is drawn bright."""
+    """Return the similarity that is drawn dark; 1 is drawn bright."""
     return min(float(cosines.min()), 1 - MINIMUM_SPAN)
 
 
 def heat_picture(image: np.ndarray, cosines: Tensor, floor: float) -> np.ndarray:
-    """The picture in grey under the similarity (h, w) in colours from `floor` (dark) to 1 (bright); (H, W, 3) uint8."""
+    """Draw the similarity (h, w) in colours from `floor` (dark) to 1 (bright) over the grey picture; (H, W, 3) uint8."""
     share = ((_upsample(cosines[None], image.shape[:2])[0] - floor) / (1 - floor)).clamp(0, 1)
     colours = cv2.applyColorMap((255 * share).round().byte().numpy(), cv2.COLORMAP_INFERNO)[..., ::-1]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
@@ -251,14 +258,14 @@ def heat_picture(image: np.ndarray, cosines: Tensor, floor: float) -> np.ndarray
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """A picture of at least `SHOWN` pixels: where one is shown larger than it is, Gradio gives wrong places for clicks (6.31)."""
+    """Enlarge a picture to at least `SHOWN` pixels: Gradio (6.31) reports wrong click positions on a picture shown larger than it is."""
     scale = SHOWN / max(image.shape[:2])
     return image if scale <= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 
 
 def marked(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
-    """A ring around a point (x, y), pixels; white in black, to be seen on any ground."""
-    image = image.copy()  # it may be a frame that is kept
+    """Draw a ring around a point (x, y), pixels; white with a black edge, to be visible on any background."""
+    image = image.copy()  # the original may be in the cache
     centre = round(point[0] - 0.5), round(point[1] - 0.5)
     radius = max(max(image.shape[:2]) // 64, 3)
     for colour, thickness in (((0, 0, 0), 5), ((255, 255, 255), 2)):
@@ -267,7 +274,7 @@ def marked(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
 
 
 def best_match(cosines: Tensor, size: tuple[int, int]) -> tuple[float, tuple[float, float]]:
-    """The largest similarity, and the centre (x, y) of its cell in a picture of `size` (H, W), pixels."""
+    """Return the largest similarity, and the centre (x, y) of its cell in a picture of `size` (H, W), pixels."""
     rows, columns = cosines.shape
     row, column = divmod(int(cosines.argmax()), columns)
     return float(cosines[row, column]), ((column + 0.5) * size[1] / columns, (row + 0.5) * size[0] / rows)
@@ -284,8 +291,9 @@ def data_uri(image: np.ndarray) -> str:
 
 class Cache:
     """
-    Values by key, each computed once; those unused for longest go when together they pass `limit` bytes. One is computed at a time:
-    several at once would only share the cores.
+    A cache of values by key. If the values together exceed `limit` bytes, the least recently used are dropped.
+
+    Values are computed one at a time, because several at once would only share the cores.
     """
 
     def __init__(self, limit: float):
@@ -294,7 +302,7 @@ class Cache:
         self._lock = threading.RLock()
 
     def __call__(self, key, compute: Callable, nbytes: Callable):
-        """The value of `key`; `compute()` where it is not kept, `nbytes(value)` bytes large."""
+        """Return the value of `key`. A missing value is computed by `compute()` and counts as `nbytes(value)` bytes."""
         with self._lock:
             if key not in self._values:
                 value = compute()

@@ -1,4 +1,4 @@
-"""The page of features in Gradio: its layout, its events, its look. What it shows comes from [`Explorer`]."""
+"""The feature page in Gradio: layout, events and style. Its contents come from [`Explorer`]."""
 
 import html
 import os
@@ -13,7 +13,7 @@ from evaluation.explore_features import enlarged, marked
 from evaluation.explore_views import Explorer, Panel, place, short_name
 
 CENTRE = (0.5, 0.5)
-NOTHING = ""  # in the place of the second model where only one is shown
+NOTHING = ""  # value of the second model if only one is shown
 PICTURE = {"interactive": False, "format": "jpeg", "buttons": [], "elem_classes": "point", "min_width": 240}
 SAID = "<p class='said'>{}</p>"
 HEAD = "<header><h1>Look at features</h1><p>Click a point: what has similar features is bright.</p></header>"
@@ -64,7 +64,7 @@ div.strip figcaption {font-size: .8rem; color: var(--body-text-color-subdued); f
 @media (max-width: 640px) {.guide {display: none}}
 footer {display: none !important}
 """
-# Fonts of the reader's machine: nothing is fetched.
+# Fonts of the reader's machine, so that none are fetched.
 THEME = gr.themes.Soft(
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
@@ -82,7 +82,12 @@ LAUNCH = {"share": False, "ssr_mode": False, "max_file_size": "200mb", "css": CS
 
 
 def open_page(explorer: Explorer, port: int | None) -> None:
-    """Serve the page until it is interrupted: on 127.0.0.1, or where GRADIO_SERVER_NAME says, as a Space does."""
+    """
+    Serve the page until the process is interrupted: on 127.0.0.1, or on GRADIO_SERVER_NAME, which a Space sets.
+
+    Raises:
+        ValueError: the port cannot be opened.
+    """
     try:
         build_page(explorer).launch(server_port=port, **LAUNCH)
     except OSError as error:
@@ -90,11 +95,11 @@ def open_page(explorer: Explorer, port: int | None) -> None:
 
 
 def build_page(explorer: Explorer) -> gr.Blocks:
-    """The page. An event answers first with the clicked frame, then with the next ones of its video too."""
+    """Build the page. Most events are answered first for the clicked frame alone, then with the video's next frames too."""
     names = list(explorer.encoders)
     choices = [(short_name(name), name) for name in names]
     with gr.Blocks(title="Look at features", analytics_enabled=False) as page:
-        # The file, and the point as shares (x, y) of the picture, so that it stays where it is on another picture.
+        # The file, and the point as shares (x, y) of the picture's size, so that it keeps its place on another picture.
         path, point = gr.State(explorer.media[0][1] if explorer.media else None), gr.State(CENTRE)
         gr.HTML(HEAD)
         with gr.Row():
@@ -130,7 +135,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
         shown = [said, frame, *(part for panel in panels for part in panel.outputs), classes, segmentation, legend]
 
         def answer(path, point, start, gap, left, right, at_once=False):
-            """Values of `shown`; what went wrong is said, and the rest stays as it is. `at_once`: not before all are there."""
+            """Yield values for `shown`: first of the clicked frame, then of all (`at_once`: only of all). After an error only its message changes."""
             began = time.perf_counter()
             if path is None:
                 yield [SAID.format("Upload a picture or a video to begin."), *[gr.skip()] * (len(shown) - 1)]
@@ -156,7 +161,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
                 yield [problem(error), *[gr.skip()] * (len(shown) - 1)]
 
         def opened(new, gap, left, right):
-            """A file that was picked or uploaded: path, point and sliders for it, then `shown`. A bad one changes nothing."""
+            """Yield path, point and sliders for a picked or uploaded file, then values for `shown`. A bad file only changes the message."""
             try:
                 duration = explorer.clip(new, 0.0, gap).duration
             except ValueError as error:
@@ -172,7 +177,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
             for values in answer(path, share, start, gap, left, right, at_once=True):
                 yield [share, *values]
 
-        # One after the other, in the order of the clicks: the last one asked is the one that stays on the page.
+        # Events run one at a time, in the order of the clicks, so that the answer to the last one stays on the page.
         quiet = {
             "show_progress": "hidden",
             "api_visibility": "private",
@@ -193,7 +198,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
 
 
 class PanelParts:
-    """A model's column: title, similarity, colours, and the strip of next frames."""
+    """The column of a model: title, similarity, colours, and the strip of next frames."""
 
     def __init__(self, side: str):
         with gr.Column(min_width=280, elem_classes="side") as self.column:
@@ -205,7 +210,7 @@ class PanelParts:
         self.outputs = (self.column, self.title, self.heat, self.colours, self.strip)
 
     def values(self, panel: Panel | None) -> list:
-        """Values of `outputs`; the column is hidden where there is no panel."""
+        """Return values for `outputs`; without a panel the column is hidden."""
         if panel is None:
             return [gr.update(visible=False), *[gr.skip()] * 4]
         return [gr.update(visible=True), panel.title, panel.heat, panel.colours, panel.strip]

@@ -1,4 +1,4 @@
-"""What stands behind the page of features: models, a readout, files, and the pictures and HTML that are made of them."""
+"""Back end of the feature page: models, a readout, files, and the pictures and HTML made from them."""
 
 import html
 import json
@@ -37,16 +37,21 @@ from modeling_poodle import PoodleForSemanticSegmentation
 from modeling_poodle.folders import spread
 from modeling_poodle.loading_poodle import from_pretrained_whole
 
-NEXT = 5  # frames of a video after the one that is clicked
-KEPT_BYTES = 1 << 30  # of features and frames; a ResNet-50's decoder gives 19 MB for a frame of 512x288
+NEXT = 5  # frames of a video that are shown after the clicked one
+KEPT_BYTES = 1 << 30  # size of the cache; a ResNet-50's decoder gives 19 MB of features for a frame of 512x288
 
 
 class Readout:
-    """A fitted segmentation model, from evaluation/segment.py or any other that transformers loads."""
+    """
+    A fitted segmentation model, from evaluation/segment.py or any other that transformers loads.
+
+    Raises:
+        ValueError: the model or its image processor cannot be loaded.
+    """
 
     def __init__(self, source: str, device: torch.device):
         try:
-            # In float32, as images come, also where the checkpoint is stored in less.
+            # In float32, like the images, even if the checkpoint is stored in a lower precision.
             model = from_pretrained_whole(AutoModelForSemanticSegmentation, source, dtype=torch.float32)
             self.model = model.eval().to(device)
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -56,7 +61,7 @@ class Readout:
                 f"readout {source} cannot be loaded; expected the readout/ folder of an evaluation: {error}"
             ) from error
         linear = isinstance(self.model, PoodleForSemanticSegmentation)
-        # Images of whole cells, as they were measured: Encoder resizes to them (and reads windows where one needs these), UperNet's are resized here.
+        # As in the evaluation, images are resized to whole cells: by Encoder (which also reads windows, if needed), or for UperNet in `predict`.
         self.encoder = (
             Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model)).check()
             if linear
@@ -69,7 +74,7 @@ class Readout:
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (H, W) class ids."""
+        """Segment an image: (H, W, 3) uint8 -> (H, W) class ids."""
         if self.encoder is not None:
             logits = self.model.classifier(self.encoder(self.encoder.normalise(image)))
         else:
@@ -81,8 +86,8 @@ class Readout:
 
 
 def _measured_whole(source: str, model: PoodleForSemanticSegmentation) -> bool:
-    """Whether an evaluation read whole images, also where a ViT's positions have one size: by its result, which lies beside a readout."""
-    if model.config.num_decoder_blocks:  # PooDLe pretrained it, on its crops
+    """Whether the evaluation read whole images even with a ViT of one image size, by the evaluation.json beside the readout's folder."""
+    if model.config.num_decoder_blocks:  # pretrained by PooDLe on its crops, so whole images are read
         return True
     try:
         result = json.loads(Path(source).resolve().with_name("evaluation.json").read_text(encoding="utf-8"))
@@ -93,7 +98,7 @@ def _measured_whole(source: str, model: PoodleForSemanticSegmentation) -> bool:
 
 @dataclass(frozen=True)
 class Panel:
-    """One model's part of the page: two pictures and HTML around them."""
+    """One model's part of the page: two pictures and the HTML around them."""
 
     title: str
     heat: np.ndarray
@@ -103,10 +108,10 @@ class Panel:
 
 class Explorer:
     """
-    Models, files and what was computed of them; gives pictures and HTML, and knows nothing of the page.
+    Models, files and the features computed from them. Returns pictures and HTML, independently of the page.
 
     Raises:
-        ValueError: a model, a readout or the files that cannot be used.
+        ValueError: a model, the readout or the files cannot be used.
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class Explorer:
                 clips.append(self.clip(path, 0.0, 0.5))
             except ValueError as error:
                 wrong = error
-        if self.media and not clips:  # before the models, which may have to be fetched
+        if self.media and not clips:  # before the models are built, which may have to be downloaded
             raise wrong
         device = make_accelerator().device
         self.encoders = {name: build(name, 1, features=features).to(device) for name in models}
@@ -145,7 +150,7 @@ class Explorer:
     def colours(
         self, name: str, path: str, clip: Clip, time: float, features: FrameFeatures, basis: Basis
     ) -> np.ndarray:
-        """A frame's features in colour; they do not depend on the point, so that a click finds them made."""
+        """Return a frame's features in colour. They do not depend on the point, so a click finds them in the cache."""
         return self.kept(
             (name, path, clip.times[0], time, "colours"),
             lambda: pca_colours(features, basis),
@@ -153,7 +158,12 @@ class Explorer:
         )
 
     def panel(self, name: str, path: str, clip: Clip, share: tuple[float, float], count: int) -> Panel:
-        """A model's view of the first `count` frames, for a point of the first one in shares (x, y) of its size."""
+        """
+        Return a model's view of the first `count` frames.
+
+        Args:
+            share: the point in the first frame, as shares (x, y) of its size.
+        """
         found = [self.features(name, path, time, image) for time, image in zip(clip.times[:count], clip.frames)]
         first, image = found[0], clip.frames[0]
         point = place(image, share)
@@ -185,7 +195,7 @@ class Explorer:
         return Panel(title, marked(heat, place(heat, share)), colours, strip(figures, clip, count))
 
     def segmentation(self, path: str, clip: Clip) -> tuple[np.ndarray, str]:
-        """The first frame tinted by its classes, and a legend of those that occur, the largest first."""
+        """Return the first frame tinted by its classes, and a legend of the classes that occur, the largest first."""
         image = clip.frames[0]
         classes = self.kept(
             (path, clip.times[0], "classes"), lambda: self.readout.predict(image), lambda found: found.nbytes
@@ -198,7 +208,7 @@ class Explorer:
             for index in np.argsort(-counts, kind="stable")
             if counts[index]
         ]
-        # A readout was fitted on whole images; here it reads the picture as it is shown (max_side).
+        # The readout was fitted on images of full size; here it reads the picture as it is shown (at most max_side).
         legend = (
             f"<ul class='legend'>{''.join(items)}</ul><p>Segmented at {image.shape[1]}x{image.shape[0]} pixels</p>"
         )
@@ -206,12 +216,12 @@ class Explorer:
 
 
 def place(image: np.ndarray, share: tuple[float, float]) -> tuple[float, float]:
-    """A point in shares (x, y) of the picture's size, in pixels."""
+    """Convert a point from shares (x, y) of the picture's size to pixels."""
     return share[0] * image.shape[1], share[1] * image.shape[0]
 
 
 def short_name(name: str) -> str:
-    """A Hub id as it is; of a folder on this machine its last two parts."""
+    """Shorten the path of a folder on this machine to its last two parts; other names stay as they are."""
     source = name.removeprefix("random:")
     if not Path(source).is_dir():
         return name
@@ -224,7 +234,7 @@ def figure(pictures: tuple[np.ndarray, ...], title: str, note: str) -> str:
 
 
 def strip(figures: list[str], clip: Clip, count: int) -> str:
-    """The next frames side by side; says so where there are none, or where they are still to come."""
+    """Return the next frames side by side as HTML, or a sentence if there are none or they are not computed yet."""
     if clip.duration == 0:
         return ""
     if len(clip.frames) == 1:
