@@ -1,4 +1,4 @@
-"""Frozen features of images on disk, so that an encoder reads each image once."""
+"""Frozen features of images, stored on disk so that an encoder reads each image once."""
 
 import contextlib
 import logging
@@ -17,8 +17,10 @@ _HALF_MAX = torch.finfo(torch.float16).max
 
 def as_kept(features: Tensor) -> Tensor:
     """
-    Features in the half precision in which they are kept. A channel that hardly varies in the images of the statistics may be thousands of
-    deviations away in others: it is clamped, since inf gives a NaN loss.
+    Convert features to the half precision in which they are stored.
+
+    A channel that hardly varies in the images used for the statistics may be thousands of deviations away in others. It is clamped, because
+    inf would give a NaN loss.
     """
     return features.clamp(-_HALF_MAX, _HALF_MAX).half()
 
@@ -28,7 +30,7 @@ class FeatureStore:
     Features of images in half precision, one after the other in a memory-mapped file that disappears with the process.
 
     Args:
-        limit: bytes. What goes beyond is not kept; nor is what the disk has no room for.
+        limit: bytes. Features beyond the limit, or for which the disk has no room, are not stored.
     """
 
     def __init__(self, limit: float):
@@ -37,17 +39,17 @@ class FeatureStore:
 
     def fill(self, features: Iterable[tuple[str, Tensor]]) -> int:
         """
-        Keep (name, features (C, h, w)) as long as there is room.
+        Store (name, features (C, h, w)) as long as there is room.
 
         Returns:
-            How many are kept.
+            The number of images whose features are stored.
         """
         offset = 0
         try:
-            # A tenth of the disk is left to others, among them the checkpoints of this very fit; the machine's processes share the rest.
+            # A tenth of the free space is left for other files, such as this fit's checkpoints. The processes on this machine share the rest.
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
             limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free / here)
-            # Without a name: one that has a name stays, with all its gigabytes, where the process is killed.
+            # A file without a name: a named one would stay, with all its gigabytes, if the process is killed.
             self.file = tempfile.TemporaryFile(dir=self.folder)
             for name, values in features:
                 array = as_kept(values).cpu().numpy()
@@ -59,10 +61,10 @@ class FeatureStore:
             self.file.flush()
             if offset:
                 self.memory = np.memmap(self.file, dtype=np.float16, mode="r")
-        except OSError as error:  # the disk is full after all, or memory that stands for one
+        except OSError as error:  # the disk, or a file system in memory, is full after all
             logger.warning("features are not kept in %s: %s", self.folder, error)
             if self.file is not None:
-                # Closing writes what is buffered, for which there is no room either; then it removes the file.
+                # Closing first writes the buffer, for which there is no room either, and then removes the file.
                 with contextlib.suppress(OSError):
                     self.file.close()
             self.file, self.memory, self.places = None, None, {}
@@ -72,7 +74,7 @@ class FeatureStore:
         return name in self.places
 
     def __getitem__(self, name: str) -> Tensor:
-        """(C, h, w) float16."""
+        """Return the stored features of an image, (C, h, w) float16."""
         offset, shape = self.places[name]
         begin = offset // 2
         return torch.from_numpy(self.memory[begin : begin + int(np.prod(shape))].reshape(shape).copy())

@@ -1,4 +1,4 @@
-"""Labelled images: what a data set is here, whatever its layout, and how its files are read."""
+"""Labelled images: the representation of a data set, whatever its layout, and the reading of its files."""
 
 import dataclasses
 import logging
@@ -18,20 +18,20 @@ from modeling_poodle.folders import spread
 
 logger = logging.getLogger("poodle")
 IGNORE = 255
-STATISTICS = 200  # training labels that the groups of classes are made from
+STATISTICS = 200  # number of training labels from which the groups of classes are derived
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# By what is in a file, whatever its name: PIL knows 40 formats more, and hands one of them, PostScript, to Ghostscript, which runs it.
+# Formats that are opened, recognised by a file's content, not its name. PIL knows 40 more, among them PostScript, which Ghostscript would run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# Of labels, which must be stored without loss: JPEG and WebP would change ids.
+# Formats of labels, which must be lossless: JPEG and WebP would change ids.
 LABEL_FORMATS = ("PNG", "BMP")
-EpsImagePlugin.gs_binary = False  # wherever a library opens an image by itself
-# A file that is none, is damaged, or would be more pixels than PIL opens (a decompression bomb).
+EpsImagePlugin.gs_binary = False  # also for images that a library opens by itself
+# Errors of PIL for a file that is no image, is damaged, or has more pixels than PIL opens (a decompression bomb).
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled image. `image` and `label` are paths, or functions that give arrays."""
+    """One labelled image. `image` and `label` are paths, or functions that return arrays."""
 
     name: str
     image: Path | Callable[[], np.ndarray]
@@ -44,10 +44,12 @@ class LabelledImages:
     A labelled data set.
 
     Args:
-        name: for tables. classes: names by id. train, test: examples.
-        table: (256,) uint8, stored label -> class id or 255; `None` where stored labels are ids already.
-        groups: the paper's groups of classes, or `None`: made from the training labels when they are first read.
-        absent: classes that no training label has, as far as [`with_groups`] found.
+        name: shown in tables.
+        classes: names by id.
+        train, test: examples.
+        table: (256,) uint8, maps stored labels to class ids or 255; `None` if stored labels are ids already.
+        groups: the paper's groups of classes; `None` until [`with_groups`] derives them from the training labels.
+        absent: classes that [`with_groups`] found in no training label.
     """
 
     name: str
@@ -59,34 +61,34 @@ class LabelledImages:
     absent: tuple[str, ...] = ()
 
     def image(self, example: Example) -> np.ndarray:
-        """(H, W, 3) uint8 RGB."""
+        """Read an example's image, (H, W, 3) uint8 RGB."""
         if callable(example.image):
             return example.image()
         return read_image(example.image)
 
     def label(self, example: Example) -> np.ndarray:
         """
-        (H, W) uint8 class ids; 255 is not counted.
+        Read an example's label, (H, W) uint8 class ids; 255 is not counted.
 
         Raises:
-            ValueError: an id outside the classes; names the file and the id.
+            ValueError: an id is outside the classes; the message names the file and the id.
         """
         stored = example.label() if callable(example.label) else read_label(example.label)
         label = stored if self.table is None else self.table[stored]
         outside = [index for index in ids_in(label) if len(self.classes) <= index < IGNORE]
         if outside:
             where = example.name if callable(example.label) else example.label
-            found = stored[label == outside[0]][0]  # as it stands in the file
+            found = stored[label == outside[0]][0]  # the id in the file
             told = found if found == outside[0] else f"{found} (class {outside[0]})"
             raise ValueError(f"{where} has the label {told}, but there are classes 0 to {len(self.classes) - 1}")
         return label
 
     def both(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """
-        An example's image and label.
+        Read an example's image and label.
 
         Raises:
-            ValueError: they differ in size. Of files `check` has seen that; rows of the Hub are read when they are needed.
+            ValueError: they differ in size. `check` finds this early in files; rows of the Hub are read only when they are needed.
         """
         image, label = self.image(example), self.label(example)
         if image.shape[:2] != label.shape:
@@ -95,8 +97,14 @@ class LabelledImages:
 
     def check(self) -> None:
         """
-        Before the fit: read the first and last training image, the sizes of all that are files, and the whole test set, which is read again
-        only when the fit has ended, hours later perhaps. And look for a labelled pixel to learn from, and for one to be measured at.
+        Check the data before a fit.
+
+        This reads the first and last training image, the sizes of all images and labels that are files, and the whole test set, which is
+        otherwise first read after the fit, perhaps hours later. Both splits must have a labelled pixel.
+
+        Raises:
+            ValueError: an image or label cannot be read, an image and its label differ in size, a split has no labelled pixel, or there are
+                fewer than two classes.
         """
         if len(self.classes) < 2:
             raise ValueError(
@@ -130,15 +138,16 @@ class LabelledImages:
             logger.info(told)
 
     def limit(self, max_train_images: int | None, max_test_images: int | None) -> "LabelledImages":
-        """The same with fewer images, spread evenly over each split."""
+        """Return the data set with fewer images, spread evenly over each split."""
         return dataclasses.replace(
             self, train=spread(self.train, max_train_images), test=spread(self.test, max_test_images)
         )
 
     def with_groups(self) -> "LabelledImages":
         """
-        The same with groups from the statistics of (up to 200 of) the training labels. The rarest classes may be in none of these: for
-        them the others are read too, until each has been seen.
+        Return the data set with groups of classes, derived from statistics of up to 200 training labels.
+
+        The rarest classes may occur in none of these labels. For them the other labels are read too, until each class has been seen.
         """
         if self.groups is not None:
             return self
@@ -163,19 +172,19 @@ class LabelledImages:
                 seen |= here
                 if seen == unseen:
                     break
-            counts[0, sorted(unseen)] *= len(first) / read  # as many pixels as in so few images
+            counts[0, sorted(unseen)] *= len(first) / read  # scaled to the number of images in the sample
         absent = tuple(name for name, pixels in zip(self.classes, counts[0]) if not pixels)
         return dataclasses.replace(self, groups=class_groups(*counts, self.classes), absent=absent)
 
 
 def ids_in(label: np.ndarray) -> list[int]:
-    """The ids that occur in a label of bytes."""
-    # At 1280x720 0.4 ms; np.unique, which sorts the pixels, takes 2.5.
+    """Return the ids that occur in a uint8 label."""
+    # 0.4 ms at 1280x720; np.unique, which sorts the pixels, takes 2.5 ms.
     return np.flatnonzero(cv2.calcHist([np.ascontiguousarray(label)], [0], None, [256], [0, 256])).tolist()
 
 
 def read_ahead(read: Callable, items: Iterable, ahead: int = 16) -> Iterator:
-    """`read(item)` of each item, in their order. Threads read the next ones while the caller works on one: PIL decodes without the GIL."""
+    """Yield `read(item)` of each item in order, while threads read the next `ahead` items; PIL decodes without the GIL."""
     waiting: deque = deque()
     pool = ThreadPoolExecutor(max(1, min(4, usable_cores())), thread_name_prefix="read-ahead")
     try:
@@ -190,7 +199,7 @@ def read_ahead(read: Callable, items: Iterable, ahead: int = 16) -> Iterator:
 
 
 def file_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the file's head alone."""
+    """Return an image's width and height, read from the file's header alone."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.size
@@ -207,10 +216,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture of any kind, as it is stored: it is not turned by its EXIF."""
+    """Convert an image of any mode to (H, W, 3) uint8. The EXIF orientation is not applied."""
     if image.mode[0] not in "IF":
         return np.asarray(image.convert("RGB"))
-    # Of 16 bits of grey, which are of mode I in some versions of PIL, its own conversion makes all white that is above 255.
+    # 16-bit grey, in some versions of PIL of mode I: PIL's own conversion would turn all values above 255 white.
     grey = np.asarray(image)
     if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"its pixels are of 32 bits (mode {image.mode}); save it with 8 or 16")
@@ -218,15 +227,20 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """(H, W) uint8, as stored. Raises ValueError for a file that is no label."""
+    """
+    Read a label as it is stored, (H, W) uint8.
+
+    Raises:
+        ValueError: the file is no label.
+    """
     return label_of(path, path)
 
 
 def label_of(file, where, formats: Sequence[str] = LABEL_FORMATS) -> np.ndarray:
-    """The label in `file`, a path or an open one; `where` it is from, in errors. Raises as [`read_label`]."""
+    """Read the label in `file`, a path or an open file. `where` names it in errors, which are those of [`read_label`]."""
     try:
         with Image.open(file, formats=formats) as image:
-            # PIL spreads grey of two and four bits over a byte.
+            # PIL scales 2-bit and 4-bit grey to a byte; this is undone below.
             stored = image.tile[0][3] if image.tile else None
             factor = {"L;2": 85, "L;4": 17}.get(stored[0] if isinstance(stored, tuple) else stored, 1)
             label = np.asarray(image)
@@ -238,7 +252,15 @@ def label_of(file, where, formats: Sequence[str] = LABEL_FORMATS) -> np.ndarray:
 
 
 def as_ids(label: np.ndarray, where) -> np.ndarray:
-    """A stored label as (H, W) uint8; raises ValueError, which names `where` it is from, for what are no ids of a byte."""
+    """
+    Convert a stored label to (H, W) uint8.
+
+    Args:
+        where: names the label in errors.
+
+    Raises:
+        ValueError: the label is no map of ids from 0 to 255.
+    """
     if label.ndim != 2:
         colours = "; colours must become ids first" if label.ndim == 3 and label.shape[2] in (3, 4) else ""
         raise ValueError(f"label {where} must hold one class id a pixel, got an array of shape {label.shape}{colours}")

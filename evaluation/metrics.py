@@ -7,8 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
-# The paper's groups of BDD100K's classes (arXiv 2408.11208). Their published means fit 7 small / 12 large and 6 rare / 13 common
-# classes and no other numbers. Small are the thin and little things; rare the six of less than 0.3 % of the pixels.
+# The paper's groups of BDD100K's classes (arXiv 2408.11208). The published means fit only 7 small / 12 large and 6 rare / 13 common
+# classes. Small are the thin and little things; rare are the six classes with less than 0.3 % of the pixels.
 BDD100K_GROUPS = {
     "small": ("pole", "traffic light", "traffic sign", "person", "rider", "motorcycle", "bicycle"),
     "large": (
@@ -21,7 +21,7 @@ BDD100K_GROUPS = {
     ),
 }  # fmt: skip
 GROUPS = ("small", "large", "rare", "common")
-RARE_BELOW = 0.003  # share of the labelled pixels
+RARE_BELOW = 0.003  # share of all labelled pixels
 SMALL_BELOW = 0.005  # mean share of the image that a connected region of the class covers
 
 
@@ -29,13 +29,13 @@ def confusion_matrix(
     prediction: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int = 255
 ) -> np.ndarray:
     """
-    Counts (num_classes, num_classes) of (truth, prediction) over the pixels whose truth is not `ignore_index`.
+    Count the pairs (truth, prediction) of all pixels whose truth is not `ignore_index`, (num_classes, num_classes).
 
     Args:
         prediction, truth: integer maps of equal shape.
 
     Raises:
-        ValueError: shapes differ, or an id is outside the classes.
+        ValueError: the shapes differ, or an id is outside the classes.
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape:
@@ -53,21 +53,21 @@ def confusion_matrix(
 
 
 def _as_bytes(ids: np.ndarray) -> np.ndarray | None:
-    """Flat uint8 ids; `None` where they do not fit."""
+    """Return ids as a flat uint8 array; `None` if they do not fit."""
     if ids.dtype != np.uint8:
-        # All bits together, in one pass: a negative or large id leaves one beyond the eighth.
+        # One pass over all ids: a negative id, or one above 255, sets a bit beyond the eighth.
         if ids.dtype.kind not in "iu" or not 0 <= np.bitwise_or.reduce(ids, axis=None) < 256:
             return None
         ids = ids.astype(np.uint8)
     return np.ascontiguousarray(ids).reshape(-1)
 
 
-# OpenCV counts in float32, whose integers are exact up to here.
+# Pixels counted at once: OpenCV counts in float32, in which integers are exact up to this number.
 CHUNK = 1 << 24
 
 
 def _confusion_of_bytes(prediction: np.ndarray, truth: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
-    """One pass over both maps counts all 256 x 256 pairs, and with them finds ids that do not belong (see benchmarks/metrics.py)."""
+    """Count all 256 x 256 pairs in one pass over both maps; the counts also show ids outside the classes (see benchmarks/metrics.py)."""
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     for begin in range(0, truth.size, CHUNK):
         pair = [ids[begin : begin + CHUNK].reshape(1, -1) for ids in (truth, prediction)]
@@ -96,15 +96,17 @@ def scores(
     of_truth: bool = False,
 ) -> dict:
     """
-    Figures of a confusion matrix (truth, prediction). A class that occurs in neither truth nor prediction has no IoU (`None`) and
-    is left out of every mean; so is, from the mean accuracy, a class without truth.
+    Compute the figures of a confusion matrix (truth, prediction).
+
+    A class that occurs in neither truth nor prediction has no IoU (`None`) and is left out of every mean. The mean accuracy also leaves out
+    classes that do not occur in the truth.
 
     Args:
-        of_truth: a class without truth has no IoU either, so that the mean is over the same classes whatever is predicted. Elsewhere
-            (torchmetrics, the hub's mean_iou) one pixel predicted of it is a 0 in the mean.
+        of_truth: a class that does not occur in the truth has no IoU either, so that the mean is over the same classes for any prediction. If
+            false, as in torchmetrics and the Hub's mean_iou, a single pixel predicted as such a class adds a 0 to the mean.
 
     Returns:
-        miou, accuracy, mean_accuracy (floats, 0 to 1, or `None` without a single pixel), per_class {name: IoU or None}, groups
+        miou, accuracy, mean_accuracy (floats from 0 to 1, or `None` without a single pixel), per_class {name: IoU or None}, groups
         {name: mean IoU or None}.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
@@ -137,11 +139,15 @@ def class_groups(
     pixels: np.ndarray, regions: np.ndarray, region_share: np.ndarray, classes: Sequence[str]
 ) -> dict[str, list[str]]:
     """
-    The paper's groups for a data set, from its own statistics: `rare` below 0.3 % of the labelled pixels, else `common`; `small`
-    where a connected region covers less than 0.5 % of its image on average, else `large`. Classes that do not occur are in none.
+    Derive the paper's groups for a data set from its own statistics.
+
+    A class is `rare` below 0.3 % of the labelled pixels, else `common`. It is `small` if its connected regions cover less than 0.5 % of their
+    image on average, else `large`. Classes that do not occur are in no group.
 
     Args:
-        pixels: (C,) labelled pixels of each class. regions: (C,) connected regions. region_share: (C,) sum of their image shares.
+        pixels: (C,) number of labelled pixels of each class.
+        regions: (C,) number of connected regions of each class.
+        region_share: (C,) sum of the shares of the image that the regions cover.
     """
     share = pixels / max(pixels.sum(), 1)
     size = region_share / np.maximum(regions, 1)
@@ -155,20 +161,21 @@ def class_groups(
 
 class MeanIoU(evaluate.Metric):
     """
-    Mean IoU, pixel accuracy, mean accuracy, IoU by class and by group, on a confusion matrix: memory does not grow with the images,
-    and maps may have any size.
+    Mean IoU, pixel accuracy, mean accuracy, and IoU by class and by group, computed from a confusion matrix.
+
+    Memory does not grow with the number of images, and maps may have any size.
 
         metric = MeanIoU(classes=["road", "sky"], ignore_index=255)
         metric.add_batch(predictions=[map_a, map_b], references=[truth_a, truth_b])
         metric.compute()["miou"]
 
-    On several processes each adds its own images; the sum of their `confusion` attributes is exact.
+    With several processes, each adds its own images; the sum of their `confusion` attributes gives the exact result.
 
     Args:
-        classes: names; their number is the number of classes.
+        classes: names of all classes.
         ignore_index: id in the references that is not counted.
         groups: {name: members}.
-        of_truth: average over the classes of the references alone; see [`scores`].
+        of_truth: average only over classes that occur in the references; see [`scores`].
     """
 
     def __init__(self, classes: Sequence[str], ignore_index: int = 255, groups=None, of_truth=False, **kwargs):
@@ -202,7 +209,7 @@ class MeanIoU(evaluate.Metric):
             self.add(prediction=prediction, reference=reference)
 
     def compute(self, *, predictions=None, references=None, **kwargs) -> dict:
-        """Figures of all that was added (see [`scores`]); starts anew afterwards, as `evaluate` metrics do."""
+        """Return the figures of all maps added so far (see [`scores`]) and reset the counts, as `evaluate` metrics do."""
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         result = scores(self.confusion, self.classes, self.groups, self.of_truth)

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share around their work: processes, the output folder, and one model after the other."""
+"""Code shared by the evaluation scripts: processes, the output folder, and the loop over models."""
 
 import dataclasses
 import json
@@ -30,21 +30,21 @@ from modeling_poodle.processes import (
 )
 
 logger = logging.getLogger("poodle")
-# May differ between the processes of an evaluation: places. What was built of the models is compared.
+# Fields that may differ between the processes of an evaluation, since paths differ between machines. The models' weights are compared instead.
 _OF_A_MACHINE = frozenset(("model", "data_dir", "output_dir"))
-# May change where an evaluation goes on: they change no figure.
+# Fields that may change when an evaluation is resumed, because they change no figure.
 FREE_ON_RESUME = frozenset(("resume_from_checkpoint", "feature_cache_gb", "save_steps"))
-FITTED = ("readout", "detector")  # folders of what was fitted
+FITTED = ("readout", "detector")  # folders of fitted models
 
 
 def make_accelerator() -> Accelerator:
-    # cpu is given because without it Accelerate overlooks the other processes that torchrun started on CPUs; mixed_precision because
-    # `accelerate config` may ask for another, which would change the figures without a trace in them.
+    # Without `cpu`, Accelerate overlooks the other processes that torchrun started on CPUs. `mixed_precision` overrides `accelerate config`,
+    # whose precision would change the figures without being recorded.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",
-        # While the first process renders the street or fetches a data set, the others wait; PyTorch's own bound is ten minutes on GPUs. (One
-        # that has ended is noticed at once, by the launcher.)
+        # The others wait while the first process renders the street or downloads a data set; PyTorch's own limit on GPUs is ten minutes.
+        # (The launcher notices at once if a process has ended.)
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_sharding(accelerator)
@@ -58,10 +58,10 @@ def make_accelerator() -> Accelerator:
 
 def begin_processes(recipe) -> Accelerator:
     """
-    What a script of several processes does first: look at its folder, and see to it that all were given the same.
+    Check the output folder, start the processes, and check that all were given the same recipe.
 
     Raises:
-        ValueError: as [`check_output_dir`] and [`make_accelerator`], and where the processes were given different recipes.
+        ValueError: as [`check_output_dir`] and [`make_accelerator`], or the processes were given different recipes.
     """
     check_output_dir(recipe)
     accelerator = make_accelerator()
@@ -71,9 +71,11 @@ def begin_processes(recipe) -> Accelerator:
 
 def check_output_dir(recipe) -> None:
     """
+    Check that the evaluation may write to its output folder.
+
     Raises:
-        ValueError: the folder is a file, or holds an evaluation of other values, another run, an interrupted evaluation that is not to be
-            resumed, or files of another origin that have an evaluation's names; or two models would share one folder in it.
+        ValueError: the folder is a file, or holds an evaluation with other values, another run, an interrupted evaluation that is not to be
+            resumed, or other files with an evaluation's names; or two models would be written to the same folder.
     """
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -114,7 +116,7 @@ def check_output_dir(recipe) -> None:
 
 
 def changed_fields(saved: str, recipe) -> str:
-    """The fields in which a kept config.yaml is not this recipe, in words; those that change no figure are no difference."""
+    """Name the fields in which a saved config.yaml differs from this recipe; fields that change no figure are not compared."""
     try:
         then = yaml.safe_load(saved)
     except yaml.YAMLError:
@@ -128,12 +130,12 @@ def changed_fields(saved: str, recipe) -> str:
 
 
 def places(recipe, folder: Path) -> list[Path]:
-    """Where an evaluation writes: its folder, and of several models one for each in it."""
+    """Return the folders an evaluation may write to: its output folder, and a folder in it for each model."""
     return [folder, *(folder / slug(name) for name in recipe.model)]
 
 
 def left_in(recipe, folder: Path) -> list[str]:
-    """What people look for in an output folder, and in those of several models in it."""
+    """Return the results and fitted models in an output folder and in its folders of single models."""
     names = ("evaluation.json", "report.html", *FITTED)
     found = [
         place / name for name in names for place in dict.fromkeys(places(recipe, folder)) if (place / name).exists()
@@ -143,13 +145,13 @@ def left_in(recipe, folder: Path) -> list[str]:
 
 def finished(accelerator: Accelerator, recipe, built: dict[str, str]) -> list[dict] | None:
     """
-    The results of an evaluation that is to be resumed and has ended already; said where it is so. [`check_output_dir`] comes before.
+    Return the results of an evaluation that is to be resumed but has already finished, else `None`. [`check_output_dir`] must come before.
 
     Args:
-        built: fingerprint of each model as it is now; what was measured on other weights is measured again.
+        built: present fingerprint of each model. If other weights were measured, the result is `None`.
 
     Raises:
-        ValueError: the processes have other weights.
+        ValueError: the processes have different weights.
     """
     same_on_all(accelerator, "weights of the models", ", ".join(digest[:12] for digest in built.values()))
     return on_main(accelerator, lambda: _finished(recipe, built))
@@ -171,13 +173,15 @@ def _finished(recipe, built: dict[str, str]) -> list[dict] | None:
 
 def begin_output_dir(recipe, folder: Path) -> None:
     """
-    On the first process, once all input is checked: a finished evaluation of the same values is replaced, and the recipe is kept.
+    Prepare the output folder, on the first process, once all input is checked.
+
+    A finished evaluation of the same values is removed, and the recipe is saved.
 
     Raises:
-        ValueError: another process writes there, or has meanwhile: as [`check_output_dir`].
+        ValueError: another evaluation is writing there, or has meanwhile written there (see [`check_output_dir`]).
     """
     lock_output_dir(folder)
-    check_output_dir(recipe)  # again: until now nothing kept others from it
+    check_output_dir(recipe)  # again, because the folder was not locked until now
     if getattr(recipe, "resume_from_checkpoint", None) is None and (folder / "config.yaml").exists():
         for place in places(recipe, folder):
             for name in ("evaluation.json", "report.html", "fit.safetensors"):
@@ -190,7 +194,7 @@ def begin_output_dir(recipe, folder: Path) -> None:
 
 
 def end_output_dir(recipe, folder: Path) -> None:
-    """On the first process, once everything is written: the states of the fits are needed no more."""
+    """Remove the saved states of the fits, on the first process, once everything is written."""
     for place in places(recipe, folder):
         (place / "fit.safetensors").unlink(missing_ok=True)
 
@@ -200,7 +204,7 @@ def slug(name: str) -> str:
 
 
 def provenance() -> dict:
-    """The command and the versions, for evaluation.json."""
+    """Return the command and the versions, for evaluation.json."""
     return {
         "command": shlex.join([*_started(Path(sys.argv[0])), *sys.argv[1:]]),
         "versions": {
@@ -212,7 +216,7 @@ def provenance() -> dict:
 
 
 def _started(script: Path) -> list[str]:
-    """How a script of evaluation/ is started in the repository, whose place on this machine is nobody else's."""
+    """Return the words that start a script of evaluation/ from the repository's root, without paths of this machine."""
     if script.name in ("segment.py", "detect.py"):
         return ["accelerate", "launch", f"evaluation/{script.name}"]
     return ["python", "-m", f"evaluation.{script.stem}"]
@@ -220,14 +224,15 @@ def _started(script: Path) -> list[str]:
 
 def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> list[dict]:
     """
-    Measure the recipe's models one after the other, and write what is of all of them.
+    Measure the recipe's models one after the other, and write the results and a common report.
 
     Args:
-        measure: (name, folder) -> its result (on the first process at least), its loss curve, and (caption, picture) pairs.
-        report: (results, curves by model, pictures by model) -> report.html. summary: results -> what is printed.
+        measure: (name, folder) -> the model's result (on the first process at least), its loss curve, and (caption, picture) pairs.
+        report: (results, curves by model, pictures by model) -> text of report.html.
+        summary: results -> text that is printed.
 
     Returns:
-        The results of this process.
+        The results that this process has.
     """
     output_dir = Path(recipe.output_dir)
     on_main(accelerator, lambda: begin_output_dir(recipe, output_dir))
@@ -236,7 +241,7 @@ def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> l
         folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
         folder.mkdir(parents=True, exist_ok=True)
         result, curves[name], pictures[name] = measure(name, folder)
-        accelerator.free_memory()  # or it would hold every model, and its features, to the end
+        accelerator.free_memory()  # otherwise it would hold all models and their features to the end
         if result is not None:
             results.append(result)
             if accelerator.is_main_process:

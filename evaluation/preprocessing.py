@@ -1,4 +1,4 @@
-"""The mean and deviation with which a model normalises images, as its own files tell them."""
+"""The mean and deviation with which a model normalises images, read from the model's own files."""
 
 import json
 import logging
@@ -20,10 +20,13 @@ FILES = ("preprocessor_config.json", "processor_config.json")  # the latter hold
 
 def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
     """
-    Mean and deviation of the image processor of a Hub id or folder, and where they are from: ImageNet's where it has none, which is logged.
+    Return the mean and deviation of the image processor in a folder or Hub repository, and the name of their origin.
+
+    Without an image processor they are ImageNet's, which is logged.
 
     Raises:
-        ValueError: its file is damaged or cannot be fetched, or gives no three numbers of either, or asks for another range than 0 to 1.
+        ValueError: the processor's file is damaged or cannot be fetched, does not give three numbers each, or asks for another range than
+            0 to 1.
     """
     try:
         for name in FILES:
@@ -42,11 +45,11 @@ def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
 
 
 def _file(source: str, name: str) -> Path | None:
-    """`None` where there is none; that the Hub cannot be asked is an error."""
+    """Return the local path of a file; `None` if the repository does not have it. It is an error if the Hub cannot be asked."""
     if Path(source).is_dir():
         return Path(source, name) if Path(source, name).is_file() else None
     try:
-        return Path(hf_hub_download(source, name))  # of the cache, where the Hub is not reached
+        return Path(hf_hub_download(source, name))  # from the cache if the Hub is not reached
     except LocalEntryNotFoundError:
         if try_to_load_from_cache(source, name) is _CACHED_NO_EXIST:
             return None
@@ -56,7 +59,7 @@ def _file(source: str, name: str) -> Path | None:
 
 
 def _processor(source: str, file: Path):
-    """The image processor, or its file's values where its class is not known here; `None` where these are no numbers but code."""
+    """Return the image processor; its file's values if its class is unknown here; `None` if the file names only code and no numbers."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values = values.get("image_processor", values)
     try:
@@ -71,10 +74,10 @@ def _processor(source: str, file: Path):
 
 def statistics(processor) -> tuple[tuple, tuple]:
     """
-    Mean and deviation of an image processor, for images from 0 to 1.
+    Return the mean and deviation of an image processor, for images in [0, 1].
 
     Raises:
-        ValueError: not three numbers each, or it takes images of another range.
+        ValueError: they are not three numbers each, or the processor rescales images to another range.
     """
     factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1
     if not math.isclose(factor, 1 / 255, rel_tol=1e-6):

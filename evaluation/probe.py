@@ -1,8 +1,8 @@
 """
-A k-NN readout of a network in training, every so many steps (`--probe` of training/pretrain.py).
+A k-NN readout of a network in training, at regular steps (`--probe` of training/pretrain.py).
 
-The script takes this module by its name, as a callback, so that `training/` imports nothing of `evaluation/`, and the probe is segment.py's own
-k-NN readout, with its data sets and its metric, and gives its figure.
+The script imports this module by its name, as a callback, so that `training/` does not depend on `evaluation/`. The probe uses the k-NN readout,
+the data sets and the metric of segment.py, and therefore gives the same figure.
 """
 
 import copy
@@ -22,11 +22,13 @@ from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleM
 
 class Probe:
     """
+    A k-NN readout that measures a network on one data set.
+
     Args:
         source: one of `STREETS`, or `folder:PATH` (images/, labels/, classes.json).
 
     Raises:
-        ValueError: another source, or a folder that does not hold such a data set.
+        ValueError: the source is unknown, or the folder does not hold such a data set.
     """
 
     def __init__(self, source: str):
@@ -38,19 +40,20 @@ class Probe:
         try:
             self.data = load_dataset(name, folder or None).with_groups()
             self.data.check()
-        except ValueError as error:  # whose flag is that of an evaluation
+        except ValueError as error:  # its message names a flag of the evaluation scripts
             raise ValueError(f"probe: {str(error).removeprefix('--data_dir ')}") from None
         self.recipe = EvaluationRecipe(model=["probe"], readout="knn", dataset=name, data_dir=folder or None)
 
     def __call__(self, accelerator: Accelerator, model: PoodleModel) -> dict[str, float]:
         """
-        Measure `model`, of several processes that of the first, which is the one that is exported. It is left in the
-        mode it was in; no random state of the run is touched.
+        Measure `model`; with several processes, the model of the first, which is the one that is exported.
+
+        The model keeps its training modes, and the run's random state is not changed.
 
         Returns:
-            miou, accuracy, and the mean IoU of each group of classes that occurs, all 0 to 1.
+            miou, accuracy, and the mean IoU of each group of classes that occurs, all from 0 to 1.
         """
-        modes = [(module, module.training) for module in model.modules()]  # of a teacher only its BatchNorms train
+        modes = [(module, module.training) for module in model.modules()]  # in a teacher only the BatchNorms are in training mode
         with torch.random.fork_rng():
             readout = KnnReadout(self._encoder(of_first_process(accelerator, model)), self.data, self.recipe)
             readout.prepare(accelerator)
@@ -67,7 +70,7 @@ class Probe:
             "label2id": {c: k for k, c in enumerate(self.data.classes)},
         }
         config = PoodleConfig.from_dict({**model.config.to_dict(), **labels})
-        with torch.device("meta"):  # all but the classifier, which k-NN does not use, is the model's own
+        with torch.device("meta"):  # only the classifier is left there, which k-NN does not use
             wrapper = PoodleForSemanticSegmentation(config)
         wrapper.poodle = model
         return Encoder("probe", wrapper, whole=True).eval().check()
@@ -75,9 +78,10 @@ class Probe:
 
 def of_first_process(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
-    `model` with the buffers of the first process. On CPUs each process has BatchNorm statistics of its own, and each
-    measures a share of the test images. Its own buffers stay as they are; the parameters, which all processes have
-    alike, are shared and not copied.
+    Return `model` with the buffers of the first process.
+
+    On CPUs each process has its own BatchNorm statistics, and each measures a share of the test images. The given model keeps its buffers. The
+    parameters, which are the same on all processes, are shared and not copied.
     """
     if accelerator.num_processes == 1:
         return model
