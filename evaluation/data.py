@@ -53,7 +53,8 @@ CAMVID_CLASSES = (
 )  # fmt: skip
 # Cityscapes' labelIds in the order of the train ids (cityscapesScripts, helpers/labels.py); all other ids are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}  # number of images, and seed among the drives held out from pretraining
+# Number of images, and seed among the drives held out from pretraining.
+STREET_SPLITS = {"train": (96, 0), "val": (48, 10_000)}
 
 
 # --- layouts ---

@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
         )
     built = {}
-    for name in recipe.model:  # a model that cannot be loaded or does not fit the detector is reported before any is measured
+    # A model that cannot be loaded or does not fit the detector is reported before any is measured.
+    for name in recipe.model:
         encoder = build(name, len(data.classes), seed=recipe.seed)
         built[name] = fingerprint(encoder.model.poodle)
         DetectionReadout(encoder, data, recipe)

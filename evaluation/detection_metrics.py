@@ -44,7 +44,8 @@ def coco_scores(
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    precision = evaluator.eval["precision"][..., 0, -1]  # (thresholds, recalls, classes), for all areas and 100 boxes an image
+    # (thresholds, recalls, classes), for all areas and 100 boxes an image.
+    precision = evaluator.eval["precision"][..., 0, -1]
     per_class = {name: _mean(precision[..., index]) for index, name in enumerate(classes)}
     return {**{key: _or_none(value) for key, value in zip(SUMMARY, evaluator.stats)}, "per_class": per_class}
 

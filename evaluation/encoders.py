@@ -153,7 +153,8 @@ class Encoder(nn.Module):
             windows = [pixel_values[..., top : top + window, left : left + window] for top, left in some]
             for (top, left), part in zip(some, self.model.features(torch.cat(windows)).split(len(pixel_values))):
                 if total is None:
-                    cell = window // part.shape[-1]  # pixels a cell: a patch, or a part of it if the SDM refines the map
+                    # Pixels a cell: a patch, or a part of it if the SDM refines the map.
+                    cell = window // part.shape[-1]
                     size = [side // cell for side in pixel_values.shape[-2:]]
                     total = part.new_zeros(*part.shape[:2], *size)
                     count = part.new_zeros(1, 1, *size)

@@ -28,7 +28,8 @@ av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, by th
 MAX_DECODED = 3000  # most frames of a video that are decoded for one strip
 MAX_FILES = 500  # most files of a folder that the page lists
 SHOWN = 800  # pixels of the longer side of a picture to click; the page's layout shows no larger one
-MINIMUM_SPAN = 0.1  # least range of similarities that the colours span, so that features that are all alike also look alike
+# Least range of similarities that the colours span, so that features that are all alike also look alike.
+MINIMUM_SPAN = 0.1
 
 
 # --- files ---

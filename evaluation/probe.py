@@ -53,7 +53,8 @@ class Probe:
         Returns:
             miou, accuracy, and the mean IoU of each group of classes that occurs, all from 0 to 1.
         """
-        modes = [(module, module.training) for module in model.modules()]  # in a teacher only the BatchNorms are in training mode
+        # In a teacher only the BatchNorms are in training mode.
+        modes = [(module, module.training) for module in model.modules()]
         with torch.random.fork_rng():
             readout = KnnReadout(self._encoder(of_first_process(accelerator, model)), self.data, self.recipe)
             readout.prepare(accelerator)

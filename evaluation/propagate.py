@@ -1,10 +1,10 @@
 """
-Measure encoders by video label propagation: nothing is trained.
+Measure encoders by video label propagation, without any training.
 
     python -m evaluation.propagate --model ID_OR_DIR [--model ...] --dataset davis|street [--data_dir DIR] [--features stage3]
 
-The masks of a video's first frame are handed on from frame to frame by similarity of features; what arrives is measured by J (region
-similarity), F (contour accuracy) and their mean J&F, as the DAVIS 2017 toolkit does. Leaves evaluation.json and report.html.
+The masks of a video's first frame are propagated from frame to frame by the similarity of features. As in the DAVIS 2017 toolkit, the propagated
+masks are measured by J (region similarity), F (contour accuracy) and their mean J&F. Writes evaluation.json and report.html.
 """
 
 import html
@@ -44,13 +44,13 @@ from modeling_poodle.recipe_files import (
     run_script,
 )
 
-TILE = 8  # cells a side that are compared at once: their common window is little larger than that of one
-SHOWN = 4  # frames of a strip in the report
+TILE = 8  # side, in cells, of a tile compared at once; the tile's window is little larger than that of one cell
+SHOWN = 4  # frames in a strip of the report
 
 
 @dataclass
 class PropagationRecipe(CheckedRecipe):
-    """A label propagation. The defaults are those of DINO (Caron et al. 2021), at the stride of the SDM's features."""
+    """Recipe of a label propagation. The defaults are those of DINO (Caron et al. 2021), at the stride of the SDM's features."""
 
     model: list[str] = models("Several give one table.")
     dataset: str = described("street", f"One of {', '.join(VIDEO_DATASETS)}.")
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"propagation runs on one process, not {accelerator.num_processes}; start it with python -m")
-    for name in recipe.model:  # a name that is wrong is found before anything is rendered or measured
+    for name in recipe.model:  # a wrong name is reported before anything is rendered or measured
         build(name, 1, features=recipe.features, seed=recipe.seed)
     sequences = load_sequences(recipe.dataset, recipe.data_dir, recipe.max_sequences)
     begin_output_dir(recipe, output_dir)
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for name in recipe.model:
         result, strips[name] = measure(accelerator.device, recipe, sequences, name)
         results.append(result)
-        # After each: what has been measured is not lost with the next.
+        # Written after each model, so that its result is not lost if the next one fails.
         written = results[0] if len(recipe.model) == 1 else {"results": results}
         write_aside(output_dir / "evaluation.json", json.dumps(written, indent=1))
     write_aside(output_dir / "report.html", write_html(results, strips))
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 def measure(
     device: torch.device, recipe: PropagationRecipe, sequences: list[Sequence], name: str
 ) -> tuple[dict, list[tuple[str, np.ndarray]]]:
-    """One model on all sequences: its result, and strips of its best, median and worst sequence."""
+    """Measure one model on all sequences. Return its result and the strips of its best, median and worst sequence."""
     began = time.perf_counter()
     encoder = build(name, 1, features=recipe.features, seed=recipe.seed).to(device)
     if name.startswith("random:"):
@@ -131,7 +131,7 @@ def measure(
     seconds = time.perf_counter() - began
     result = {
         "model": name,
-        # As in the toolkit: means over all objects of all sequences, however many a sequence has.
+        # As in the toolkit, the means are over all objects of all sequences, not over sequences.
         **{key: float(np.mean([values[key] for values in objects])) for key in objects[0]},
         "dataset": recipe.dataset,
         "features": encoder.features_name,
@@ -157,10 +157,13 @@ def measure_sequence(
     sequence: Sequence, cells: Callable[[np.ndarray], Tensor], recipe: PropagationRecipe
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
     """
-    Measures {object: {j_and_f, j_mean, …, f_decay}} of a propagated sequence, and a strip of some of its frames.
+    Propagate and measure one sequence.
 
     Args:
-        cells: (H, W, 3) uint8 image -> unit features (C, h, w).
+        cells: maps an image (H, W, 3) uint8 to unit features (C, h, w).
+
+    Returns:
+        The measures {object: {j_and_f, j_mean, …, f_decay}}, and a strip of some of the frames.
     """
     objects, last = sequence.objects(), len(sequence.frames) - 1
     values = np.zeros((len(objects), 2, last - 1))
@@ -168,7 +171,7 @@ def measure_sequence(
     parts = []
     for index, (image, prediction) in enumerate(propagated(sequence, objects, cells, recipe)):
         truth = sequence.mask(index)
-        if 0 < index < last:  # the first frame is given, and the toolkit does not count the last either
+        if 0 < index < last:  # the first frame is given, and the toolkit leaves out the last
             for number, key in enumerate(objects):
                 ours, theirs = prediction == key, truth == key
                 values[number, :, index - 1] = region_similarity(ours, theirs), contour_accuracy(ours, theirs)
@@ -184,13 +187,13 @@ def measure_sequence(
 
 
 def propagated(sequence: Sequence, objects: list[int], cells: Callable, recipe: PropagationRecipe):
-    """Yield (image, mask of object ids) frame by frame; the mask of the first is the given one."""
+    """Yield (image, mask of object ids) frame by frame; the first mask is the given one."""
     image, given = read_image(sequence.frames[0]), sequence.mask(0)
     ids = np.array([0, *objects], np.uint8)
     yield image, np.where(np.isin(given, ids), given, 0)
     first = cells(image)
     one_hot = torch.from_numpy(given[None] == ids[:, None, None]).float().to(first.device)
-    # The share of each cell that an object covers: a cell's majority would lose what is thinner than half a cell.
+    # Labels are the share of each cell that an object covers; a cell's majority label would lose objects thinner than half a cell.
     labels = F.adaptive_avg_pool2d(one_hot, first.shape[1:])
     context: deque = deque(maxlen=recipe.context_frames)
     for path in sequence.frames[1:]:
@@ -205,9 +208,10 @@ def propagated(sequence: Sequence, objects: list[int], cells: Callable, recipe: 
 
 def full_range(scores: Tensor) -> Tensor:
     """
-    (K, H, W), each map stretched to [0, 1], as DINO's protocol does before the largest is taken: an object of few cells, blurred on
-    its way, does not lose to the background. Measured on the street's 12 drives, J&F: 32.9 without and 53.5 with it for an untrained
-    ResNet-18's stage1, 86.6 and 87.8 for features that are exact instance codes.
+    Stretch each of the maps (K, H, W) to [0, 1], as DINO's protocol does before the argmax.
+
+    Otherwise an object of few cells, blurred by the propagation, loses to the background. J&F on the street's 12 drives: 32.9 without and
+    53.5 with it for stage1 of an untrained ResNet-18; 86.6 and 87.8 for features that are exact instance codes.
     """
     low, high = (bound.view(-1, 1, 1) for bound in torch.aminmax(scores.flatten(1), dim=1))
     return (scores - low) / (high - low).clamp(min=1e-12)
@@ -215,16 +219,20 @@ def full_range(scores: Tensor) -> Tensor:
 
 def propagate(target: Tensor, context: Tensor, labels: Tensor, top_k: int, radius: int, temperature: float) -> Tensor:
     """
-    Labels of a frame's cells: of the cells of the context frames within a square window, the `top_k` most similar ones' labels,
-    weighted by the softmax of their cosines over the temperature (Jabri et al. 2020, Caron et al. 2021).
+    Propagate labels from the context frames to the cells of a frame.
 
-    Only windows are compared, tile by tile: memory is that of one tile's window, not of all pairs of cells.
+    Each cell gets the labels of the `top_k` most similar context cells within a square window around it, weighted by the softmax of their
+    cosines divided by the temperature (Jabri et al. 2020, Caron et al. 2021). Cells are compared tile by tile, so that memory is that of one
+    tile's window, not of all pairs of cells.
 
     Args:
-        target: (C, h, w) unit features. context: (N, C, h, w) unit features. labels: (N, K, h, w) of the context.
+        target: (C, h, w) unit features of the frame.
+        context: (N, C, h, w) unit features of the context frames.
+        labels: (N, K, h, w) labels of the context frames.
+        radius: cells from the window's centre to its edge.
 
     Returns:
-        (K, h, w).
+        (K, h, w) labels of the frame.
     """
     height, width = target.shape[1:]
     y, x = torch.arange(height, device=target.device), torch.arange(width, device=target.device)
@@ -248,14 +256,14 @@ def propagate(target: Tensor, context: Tensor, labels: Tensor, top_k: int, radiu
 
 @torch.no_grad()
 def grid_features(encoder: Encoder, image: np.ndarray, stride: int) -> Tensor:
-    """Unit features (C, h, w) on a grid of `stride` pixels, whatever the encoder's own: others are resized to it."""
+    """Return unit features (C, h, w), resized to a grid of `stride` pixels whatever the encoder's own stride is."""
     size = [max(round(side / stride), 1) for side in image.shape[:2]]
     features = encoder(encoder.normalise(image)).float()
     return F.normalize(F.interpolate(features, size=size, mode="bilinear", align_corners=False)[0], dim=0)
 
 
 def table(results: list[dict]) -> str:
-    """The results side by side, a line a model; percent."""
+    """Return the results as a text table with one line a model, in percent."""
     keys = ("j_and_f", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay")
     titles = ("J&F", "J mean", "recall", "decay", "F mean", "recall", "decay")
     width = max(12, *(len(r["model"]) + 2 for r in results))
@@ -267,7 +275,7 @@ def table(results: list[dict]) -> str:
 
 
 def overlay(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The image tinted by the predicted objects, with the true objects' contours in white; (H, W, 3) uint8."""
+    """Tint the image by the predicted objects and draw the true objects' contours in white; (H, W, 3) uint8."""
     colours = np.roll(palette(255), 1, axis=0)
     tinted = np.where((prediction > 0)[..., None], 0.5 * image + 0.5 * colours[prediction], image)
     tinted[cv2.dilate(contour(truth), np.ones((2, 2), np.uint8)) > 0] = 255
@@ -275,7 +283,13 @@ def overlay(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.
 
 
 def write_html(results: list[dict], strips: dict[str, list[tuple[str, np.ndarray]]]) -> str:
-    """The report as one HTML text, names from outside escaped. strips: (caption, picture) by model."""
+    """
+    Return the report as one HTML text. Names from outside are escaped.
+
+    Args:
+        results: as in evaluation.json.
+        strips: (caption, picture) pairs by model.
+    """
     first = results[0]
     parts = [
         f"<pre>{html.escape(table(results))}</pre>",

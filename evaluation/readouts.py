@@ -1,4 +1,4 @@
-"""Readouts of an encoder: linear on frozen features, k-NN without fitting, UperNet fine-tuned. Each predicts a map of class ids."""
+"""Readouts that predict a map of class ids: linear on frozen features, k-NN without fitting, and fine-tuned UperNet."""
 
 import logging
 from pathlib import Path
@@ -20,21 +20,22 @@ from modeling_poodle.processes import on_all
 from modeling_poodle.remote_code import add_code
 
 logger = logging.getLogger("poodle")
-# Pixels of an image on which the loss is computed, drawn anew each step: their mean is an unbiased estimate of that over all pixels.
-# Measured on CamVid with a ResNet-50 (benchmarks/readout.py, 2 cores under other load): a step of 8 images 75 ms, at all pixels 768 ms; mIoU
-# after 20 steps 13.6 and 13.3 %. Features kept in a file against computed anew: a whole readout in 5 minutes against 77.
+# Number of pixels of an image at which the loss is computed. They are drawn anew in each step, so that their mean is an unbiased estimate of
+# the mean over all pixels. Measured on CamVid with a ResNet-50 (benchmarks/readout.py, 2 cores under other load): a step of 8 images takes 75 ms,
+# at all pixels 768 ms; mIoU after 20 steps is 13.6 and 13.3 %. A whole readout takes 5 minutes with stored features, 77 with recomputed ones.
 POINTS = 8192
 
 
 def upsample(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, K, h, w) -> (1, K, H, W), bilinear: the label's own size."""
-    # In channels_last, where the classes of a pixel lie together: 150 classes at 1500x2000 on one CPU thread, with the argmax behind it, 1.1 s instead of 2.4.
+    """Resize scores (1, K, h, w) bilinearly to the label's size, (1, K, H, W)."""
+    # In channels_last the classes of a pixel lie together. 150 classes at 1500x2000 on one CPU thread, with the argmax that follows, take 1.1 s
+    # instead of 2.4.
     scores = scores.contiguous(memory_format=torch.channels_last)
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
 def processor_of(encoder: Encoder) -> SegformerImageProcessor:
-    """Image processor that a saved readout needs in a pipeline: no resizing, the encoder's own mean and deviation."""
+    """Return the image processor that a saved readout needs in a pipeline: the encoder's mean and deviation, without resizing."""
     return SegformerImageProcessor(
         do_convert_rgb=True, do_resize=False, image_mean=list(encoder.mean), image_std=list(encoder.std)
     )
@@ -42,10 +43,10 @@ def processor_of(encoder: Encoder) -> SegformerImageProcessor:
 
 class LinearReadout(FittedReadout):
     """
-    A 1x1 convolution on frozen features; the encoder, BatchNorm statistics included, stays as it is.
+    A 1x1 convolution on frozen features; the encoder, with its BatchNorm statistics, does not change.
 
-    Features are standardised channel by channel with the statistics of the first 32 training images, which are folded into the
-    convolution when it is saved: it fits as quickly on features of any scale and remains a 1x1 convolution.
+    Each channel of the features is standardised with the statistics of the first 32 training images, so that the readout fits equally fast on
+    features of any scale. The statistics are folded into the convolution when it is saved, so it remains a 1x1 convolution.
     """
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
@@ -58,7 +59,7 @@ class LinearReadout(FittedReadout):
         self.store = FeatureStore(recipe.feature_cache_gb * 1e9)
 
     def prepare(self, accelerator: Accelerator | None = None) -> None:
-        """Statistics from the data set's first images (the same on all ranks)."""
+        """Compute the features' statistics from the first training images, which are the same on all ranks."""
         sums = torch.zeros(3, self.encoder.channels, dtype=torch.float64)
         for image in read_ahead(self.data.image, self.data.train[:32]):
             flat = self._raw(image).flatten(1).cpu().double()
@@ -70,8 +71,8 @@ class LinearReadout(FittedReadout):
         self.std = torch.where(std > 1e-6, std, 1.0).float()[:, None, None].to(device)
 
     def keep(self, examples: list[Example]) -> None:
-        """Once, before the steps of a fit: the features of this rank's `examples`, as many as there is room for."""
-        reads = read_ahead(self.data.both, examples)  # the label, so that it is told if it is of another size
+        """Store the features of this rank's `examples`, as many as there is room for."""
+        reads = read_ahead(self.data.both, examples)  # reads labels too, to check that their sizes fit
         kept = self.store.fill((example.name, self._features(image)) for example, (image, _) in zip(examples, reads))
         if kept < len(examples):
             logger.info(
@@ -87,15 +88,15 @@ class LinearReadout(FittedReadout):
         return (self._raw(image) - self.mean) / self.std
 
     def read(self, example: Example) -> tuple[Tensor | np.ndarray, np.ndarray]:
-        """What a step needs of an example: its features where they are kept, else its image; and its label."""
+        """Return an example's stored features, or its image if they are not stored, and its label."""
         if example.name in self.store:
             return self.store[example.name], self.data.label(example)
         return self.data.both(example)
 
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
-        """Features and labels of what was `read`, and the points that the loss is taken at."""
+        """Return the features, and the points and their labels at which the loss is computed."""
         device = self.encoder.model.device
-        # Computed anew or not, which depends on the disk: a fit that goes on elsewhere sees the same numbers.
+        # Recomputed features are rounded like stored ones: which are stored depends on the disk, and a fit resumed elsewhere must see the same.
         features = [
             (stored.to(device) if isinstance(stored, Tensor) else as_kept(self._features(stored))).float()
             for stored, _ in read
@@ -119,11 +120,11 @@ class LinearReadout(FittedReadout):
         }
 
     def forward(self, features: list[Tensor], points: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of the bilinearly upsampled logits at the points; a mean over the labelled ones, 0 without any."""
+        """Return the cross entropy of the bilinearly upsampled logits, averaged over the labelled points; 0 if there are none."""
         sampled = []
         for feature, where in zip(features, points):
             logits = self.classifier(feature[None])
-            # Border padding is what interpolate does beyond the outermost cell centres.
+            # Beyond the outermost cell centres, `interpolate` does the same as border padding.
             sampled.append(
                 F.grid_sample(logits, where[None, None], padding_mode="border", align_corners=False)[0, :, 0]
             )
@@ -153,10 +154,10 @@ class LinearReadout(FittedReadout):
 
 class KnnReadout(Readout):
     """
-    Dense nearest neighbours; nothing is fitted. Each cell of the features takes the votes of its nearest cells (cosine) of the training
-    images, weighted by exp(similarity / 0.07) (Wu et al. 2018); the votes are upsampled like logits.
+    Dense nearest neighbours, without fitting.
 
-    Features are read at a grid of stride 8, coarser ones upsampled to it; a cell's label is the most frequent one of its pixels.
+    The nearest cells of the training images (by cosine) vote for the class of each cell, weighted by exp(similarity / 0.07) (Wu et al. 2018).
+    The votes are upsampled like logits. Features are resized to a grid of stride 8; a cell's label is the most frequent one of its pixels.
     """
 
     STRIDE, TEMPERATURE, CHUNK = 8, 0.07, 2048
@@ -167,11 +168,12 @@ class KnnReadout(Readout):
 
     def prepare(self, accelerator: Accelerator | None = None) -> None:
         """
-        The reference cells: `max_reference_cells`, and up to one more a training image. Each process computes the features of its share of the
-        images; all processes have all cells afterwards, in the images' order.
+        Collect about `max_reference_cells` reference cells: their number for each training image is rounded up.
+
+        Each process computes the features of its share of the images. Afterwards all processes have all cells, in the order of the images.
 
         Raises:
-            ValueError: an image and its label differ in size, or no image has a labelled cell. On all processes, whichever has the image.
+            ValueError: an image and its label differ in size, or no image has a labelled cell. The error is raised on all processes.
         """
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         bank, labels = on_all(accelerator, lambda: self._references(rank, processes))
@@ -183,7 +185,7 @@ class KnnReadout(Readout):
         self.bank = bank.t().contiguous()
 
     def _references(self, rank: int, processes: int) -> tuple[Tensor, list[Tensor]]:
-        """Features (N, C) of the cells of this process' images, one after the other, and the classes of the cells of each image of all."""
+        """Return the cells' features (N, C) of this process' images, and for each image of all processes the classes of its cells."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         share = -(-self.recipe.max_reference_cells // len(self.data.train))
         device, labels = self.encoder.model.device, []
@@ -199,7 +201,7 @@ class KnnReadout(Readout):
                 raise ValueError(f"{name}: image {image.shape[:2]} and label {label.shape} differ in size")
             found = majority(label, self._size(label.shape), len(self.data.classes)).flatten()
             kept = (found != IGNORE).nonzero()[:, 0]
-            # Drawn for the images of all processes: the same cells on any number of them.
+            # Drawn for all images on each process, so that the cells are the same for any number of processes.
             kept = kept[torch.randperm(len(kept), generator=generator)[:share]]
             labels.append(found[kept])
             if image is not None:
@@ -207,7 +209,7 @@ class KnnReadout(Readout):
         return torch.cat(features), labels
 
     def _size(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Of the grid of cells of an image of this (H, W)."""
+        """Return the size (h, w) of the grid of cells of an image (H, W)."""
         return max(image[0] // self.STRIDE, 1), max(image[1] // self.STRIDE, 1)
 
     @torch.no_grad()
@@ -231,7 +233,13 @@ class KnnReadout(Readout):
 
 
 def _in_order(accelerator: Accelerator, own: Tensor, counts: list[int]) -> Tensor:
-    """Rows of all processes in the images' order. Args: own: rows of this process' images, every n-th; counts: rows of each image."""
+    """
+    Gather the rows of all processes in the order of the images.
+
+    Args:
+        own: rows of this process' images; of n processes, each has every n-th image.
+        counts: number of rows of each image.
+    """
     processes = accelerator.num_processes
     of_rank = [sum(counts[rank::processes]) for rank in range(processes)]
     padded = own.new_zeros(max(of_rank), own.shape[1])
@@ -242,7 +250,7 @@ def _in_order(accelerator: Accelerator, own: Tensor, counts: list[int]) -> Tenso
 
 
 def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tensor:
-    """The most frequent class of each cell of a grid of `size`, (h, w) long; 255 where the cell has no labelled pixel."""
+    """Return the most frequent class of each cell of a grid of `size`, an integer tensor (h, w); 255 for cells without a labelled pixel."""
     height, width = label.shape
     rows = np.minimum(np.arange(height) * size[0] // height, size[0] - 1)
     columns = np.minimum(np.arange(width) * size[1] // width, size[1] - 1)
@@ -257,15 +265,16 @@ def majority(label: np.ndarray, size: tuple[int, int], num_classes: int) -> Tens
 
 class UperNetReadout(FittedReadout):
     """
-    transformers' UperNet on the encoder alone, all of it fine-tuned on random crops and flips. A batch of crops without
-    a labelled pixel has the loss 0.
+    transformers' UperNet on the encoder without the SDM, fine-tuned as a whole on random crops and flips.
+
+    The loss of a batch of crops without a labelled pixel is 0.
     """
 
     trains_encoder = True
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
         super().__init__()
-        # Not the encoder as a module of this one: UperNet has a copy of it, which is the one that is fitted, saved and moved.
+        # The encoder is not a submodule of this readout: UperNet has its own copy, which is fitted, saved and moved.
         self.normalise, self.processor = encoder.normalise, processor_of(encoder)
         self.data, self.recipe = data, recipe
         if len(data.classes) < 2:
@@ -294,7 +303,7 @@ class UperNetReadout(FittedReadout):
         if wrong:
             raise ValueError(f"readout upernet cannot take this encoder's weights: {wrong[0]} does not fit")
         backbone = self.model.backbone.eval()
-        self.multiple = stage_stride(backbone)  # of stage4, the coarsest of the maps that are read
+        self.multiple = stage_stride(backbone)  # the stride of stage4, the coarsest map that is read
         try:
             maps = backbone(torch.zeros(1, 3, 224, 288)).feature_maps  # whole images are read, of any size
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
@@ -328,10 +337,10 @@ class UperNetReadout(FittedReadout):
         return {"pixel_values": pixel_values, "labels": labels, "seed": seed}
 
     def forward(self, pixel_values: Tensor, labels: Tensor, seed: int) -> Tensor:
-        # Stochastic depth (Swin, BEiT) draws from the global generator; seeded by the step, so that an interrupted fit
-        # goes on bit for bit.
+        # Stochastic depth (Swin, BEiT) draws from the global generator. It is seeded anew in each step, so that an interrupted fit resumes
+        # bit for bit.
         torch.manual_seed(seed)
-        # A batch without a labelled pixel: the model's mean would be 0/0. With other labels in their place it is a number, multiplied by 0.
+        # Without a labelled pixel the model's mean loss would be 0/0. With all labels 0 it is a finite number, which is multiplied by 0.
         labelled = (labels != IGNORE).any()
         loss = self.model(pixel_values=pixel_values, labels=torch.where(labelled, labels, 0)).loss
         return loss * labelled

@@ -1,4 +1,4 @@
-"""What an evaluation depends on: one dataclass, read from YAML, overridden by flags."""
+"""The recipe of an evaluation: one dataclass, read from YAML, overridden by flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ READOUTS = ("linear", "knn", "upernet")
 
 
 def models(about: str):
-    """The field of the models, by `--model A --model B` as well as `--model A B`."""
+    """Return the field of the models, given as `--model A --model B` or `--model A B`."""
     return described(
         [], f"Models: run or model folders, Hub ids, timm/NAME, random:MODEL (untrained). {about}", action="extend"
     )
@@ -25,7 +25,7 @@ def models(about: str):
 
 @dataclass
 class FitRecipe(CheckedRecipe):
-    """What every evaluation that fits something depends on. Fields that transformers' `TrainingArguments` has are called as there."""
+    """Fields common to all evaluations that fit something. Those that transformers' `TrainingArguments` also has are named as there."""
 
     model: list[str] = models("Several give one table.")
     dataset: str = "street"
@@ -64,7 +64,7 @@ class FitRecipe(CheckedRecipe):
 
 @dataclass
 class EvaluationRecipe(FitRecipe):
-    """A semantic segmentation readout."""
+    """Recipe of a semantic segmentation readout."""
 
     dataset: str = described("street", f"One of {', '.join(DATASETS)}, or the id of a labelled data set on the Hub.")
     readout: str = described("linear", f"One of {', '.join(READOUTS)}.")
@@ -96,7 +96,7 @@ class EvaluationRecipe(FitRecipe):
         good = len(self.crop_size) == 2 and min(self.crop_size) >= 32
         self.need(good, "crop_size", "height and width of at least 32 pixels")
         if self.readout == "upernet":
-            # Its BatchNorm on one pooled cell an image cannot normalise a single image.
+            # UperNet pools each image to a single cell, whose BatchNorm cannot normalise a batch of one image.
             enough = self.per_device_train_batch_size > 1
             self.need(enough, "per_device_train_batch_size", "at least 2 with readout upernet")
         if self.readout == "upernet" and self.features is not None:
@@ -105,10 +105,10 @@ class EvaluationRecipe(FitRecipe):
 
 def parse_recipe(arguments: list[str] | None = None) -> EvaluationRecipe:
     """
-    Recipe from the command line: `--config FILE` first, then flags. Without `--config` the package's recipe of the readout, if any.
+    Read the recipe from the command line. Flags override the file of `--config`, by default the package's recipe of the readout, if any.
 
     Raises:
-        ValueError: an unknown field (the nearest name is suggested), or a value out of range.
+        ValueError: a field is unknown (the message suggests the nearest name), or a value is out of range.
     """
     return read_with_models(
         EvaluationRecipe, arguments, "Measure encoders by a readout.", lambda given: given.get("readout", "linear")
@@ -116,7 +116,7 @@ def parse_recipe(arguments: list[str] | None = None) -> EvaluationRecipe:
 
 
 def read_with_models(kind: type, arguments: list[str] | None, about: str, recipe_name=lambda given: None):
-    """A recipe of `kind` from the command line; without `--config` the package's recipe that `recipe_name(flags)` names, if any."""
+    """Read a recipe of `kind` from the command line. Without `--config`, use the package's recipe named `recipe_name(flags)`, if any."""
 
     def default_config(given: dict) -> Path | None:
         file = RECIPES / f"{recipe_name(given)}.yaml"

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: a table for the terminal, and report.html, one file without scripts or links."""
+"""Output of an evaluation for people: a table for the terminal, and report.html, a single file without scripts or links."""
 
 import base64
 import colorsys
@@ -17,7 +17,7 @@ def percent(value: float | None) -> str:
 
 
 def table(results: Sequence[dict]) -> str:
-    """The results side by side, a line a model."""
+    """Return the results as a text table with one line a model, in percent."""
     groups = [name for name in GROUPS if any(r["groups"].get(name) is not None for r in results)]
     width = max(12, *(len(r["model"]) + 2 for r in results))
     lines = [f"{'model':{width}}{'mIoU':>8}{'accuracy':>10}{'mean acc':>10}" + "".join(f"{g:>8}" for g in groups)]
@@ -30,17 +30,17 @@ def table(results: Sequence[dict]) -> str:
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """(256, 3) uint8: colours far apart for the classes, black for what is not counted."""
+    """Return colours (256, 3) uint8: distinct ones for the classes, black for ids that are not counted."""
     colours = np.zeros((256, 3), np.uint8)
     for index in range(num_classes):
-        # The golden ratio spreads hues evenly whatever the number of classes.
+        # The golden ratio spreads the hues evenly for any number of classes.
         rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.55 + 0.4 * (index % 2), 0.95 - 0.3 * (index % 3) / 2)
         colours[index] = [round(255 * value) for value in rgb]
     return colours
 
 
 def strip(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    """Image, truth, prediction and errors (red wrong, green right, black not counted) side by side."""
+    """Draw image, truth, prediction and errors (red wrong, green right, black not counted) side by side."""
     colours = palette(num_classes)
     errors = np.where((truth == prediction)[..., None], np.uint8([40, 120, 60]), np.uint8([210, 40, 40]))
     errors[truth == 255] = 0
@@ -49,9 +49,9 @@ def strip(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, num_clas
 
 
 def picture(array: np.ndarray, max_width: int = 1600) -> str:
-    """An <img> with its data in it."""
+    """Return an <img> element that contains its data."""
     image = Image.fromarray(array)
-    # Not resized by a ratio: a strip of long, flat images would have no row left. The height is about the most that a JPEG can have.
+    # `thumbnail` keeps at least one row; resizing a strip of long, flat images by a ratio might leave none. JPEG allows about this height.
     image.thumbnail((max_width, 65_500))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
@@ -59,7 +59,7 @@ def picture(array: np.ndarray, max_width: int = 1600) -> str:
 
 
 def curve(points: Sequence[dict]) -> str:
-    """The loss as an SVG polyline."""
+    """Draw the loss as an SVG polyline."""
     if not points:
         return "<p>Nothing was fitted.</p>"
     steps, losses = (np.array([p[key] for p in points], dtype=float) for key in ("step", "loss"))
@@ -83,7 +83,7 @@ def bars(values: dict[str, float | None]) -> str:
 
 
 def page(title: str, parts: Sequence[str], command: str) -> str:
-    """One HTML file; `parts` and `command` as they follow, escaped already and not yet."""
+    """Return the text of an HTML file. `parts` must be escaped already; `title` and `command` are escaped here."""
     head = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;max-width:1000px;"
         "margin:2em auto}td,th{padding:2px 10px;text-align:left}.bar{width:300px;background:#eee}.bar div{height:12px;background:#27c}"
@@ -98,10 +98,12 @@ def write_html(
     results: Sequence[dict], curves: dict[str, list], strips: dict[str, list[tuple[str, np.ndarray]]]
 ) -> str:
     """
-    The report as one HTML text. Every name from outside (models, classes, files) is escaped.
+    Return the report as one HTML text. Every name from outside (models, classes, files) is escaped.
 
     Args:
-        results: as in evaluation.json. curves: loss curve by model. strips: (caption, picture) by model.
+        results: as in evaluation.json.
+        curves: loss curve by model.
+        strips: (caption, picture) pairs by model.
     """
     first = results[0]
     parts = [

@@ -3,7 +3,7 @@ Measure encoders by semantic segmentation.
 
     accelerate launch evaluation/segment.py --model ID_OR_DIR [--model ...] --dataset NAME [--data_dir DIR] --readout linear|knn|upernet
 
-Leaves evaluation.json, report.html and, where something is fitted, readout/ in --output_dir.
+Writes evaluation.json, report.html and, if something is fitted, readout/ to --output_dir.
 """
 
 import gc
@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-# `accelerate launch evaluation/segment.py` puts evaluation/ on the path; its siblings live one folder up.
+# `accelerate launch evaluation/segment.py` puts evaluation/ on the path; the packages lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
+    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -40,10 +40,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     recipe = parse_recipe(arguments)
     accelerator = begin_processes(recipe)
     for name in recipe.model:
-        look_up(name)  # a name that is wrong is found before anything is rendered
-    # Rank 0 renders the street, the others find it.
+        look_up(name)  # reports a wrong name before anything is rendered
+    # Rank 0 renders the street; the others find it rendered.
     data = main_first(accelerator, lambda: load_dataset(recipe.dataset, recipe.data_dir))
-    # Groups are of the whole data set: they do not change with the number of images that are used.
+    # Groups are derived from the whole data set, so that they do not depend on the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
     if len(data.train) < accelerator.num_processes:
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
         )
     built = {}
-    for name in recipe.model:  # one that is wrong, or does not fit the readout, is found before the first is measured
+    # A model that cannot be loaded or does not fit the readout is reported before any is measured.
+    for name in recipe.model:
         encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
         built[name] = fingerprint(encoder.model.poodle)
         READOUTS[recipe.readout](encoder, data, recipe)
@@ -71,7 +72,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 def measure(
     accelerator: Accelerator, recipe: EvaluationRecipe, data: LabelledImages, name: str, folder: Path
 ) -> tuple[dict, list, list]:
-    """One model: fit, evaluate, write. Returns its result, its loss curve, and strips of its best, median and worst images."""
+    """
+    Fit a readout on one model, evaluate it on the test images and save it.
+
+    Returns:
+        The result, the loss curve, and (caption, strip) pairs of the best, median and worst image (empty except on the first process).
+    """
     began = time.perf_counter()
     set_seed(recipe.seed)
     encoder = build(name, len(data.classes), data.classes, recipe.features, recipe.seed)
@@ -97,7 +103,7 @@ def measure(
         "built_sha256": built,
         "encoder_sha256": before,
         "weights_sha256": encoder.weights_sha256,
-        # UperNet has a backbone of its own, which reads no windows.
+        # UperNet has its own backbone, which does not read windows.
         "features": "all stages" if recipe.readout == "upernet" else encoder.features_name,
         "inference": f"whole image{encoder.undilated}" if recipe.readout == "upernet" else encoder.inference,
         **encoder.preprocessing,

@@ -1,4 +1,4 @@
-"""Videos with object masks in the layout of DAVIS 2017, and its measures: region similarity J and contour accuracy F."""
+"""Videos with object masks in the layout of DAVIS 2017, and the measures of DAVIS: region similarity J and contour accuracy F."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from modeling_poodle.folders import spread
 VIDEO_DATASETS = ("davis", *STREETS)
 STREET_SEQUENCES = 12
 VOID = 255  # not annotated; the toolkit counts it as background
-BOUND = 0.008  # of the diagonal: how far a contour may be off
+BOUND = 0.008  # tolerance of a contour, as a share of the image's diagonal
 LAYOUT = (
     "Expected: ImageSets/2017/val.txt, JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png of the same stems, as in "
     "DAVIS-2017-trainval-480p from davischallenge.org."
@@ -23,31 +23,31 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class Sequence:
-    """One video: its frames, and a mask for each (0 background, else the object's id)."""
+    """One video: its frames, and a mask of each frame (0 is background, else the object's id)."""
 
     name: str
     frames: tuple[Path, ...]
     masks: tuple[Path, ...]
 
     def mask(self, index: int) -> np.ndarray:
-        """(H, W) uint8 object ids of a frame."""
+        """Read the object ids of a frame, (H, W) uint8; void becomes background."""
         mask = read_label(self.masks[index])
         return np.where(mask == VOID, 0, mask).astype(np.uint8)
 
     def objects(self) -> list[int]:
-        """Ids in the first frame. Those that come later cannot be known to a propagation and count as background."""
+        """Return the object ids in the first frame. A propagation cannot know objects that appear later; they count as background."""
         return [int(index) for index in np.unique(self.mask(0)) if index]
 
 
 def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int | None = None) -> list[Sequence]:
     """
-    The sequences of `davis` (its val.txt) or of one of the rendered `STREETS`.
+    Load the sequences of `davis` (those in its val.txt) or of one of the rendered `STREETS`.
 
     Args:
-        max_sequences: of davis so many, evenly spread; of the street so many are rendered.
+        max_sequences: number of sequences. From davis they are evenly spread; of the street exactly so many are rendered.
 
     Raises:
-        ValueError: a missing folder or mask, sizes that differ, a sequence of fewer than three frames or without an object.
+        ValueError: a folder or mask is missing, sizes differ, or a sequence has fewer than three frames or no object.
     """
     if dataset in STREETS:
         folder = street_sequences(dataset, data_dir, max_sequences or STREET_SEQUENCES)
@@ -100,25 +100,26 @@ def _sequence(folder: Path, name: str) -> Sequence:
 
 
 def street_sequences(name: str, data_dir: str | None, count: int) -> Path:
-    """Sequences of one of `STREETS`, rendered where they are missing."""
+    """Return the folder of `count` sequences of one of `STREETS`; missing ones are rendered."""
     folder = street_place(name, f"sequences-{count}", data_dir)
     render_street(name, "sequences", folder, "--sequences", str(count))
     return folder
 
 
-# --- measures, as the DAVIS 2017 toolkit defines them (Perazzi et al. 2016, Pont-Tuset et al. 2017) ---
+# --- measures, as defined by the DAVIS 2017 toolkit (Perazzi et al. 2016, Pont-Tuset et al. 2017) ---
 
 
 def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two (H, W) bool masks; 1 where both are empty."""
+    """Return J, the intersection over union of two (H, W) bool masks; 1 if both are empty."""
     union = np.count_nonzero(prediction | truth)
     return np.count_nonzero(prediction & truth) / union if union else 1.0
 
 
 def contour_accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
     """
-    F: harmonic mean of the shares of each contour that lie within reach of the other, for two (H, W) bool masks. The reach is a disk
-    of 0.8 % of the diagonal, rounded up. 1 where neither has a contour, 0 where only one has.
+    Return F of two (H, W) bool masks: the harmonic mean of the shares of each contour that lie close to the other.
+
+    Close means within a disk whose radius is 0.8 % of the diagonal, rounded up. F is 1 if neither mask has a contour, and 0 if only one has.
     """
     radius = math.ceil(BOUND * math.hypot(*truth.shape))
     y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
@@ -133,15 +134,17 @@ def contour_accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def contour(mask: np.ndarray) -> np.ndarray:
-    """(H, W) uint8: 1 where a pixel differs from the next one to the right, below, or diagonally below; none at the image's border."""
+    """Mark pixels that differ from the next one to the right, below or diagonally below, (H, W) uint8. The image's border is no contour."""
     wider = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return ((mask != wider[:-1, 1:]) | (mask != wider[1:, :-1]) | (mask != wider[1:, 1:])).astype(np.uint8)
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
     """
-    Of the values of an object's frames: mean; recall, the share of frames above 0.5; decay, the mean of the first quarter less that of
-    the last. Quarters share the frames between them, as in the toolkit.
+    Compute the statistics of a measure over an object's frames.
+
+    `mean`; `recall`, the share of frames above 0.5; and `decay`, the mean of the first quarter of the frames minus that of the last. As in the
+    toolkit, neighbouring quarters share the frame between them.
     """
     values = np.asarray(values, dtype=np.float64)
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
