@@ -1,11 +1,12 @@
 """
-Run a study, or write what all studies found.
+Run a study, or write the page with the results of all studies.
 
     python -m evaluation.studies main [--budget cpu] [--seeds 0 1] [--variants NAME ...] [--runs runs/studies]
     python -m evaluation.studies --report
 
-A study pretrains what its recipe lists, measures it, and writes results/NAME.json. What has been measured is not measured again,
-whichever study asked for it, unless its recipe, its command or the weights of its flow network have changed; an interrupted run goes on. Two processes may share a study by its seeds. `--report` makes docs/results.md of all of them.
+A study pretrains the variants that its recipe lists, measures them, and writes results/NAME.json. Figures that exist are not measured again,
+whichever study measured them, unless the recipe, the command or the weights of the flow network have changed. An interrupted run is resumed. Two
+processes may share a study by giving each other seeds. `--report` writes docs/results.md with all studies.
 """
 
 import argparse
@@ -86,7 +87,17 @@ def main(arguments: list[str] | None = None) -> None:
 def run_study(
     study: Study, budget: str, seeds: list[int], variants, folder: Path, results: Path, measures=None
 ) -> None:
-    """What of a study is not measured yet. `variants` and `measures` are names, or `None` for all."""
+    """
+    Pretrain and measure what is missing in a study's results.
+
+    Args:
+        variants, measures: names of those to run, or `None` for all.
+        folder: for the pretrained encoders.
+        results: folder of the JSON files.
+
+    Raises:
+        ValueError: an environment variable is unset, a data folder is missing, or a script failed.
+    """
     chosen = study.runs(budget, seeds) if study.variants else []
     wanted = [
         (run, {**measure, **run.measure})
@@ -98,7 +109,7 @@ def run_study(
     done, new = read_results(results), 0
     for run, measure in wanted:
         if measured_key(run, measure) not in done:
-            # An unset variable, or a folder that is not there, is an error now and not after the hours of the others.
+            # Report an unset variable or a missing folder now, not after hours of other runs.
             _, found = expanded([run.recipe, measure])
             if "data_dir" in found and not Path(found["data_dir"]).is_dir():
                 raise ValueError(f"{measure['data_dir']}: there is no folder {found['data_dir']}")
@@ -126,7 +137,7 @@ def run_study(
 
 
 def other_weights(name: str, known: dict, words: list[str]) -> bool:
-    """Whether a figure is of other weights than those that `${NAME}` leads to now; where it is unset, what was measured stands."""
+    """Whether a figure was measured with other weights than those that `${NAME}` points to now. False if the variable is unset."""
     try:
         return known.get("weights") != weights_of(words)
     except ValueError as error:
@@ -140,9 +151,9 @@ def record(study: Study, results: Path, key: str, entry: dict) -> None:
 
 
 def pretrained(run: Run, folder: Path) -> Path:
-    """The folder of the run, pretrained to its end; what is there already is not done again."""
+    """Pretrain a run to its end, unless that is done already, and return its folder."""
     recipe, output_dir = expanded(run.recipe), folder / "-".join(filter(None, (run.key, run.weights)))
-    if run.untrained:  # one step, for the model's config: `random:` draws its weights anew
+    if run.untrained:  # one step yields the model's config; `random:` draws new weights
         recipe, output_dir = {**recipe, "max_steps": 1, "warmup_steps": 0}, folder / f"{run.key}-untrained"
     finished = output_dir / "finished.json"
     if finished.exists():
@@ -161,16 +172,16 @@ def pretrained(run: Run, folder: Path) -> Path:
 
 
 def summary(output_dir: Path) -> dict:
-    """The last line of a run's metrics, with its median rate and the minutes that follow: an interruption is no part of them."""
+    """Return the last line of a run's metrics, with its median rate and the minutes computed from it, so that interruptions do not count."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     last, rate = lines[-1], statistics.median(line["pairs_per_second"] for line in lines)
     state = json.loads((output_dir / "checkpoints" / f"step-{last['step']}" / "state.json").read_text())
-    pairs = last["step"] * state["pairs_per_step"]  # of all processes
+    pairs = last["step"] * state["pairs_per_step"]  # pairs of all processes
     return {**last, "pairs_per_second": rate, "minutes": round(pairs / rate / 60, 1)}
 
 
 def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path) -> dict:
-    """One readout of a run, as an entry of the results."""
+    """Measure one readout of a run and return it as an entry of the results."""
     fields = {**expanded(measure), "model": f"random:{model}" if run.untrained else str(model), "seed": run.seed}
     shutil.rmtree(output_dir, ignore_errors=True)
     logger.info("measuring %s, seed %d: %s", run.variant, run.seed, ", ".join(f"{k} {v}" for k, v in measure.items()))
@@ -202,7 +213,7 @@ def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path
 
 
 def run_command(words: list[str]) -> dict:
-    """What a command of the project wrote into the JSON file that stands for {json} in its words."""
+    """Run a command of the project and return the contents of the JSON file that it writes; `{json}` in its words is the file's path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         words = [word.replace("{json}", str(path)) for word in words]
@@ -219,7 +230,7 @@ def where() -> dict:
     )
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # no git: the entry says that its commit is not recorded
+    except OSError:  # no git; the page then says that the commit is not recorded
         commit = None
     return {
         "device": device,
@@ -230,8 +241,13 @@ def where() -> dict:
 
 
 def launch(words: list[str], log: Path) -> None:
-    """A script of the project; its output goes to a file, whose end is shown where it fails."""
-    # In one process, hence without `accelerate launch`: with several GPUs it would be one for each, and another batch.
+    """
+    Run a script of the project and append its output to a file.
+
+    Raises:
+        ValueError: the script failed; the message shows the end of the file.
+    """
+    # Without `accelerate launch`, which would start one process for each GPU and so change the batch size.
     with open(log, "a") as file:
         done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:

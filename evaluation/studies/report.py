@@ -1,4 +1,4 @@
-"""The page of all studies: tables and plots made of the results alone, the words of the recipes."""
+"""The page of all studies: tables and plots made only from the results, and the text of the recipes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +19,13 @@ Spread is the student's `feature_std` at the end of pretraining: 0 if the featur
 
 
 def page(results: Mapping[str, dict]) -> str:
-    """docs/results.md. Args: results: entries by key (see [`~evaluation.studies.study.read_results`])."""
-    # What is to be known of the kept results as a whole: it goes with them, not with the code.
+    """
+    Return the text of docs/results.md.
+
+    Args:
+        results: entries by key (see [`~evaluation.studies.study.read_results`]).
+    """
+    # Notes on the stored results as a whole lie in a file, because they change with the results and not with the code.
     parts = [HEAD, Path(__file__).with_name("notes.md").read_text(encoding="utf-8")]
     for number, name in enumerate(ordered(), start=1):
         study = Study.read(name)
@@ -37,7 +42,7 @@ def page(results: Mapping[str, dict]) -> str:
 
 
 def ordered() -> list[str]:
-    """The studies in the order that their recipes' first lines number them by."""
+    """Return the names of the studies, sorted by the `order` in their recipes."""
     return sorted(names(), key=lambda name: Study.read(name).order)
 
 
@@ -67,7 +72,7 @@ def budget_section(study: Study, budget: str, results: Mapping[str, dict]) -> li
 
 
 def not_measured(tables: Mapping[str, Mapping[str, list[dict]]], seeds: int) -> list[str]:
-    """The variants that lack entries: once where they lack as many in each measure, else with each measure that does."""
+    """Name the variants that lack entries: once if each measure lacks the same number, else once for each measure that lacks any."""
     missing = []
     for variant in next(iter(tables.values())):
         counts = {measure: len(table[variant]) for measure, table in tables.items()}
@@ -81,7 +86,7 @@ def not_measured(tables: Mapping[str, Mapping[str, list[dict]]], seeds: int) -> 
 
 
 def collected(study: Study, budget: str, measure: str, results: Mapping[str, dict]) -> dict[str, list[dict]]:
-    """The entries of a measure by variant, one a seed, in the recipe's order."""
+    """Return the entries of a measure by variant, one for each seed, in the recipe's order."""
     table: dict[str, list[dict]] = {name: [] for name in study.variants}
     for run in study.runs(budget, study.seeds):
         entry = results.get(measured_key(run, {**study.measures[measure], **run.measure}))
@@ -92,7 +97,12 @@ def collected(study: Study, budget: str, measure: str, results: Mapping[str, dic
 
 def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool = False) -> str:
     """
-    A line a variant: mIoU, accuracy, the groups' means and `feature_std` at the end of the pretraining (with `cost` its speed), or IoU by class.
+    Return a Markdown table with one line a variant.
+
+    Args:
+        table: entries by variant.
+        part: groups, for mIoU, accuracy, the groups' means and `feature_std` at the end of pretraining; or per_class, for IoU by class.
+        cost: add the speed and the minutes of pretraining.
     """
     found = [entry for entries in table.values() for entry in entries]
     names = GROUPS if part == "groups" else found[0][part]
@@ -117,7 +127,7 @@ def markdown(table: Mapping[str, list[dict]], part: str = "groups", cost: bool =
 
 
 def spread(values: list[float | None]) -> str:
-    """Mean ± standard deviation over the seeds, per cent; of one or two seeds their figures."""
+    """Format the mean ± standard deviation over the seeds, in per cent; for one or two seeds, their figures."""
     values = [value for value in values if value is not None]
     if len(values) < 3:
         return " / ".join(map(percent, values)) or percent(None)
@@ -127,7 +137,7 @@ def spread(values: list[float | None]) -> str:
 def command_section(study: Study, name: str, entry: dict | None) -> str:
     if entry is None:
         return f"{name}: *not measured yet*.\n"
-    rows = entry["result"]["table"]  # a head and lines of words and numbers, as the command printed them
+    rows = entry["result"]["table"]  # a header and rows of words and numbers
     shown = [
         [f"{cell:.3g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
         for row in rows
@@ -147,7 +157,12 @@ def scatter_name(study: Study, command: str) -> str:
 
 
 def write_page(docs: Path, results: Mapping[str, dict]) -> None:
-    """docs/results.md and docs/studies/*.png. The plots need matplotlib (`pip install -e '.[studies]'`)."""
+    """
+    Write docs/results.md and docs/studies/*.png.
+
+    Raises:
+        ValueError: matplotlib is not installed (`pip install -e '.[studies]'`).
+    """
     try:
         import matplotlib
     except ImportError:
@@ -167,7 +182,7 @@ def write_page(docs: Path, results: Mapping[str, dict]) -> None:
 
 
 def plot_scatter(scatter: dict, title: str, path: Path) -> None:
-    """Named points of several series over the same x, both axes logarithmic; the last series' points have the names."""
+    """Plot several series over the same x, on logarithmic axes. The points of the last series are labelled with their names."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
@@ -190,7 +205,7 @@ def saved(figure, path: Path) -> None:
 
 
 def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> None:
-    """Bars of mIoU and of the small and large classes by variant, or a line over what the variants change; a panel a measure."""
+    """Plot the IoU of all, small and large classes in a panel for each measure: bars by variant, or lines over the value that the variants change."""
     from matplotlib import pyplot
 
     tables = {measure: collected(study, budget, measure, results) for measure in study.measures}

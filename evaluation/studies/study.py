@@ -1,19 +1,19 @@
 """
-A study: what its recipe says, the runs that follow from it, and what was measured of them.
+A study: its recipe, the runs that follow from it, and their results.
 
 A recipe (recipes/NAME.yaml) has
 
-    order, title, question, finding     for the page
+    order, title, question, finding     text and order of the page
     seeds                        of the pretraining and of the readout
-    budgets                      NAME: {about, change} beyond what budgets.yaml has by that name: {about, base (a pretraining recipe), change}
-    variants                     NAME: what is changed; {untrained: NAME} for that variant's encoder as it was drawn, {measure: …}
-                                 for fields of the measures that differ
-    measures                     NAME: fields of evaluation/segment.py's recipe, with `model` as the run's own folder
-    commands                     NAME: a list of words that write a JSON file, for figures that need no pretraining
-    plot, per_class, cost        how the page shows it
+    budgets                      NAME: {about, change}, merged over the entry NAME of budgets.yaml, {about, base (a pretraining recipe), change}
+    variants                     NAME: the changes; {untrained: NAME} for the untrained encoder of another variant, {measure: …} for
+                                 fields of the measures that differ
+    measures                     NAME: fields of evaluation/segment.py's recipe; `model` is the run's own folder
+    commands                     NAME: the words of a command that writes a JSON file, for figures that need no pretraining
+    plot, per_class, cost        how the page shows the results
 
-`change` and variants are mappings of a pretraining recipe's fields; `model.num_decoder_blocks` reaches into a mapping. `${NAME}` in a value
-stands for the environment variable.
+`change` and the variants map fields of a pretraining recipe to values; a dotted name such as `model.num_decoder_blocks` sets a value in a nested
+mapping. `${NAME}` in a value stands for the environment variable.
 """
 
 import copy
@@ -41,8 +41,10 @@ PRETRAINING_RECIPES = HERE.parent.parent / "training" / "recipes"
 @dataclass(frozen=True)
 class Run:
     """
-    One pretraining. `key` is made of what its recipe says and of the seed, so that studies share what they have in common; not of the code's
-    defaults, for which there is the commit in each entry. `weights` is the digest of the flow network that it reads, which `${NAME}` may point to.
+    One pretraining.
+
+    `key` is derived from the recipe's values and the seed, so that studies share runs that are the same. It does not cover the code's defaults;
+    each entry of the results has the commit for that. `weights` is the digest of the flow network that a `${NAME}` in the recipe points to.
     """
 
     variant: str
@@ -67,17 +69,18 @@ class Run:
 
 def weights_of(words: list[str]) -> str | None:
     """
-    Digest of the models in the folders that `${NAME}` leads to in `words` (`ESTIMATOR:${NAME}` too); None where it leads to none.
+    Return a digest of the weights in the folders that `${NAME}` or `ESTIMATOR:${NAME}` in `words` points to; `None` if there are none.
 
     Raises:
-        ValueError: an unset variable.
+        ValueError: a variable is unset.
     """
     folders = [Path(expanded(word).rpartition(":")[2]) for word in words if "${" in word]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     return sha256_of(files)[:12] if files else None
 
 
-# Fields that change neither the batches nor the arithmetic. The loader's workers do: each makes batches of its own videos.
+# Fields that change neither the batches nor the arithmetic. The number of the loader's workers is not among them, because each worker makes
+# batches of its own videos.
 NOT_OF_THE_RUN = ("output_dir", "save_steps", "save_total_limit", "panel_steps", "logging_steps")
 
 
@@ -87,7 +90,7 @@ def _digest(value) -> str:
 
 @dataclass
 class Study:
-    """A recipe of recipes/, checked."""
+    """A checked recipe of recipes/."""
 
     name: str
     order: int
@@ -106,8 +109,10 @@ class Study:
     @classmethod
     def read(cls, name: str) -> "Study":
         """
+        Read and check the recipe of a study.
+
         Raises:
-            ValueError: no such study, or a recipe that does not fit.
+            ValueError: there is no such study, or its recipe is invalid.
         """
         path = RECIPES / f"{name}.yaml"
         if not path.is_file():
@@ -121,11 +126,11 @@ class Study:
         study = cls(name=name, **values)
         study.budgets = {budget: _with_shared(path, budget, own) for budget, own in study.budgets.items()}
         for budget in study.budgets:
-            list(study.runs(budget, study.seeds[:1]))  # raises for what does not fit
+            list(study.runs(budget, study.seeds[:1]))  # raises if a change does not fit
         return study
 
     def runs(self, budget: str, seeds: list[int]) -> Iterator[Run]:
-        """All runs of a budget, seed after seed, so that an interrupted study has whole rows."""
+        """Yield all runs of a budget, seed by seed, so that an interrupted study has all variants of the first seeds."""
         if budget not in self.budgets:
             raise ValueError(f"budget of {self.name} must be one of {', '.join(self.budgets)}, got {budget!r}")
         chosen = self.budgets[budget]
@@ -158,7 +163,7 @@ def names() -> list[str]:
 
 
 def changed(recipe: dict, change: dict, where: str) -> dict:
-    """`recipe` with `change`; a dotted name reaches into a mapping, which is made where there is none."""
+    """Return a copy of `recipe` with `change` applied. A dotted name sets a value in a nested mapping, which is created if missing."""
     recipe = copy.deepcopy(recipe)
     for name, value in change.items():
         *parents, last = name.split(".")
@@ -172,7 +177,12 @@ def changed(recipe: dict, change: dict, where: str) -> dict:
 
 
 def expanded(value):
-    """`${NAME}` in strings replaced by the environment's; an unset name is a ValueError."""
+    """
+    Replace `${NAME}` in all strings of a value by the environment variable.
+
+    Raises:
+        ValueError: a variable is unset.
+    """
     if isinstance(value, dict):
         return {key: expanded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -192,12 +202,12 @@ def expanded(value):
 
 
 def measured_key(run: Run, measure: dict) -> str:
-    """What a figure depends on: the run, whether it was trained, the measure."""
+    """Return the key of a figure, which covers the run, whether it is trained, and the measure."""
     return _digest([run.key, run.untrained, measure])
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict]:
-    """All entries of all studies, by their key; of commands by `NAME of the study/NAME of the command`."""
+    """Return all entries of all studies by key. The key of a command's entry is `STUDY/COMMAND`."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         found |= json.loads(path.read_text(encoding="utf-8"))
@@ -206,13 +216,13 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict]:
 
 @contextmanager
 def results_of(name: str, folder: Path = RESULTS) -> Iterator[dict[str, dict]]:
-    """The entries of a study, to be changed: read, and written aside and renamed, under a lock, as two processes may share a study."""
+    """Read the entries of a study to be changed, and write them back at the end. A lock is held meanwhile: two processes may share a study."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with open(folder / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         yield entries
-        # A line an entry: small, and a change of one is a change of one line.
+        # One line for each entry: the file stays small, and changing an entry changes one line.
         lines = [f" {json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
         write_aside(path, "{\n" + ",\n".join(lines) + "\n}\n")
