@@ -92,7 +92,7 @@ class BoxImages:
 
     def check(self) -> None:
         """
-        Check the data before any costly step: the first and last image of each split, the sizes of all images, and that each split has boxes.
+        Check the first and last image of each split, the sizes of all images, and that each split has boxes, before any costly step.
 
         Raises:
             ValueError: an image cannot be read or has another size than its boxes, or a split has no boxes.
@@ -205,7 +205,9 @@ def _refuse_shares(examples: Sequence[BoxExample], path: Path) -> None:
 
 def _refuse_twice(names: Iterable[str], path: Path) -> None:
     """
-    Refuse an image that is listed twice. Each entry would have only some of the boxes, and a detection right for one would be wrong for the other.
+    Refuse an image that is listed twice.
+
+    Each entry would have only some of the boxes, and a detection that is right for one entry would be wrong for the other.
 
     Raises:
         ValueError: a name occurs more than once.
@@ -331,7 +333,7 @@ def _bdd100k_box(label: dict, where: str) -> tuple:
         raise ValueError(f"{where}: unknown category {name!r}; BDD100K's are {', '.join(BDD100K_CLASSES)}")
     crowd = ignored or bool(attributes.get("crowd", False))
     box = [label["box2d"].get(key) for key in ("x1", "y1", "x2", "y2")]
-    # x2 and y2 are the box's last pixels, so its width is x2 - x1 + 1, as in BDD100K's own conversion to COCO's format (scalabel, box2d_to_bbox).
+    # x2 and y2 are the box's last pixels, so its width is x2 - x1 + 1, as in BDD100K's own conversion to COCO (scalabel, box2d_to_bbox).
     for side, limit in ((3, BDD100K_SIZE[0]), (2, BDD100K_SIZE[1])):
         if isinstance(box[side], (int, float)):
             box[side] = min(box[side] + 1, max(box[side], limit))  # a box inside the image stays inside it

@@ -3,7 +3,7 @@ Print one table of several evaluations.
 
     python -m evaluation.compare runs/a/evaluation.json runs/b/evaluation.json [--markdown]
 
-There is one line for each model and readout, in the order of the files. The script reads files of evaluation/segment.py and measures nothing itself.
+There is one line for each model and readout, in the order of the files. The files come from evaluation/segment.py; nothing is measured anew.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from modeling_poodle.recipe_files import run_script
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    """Evaluate the models and return their results. If models are measured, only the first process has results; the others return an empty list."""
+    """Measure the models and return their results. The first process has all results; the others may return an empty list."""
     recipe = parse_detection_recipe(arguments)
     accelerator = begin_processes(recipe)
     for name in recipe.model:

@@ -17,8 +17,8 @@ from modeling_poodle.folders import sha256_of
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 
 CALIBRATION_IMAGES = 32  # from which an untrained network's BatchNorm statistics are computed
-# Encoders trained at one image size, the size of their position embeddings. They could interpolate the embeddings, but larger images are read
-# in windows of that size instead. (DINOv2 was trained at several sizes; DINOv3 and convolutional encoders have no such embeddings.)
+# Encoders trained at one image size, the size of their position embeddings. They could interpolate the embeddings, but larger images are
+# read in windows of that size instead. (DINOv2 was trained at several sizes; DINOv3 and convolutional encoders have no such embeddings.)
 WINDOWED = (*PLAIN_VITS, "beit")
 WINDOWS = 16  # windows in one forward pass; on a CPU a small ViT then takes 0.8 of the time that it takes one by one
 
@@ -31,8 +31,8 @@ class Encoder(nn.Module):
         name: the model's name as the user gave it.
         model: a PoodleForSemanticSegmentation whose `poodle` is the encoder and whose classifier is the readout.
         mean, std: normalisation of the model's own preprocessing.
-        whole: read whole images, with interpolated position embeddings, even if the encoder's type is in `WINDOWED`; for encoders that PooDLe
-            pretrained this way. Otherwise encoders in `WINDOWED` are read in windows.
+        whole: read whole images, with interpolated position embeddings, even if the encoder's type is in `WINDOWED`. For encoders that
+            PooDLe pretrained this way; others in `WINDOWED` are read in windows.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Encoder(nn.Module):
         If the network accepts only images of its own size, it is read in windows of that size from then on.
 
         Raises:
-            ValueError: the encoder cannot read such an image even in windows, its features are not finite, its map has other channels than the
-                config says, or the map's cells are not whole squares of pixels.
+            ValueError: the encoder cannot read such an image even in windows, its features are not finite, its map has other channels than
+                the config says, or the map's cells are not whole squares of pixels.
         """
         own = own_size(self.model.poodle.encoder)
         unit = -(-32 // self.multiple) * self.multiple  # at least one cell of the last stage of most encoders
@@ -397,6 +397,6 @@ def _is_encoder_of_poodle(source: str) -> bool:
 
 
 def _timm_preprocessing(model: PoodleForSemanticSegmentation) -> tuple:
-    """Return the mean and deviation that timm records for a name, also if the network is untrained, and 'timm' as their origin. Nothing is fetched."""
+    """Return the mean and deviation that timm records for a name, even if untrained, and 'timm' as their origin. Nothing is fetched."""
     noted = model.poodle.encoder._backbone.pretrained_cfg
     return tuple(noted["mean"]), tuple(noted["std"]), "timm"

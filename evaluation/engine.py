@@ -256,8 +256,8 @@ def over_test_images(accelerator: Accelerator, data, read, measure, title: str) 
     """
     Return `measure(*read(example))` for every test example, in order.
 
-    Each example is measured on exactly one process, and the results are gathered on all. Threads call `read` ahead. If one process cannot read
-    an image, the error is raised on all processes.
+    Each example is measured on exactly one process, and the results are gathered on all. Threads call `read` ahead. If one process cannot
+    read an image, the error is raised on all processes.
     """
     mine = range(accelerator.process_index, len(data.test), accelerator.num_processes)
     shown = accelerator.is_main_process and sys.stderr.isatty()

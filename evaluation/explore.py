@@ -3,8 +3,8 @@ Open a page that shows features: principal components in colour, similarity to a
 
     python -m evaluation.explore --model ID_OR_DIR [--model ...] --images DIR|video.mp4 [--readout DIR] [--features stage3] [--port 7860]
 
-The page can be opened only on this machine. `--space DIR` writes a Space of the Hub instead: this file is copied there as app.py and reads its
-flags from the explore.yaml beside it.
+The page can be opened only on this machine. `--space DIR` writes a Space of the Hub instead: this file is copied there as app.py and reads
+its flags from the explore.yaml beside it.
 """
 
 import dataclasses
@@ -82,8 +82,8 @@ def write_space(recipe: ExploreRecipe) -> None:
     Write a Space of the Hub: this file as app.py, the two packages it needs, the requirements, the flags, the images and the Hub's README.
 
     Raises:
-        ValueError: the folder is not empty, gradio is not installed, a model or readout lies on this machine, where a Space cannot see it, or
-            an image is a link.
+        ValueError: the folder is not empty, gradio is not installed, a model or readout lies on this machine, where a Space cannot see it,
+            or an image is a link.
     """
     folder = Path(recipe.space)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

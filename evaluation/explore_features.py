@@ -229,7 +229,7 @@ def principal_basis(features: FrameFeatures) -> Basis:
 
 
 def pca_colours(features: FrameFeatures, basis: Basis) -> np.ndarray:
-    """Draw features as colours, (H, W, 3) uint8 of the picture's size. An axis on which the basis' own frame does not vary gets a medium value."""
+    """Draw features as colours, (H, W, 3) uint8 of the picture's size. An axis on which the basis' own frame does not vary is grey."""
     values = (features.unit.flatten(1).t() - basis.mean) @ basis.axes
     spread = basis.high - basis.low
     scaled = torch.where(spread > 1e-6, (values - basis.low) / spread.clamp(min=1e-6), 0.5).clamp(0, 1)

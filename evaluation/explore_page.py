@@ -135,7 +135,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
         shown = [said, frame, *(part for panel in panels for part in panel.outputs), classes, segmentation, legend]
 
         def answer(path, point, start, gap, left, right, at_once=False):
-            """Yield values for `shown`: first of the clicked frame, then of all (`at_once`: only of all). After an error only its message changes."""
+            """Yield values for `shown`: of the clicked frame, then of all frames (`at_once`: only the latter). An error changes only `said`."""
             began = time.perf_counter()
             if path is None:
                 yield [SAID.format("Upload a picture or a video to begin."), *[gr.skip()] * (len(shown) - 1)]

@@ -61,7 +61,7 @@ class Readout:
                 f"readout {source} cannot be loaded; expected the readout/ folder of an evaluation: {error}"
             ) from error
         linear = isinstance(self.model, PoodleForSemanticSegmentation)
-        # As in the evaluation, images are resized to whole cells: by Encoder (which also reads windows, if needed), or for UperNet in `predict`.
+        # As in the evaluation, images are resized to whole cells: by Encoder (which also reads windows if needed), for UperNet by `predict`.
         self.encoder = (
             Encoder(source, self.model, mean, std, whole=linear and _measured_whole(source, self.model)).check()
             if linear

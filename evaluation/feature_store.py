@@ -46,7 +46,7 @@ class FeatureStore:
         """
         offset = 0
         try:
-            # A tenth of the free space is left for other files, such as this fit's checkpoints. The processes on this machine share the rest.
+            # A tenth of the free space is left for other files, such as this fit's checkpoints. This machine's processes share the rest.
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
             limit = min(self.limit, 0.9 * shutil.disk_usage(self.folder).free / here)
             # A file without a name: a named one would stay, with all its gigabytes, if the process is killed.

@@ -20,7 +20,7 @@ logger = logging.getLogger("poodle")
 IGNORE = 255
 STATISTICS = 200  # number of training labels from which the groups of classes are derived
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Formats that are opened, recognised by a file's content, not its name. PIL knows 40 more, among them PostScript, which Ghostscript would run.
+# Formats that are opened, recognised by a file's content, not its name. PIL knows 40 more, one of which, PostScript, Ghostscript would run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # Formats of labels, which must be lossless: JPEG and WebP would change ids.
 LABEL_FORMATS = ("PNG", "BMP")

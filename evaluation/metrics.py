@@ -102,8 +102,8 @@ def scores(
     classes that do not occur in the truth.
 
     Args:
-        of_truth: a class that does not occur in the truth has no IoU either, so that the mean is over the same classes for any prediction. If
-            false, as in torchmetrics and the Hub's mean_iou, a single pixel predicted as such a class adds a 0 to the mean.
+        of_truth: a class that does not occur in the truth has no IoU either, so that the mean is over the same classes for any prediction.
+            If false, as in torchmetrics and the Hub's mean_iou, a single pixel predicted as such a class adds a 0 to the mean.
 
     Returns:
         miou, accuracy, mean_accuracy (floats from 0 to 1, or `None` without a single pixel), per_class {name: IoU or None}, groups
@@ -141,8 +141,8 @@ def class_groups(
     """
     Derive the paper's groups for a data set from its own statistics.
 
-    A class is `rare` below 0.3 % of the labelled pixels, else `common`. It is `small` if its connected regions cover less than 0.5 % of their
-    image on average, else `large`. Classes that do not occur are in no group.
+    A class is `rare` below 0.3 % of the labelled pixels, else `common`. It is `small` if its connected regions cover less than 0.5 % of
+    their image on average, else `large`. Classes that do not occur are in no group.
 
     Args:
         pixels: (C,) number of labelled pixels of each class.

@@ -30,7 +30,7 @@ from modeling_poodle.processes import (
 )
 
 logger = logging.getLogger("poodle")
-# Fields that may differ between the processes of an evaluation, since paths differ between machines. The models' weights are compared instead.
+# Fields that may differ between the processes of an evaluation, as paths differ between machines. The models' weights are compared instead.
 _OF_A_MACHINE = frozenset(("model", "data_dir", "output_dir"))
 # Fields that may change when an evaluation is resumed, because they change no figure.
 FREE_ON_RESUME = frozenset(("resume_from_checkpoint", "feature_cache_gb", "save_steps"))

@@ -1,8 +1,8 @@
 """
 A k-NN readout of a network in training, at regular steps (`--probe` of training/pretrain.py).
 
-The script imports this module by its name, as a callback, so that `training/` does not depend on `evaluation/`. The probe uses the k-NN readout,
-the data sets and the metric of segment.py, and therefore gives the same figure.
+The script imports this module by its name, as a callback, so that `training/` does not depend on `evaluation/`. The probe uses the k-NN
+readout, the data sets and the metric of segment.py, and therefore gives the same figure.
 """
 
 import copy
@@ -81,8 +81,8 @@ def of_first_process(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
     Return `model` with the buffers of the first process.
 
-    On CPUs each process has its own BatchNorm statistics, and each measures a share of the test images. The given model keeps its buffers. The
-    parameters, which are the same on all processes, are shared and not copied.
+    On CPUs each process has its own BatchNorm statistics, and each measures a share of the test images. The given model keeps its buffers.
+    The parameters, which are the same on all processes, are shared and not copied.
     """
     if accelerator.num_processes == 1:
         return model

@@ -3,8 +3,8 @@ Measure encoders by video label propagation, without any training.
 
     python -m evaluation.propagate --model ID_OR_DIR [--model ...] --dataset davis|street [--data_dir DIR] [--features stage3]
 
-The masks of a video's first frame are propagated from frame to frame by the similarity of features. As in the DAVIS 2017 toolkit, the propagated
-masks are measured by J (region similarity), F (contour accuracy) and their mean J&F. Writes evaluation.json and report.html.
+The masks of a video's first frame are propagated from frame to frame by the similarity of features. As in the DAVIS 2017 toolkit, the
+propagated masks are measured by J (region similarity), F (contour accuracy) and their mean J&F. Writes evaluation.json and report.html.
 """
 
 import html

@@ -20,16 +20,17 @@ from modeling_poodle.processes import on_all
 from modeling_poodle.remote_code import add_code
 
 logger = logging.getLogger("poodle")
-# Number of pixels of an image at which the loss is computed. They are drawn anew in each step, so that their mean is an unbiased estimate of
-# the mean over all pixels. Measured on CamVid with a ResNet-50 (benchmarks/readout.py, 2 cores under other load): a step of 8 images takes 75 ms,
-# at all pixels 768 ms; mIoU after 20 steps is 13.6 and 13.3 %. A whole readout takes 5 minutes with stored features, 77 with recomputed ones.
+# Number of pixels of an image at which the loss is computed. They are drawn anew in each step, so that their mean is an unbiased estimate
+# of the mean over all pixels. Measured on CamVid with a ResNet-50 (benchmarks/readout.py, 2 cores under other load): a step of 8 images
+# takes 75 ms, at all pixels 768 ms; mIoU after 20 steps is 13.6 and 13.3 %. A whole readout takes 5 minutes with stored features, 77 with
+# recomputed ones.
 POINTS = 8192
 
 
 def upsample(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize scores (1, K, h, w) bilinearly to the label's size, (1, K, H, W)."""
-    # In channels_last the classes of a pixel lie together. 150 classes at 1500x2000 on one CPU thread, with the argmax that follows, take 1.1 s
-    # instead of 2.4.
+    # In channels_last the classes of a pixel lie together. 150 classes at 1500x2000 on one CPU thread, with the argmax that follows, take
+    # 1.1 s instead of 2.4.
     scores = scores.contiguous(memory_format=torch.channels_last)
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
@@ -45,8 +46,8 @@ class LinearReadout(FittedReadout):
     """
     A 1x1 convolution on frozen features; the encoder, with its BatchNorm statistics, does not change.
 
-    Each channel of the features is standardised with the statistics of the first 32 training images, so that the readout fits equally fast on
-    features of any scale. The statistics are folded into the convolution when it is saved, so it remains a 1x1 convolution.
+    Each channel of the features is standardised with the statistics of the first 32 training images, so that the readout fits equally fast
+    on features of any scale. The statistics are folded into the convolution when it is saved, so it remains a 1x1 convolution.
     """
 
     def __init__(self, encoder: Encoder, data: LabelledImages, recipe: EvaluationRecipe):
@@ -96,7 +97,7 @@ class LinearReadout(FittedReadout):
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
         """Return the features, and the points and their labels at which the loss is computed."""
         device = self.encoder.model.device
-        # Recomputed features are rounded like stored ones: which are stored depends on the disk, and a fit resumed elsewhere must see the same.
+        # Recomputed features are rounded like stored ones: a fit resumed on another disk, which may store fewer, must see the same numbers.
         features = [
             (stored.to(device) if isinstance(stored, Tensor) else as_kept(self._features(stored))).float()
             for stored, _ in read
@@ -156,8 +157,9 @@ class KnnReadout(Readout):
     """
     Dense nearest neighbours, without fitting.
 
-    The nearest cells of the training images (by cosine) vote for the class of each cell, weighted by exp(similarity / 0.07) (Wu et al. 2018).
-    The votes are upsampled like logits. Features are resized to a grid of stride 8; a cell's label is the most frequent one of its pixels.
+    The nearest cells of the training images (by cosine) vote for the class of each cell, weighted by exp(similarity / 0.07) (Wu et al.
+    2018). The votes are upsampled like logits. Features are resized to a grid of stride 8; a cell's label is the most frequent one of its
+    pixels.
     """
 
     STRIDE, TEMPERATURE, CHUNK = 8, 0.07, 2048

@@ -143,8 +143,8 @@ def statistics(values: np.ndarray) -> dict[str, float]:
     """
     Compute the statistics of a measure over an object's frames.
 
-    `mean`; `recall`, the share of frames above 0.5; and `decay`, the mean of the first quarter of the frames minus that of the last. As in the
-    toolkit, neighbouring quarters share the frame between them.
+    `mean`; `recall`, the share of frames above 0.5; and `decay`, the mean of the first quarter of the frames minus that of the last. As in
+    the toolkit, neighbouring quarters share the frame between them.
     """
     values = np.asarray(values, dtype=np.float64)
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1

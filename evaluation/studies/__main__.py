@@ -4,9 +4,9 @@ Run a study, or write the page with the results of all studies.
     python -m evaluation.studies main [--budget cpu] [--seeds 0 1] [--variants NAME ...] [--runs runs/studies]
     python -m evaluation.studies --report
 
-A study pretrains the variants that its recipe lists, measures them, and writes results/NAME.json. Figures that exist are not measured again,
-whichever study measured them, unless the recipe, the command or the weights of the flow network have changed. An interrupted run is resumed. Two
-processes may share a study by giving each other seeds. `--report` writes docs/results.md with all studies.
+A study pretrains the variants that its recipe lists, measures them, and writes results/NAME.json. Figures that exist are not measured
+again, whichever study measured them, unless the recipe, the command or the weights of the flow network have changed. An interrupted run is
+resumed. Two processes may share a study if each gets other seeds. `--report` writes docs/results.md with all studies.
 """
 
 import argparse

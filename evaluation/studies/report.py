@@ -205,7 +205,7 @@ def saved(figure, path: Path) -> None:
 
 
 def plot(study: Study, budget: str, results: Mapping[str, dict], path: Path) -> None:
-    """Plot the IoU of all, small and large classes in a panel for each measure: bars by variant, or lines over the value that the variants change."""
+    """Plot the IoU of all, small and large classes in a panel for each measure: bars by variant, or lines over what the variants change."""
     from matplotlib import pyplot
 
     tables = {measure: collected(study, budget, measure, results) for measure in study.measures}

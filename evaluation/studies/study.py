@@ -5,15 +5,16 @@ A recipe (recipes/NAME.yaml) has
 
     order, title, question, finding     text and order of the page
     seeds                        of the pretraining and of the readout
-    budgets                      NAME: {about, change}, merged over the entry NAME of budgets.yaml, {about, base (a pretraining recipe), change}
+    budgets                      NAME: {about, change}, merged over the entry NAME of budgets.yaml, which has about, change and base, the
+                                 name of a pretraining recipe
     variants                     NAME: the changes; {untrained: NAME} for the untrained encoder of another variant, {measure: …} for
                                  fields of the measures that differ
     measures                     NAME: fields of evaluation/segment.py's recipe; `model` is the run's own folder
     commands                     NAME: the words of a command that writes a JSON file, for figures that need no pretraining
     plot, per_class, cost        how the page shows the results
 
-`change` and the variants map fields of a pretraining recipe to values; a dotted name such as `model.num_decoder_blocks` sets a value in a nested
-mapping. `${NAME}` in a value stands for the environment variable.
+`change` and the variants map fields of a pretraining recipe to values; a dotted name such as `model.num_decoder_blocks` sets a value in a
+nested mapping. `${NAME}` in a value stands for the environment variable.
 """
 
 import copy
@@ -43,8 +44,8 @@ class Run:
     """
     One pretraining.
 
-    `key` is derived from the recipe's values and the seed, so that studies share runs that are the same. It does not cover the code's defaults;
-    each entry of the results has the commit for that. `weights` is the digest of the flow network that a `${NAME}` in the recipe points to.
+    `key` is derived from the recipe's values and the seed, so that studies share equal runs. It does not cover the code's defaults, for
+    which each entry of the results has the commit. `weights` is the digest of the flow network that a `${NAME}` in the recipe points to.
     """
 
     variant: str
@@ -216,7 +217,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict]:
 
 @contextmanager
 def results_of(name: str, folder: Path = RESULTS) -> Iterator[dict[str, dict]]:
-    """Read the entries of a study to be changed, and write them back at the end. A lock is held meanwhile: two processes may share a study."""
+    """Read a study's entries to be changed, and write them back at the end; under a lock, because two processes may share a study."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with open(folder / f".{name}.lock", "w") as lock:
