@@ -1,4 +1,4 @@
-"""What all tests share: no internet, a core for each worker, and the optional folder of real clips."""
+"""Settings and fixtures of all tests: no internet, a core for each worker, and the optional folder of real clips."""
 
 import gc
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 # Set before torch or huggingface_hub are imported: tests never reach the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Under pytest-xdist a worker, and all that it starts, keeps to a core of its own: threads of several workers on the same
-# cores wait for each other in spinning barriers and are many times slower than one thread each.
+# Under pytest-xdist each worker, with all processes it starts, keeps to its own core. Threads of several workers on the same cores would
+# wait for each other in spinning barriers and be many times slower than one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
-    gc.disable()  # while tests are imported, as in run_script
+    gc.disable()  # while tests are imported, as in the scripts
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -34,7 +34,7 @@ from modeling_poodle import PoodleConfig, PoodleModel
 from training.street_files import write_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Most seconds first: pytest-xdist hands files out in this order, and those of a few seconds fill the end.
+# The longest files first: pytest-xdist distributes files in this order, so that short ones fill the end.
 LONGEST = (
     "cli",
     "pretrain",
@@ -60,14 +60,14 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # else triton 3.9 reports leaks
+    gc.unfreeze()  # otherwise triton 3.9 reports leaks
     forked.close()
     forked_before_hub.close()
 
 
 @pytest.fixture(scope="session")
 def poodle_data() -> Path:
-    """Folder of real clips and CamVid; skips where it is absent (it is never part of the repository)."""
+    """Folder of real clips and CamVid. Skips the test if the folder is absent (it is never part of the repository)."""
     folder = Path(os.environ.get("POODLE_DATA", REPOSITORY.parent / "shared" / "data"))
     if not (folder / "videos").is_dir():
         pytest.skip(f"real clips not found in {folder}; set POODLE_DATA to their folder to run this test")
@@ -77,15 +77,17 @@ def poodle_data() -> Path:
 @pytest.fixture
 def as_script(monkeypatch):
     """
-    The sentence with which a script ends that is run as `python FILE ARGUMENTS` runs it, in this process: to start one takes seconds.
-    Python prints it to stderr, without a stack trace, and ends with exit code 1.
+    Run a script that fails, as `python FILE ARGUMENTS` would, and return its last sentence.
+
+    It runs in this process, because starting one takes seconds. Run by `python`, it would print the sentence to stderr without a stack trace
+    and end with exit code 1.
     """
 
     def run(script: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.delenv("POODLE_TRACEBACK", raising=False)
-        monkeypatch.setattr(gc, "freeze", lambda: None)  # what earlier tests leave is garbage
+        monkeypatch.setattr(gc, "freeze", lambda: None)  # what earlier tests left is garbage, and must not be frozen
         threads, levels = (
             torch.get_num_threads(),
             {name: logging.getLogger(name).level for name in ("httpx", "datasets", "fsspec")},
@@ -123,12 +125,12 @@ def poodle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def street_boxes(tmp_path_factory) -> Path:
-    """Folder `four` (trained and tested on the same four street images) and `five` (tested on these and a fifth)."""
+    """A folder with `four`, whose training and test images are the same four of the street, and `five`, with a fifth test image."""
     root = tmp_path_factory.mktemp("street")
     write_folder(root / "five" / "val", 5, 96, 192, seed=3, num_processes=2)
     annotations = root / "five" / "val" / "annotations.json"
     coco = json.loads(annotations.read_text())
-    # A car of four pixels proves nothing.
+    # Boxes of a few pixels prove nothing.
     coco["annotations"] = [a for a in coco["annotations"] if min(a["bbox"][2:]) >= 8]
     annotations.write_text(json.dumps(coco))
     four = {**coco, "images": coco["images"][:4], "annotations": [a for a in coco["annotations"] if a["image_id"] < 4]}
@@ -142,7 +144,7 @@ def street_boxes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_hub(tmp_path_factory):
-    """A Hub on 127.0.0.1 without a repository."""
+    """A Hub on 127.0.0.1 without any repository."""
     with serve(tmp_path_factory.mktemp("hub"), HubServer) as server:
         yield server
 
@@ -169,8 +171,8 @@ __all__ = [
 
 @pytest.fixture(scope="module")
 def written(drives, tmp_path_factory) -> Path:
-    """Two epochs of DIS."""
-    from flow_folders import write  # with it comes the training, which other tests do without
+    """Folder of flow written by DIS for two epochs."""
+    from flow_folders import write  # imported here, because it imports training/, which other tests do not need
 
     out = tmp_path_factory.mktemp("flow") / "dis"
     write(drives, out, "--epochs", "2")

@@ -1,7 +1,9 @@
 """
-Scripts in processes that fork from one which has imported what takes seconds. Otherwise they are run as by `python FILE ARGUMENTS`,
-`python -m MODULE ARGUMENTS` or `torchrun`, but for this: modules imported already need no path, ranks have one hash seed, and no launcher
-sums up how they ended. tests/test_cli.py, tests/test_faults_ranks.py and tests/test_benchmarks.py start scripts as users do, too.
+Scripts run in forks of a process that has already imported the modules that take seconds.
+
+Otherwise they run as by `python FILE ARGUMENTS`, `python -m MODULE ARGUMENTS` or `torchrun`, with these differences: modules imported
+already need no path, all ranks have the same hash seed, and no launcher sums up how they ended. tests/test_cli.py, tests/test_faults_ranks.py and
+tests/test_benchmarks.py also start scripts as users do.
 """
 
 import atexit
@@ -20,19 +22,20 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = dict(os.environ)  # before any test changes it
-# Below those that the system hands out, which other tests' servers may get meanwhile; a hundred for each of pytest-xdist's workers.
+# Below the ports that the system assigns, which the servers of other tests may take meanwhile. Each pytest-xdist worker has a hundred ports.
 FIRST_PORT = 20_000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-SECONDS_TO_END = 30  # after the first rank that fails, as torchrun has it
+SECONDS_TO_END = 30  # for the other ranks, once one has failed, as in torchrun
 
 
 class ForkedScripts:
     """
-    The process from which scripts fork, started by the first of them. It holds no tensor and starts no thread of PyTorch's: after these a
-    fork would hang.
+    The process from which scripts fork; the first script starts it.
+
+    It must hold no tensor and start no thread of PyTorch, because a fork would hang after that.
 
     Args:
-        imports: modules. Variables that these read from the environment when they are imported are those with which the tests began,
-            whatever is given to a script.
+        imports: modules to import. Environment variables that a module reads when it is imported have the values with which the tests
+            began, whatever is given to a script.
     """
 
     def __init__(self, *imports: str):
@@ -42,13 +45,14 @@ class ForkedScripts:
         self, script: Path | str, *arguments, ranks: int = 0, timeout: int = 400, environment=None, **variables
     ):
         """
-        The CompletedProcess of a script run in the repository's folder.
+        Run a script in the repository's folder and return its CompletedProcess.
 
         Args:
             script: a file, or a module's name.
-            ranks: of so many processes that can talk to each other; 0: one process that knows of no others.
+            ranks: number of processes, which can talk to each other; 0 for one process that knows of no others.
             timeout: seconds, after which the processes are killed.
-            environment: instead of this process'; variables: beside it.
+            environment: replaces the environment of this process.
+            variables: added to the environment.
         """
         if self.process is None or self.process.poll() is not None:
             command, pipe = [sys.executable, __file__, *self.imports], subprocess.PIPE
@@ -69,7 +73,7 @@ class ForkedScripts:
             )
 
     def close(self) -> None:
-        """End it by a line, not by the end of its input: that is held open by whatever a test has forked and left."""
+        """End the process by a line. Closing its input would not do, because a process that a test forked and left may hold it open."""
         if self.process is None or self.process.poll() is not None:
             return
         self._send(None)
@@ -83,7 +87,7 @@ class ForkedScripts:
         print(json.dumps(task), file=self.process.stdin, flush=True)
 
     def _of_ranks(self, ranks: int) -> list[dict]:
-        """What torchrun tells each of `ranks` processes."""
+        """Return the environment variables that torchrun sets for each of `ranks` processes."""
         if ranks == 0:
             return [{}]
         while True:
@@ -98,18 +102,18 @@ class ForkedScripts:
 forked = ForkedScripts(
     "benchmarks.step", "evaluation.detect", "evaluation.propagate", "evaluation.segment", "training.flow_writer", "training.pretrain"
 )  # fmt: skip
-# For scripts that talk to a Hub, whose address and cache huggingface_hub reads when it is imported.
+# For scripts that talk to a Hub: huggingface_hub, which reads the address and cache when it is imported, is not imported yet.
 forked_before_hub = ForkedScripts(
     "torch._dynamo", "torch.distributed.tensor", "torchvision", "scipy.optimize", "aiohttp", "httpx", "pandas", "av", "cv2", "jinja2"
 )  # fmt: skip
 
 
 def serve(imports: list[str]) -> None:
-    """Read tasks from stdin until `null`, fork for each, and answer with what [`attend`] returns."""
+    """Read tasks from stdin until `null`, fork for each task, and print what [`attend`] returns."""
     gc.disable()
     for name in imports:
         __import__(name)
-    gc.freeze()  # else each fork looks through all that was imported when it ends, which copies it and takes 2 s
+    gc.freeze()  # otherwise each fork searches all imports for garbage as it ends, which copies memory and takes 2 s
     gc.enable()
     running: set[int] = set()
     try:
@@ -118,8 +122,8 @@ def serve(imports: list[str]) -> None:
                 pid = os.fork()
                 if pid == 0:
                     running.clear()
-                    sys.exit(run(task, environment))  # not os._exit: what is registered for the end is done
-                os.setpgid(pid, pid)  # so that it is ended with all that it starts
+                    sys.exit(run(task, environment))  # not os._exit, so that exit handlers run
+                os.setpgid(pid, pid)  # its own group, to end it with all that it starts
                 running.add(pid)
             print(json.dumps(attend(running, task["timeout"])), flush=True)
     finally:
@@ -127,7 +131,12 @@ def serve(imports: list[str]) -> None:
 
 
 def attend(running: set[int], seconds: int) -> int | None:
-    """The exit code of the first that fails, after which the others are asked to end, or 0; `None` where time was up."""
+    """
+    Wait for all processes to end. Once one has failed, the others are terminated.
+
+    Returns:
+        The exit code of the first that failed, or 0; `None` if time was up.
+    """
     code, late = 0, False
 
     def time_is_up(*_) -> None:
@@ -155,18 +164,18 @@ def end(groups: set[int], number: int) -> None:
 
 
 def run(task: dict, environment: dict) -> int:
-    """The script's exit code, once it has run in this process."""
+    """Run the script in this process and return its exit code."""
     import torch
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    gc.disable()  # until run_script: the imports that are left
+    gc.disable()  # until run_script, for the remaining imports
     for number, path in ((0, os.devnull), (1, task["stdout"]), (2, task["stderr"])):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # of this environment
+    tempfile.tempdir = None  # to be found anew in this environment
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     script, is_file = task["script"], task["script"].endswith(".py")
     sys.argv = [script, *task["arguments"]]
@@ -186,7 +195,7 @@ def run(task: dict, environment: dict) -> int:
         traceback.print_exc()
         return 1
     finally:
-        atexit.unregister(gc.unfreeze)  # run_script's
+        atexit.unregister(gc.unfreeze)  # registered by run_script
     return 0
 
 

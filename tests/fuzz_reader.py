@@ -1,7 +1,8 @@
 """
-Reads the videos named on standard input, one after the other, as a loader's worker does, and prints a line of JSON for each: seconds,
-MiB of memory that it took at its peak beyond what was there before, pairs of two epochs, and (path, reason) of what was skipped, once for
-each epoch. A process of its own, so that the test survives what the reader does not.
+Read the videos named on standard input, one after the other, as a loader's worker does, and print a line of JSON for each.
+
+The line holds the seconds, the MiB by which memory rose at its peak, the number of pairs in two epochs, and (path, reason) of each skipped
+video, once for each epoch. It runs as a separate process, so that the test survives if the reader does not.
 """
 
 import json
@@ -13,7 +14,7 @@ from training.video_stream import _PENDING, generate_pairs
 
 
 def memory(field: str) -> int:
-    """KiB of this process, from Linux."""
+    """Return a memory figure of this process in KiB, from Linux."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
@@ -26,7 +27,7 @@ def main():
     for line in sys.stdin:
         path = line.rstrip("\n")
         with open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")  # VmHWM begins anew
+            peak.write("5")  # resets VmHWM
         before, start = memory("VmRSS"), time.monotonic()
         samples = list(generate_pairs([((0, path),), ((1, path),)], sampling))
         seconds, peak = time.monotonic() - start, memory("VmHWM")

@@ -1,4 +1,4 @@
-"""Small clips of every kind that PyAV can write, whose frames show their number in colours, and seeded damage to them."""
+"""Small clips of all kinds that PyAV can write, whose frames show their number as colours, and seeded damage to these clips."""
 
 import io
 import os
@@ -15,7 +15,7 @@ FRAMES, RATE = 24, 12
 
 @dataclass(frozen=True)
 class Kind:
-    """How a clip is written: `name` of its file, codec, pixel format, (height, width), and options of encoder and container."""
+    """How a clip is written: file name, codec, pixel format, size (height, width), and options of the encoder and container."""
 
     name: str
     codec: str
@@ -36,7 +36,7 @@ VPX = {"cpu-used": "8", "deadline": "realtime"}
 SVT = {
     "preset": "8",
     "svtav1-params": "lp=1:enable-tf=0",
-}  # faster ones of SVT-AV1 4.2 make a frame the mean of its neighbours
+}  # in faster settings of SVT-AV1 4.2 a frame is the mean of its neighbours
 UNEVEN = tuple(np.cumsum(np.random.default_rng(0).integers(20, 200, FRAMES) / 1000).round(3).tolist())
 INTERLACED = 0x20040000  # AV_CODEC_FLAG_INTERLACED_DCT and _ME
 
@@ -91,7 +91,7 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 def picture(number: int, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8: bits 0-2 of the number as R, G, B of the upper left quarter, bits 3 and 4 as R and G of the lower right one."""
+    """Draw a number, (H, W, 3) uint8: bits 0-2 as R, G, B of the upper left quarter, bits 3 and 4 as R and G of the lower right one."""
     canvas = np.full((height, width, 3), 40, np.uint8)
     bits = [40 + 170 * (number >> bit & 1) for bit in range(5)]
     canvas[: height // 2, : width // 2] = bits[:3]
@@ -101,10 +101,10 @@ def picture(number: int, height: int, width: int) -> np.ndarray:
 
 def number_of(frame: np.ndarray, tolerance: int = 24) -> int:
     """
-    The number that a frame (3, H, W) shows.
+    Return the number that a frame (3, H, W) shows.
 
     Raises:
-        AssertionError: its colours, away from the edges, are not those of any number.
+        AssertionError: the frame's colours, away from the edges of its quarters, fit no number.
     """
     quarters = []
     for rows in np.array_split(frame, 2, axis=1):
@@ -120,7 +120,7 @@ def number_of(frame: np.ndarray, tolerance: int = 24) -> int:
 
 
 def write_clip(path: Path, kind: Kind) -> Path:
-    # SVT-AV1, where it may (as root), makes its whole process a real-time one of the highest priority, for ever, and all that it starts.
+    # If it may (as root), SVT-AV1 gives its process, and all that this starts, the highest real-time priority for ever. It is reset here.
     scheduling = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         return _write_clip(path, kind)
@@ -137,7 +137,7 @@ def _write_clip(path: Path, kind: Kind) -> Path:
         context.flags |= kind.flags
         if kind.times is not None:
             context.time_base = Fraction(1, 1000)
-        container.start_encoding()  # or a clip without frames would have no header either
+        container.start_encoding()  # otherwise a clip without frames would have no header
         for number in range(kind.frames):
             shown = picture(number, *kind.size)
             frame = av.VideoFrame.from_ndarray(shown, format="rgb24").reformat(format=kind.pix_fmt)
@@ -152,7 +152,7 @@ def _write_clip(path: Path, kind: Kind) -> Path:
 
 
 def turned(data: bytes, counter_clockwise: int) -> bytes:
-    """An MP4 with the display matrix of its track (ISO 14496-12: x' = a x + c y, y' = b x + d y, y down) set."""
+    """Set the display matrix of an MP4's track (ISO 14496-12: x' = a x + c y, y' = b x + d y, y down)."""
     data = bytearray(data)
     matrix = data.index(b"tkhd") + 44
     a, b = ((1, 0), (0, -1), (-1, 0), (0, 1))[counter_clockwise]
@@ -165,7 +165,7 @@ def turned(data: bytes, counter_clockwise: int) -> bytes:
 
 
 def damaged(data: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """(What was done, the bytes after it): one kind of damage drawn by `rng`, from `other` too where two files are mixed."""
+    """Apply one random kind of damage and return (its name, the damaged bytes). Some kinds mix in bytes of `other`."""
     kind = rng.choice(list(DAMAGE))
     return kind, DAMAGE[kind](data, other, rng)
 
@@ -178,7 +178,7 @@ def _flip(data: bytes, rng, count: int, begin: int = 0, end: int | None = None) 
 
 
 def _extreme(data: bytes, other: bytes, rng) -> bytes:
-    """Four bytes of the header, or of the index at the end, become a number that no file means."""
+    """Replace four bytes, one to five times, in the header or the index at the end by a number that no sound file has there."""
     changed, edge = bytearray(data), min(len(data), 2048)
     for _ in range(rng.integers(1, 6)):
         place = int(rng.integers(0, edge - 4)) + (0 if rng.random() < 0.5 else len(data) - edge)
@@ -222,8 +222,9 @@ DAMAGE = {
 
 def declared_h264(path: Path, height: int, width: int, references: int) -> Path:
     """
-    A clip of some KB whose sequence parameter set (ITU-T H.264, 7.3.2.1.1) declares other sizes, in multiples of 16, and a number of
-    reference frames; the slices are those of 16x16 pixels.
+    Write a clip of some KB whose sequence parameter set declares a false size and number of reference frames.
+
+    The size must be in multiples of 16 (ITU-T H.264, 7.3.2.1.1); the slices are those of 16x16 pixels.
     """
     options = {**FAST, "profile": "baseline"}
     plain = write_clip(path.with_suffix(".h264"), Kind(path.name, "libx264", size=(16, 16), options=options))
@@ -232,7 +233,7 @@ def declared_h264(path: Path, height: int, width: int, references: int) -> Path:
     end = data.index(b"\0\0\1", begin)
     bits = "".join(f"{byte:08b}" for byte in data[begin:end].rstrip(b"\0").replace(b"\0\0\3", b"\0\0"))
     profile, place = bits[:16], 24
-    for _ in range(3):  # id, bits of frame_num, order type (2: without further fields)
+    for _ in range(3):  # id, bits of frame_num, order type (which is 2, without further fields)
         place = _behind_code(bits, place)
     kept, place = bits[24:place], _behind_code(bits, place) + 1  # reference frames and gaps_in_frame_num_allowed
     place = _behind_code(bits, _behind_code(bits, place))  # the size in macroblocks
@@ -263,7 +264,7 @@ def _behind_code(bits: str, place: int) -> int:
 
 
 def declared_png(path: Path, height: int, width: int) -> Path:
-    """A MOV of PNG pictures of 1x1 whose headers declare another size."""
+    """Write a MOV of PNG pictures of 2x2 pixels whose headers declare another size."""
     data = write_clip(path, Kind(path.name, "png", "rgb24", (2, 2))).read_bytes()
     place = data.index(b"IHDR")
     while place > 0:
@@ -275,7 +276,13 @@ def declared_png(path: Path, height: int, width: int) -> Path:
 
 
 def declared_samples(path: Path, count: int, tracks: int = 1, edits: int | None = None) -> Path:
-    """A raw video in MOV whose tables declare `count` frames of one size in one chunk, in each of its tracks; all shown by each of `edits`."""
+    """
+    Write a raw video in MOV whose tables declare `count` frames of the same size in one chunk.
+
+    Args:
+        tracks: number of copies of the track.
+        edits: number of entries of the edit list, each of which shows the whole track; `None` for the list as written.
+    """
     data = bytearray(write_clip(path, Kind(path.name, "rawvideo", "rgb24", (16, 16))).read_bytes())
     for name, place in ((b"stts", 12), (b"stsz", 12), (b"stsc", 16)):  # sample_count, sample_count, samples_per_chunk
         begin = data.index(name) + place
@@ -291,7 +298,7 @@ def declared_samples(path: Path, count: int, tracks: int = 1, edits: int | None 
 
 
 def declared_fragment(path: Path, count: int) -> Path:
-    """A fragmented MP4, the first fragment of which declares `count` more samples in a run that has no byte for any of them."""
+    """Write a fragmented MP4 whose first fragment declares a run of `count` more samples without any bytes."""
     kind = BY_NAME["h264_fragments.mp4"]
     data = write_clip(path, kind).read_bytes()
     fragment = _box_at(data, b"moof")
@@ -320,7 +327,7 @@ def _boxes(data: bytes) -> list[bytes]:
 
 
 def with_sound(path: Path, codec: str, seconds: int) -> Path:
-    """Two seconds of video, and as many of silence as asked for, 48,000 samples each."""
+    """Write two seconds of video with `seconds` of silence, 48,000 samples a second."""
     kind = Kind(path.name, "mpeg4")
     with av.open(str(path), "w") as container:
         stream, sound = container.add_stream("mpeg4", rate=RATE), container.add_stream(codec, rate=48000)

@@ -1,4 +1,4 @@
-"""A small HTTP server on this machine for the tests: files by range request, with counted and injected faults."""
+"""A small HTTP server on this machine for the tests: it serves files by range request, counts bytes and injects faults."""
 
 import contextlib
 import threading
@@ -9,10 +9,12 @@ from urllib.parse import unquote, urlsplit
 
 class FileServer(ThreadingHTTPServer):
     """
-    Serves the files below `folder`. `requests` holds (method, path, range header) of each request; `sent` counts body bytes;
-    `drop` connections are cut in the middle of the next bodies; paths in `refused` answer 403, those in `stalled` send half a body and
-    then nothing until the server ends. `statuses` maps paths to [status, number of answers that it is given in]; `told` maps paths to headers
-    that stand in the place of the ETag. `ranges` is the Accept-Ranges header; but for "bytes" the server sends whole files, and `None` is no header.
+    Serves the files below `folder`.
+
+    `requests` holds (method, path, range header) of each request, and `sent` counts the bytes of bodies sent. The next `drop` bodies are cut
+    in the middle. Paths in `refused` are answered with 403; paths in `stalled` with half a body, then nothing until the server ends.
+    `statuses` maps paths to [status, number of answers with this status], and `told` maps paths to headers that replace the ETag.
+    `ranges` is the Accept-Ranges header, or `None` for no header. If it is not "bytes", the server ignores ranges and sends whole files.
     """
 
     daemon_threads = True
@@ -45,7 +47,7 @@ class FileHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         if path in self.server.refused:
-            self.reply(403, b"refused", body)  # bytes after a HEAD would be read as the next answer
+            self.reply(403, b"refused", body)  # a body after a HEAD would be read as the next answer
             return
         failing = self.server.statuses.get(path, [0, 0])
         if failing[1] > 0:

@@ -1,6 +1,6 @@
 """
-The parts of the Hub's protocol that huggingface_hub speaks, on 127.0.0.1: repositories, uploads (LFS as well), commits, trees, info,
-and files by range request. The client is the real one, unmodified; `HubServer.environment` is what points it here.
+A Hub on 127.0.0.1 with the parts of the protocol that huggingface_hub uses: repositories, uploads (also LFS), commits, trees, info, and
+files by range request. The client is the real one, unmodified; `HubServer.environment` directs it here.
 """
 
 import base64
@@ -25,7 +25,7 @@ LFS_PATTERN = re.compile(r"\.(safetensors|mp4|tar|png)$")
 
 @dataclass(frozen=True)
 class Blob:
-    """A stored file: git's own name of it, the sha256 where it is an LFS file, its size, and where its bytes are."""
+    """A stored file: its git object id, its sha256 if it is an LFS file, and the path of its bytes."""
 
     git_oid: str
     sha256: str | None
@@ -67,8 +67,10 @@ class Repository:
 
 class HubServer(FileServer):
     """
-    `repositories` by (kind, name). A fault is (pattern of "METHOD path", status or "drop" or "truncate", how often): "drop" closes the
-    connection without an answer, "truncate" promises the whole body and sends half of it. `writers` are the namespaces of the token.
+    The server, with `repositories` by (kind, name).
+
+    A fault is [pattern of "METHOD path", outcome, number of times]. The outcome is a status, "drop", which closes the connection without an
+    answer, or "truncate", which announces the whole body and sends half of it. `writers` are the namespaces that the token may write to.
     """
 
     def __init__(self, folder: Path):
@@ -82,7 +84,7 @@ class HubServer(FileServer):
         self.faults.append([re.compile(pattern), outcome, times])
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Variables for a subprocess whose Hub this is, with a cache of its own."""
+        """Return the environment of a subprocess that uses this Hub, with a cache of its own in `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and k != "PYTHONPATH"}
         kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         kept |= {
@@ -100,14 +102,14 @@ class HubServer(FileServer):
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.folder / sha256
         if not path.exists():
-            # Written aside: several requests may store the same bytes at once.
+            # Written to another file and renamed, because several requests may store the same bytes at once.
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 file.write(data)
             os.replace(file.name, path)
         return Blob(git, sha256 if lfs else None, path)
 
     def add_dataset(self, name: str, files: dict[str, bytes], kind: str = "dataset") -> Commit:
-        """A data set (or model) repository with these files, or one commit more of it."""
+        """Create a data set (or model) repository with these files, or add them to it by one more commit."""
         repository = self.repositories.setdefault((kind, name), Repository(kind, name))
         before = repository.commits[-1].files if repository.commits else {}
         new = {path: self.store(data, bool(LFS_PATTERN.search(path))) for path, data in files.items()}
@@ -137,7 +139,7 @@ class HubHandler(FileHandler):
                     self.close_connection = True
                     return
                 if fault[1] == "truncate":
-                    self.server.drop = 1  # of FileHandler.reply
+                    self.server.drop = 1  # read by FileHandler.reply
                     break
                 self.body()
                 self.error(fault[1], f"injected {fault[1]}", **({"Retry-After": "0"} if fault[1] == 429 else {}))
@@ -175,7 +177,7 @@ class HubHandler(FileHandler):
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
 
     def may_write(self, name: str) -> bool:
-        """True, or the error that the Hub answers with has been sent."""
+        """Return whether the request may write; if not, the Hub's error has been sent."""
         if self.token_of() != TOKEN:
             self.error(401, "Invalid credentials in Authorization header")
         elif name.split("/")[0] not in self.server.writers:
@@ -334,7 +336,7 @@ class HubHandler(FileHandler):
         if blob.sha256 is None:
             self.send_file(blob.path, self.command == "GET", **headers)
             return
-        # LFS files lie on another host, as on the Hub: the first answer tells what they are and where.
+        # As on the Hub, LFS files lie on another host: the first answer gives their hash, size and location.
         elsewhere = self.server.url.replace("127.0.0.1", "localhost")
         headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(blob.size)}
         self.reply(302, b"", False, Location=f"{elsewhere}/cdn/{blob.sha256}", **headers)
@@ -361,7 +363,7 @@ ROUTES = [
 
 
 class Interpreter:
-    """A Python process whose Hub is `hub`, which runs scripts one after the other: what they import, it imports once."""
+    """A Python process that uses `hub` and runs scripts one after the other, so that modules are imported only once."""
 
     LOOP = """
 import gc, os, sys, traceback
@@ -385,7 +387,12 @@ gc.freeze()  # or it ends 2 s later
         )
 
     def __call__(self, folder: Path, script: str) -> str:
-        """What `script`, run in `folder`, prints. Fails where it raises."""
+        """
+        Run `script` in `folder` and return what it prints.
+
+        Raises:
+            AssertionError: the script raised an error, or the process ended.
+        """
         (folder / "script.py").write_text(script)
         self.process.stdin.write(f"{folder / 'script.py'}\n")
         self.process.stdin.flush()
@@ -399,11 +406,11 @@ gc.freeze()  # or it ends 2 s later
         raise AssertionError(f"the process ended: {self.errors()}")
 
     def errors(self) -> str:
-        """What it has written to its standard error so far."""
+        """Return what the process has written to stderr so far."""
         return Path(self.log.name).read_text()
 
     def close(self) -> None:
-        self.process.stdin.close()  # it ends by itself, so that its coverage is counted
+        self.process.stdin.close()  # then it ends by itself, so that its coverage is counted
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A run that is published on a Hub on 127.0.0.1, and processes that load it; its fixtures are every test's, by conftest.py."""
+"""A run published on a Hub on 127.0.0.1, and processes that load it. conftest.py makes the fixtures available to all tests."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ EVALUATION = {
     "miou": 0.25, "accuracy": 0.75, "mean_accuracy": None, "per_class": {}, "groups": {}, "dataset": "camvid", "readout": "linear",
     "features": "decoder", "inference": "whole image", "num_train_images": 367, "num_test_images": 233, "seed": 0, "steps": 10,
 }  # fmt: skip
-# Of the editable installation, which puts the package on every path of this interpreter.
+# Removes the editable installation, which puts the package on the path of every process of this interpreter.
 WITHOUT_THE_PACKAGE = """
 import sys
 from pathlib import Path
@@ -54,7 +54,7 @@ def flags(videos, output_dir, *more, steps=2):
 
 @pytest.fixture(scope="module")
 def published_run(drives, tmp_path_factory) -> Path:
-    """A finished run, as any user has one. Its teacher has moved away from its student."""
+    """A finished run like a user's. Its teacher differs from its student."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     AcceleratorState._reset_state(True)
     pretrain(flags(drives, folder, "--teacher_momentum", "0.5"))
@@ -80,7 +80,7 @@ def own_hub(tmp_path):
 
 
 def python(hub, home: Path, script: str, *arguments, **variables) -> subprocess.CompletedProcess:
-    """A script in a process that talks to `hub`, with a cache in `home`."""
+    """Run a script in a process that uses `hub`, with a cache in `home`."""
     (home / "script.py").write_text(script)
     environment = {**hub.environment(home / "hf"), **variables}
     return forked_before_hub(home / "script.py", *arguments, environment=environment)
@@ -93,7 +93,7 @@ def publish(hub, folder, *arguments, token=TOKEN) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def clean(shared_hub, tmp_path_factory):
-    """A process with an empty cache and a path without this package."""
+    """A process with an empty cache that cannot import this package."""
     interpreter = Interpreter(shared_hub, tmp_path_factory.mktemp("clean"), WITHOUT_THE_PACKAGE)
     yield interpreter
     interpreter.close()

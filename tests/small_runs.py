@@ -1,4 +1,4 @@
-"""Small runs of training/pretrain.py that several test files start from: videos, flags, and a run of four checkpoints."""
+"""Small runs of training/pretrain.py shared by several test files: videos, flags, and a run with four checkpoints."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def drives(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh_accelerator():
-    """Runs in this process do not find the accelerator of the one before: for `usefixtures`."""
+    """Keep runs in this process from finding the accelerator of the run before; for `usefixtures`."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -63,7 +63,7 @@ def names(output_dir: Path) -> list[str]:
 
 
 def at_step(monkeypatch, step: int, action) -> None:
-    """`action()` at the end of the backward pass of a step, which counts from 1."""
+    """Call `action()` after the backward pass of step `step`, when its metrics are summed; steps count from 1."""
     original = pretrain.Run.accumulate
 
     def accumulate(run, *args, **kwargs):
@@ -75,7 +75,11 @@ def at_step(monkeypatch, step: int, action) -> None:
 
 
 def opened(monkeypatch) -> dict:
-    """Filled once a run is open, before its first step: its `model` and `optimizer` by the names of a checkpoint's tensors, `sums`, and the `span` of its videos."""
+    """
+    Return a dict that is filled once a run is open, before its first step.
+
+    It holds `model` and `optimizer`, tensors by their names in a checkpoint, `sums`, and the `span` of the run's videos.
+    """
     held, original = {}, pretrain.Run.open
 
     def open_and_look(run, checkpoint):
@@ -91,7 +95,7 @@ def opened(monkeypatch) -> dict:
 
 
 def assert_goes_on_exactly(held: dict, checkpoint: Path) -> None:
-    """What `opened` has seen is the checkpoint's, bit for bit: weights, buffers, moments and their step counts."""
+    """Assert that what `opened` held equals the checkpoint bit for bit: weights, buffers, moments and their step counts."""
     for part in ("model", "optimizer"):
         saved = load_file(checkpoint / f"{part}.safetensors")
         assert held[part].keys() == saved.keys()
