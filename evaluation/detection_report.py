@@ -77,7 +77,7 @@ def write_detection_html(
             "<h3>AP by size</h3>",
             bars({title: result[key] for key, title in list(COLUMNS.items())[3:]}),
             "<h3>AP by class</h3>",
-            bars(result["per_class"]),
+            bars(result["per_class"], coloured=True),
             f"<h3>Images: true boxes above, detected ones (score at least {SHOWN_SCORE}) below</h3>",
         ]
         parts += [f"<p>{html.escape(caption)}</p>{picture(array)}" for caption, array in pairs.get(name, [])]

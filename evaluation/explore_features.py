@@ -1,7 +1,5 @@
 """Contents of the feature page, independent of the page itself: frames of a file, features in colour, similarity maps, a cache."""
 
-import base64
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -279,12 +277,6 @@ def best_match(cosines: Tensor, size: tuple[int, int]) -> tuple[float, tuple[flo
     rows, columns = cosines.shape
     row, column = divmod(int(cosines.argmax()), columns)
     return float(cosines[row, column]), ((column + 0.5) * size[1] / columns, (row + 0.5) * size[0] / rows)
-
-
-def data_uri(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # --- cache ---

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
@@ -18,7 +19,6 @@ from evaluation.explore_features import (
     FrameFeatures,
     best_match,
     cell_at,
-    data_uri,
     enlarged,
     floor_of,
     frame_features,
@@ -32,7 +32,7 @@ from evaluation.explore_features import (
 )
 from evaluation.outputs import make_accelerator
 from evaluation.preprocessing import statistics
-from evaluation.report import palette
+from evaluation.report import data_uri, palette
 from modeling_poodle import PoodleForSemanticSegmentation
 from modeling_poodle.folders import spread
 from modeling_poodle.loading_poodle import from_pretrained_whole
@@ -229,7 +229,7 @@ def short_name(name: str) -> str:
 
 
 def figure(pictures: tuple[np.ndarray, ...], title: str, note: str) -> str:
-    shown = "".join(f'<img src="{data_uri(picture)}" alt="">' for picture in pictures)
+    shown = "".join(f'<img src="{data_uri(Image.fromarray(picture))}" alt="">' for picture in pictures)
     return f"<figure>{shown}<figcaption>{title} <b>{note}</b></figcaption></figure>"
 
 

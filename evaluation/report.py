@@ -53,9 +53,13 @@ def picture(array: np.ndarray, max_width: int = 1600) -> str:
     image = Image.fromarray(array)
     # `thumbnail` keeps at least one row; resizing a strip of long, flat images by a ratio might leave none. JPEG allows about this height.
     image.thumbnail((max_width, 65_500))
+    return f'<img src="{data_uri(image)}">'
+
+
+def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def curve(points: Sequence[dict]) -> str:
@@ -70,15 +74,20 @@ def curve(points: Sequence[dict]) -> str:
     return (
         f'<svg viewBox="0 0 600 175" width="600"><polyline points="{path}" fill="none" stroke="#27c"/>'
         f'<text x="0" y="24">{high:.3g}</text><text x="0" y="154">{low:.3g}</text>'
-        f'<text x="40" y="172">step {steps[0]:.0f}</text><text x="520" y="172">{steps[-1]:.0f}</text></svg>'
+        f'<text x="40" y="172">step {steps[0]:.0f}</text><text x="580" y="172" text-anchor="end">{steps[-1]:.0f}</text></svg>'
     )
 
 
-def bars(values: dict[str, float | None]) -> str:
+def bars(values: dict[str, float | None], coloured: bool = False) -> str:
+    """Return values from 0 to 1 as a table of bars; `coloured`: of all classes in order, each with its colour in the pictures."""
     rows = []
-    for name, value in values.items():
+    colours = palette(len(values)) if coloured else None
+    for index, (name, value) in enumerate(values.items()):
         bar = "" if value is None else f'<div style="width:{300 * value:.0f}px"></div>'
-        rows.append(f'<tr><td>{html.escape(name)}</td><td class="bar">{bar}</td><td>{percent(value)}</td></tr>')
+        colour = f'<i style="background:#{bytes(colours[index]).hex()}"></i> ' if coloured else ""
+        rows.append(
+            f'<tr><td>{colour}{html.escape(name)}</td><td class="bar">{bar}</td><td>{percent(value)}</td></tr>'
+        )
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -87,7 +96,7 @@ def page(title: str, parts: Sequence[str], command: str) -> str:
     head = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;max-width:1000px;"
         "margin:2em auto}td,th{padding:2px 10px;text-align:left}.bar{width:300px;background:#eee}.bar div{height:12px;background:#27c}"
-        "img{width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>"
+        "td i{display:inline-block;width:12px;height:12px}img{width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}</style>"
     )
     return "\n".join(
         [head, f"<h1>{html.escape(title)}</h1>", *parts, f"<h2>Command</h2><pre>{html.escape(command)}</pre>"]
@@ -121,8 +130,9 @@ def write_html(
             "<h3>Groups, mean IoU</h3>",
             bars(groups),
             "<h3>Classes, IoU</h3>",
-            bars(result["per_class"]),
+            bars(result["per_class"], coloured=True),
             "<h3>Images: image, truth, prediction, errors</h3>",
+            "<p>Truth and prediction are in the colours of the classes above. Of the errors, green is right, red wrong, and black not counted.</p>",
         ]
         parts += [f"<p>{html.escape(caption)}</p>{picture(array)}" for caption, array in strips.get(name, [])]
     return page(f"{first['readout']} readout on {first['dataset']}", parts, first["command"])

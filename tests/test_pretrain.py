@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_runs import MODEL, flags, train
 
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
-from training import video_stream
+from training import video_loader, video_stream
 from training.assembly import computes_in_bfloat16, make_accelerator
 from training.panels import COLOURS, GAP, TILE_HEIGHT, TITLE, make_panel, pca_rgb
 from training.pretrain import main
@@ -293,6 +293,14 @@ def test_features_that_are_not_finite_end_no_run_by_their_picture():
     features[0, 1, 2, 3] = torch.nan
     assert pca_rgb(features).shape == (2, 3, 8, 8)
     assert pca_rgb(torch.full((1, 4, 8, 8), torch.inf)).float().std() == 0
+
+
+def test_more_workers_than_cores_are_told_in_one_sentence(drives, tmp_path, caplog, recwarn, monkeypatch):
+    monkeypatch.setattr(video_loader, "usable_cores", lambda: 1)
+    with caplog.at_level("WARNING", logger="poodle"):
+        train(drives, tmp_path / "run", "--dataloader_num_workers", "2", steps=1)
+    assert caplog.text.count("dataloader_num_workers 2: 2 workers on this machine's 1 CPU cores") == 1
+    assert not [warning for warning in recwarn if "worker processes" in str(warning.message)]
 
 
 # --- ranks ---

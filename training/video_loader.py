@@ -1,11 +1,14 @@
 """From a recipe's videos to its loader: sources expanded and looked at, the same on all ranks."""
 
 import logging
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from modeling_poodle.cpu import usable_cores
 from modeling_poodle.processes import main_first, on_main, same_on_all
 from training.addresses import video_name
 from training.flow import check_sidecars
@@ -74,6 +77,15 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
 
 
 def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
+    workers, here = recipe.dataloader_num_workers, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if workers * here > usable_cores():
+        logger.warning(
+            "dataloader_num_workers %d: %d workers on this machine's %d CPU cores; fewer may be as fast",
+            workers,
+            workers * here,
+            usable_cores(),
+        )
+    warnings.filterwarnings("ignore", message=".*worker processes in total.*")  # the loaders' own words for it
     loader = PairLoader(
         paths,
         PairSampling.of(recipe),
