@@ -30,7 +30,8 @@ def read_results(path: str | Path) -> list[dict]:
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{path} cannot be read as an evaluation.json: {error}") from None
     results = values.get("results", [values]) if isinstance(values, dict) else []
-    if not results or any("miou" not in result or "readout" not in result for result in results):
+    whole = isinstance(results, list) and all(isinstance(r, dict) and {"miou", "readout"} <= r.keys() for r in results)
+    if not results or not whole:
         raise ValueError(f"{path} holds no segmentation results; give files that evaluation/segment.py wrote")
     return results
 
