@@ -1,4 +1,4 @@
-"""Checks of configs from elsewhere: numbers that no network has, code to be run, and fields that are misspelt."""
+"""Checks of untrusted configs: absurdly large numbers, references to code, and misspelt fields."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Keys that transformers itself writes into, or reads from, a config beside the dataclass fields of PreTrainedConfig.
+# Keys that transformers itself writes to or reads from a config, besides the dataclass fields of PreTrainedConfig.
 TRANSFORMERS_KEYS = {
     "_name_or_path",
     "attn_implementation",
@@ -28,7 +28,7 @@ TRANSFORMERS_KEYS = {
     "transformers_version",
 }
 
-# What transformers before version 5 wrote into every config, encoders' included; configs of today take them and leave them alone.
+# Keys that transformers before version 5 wrote into every config, including those of encoders. Today's configs accept and ignore them.
 EARLIER_KEYS = {
     "add_cross_attention",
     "bos_token_id",
@@ -52,25 +52,27 @@ EARLIER_KEYS = {
     "use_timm_backbone",
 }
 
-# Far above any encoder in use; larger numbers would fill the memory before any other check finds them wrong.
+# Far above any encoder in use. Larger numbers would exhaust the memory before any other check could reject them.
 MAX_LAYERS, MAX_SIZE, MAX_DECODER_BLOCKS = 1000, 1 << 20, 8
 
 
 def check_config(values: Mapping[str, Any], where: str) -> None:
     """
-    Look at a config from elsewhere, as a mapping, before anything is made of it.
+    Check an untrusted config before anything is built from it.
 
     Args:
-        where: what the fields are named after, such as "PoodleConfig".
+        values: the config as a mapping.
+        where: prefix of the field names in error messages, such as "PoodleConfig".
 
     Raises:
-        ValueError: a number beyond `MAX_LAYERS` (fields of layers, blocks, stages and depths) or `MAX_SIZE`, or a part of it that
-            names code to be fetched and run; the message names the field.
+        ValueError: a number exceeds `MAX_LAYERS` (fields that count layers, blocks, stages or depths) or `MAX_SIZE` (all others), or
+            the config names code to be fetched and run (only a config as a whole may have an `auto_map`). The message names the field.
+
     """
 
     def look(value: Any, path: str, name: str) -> None:
         if isinstance(value, (dict, list, tuple)):
-            if name in ("id2label", "label2id"):  # names of classes; as many as the file has lines
+            if name in ("id2label", "label2id"):  # class names; their number is bounded by the size of the file
                 return
             layers = [item for item in value if isinstance(item, int)] if isinstance(value, (list, tuple)) else []
             if _counts_layers(name) and sum(layers) > MAX_LAYERS:
@@ -85,7 +87,7 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
             if abs(value) > limit:
                 raise ValueError(f"{path} must be at most {limit}, got {reprlib.repr(value)}")
         elif isinstance(value, str) and "_implementation" in path and "/" in value:
-            # transformers would fetch a kernel of this name from the Hub, compiled code, and run it.
+            # transformers would fetch the kernel of this name, which is compiled code, from the Hub and run it.
             raise ValueError(f"{path} must be one of transformers' own implementations, got {reprlib.repr(value)}")
 
     look(dict(values), where, "")
@@ -93,26 +95,28 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
 
 def check_timm_name(name: Any) -> None:
     """
+    Check that timm, if it is installed, has a network of this name.
+
     Raises:
-        ValueError: timm is installed, and has no network of this name.
+        ValueError: timm is installed and has no such network.
     """
-    if name is None or ":" in str(name):  # hf-hub:ORG/NAME is looked for when it is built
+    if name is None or ":" in str(name):  # hf-hub:ORG/NAME is looked up when the network is built
         return
     try:
         import timm
-    except ImportError:  # of which transformers tells when it builds the network
+    except ImportError:  # transformers reports this when it builds the network
         return
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}.{nearest(str(name), timm.list_models())}")
 
 
 def is_int(value: Any) -> bool:
-    """True and False are integers to Python alone."""
+    """Whether `value` is an integer and not a bool, which Python also counts as an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _counts_layers(name: str) -> bool:
-    """`depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
+    """Whether a field of this name counts layers: `depths` and `num_blocks` do, `stage_in_channels` and `block_configs` do not."""
     return bool(re.search("depth|layer|block|stage", name)) and not re.search(
         "channel|size|stride|kernel|config", name
     )
@@ -120,8 +124,13 @@ def _counts_layers(name: str) -> bool:
 
 def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
     """
-    Raises ValueError for a field that `config` does not have; the nearest name is suggested. An unknown key of a file that is no misspelling
-    of a field is kept, with a warning: a later transformers may write it into every config. Also for another `model_type`.
+    Refuse fields that `config` does not have, and another `model_type`.
+
+    An unknown key of a config read from a file is kept, with a warning, unless it looks like a misspelt field: a later version of
+    transformers may write it into every config.
+
+    Raises:
+        ValueError: an unknown field (the nearest name is suggested), or another `model_type`.
     """
     own = type(config).model_type
     if (kind := kwargs.get("model_type", config.model_type)) != own:
@@ -137,10 +146,11 @@ def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{name} has no field {key!r}.{nearest(key, known)}")
 
 
-MISSPELT = 0.8  # of two names: one is the other misspelt
+MISSPELT = 0.8  # likeness from which one name counts as a misspelling of the other
 
 
 def nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """A question that ends a sentence, for the name of `known` that is most like `key`; nothing where none is like enough."""
+    """The text ` Did you mean 'x'?` for the name in `known` that is most like `key`, or an empty string if none reaches `likeness`."""
+
     found = difflib.get_close_matches(key, sorted(known), n=1, cutoff=likeness)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -25,30 +25,33 @@ from .config_checks import (
 
 
 class ChecksOverrides:
-    """Mixin of a config: fields given as keywords, `from_pretrained(name, dense_stride=4)`, are checked like those of the file."""
+    """Mixin for configs that checks fields given as keywords, `from_pretrained(name, dense_stride=4)`, like the fields of the file."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
+        Build the config from the values of a file, with the fields in `kwargs` replacing them.
+
         Raises:
-            ValueError: as of the config; also for a misspelt field.
+            ValueError: the config refuses a value, a keyword is misspelt or follows from other fields, or the file is of another
+                `model_type`.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
                 f"this is the config of a {kind!r} network, no {cls.__name__}: load it by its own class (such as ResNetBackbone) or AutoModel, or give it as a backbone_config"
             )
-        # transformers sets what is given on the finished config, past its checks.
+        # transformers would set these keywords on the finished config and so bypass its checks.
         values, own = dict(config_dict), {field.name for field in dataclasses.fields(cls)}
         own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        maps = {"out_features", "out_indices"}  # either stands for the other
+        maps = {"out_features", "out_indices"}  # two ways to choose the same maps
         given = {name: kwargs.pop(name) for name in (own | maps) & {*kwargs}}
         for key in kwargs:
             if isinstance(own_property := getattr(cls, key, None), property) and own_property.fset is None:
                 raise ValueError(f"{cls.__name__}.{key} follows from its other fields, and cannot be given")
             if not hasattr(cls, key) and nearest(key, own, MISSPELT):
                 raise ValueError(f"{cls.__name__} has no field {key!r}.{nearest(key, own)}")
-        # Those of the file are of another network then, or replaced.
+        # The file's choice of maps is then replaced, or belongs to a network with other stages.
         if given.keys() & {"backbone_config", "num_decoder_blocks", "decoder_laterals", *maps}:
             values = {name: value for name, value in values.items() if name not in maps}
         part = given.get("backbone_config")
@@ -58,8 +61,8 @@ class ChecksOverrides:
         return super().from_dict(values | given, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        # auto_map would name code that is not beside what is saved, or not beside the network that this config is a part of. It is right only
-        # where transformers has just copied the code of a class from elsewhere (`_auto_class`).
+        # auto_map names code files. They do not lie next to a newly saved config, nor next to the network that has this config as a part.
+        # It is right only if transformers has just copied the code of a custom class there (`_auto_class`).
         values = super().to_dict()
         return values if self._auto_class is not None else {k: v for k, v in values.items() if k != "auto_map"}
 
@@ -70,33 +73,35 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, defaults to ResNet-50):
-            The encoder: the config of any backbone that `AutoBackbone` builds, or of a plain ViT. A network of timm's returns its last
-            stage alone by transformers' default; where the decoder reads more, it is made to return as many.
+            The encoder: the config of any backbone that `AutoBackbone` builds, or of a plain ViT. By transformers' default a timm network
+            returns only its last stage; if the decoder reads more stages, `out_indices` is extended to return them.
         output_stride (`int`, *optional*):
             Stride of the encoder's last stage. `None` keeps the encoder's own; 8 or 16 dilates a ResNet (FlowE uses 8).
         num_decoder_blocks (`int`, defaults to 2):
             Blocks of the SDM; each doubles the resolution. 0 leaves the encoder's last stage as the dense features.
         decoder_reduction (`int`, defaults to 8):
-            The decoder's bottleneck is `channels // decoder_reduction` wide; at most the channels of the encoder's last stage.
+            The decoder's bottleneck is `channels // decoder_reduction` wide, where `channels` are those of the encoder's last stage; at
+            most `channels`.
         decoder_laterals (`bool`, defaults to `True`):
             Add the encoder's stage of equal resolution to each block's output through a 1x1 convolution.
         decoder_lateral_depth (`int`, defaults to 1):
             1x1 convolutions in a lateral, with normalisation and ReLU between them.
         decoder_top_down (`bool`, defaults to `True`):
-            The blocks' bottlenecks. `False` leaves the upsampling and the laterals (a row of the paper's ablation).
+            Whether the blocks have bottlenecks. `False` leaves only the upsampling and the laterals (a row of the paper's ablation).
         projection_hidden_size, projection_size (`int`, default to 4096 and 256):
             Widths of the projectors and predictors.
         dense_weight, pooled_weight (`float`, default to 0.5):
-            Weights of the two objectives. In pretraining an objective of weight 0 has no heads, and the dense one's decoder is left out.
+            Weights of the two objectives. In pretraining an objective of weight 0 has no heads; with `dense_weight` 0 the model also has
+            no decoder.
         dense_stride (`int`, *optional*):
-            Spacing in pixels of the points at which the dense loss is taken. `None`: the stride of the features.
+            Spacing in pixels of the points at which the dense loss is taken. `None` uses the stride of the features.
         semantic_loss_ignore_index (`int`, defaults to 255):
-            The label that `PoodleForSemanticSegmentation` leaves out of its loss.
+            The label that `PoodleForSemanticSegmentation` ignores in its loss.
         readout_stage (`str`, *optional*):
-            The feature map that `PoodleForSemanticSegmentation` reads. `None`: the dense features (the SDM's, or the encoder's last
-            stage where there is no SDM).
+            The feature map that `PoodleForSemanticSegmentation` reads. `None` selects the dense features (the SDM's, or the encoder's
+            last stage if there is no SDM).
         out_features, out_indices:
-            Feature maps of [`PoodleBackbone`], out of the encoder's stages and `"decoder"`.
+            Feature maps that [`PoodleBackbone`] returns, chosen from the encoder's stages and `"decoder"`.
 
     Raises:
         ValueError: a field is unknown, misspelt or out of range; the message names it.
@@ -122,7 +127,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
-        kwargs.pop("stage_names", None)  # of a file; they follow from the fields
+        kwargs.pop("stage_names", None)  # saved in files, but derived from the other fields
         refuse_unknown(self, kwargs)
         own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(self)}
         check_config({**own, **kwargs, "backbone_config": None}, "PoodleConfig")
@@ -136,7 +141,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Checked here because some versions of transformers check the types of these fields when they are set, and raise other errors.
+        # Checked here because some versions of transformers check the types of these fields on assignment and raise other errors.
         if name in ("id2label", "label2id", "num_labels"):
             _check_labels(name, value)
         made = "stage_names" in vars(self)
@@ -156,7 +161,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
                 raise
 
     def _follow_stages(self) -> None:
-        """After `config.num_decoder_blocks = 0` on a config that is made: its stages, and those that are put out, are others."""
+        """Update `stage_names` and `out_features` after an assignment that changes the stages, such as `num_decoder_blocks = 0`."""
         names = self._make_stage_names()
         self._check_readout_stage(names)
         default = self.out_features == self.stage_names[-1:]
@@ -173,7 +178,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             isinstance(out_indices, (list, tuple))
             and out_indices
             and all(is_int(index) for index in out_indices)
-            # Those of a file, which has the names as well, are compared by transformers, which names the stage that is missing.
+            # A file has the names too. transformers compares both, and its error names the missing stage.
             and (out_features is not None or all(-count <= index < count for index in out_indices))
         ):
             expected = f"integers that count {', '.join(self.stage_names)} from 0"
@@ -226,22 +231,23 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
             if self.backbone_config.model_type == "timm_backbone":
                 expected += " (a backbone_config with out_indices: [1, 2, 3, 4] has four)"
             refuse("num_decoder_blocks", expected)
-        # For other encoders only the built network knows the channels; the decoder's block refuses it then.
+        # For other encoders only the built network knows the channels: PoodleDecoderBlock then checks decoder_reduction.
         sizes, last = getattr(encoder, "hidden_sizes", None), self._encoder_stages()[-1]
         if self.num_decoder_blocks and self.decoder_top_down and sizes and last in getattr(encoder, "stage_names", ()):
-            behind = len(encoder.stage_names) - encoder.stage_names.index(last)  # some begin with the stem's, some not
+            # Counted from the end, because only some encoders list the stem in hidden_sizes.
+            behind = len(encoder.stage_names) - encoder.stage_names.index(last)
             channels = sizes[-behind]
             if self.decoder_reduction > channels:
                 refuse("decoder_reduction", f"at most {channels}, the channels of the encoder's {last}")
 
     def _encoder_stages(self) -> list[str]:
-        """The encoder's stages a decoder may read, earliest first."""
+        """The encoder stages that a decoder may read, earliest first."""
         config = self.backbone_config
         if config.model_type == "timm_backbone":  # timm names its stages only once the network is built
             return [f"stage{index}" for index in range(1, len(config.out_indices or [0]) + 1)]
         if config.model_type in PLAIN_VITS:
             return [f"stage{index}" for index in range(1, config.num_hidden_layers + 1)][-4:]
-        if len(config.out_features) > 1:  # a plain ViT: the user says which layers make the pyramid
+        if len(config.out_features) > 1:  # for plain ViT backbones: the user chooses the layers of the pyramid
             return list(config.out_features)
         return [name for name in config.stage_names if name != "stem"][-4:]
 
@@ -257,18 +263,18 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def decoder_inputs(self) -> list[str]:
-        """Encoder stages that the dense features are made from, earliest first; the last one enters at the top."""
+        """Encoder stages from which the dense features are computed, earliest first; the last one enters the decoder at the top."""
         laterals = self.num_decoder_blocks if self.decoder_laterals else 0
         return self._encoder_stages()[-1 - laterals :]
 
     @property
     def num_channels(self) -> int:
-        """Channels of the images, as ViTMatte asks of a backbone's config."""
+        """Channels of the images. ViTMatte reads this field of a backbone's config."""
         return getattr(self.backbone_config, "num_channels", 3)
 
     @property
     def readout_map(self) -> str:
-        """Name of the map that a readout reads: `readout_stage`, or that of the dense features."""
+        """Name of the map that a readout reads: `readout_stage`, or by default the dense features."""
         return self.readout_stage or ("decoder" if self.num_decoder_blocks else self.decoder_inputs[-1])
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,7 +283,7 @@ class PoodleConfig(ChecksOverrides, BackboneConfigMixin, PreTrainedConfig):
         return output
 
 
-# Vision transformers that transformers has as models, not as backbones (DINO's and supervised ViTs among them).
+# Vision transformers that transformers implements as models but not as backbones (DINO's and supervised ViTs among them).
 PLAIN_VITS = ("vit", "deit")
 _CHECKED = set(PoodleConfig.__annotations__)
 _OF_STAGES = ("backbone_config", "output_stride", "num_decoder_blocks", "decoder_laterals")
@@ -285,7 +291,7 @@ _POSITIVE = ("decoder_reduction", "decoder_lateral_depth", "projection_hidden_si
 
 
 def _check_labels(name: str, value: Any) -> None:
-    """Checks the fields of transformers' own that a readout is built from."""
+    """Check the label fields of PreTrainedConfig, which determine the size of a readout."""
     if name == "num_labels":
         fits, expected = is_int(value) and value >= 0, "an integer of at least 0"
     elif name == "id2label":
@@ -298,7 +304,16 @@ def _check_labels(name: str, value: Any) -> None:
 
 
 def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
-    """saved: whether the config that it is a part of was written by transformers."""
+    """
+    Check `value` and return it as the config of an encoder.
+
+    Args:
+        value: a config, a dict, or `None` for ResNet-50.
+        saved: whether transformers wrote the config that `value` is a part of. If not, unknown keys of a dict are refused.
+
+    Raises:
+        ValueError: `value` does not describe an encoder that can be built.
+    """
     if value is None:
         return AutoConfig.for_model("resnet")
     if not isinstance(value, (dict, PreTrainedConfig)):
@@ -311,17 +326,17 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
             raise ValueError(
                 "PoodleConfig.backbone_config must name its model_type (for example 'resnet'), got a dict without one"
             )
-        if model_type not in CONFIG_MAPPING:  # transformers' own error lists all that there are
+        if model_type not in CONFIG_MAPPING:  # transformers' own error would list all model types
             hint = nearest(str(model_type), CONFIG_MAPPING)
             raise ValueError(f"PoodleConfig.backbone_config: transformers has no model_type {model_type!r}.{hint}")
         try:
             config = AutoConfig.for_model(model_type, **config)
-        except Exception as error:  # each architecture's config has errors of its own for a field that it cannot take
+        except Exception as error:  # each architecture's config raises its own kind of error for a bad field
             raise ValueError(f"PoodleConfig.backbone_config is no config of {model_type!r}: {error}") from error
-    # ConvNeXt's default, to which its network (transformers 5.24) adds a list.
+    # ConvNeXt's default is a tuple, but its network (transformers 5.24) adds a list to it.
     if isinstance(getattr(config, "hidden_sizes", None), tuple):
         config.hidden_sizes = list(config.hidden_sizes)
-    # By its class, not by its attributes: timm's has no out_features until the network is built.
+    # Test the class, not the attributes: timm's config has no out_features until the network is built.
     if config.model_type not in PLAIN_VITS and not isinstance(config, BackboneConfigMixin):
         raise ValueError(
             f"PoodleConfig.backbone_config: {config.model_type!r} is no backbone; its config names no stages to read"
@@ -339,7 +354,7 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
         depths, sizes = list(config.depths), list(config.hidden_sizes)
         if not depths or min(depths) < 1:
             raise ValueError(f"PoodleConfig.backbone_config.depths must give a block or more a stage, got {depths!r}")
-        if len(sizes) < len(depths) or min(sizes) < 1:  # stages without a width would be left out
+        if len(sizes) < len(depths) or min(sizes) < 1:  # transformers would skip stages without a width
             expected = f"a width for each of the {len(depths)} depths"
             raise ValueError(f"PoodleConfig.backbone_config.hidden_sizes must give {expected}, got {sizes!r}")
         for name in ("embedding_size", "num_channels"):
@@ -359,10 +374,13 @@ def _as_backbone_config(value, saved: bool) -> PreTrainedConfig:
 
 def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     """
-    Raises ValueError for a key of `given`, from which `config` was made, that its class does not know: it would be an attribute that nobody reads.
+    Refuse keys of `given`, the dict from which `config` was made, that the config's class does not know: nothing would read them.
 
-    For configs that a person typed. Those written by transformers may have keys of another version, and models from elsewhere may read keys that
-    their config's class does not name: both are left alone.
+    This is for configs typed by a person. Configs written by transformers may have keys of another version, so callers leave them out.
+    Custom models may read keys that their config class does not declare, so this function skips their configs.
+
+    Raises:
+        ValueError: an unknown key; the nearest name is suggested.
     """
     kind = type(config)
     if not kind.__module__.startswith("transformers."):
@@ -372,7 +390,8 @@ def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     for key in given:
         if key.startswith("_") or key in passed or key not in vars(config):
             continue
-        # A class has fields and properties; other attributes are computed when a config is made.
+        # The class has the fields and properties; the default config also has attributes computed at construction.
+
         if not hasattr(kind, key) and not hasattr(default, key):
             fields = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
             hint = nearest(key, {*fields, *kind.attribute_map, "out_features", "out_indices"})

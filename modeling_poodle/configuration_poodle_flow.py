@@ -14,16 +14,16 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
 
     Args:
         num_levels (`int`, defaults to 5):
-            The pyramid's coarsest stride is `2**num_levels`, where the frames are large enough, and its finest 4. Sides of the frames are
-            multiples of the former.
+            The pyramid's strides run from 4 to `2**num_levels`; small frames have fewer levels. The sides of the frames must be multiples
+            of `2**num_levels`.
         stem_size (`int`, defaults to 16):
             Channels at stride 2.
         hidden_size (`int`, defaults to 32):
-            Channels at stride 4, of each level's features, and of what a level's decoder hands to the next.
+            Channels at stride 4, of each level's features, and of the context that the decoder passes on to the next finer level.
         decoder_sizes (`list[int]`, defaults to `[128, 96, 64]`):
             Channels of the decoder's convolutions; one decoder serves all levels.
         correlation_radius (`int`, defaults to 4):
-            The decoder sees the correlations with the `(2 * correlation_radius + 1) ** 2` cells around a match.
+            The decoder reads the correlations with the `(2 * correlation_radius + 1) ** 2` cells around each match.
 
     Raises:
         ValueError: a field is unknown, misspelt or out of range; the message names it.
@@ -65,7 +65,8 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
 
     @property
     def stride(self) -> int:
-        """Stride of the coarsest level: sides of the frames are multiples of it."""
+        """Stride of the coarsest level. The sides of the frames must be multiples of it."""
+
         return 2**self.num_levels
 
 

@@ -1,4 +1,4 @@
-"""The encoder that a PoodleConfig asks for, built as a backbone; and its blocks computed again in the backward pass."""
+"""Builds the encoder of a PoodleConfig as a backbone, and adds gradient checkpointing to ResNet."""
 
 import copy
 import functools
@@ -17,20 +17,20 @@ from .configuration_poodle import PLAIN_VITS, PoodleConfig
 
 
 class PlainVitEncoder(nn.Module):
-    """A plain ViT, which transformers does not have as a backbone, read like one: its layers are the stages."""
+    """Backbone interface for a plain ViT, which transformers does not provide as a backbone. The ViT's layers are the stages."""
 
     def __init__(self, config, stages: list[str]):
         super().__init__()
         self.config, self.out_features = config, stages
         self.channels = [config.hidden_size] * len(stages)
         self.vit = AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
-        self._no_split_modules = self.vit._no_split_modules  # which transformers asks of each part, for device_map
+        self._no_split_modules = self.vit._no_split_modules  # transformers reads this of each part, for device_map
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         patch = self.config.patch_size
         patch = (patch, patch) if isinstance(patch, int) else patch
         size = [side // cell for side, cell in zip(pixel_values.shape[-2:], patch)]
-        # Positions are interpolated where the image is not of the size that the model was trained on.
+        # Position embeddings are interpolated if the image size differs from that of the training.
         hidden = self.vit(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
         maps = []
         for name in self.out_features:
@@ -43,14 +43,14 @@ class PlainVitEncoder(nn.Module):
         return BackboneOutput(feature_maps=tuple(maps))
 
     def save_pretrained(self, folder, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
-        """Save the ViT itself, in its own architecture's format; `kwargs` as of transformers."""
+        """Save the ViT itself, in the format of its own architecture; `kwargs` are passed to the ViT's `save_pretrained`."""
         state = self.state_dict() if state_dict is None else state_dict
         state = {key.removeprefix("vit."): value for key, value in state.items()}
         self.vit.save_pretrained(folder, state_dict=state, **kwargs)
 
 
-MAX_PARAMETERS = 20e9  # 80 GB; the largest vision transformers have as many
-WIDE = 1024  # a config without a larger number is taken for no giant
+MAX_PARAMETERS = 20e9  # 80 GB; as many as the largest vision transformers have
+WIDE = 1024  # a config in which no number is larger is accepted without counting its parameters
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -60,10 +60,13 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> None:
     """
-    Count the parameters of the network that `build()` makes of a config from elsewhere, without memory for them.
+    Refuse an untrusted config whose network would not fit into memory. The parameters are counted on the meta device.
+
+    Args:
+        build: builds the network of `config`.
 
     Raises:
-        ValueError: more than `MAX_PARAMETERS`.
+        ValueError: the network has more than `MAX_PARAMETERS` parameters.
     """
     if not any(int(number) > WIDE for number in re.findall(r"\b\d+\b", config.to_json_string(use_diff=False))):
         return
@@ -77,10 +80,10 @@ def refuse_giant(config: PreTrainedConfig, build: Callable[[], nn.Module]) -> No
 
 
 def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
-    """The encoder of `config` as a backbone that returns `stages`; dilated where the config asks for a smaller stride."""
-    # deepcopy, because to_dict() leaves out which attention was asked for.
+    """Build the encoder of `config` as a backbone that returns `stages`, dilated if the config asks for a smaller stride."""
+    # deepcopy, because to_dict() omits the attention implementation.
     backbone_config = copy.deepcopy(config.backbone_config)
-    # The type of the whole model, not the (half) precision that the encoder's own checkpoint is stored in.
+    # Use the dtype of the whole model, not the (half) precision in which the encoder's own checkpoint is stored.
     backbone_config.dtype = torch.get_default_dtype()
     auto = auto_class(backbone_config)
     refuse_giant(backbone_config, lambda: auto.from_config(backbone_config, trust_remote_code=False))
@@ -99,13 +102,13 @@ def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
 
 
 def _channels_first(encoder: nn.Module, inputs: tuple, output: BackboneOutput) -> BackboneOutput:
-    """timm's Swin gives maps (B, H, W, C), and transformers passes them on."""
+    """Forward hook for timm's Swin, whose maps are (B, H, W, C) and which transformers passes on unchanged."""
     output.feature_maps = tuple(features.permute(0, 3, 1, 2) for features in output.feature_maps)
     return output
 
 
 def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
-    """Trade the stride of the late stages of a ResNet for dilation. The weights stay those of the plain network."""
+    """Replace the stride of a ResNet's late stages by dilation. The weights are unchanged and remain those of the plain network."""
     stride, dilation = 4 * (2 if encoder.config.downsample_in_first_stage else 1), 1
     for stage in encoder.encoder.stages[1:]:
         stride *= 2
@@ -118,23 +121,24 @@ def _dilate_resnet(encoder: nn.Module, output_stride: int) -> None:
                 if shrink:
                     conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
-                    # torchvision's rule: a stage's first block still has the dilation of the stage before it.
+                    # As in torchvision, a stage's first block keeps the dilation of the previous stage.
                     rate = first_dilation if index == 0 else dilation
                     conv.dilation = conv.padding = (rate, rate)
 
 
 def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
-    Decorator of the `forward` of a block that transformers' `gradient_checkpointing_enable`, and so Trainer's `gradient_checkpointing`, is to have
-    computed again in the backward pass: they set attributes of modules that have `gradient_checkpointing`. Unlike in transformers' own layers,
-    BatchNorm's statistics do not move a second time.
+    Decorate the `forward` of a block to support gradient checkpointing, which computes the block again in the backward pass.
+
+    transformers' `gradient_checkpointing_enable`, and so Trainer's `gradient_checkpointing`, sets attributes of modules that have an
+    attribute `gradient_checkpointing`. Unlike in transformers' own layers, BatchNorm statistics are not updated a second time.
     """
 
     @functools.wraps(forward)
     def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
             return forward(block, *inputs)
-        if torch.compiler.is_compiling():  # compiled code updates statistics once anyway
+        if torch.compiler.is_compiling():  # compiled code updates the statistics only once
             return checkpoint(forward, block, *inputs, use_reentrant=False)
         return block._gradient_checkpointing_func(
             forward, block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block))
@@ -144,14 +148,14 @@ def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class RecomputableBasicLayer(ResNetBasicLayer):
-    """transformers' ResNet has no gradient checkpointing of its own."""
+    """ResNet basic layer with gradient checkpointing, which transformers' own layer does not support."""
 
     gradient_checkpointing = False
     forward = recomputable(ResNetBasicLayer.forward)
 
 
 class RecomputableBottleNeckLayer(ResNetBottleNeckLayer):
-    """As [`RecomputableBasicLayer`]."""
+    """ResNet bottleneck layer with gradient checkpointing, like [`RecomputableBasicLayer`]."""
 
     gradient_checkpointing = False
     forward = recomputable(ResNetBottleNeckLayer.forward)
@@ -162,10 +166,12 @@ _RECOMPUTABLE = {ResNetBasicLayer: RecomputableBasicLayer, ResNetBottleNeckLayer
 
 @contextmanager
 def _still_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the BatchNorm statistics of `block` unchanged within the context."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # Momentum 0 leaves the statistics as they are; batches are counted in a copy. (Not None: PyTorch's SyncBatchNorm refuses it.)
+        # Momentum 0 keeps the statistics, and batches are counted in a copy. (Not None, which PyTorch's SyncBatchNorm refuses.)
+
         norm.momentum = 0.0
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = norm.num_batches_tracked.clone()

@@ -1,4 +1,4 @@
-"""What lies below a folder, some of it, and files and folders that appear whole or not at all."""
+"""List the files below a folder, pick evenly spread items, and write files and folders atomically."""
 
 import hashlib
 import os
@@ -12,11 +12,13 @@ import numpy as np
 
 def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
     """
-    All files below a folder, also those in folders that are linked there, and links that lead nowhere; sorted. Each folder counts once, by its
-    own path rather than a link's, and a link to a folder around this one leads nowhere: a walk ends, in a circle too.
+    List all files below a folder, sorted, following links to folders. Broken links are listed as files.
+
+    Each folder is visited once, preferably by its own path rather than through a link. Links to the parents of `folder` are not followed,
+    so the walk ends even if links form a cycle.
 
     Args:
-        onerror: is given the error of each folder that cannot be listed; without it they are passed over.
+        onerror: called with the error of each folder that cannot be listed. Without it such folders are skipped.
     """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     found, roots = [], [str(folder)]
@@ -34,14 +36,14 @@ def files_below(folder: Path, onerror: Callable[[OSError], None] | None = None) 
 
 
 def spread(items: Sequence, count: int | None) -> tuple:
-    """`count` of the items, spread evenly from the first to the last; all where there are no more, or with `None`."""
+    """Pick `count` items, evenly spread from the first to the last, or all items if `count` is `None` or not less than their number."""
     if count is None or count >= len(items):
         return tuple(items)
     return tuple(items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int))
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents, one behind the other."""
+    """SHA-256 of the concatenated contents of the files, in hexadecimal."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -51,11 +53,13 @@ def sha256_of(files: Iterable[Path]) -> str:
 
 def write_aside(path: Path, data: str | bytes, sync: bool = False) -> None:
     """
-    Write a file aside, then rename it over an older one: whoever reads `path` finds the old one or the new, whenever this process is
-    killed. Of several processes that write the same file, on whichever machines, each leaves a whole one.
+    Write a file atomically: write a temporary file next to `path`, then rename it to `path`.
+
+    Readers of `path` find either the old or the new file, even if this process is killed. If several processes, on one or more machines,
+    write the same path, a complete file of one of them remains.
 
     Args:
-        sync: ask the system to put it on the disk before it is renamed, so that it outlives a power cut.
+        sync: flush the temporary file to the disk before it is renamed, so that it survives a power cut.
     """
     partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
@@ -66,12 +70,12 @@ def write_aside(path: Path, data: str | bytes, sync: bool = False) -> None:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)  # makes room on a full disk
+        partial.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
 def sweep_aside(folder: Path) -> None:
-    """Remove what processes that were killed in [`write_aside`] have left in a folder that nobody else writes to now."""
+    """Remove the temporary files of processes killed within [`write_aside`]. No other process may be writing to the folder."""
     for left in folder.glob(".*.partial"):
         if left.is_file():
             left.unlink(missing_ok=True)
@@ -79,7 +83,8 @@ def sweep_aside(folder: Path) -> None:
 
 @contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
-    """A name to fill a folder under, which takes the name `final`, over an older one, once the block has ended without an error."""
+    """Yield a temporary path for a new folder, which replaces `final` when the block ends without an error."""
+
     partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial

@@ -1,4 +1,4 @@
-"""Pretrained encoders by Hub id, folder or timm name, as the weights of a PooDLe encoder."""
+"""Loads pretrained encoders by Hub id, folder or timm name, as weights for a PooDLe encoder."""
 
 import pickle
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from .encoder_poodle import auto_class, refuse_giant
 
 def config_values(name: str) -> dict:
     """
-    What the config.json of a model says, by Hub id or folder.
+    Read the config.json of a model, given by Hub id or folder, as a dict.
 
     Raises:
-        OSError: neither here nor on the Hub.
+        OSError: the model is neither a local folder nor on the Hub.
     """
     own = Path(name)
     if own.is_dir() and not (own / "config.json").is_file():
@@ -41,13 +41,13 @@ def config_values(name: str) -> dict:
 
 def read_config(name: str) -> PreTrainedConfig:
     """
-    The config of a model by Hub id or folder. Code that it names is left alone: the architecture must be one that is installed here.
+    Read the config of a model by Hub id or folder. Code that the config names is not run: the architecture must be installed here.
 
     Raises:
-        OSError: neither here nor on the Hub.
-        ValueError: no such folder, numbers that no network has, or an architecture that only code from elsewhere would give.
+        OSError: the model is neither a local folder nor on the Hub.
+        ValueError: there is no such folder, `check_config` refuses the config, or the architecture needs code that is not installed.
     """
-    # No Hub id; an unreachable Hub would take half a minute to say so.
+    # A name with several slashes is no Hub id, and an unreachable Hub would take half a minute to refuse it.
     if name.count("/") > 1 and not Path(name).exists():
         raise ValueError(f"there is no folder {name}")
     values = config_values(name)
@@ -60,21 +60,28 @@ def read_config(name: str) -> PreTrainedConfig:
 
 def required_keys(keys: Iterable[str]) -> list[str]:
     """
-    The names of weights that a checkpoint may not lack: all but those of the norms that backbones of ConvNeXt and Swin add to each map that
-    is read. These begin as the identity and are in no classifier.
+    Select the names of the weights that a checkpoint must contain.
+
+    Left out are the norms that ConvNeXt and Swin backbones add to each map that is read: checkpoints of classifiers do not have them, and
+    they start as the identity.
     """
     return [key for key in keys if "hidden_states_norms" not in key.split(".")]
 
 
 def from_pretrained_whole(model_class, name: str, **kwargs):
     """
-    `model_class.from_pretrained`, which leaves weights that a checkpoint lacks at random with a warning, as an error.
+    Call `model_class.from_pretrained` and refuse incomplete checkpoints, whose missing weights transformers would leave random.
+
+    Args:
+        model_class: a model class or an Auto class.
+        name: id on the Hub or local folder.
+        kwargs: passed to `from_pretrained`; `config` is read from `name` if it is not given.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, is one of another architecture, or is damaged; or its config is refused.
+        ValueError: the checkpoint lacks weights of the model, is for another architecture or is damaged, or its config is refused.
     """
     config = kwargs.pop("config", None) or read_config(name)
-    if config.model_type != "poodle":  # whose encoder is counted when it is built
+    if config.model_type != "poodle":  # PooDLe models check the size of their encoder when they build it
         build = getattr(model_class, "from_config", None) or model_class._from_config  # an Auto class has the former
         refuse_giant(config, lambda: build(config))
     try:
@@ -97,29 +104,29 @@ def from_pretrained_whole(model_class, name: str, **kwargs):
 
 
 class _SavedTimmBackbone(TimmBackbone):
-    """Reads what `save_pretrained` wrote; TimmBackbone's own `from_pretrained` takes every name for one of timm's."""
+    """TimmBackbone that loads what `save_pretrained` wrote. Its own `from_pretrained` takes every name for a timm name."""
 
     from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__)
 
 
 def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """
-    Config and state dict of a pretrained encoder, named as `PoodleModel.encoder` names its parameters.
+    Load the config and the state dict of a pretrained encoder. The keys are the parameter names of `PoodleModel.encoder`.
 
     Args:
         name: id on the Hub or local folder of any backbone that `AutoBackbone` builds or of a plain ViT; `timm/NAME` for timm's.
-        weights: False reads the config alone; the state dict is empty.
-        timm_stages: how many of the last stages a network of timm's returns, which is fixed when it is built; a decoder reads several.
+        weights: False reads only the config and returns an empty state dict.
+        timm_stages: number of last stages that a timm network returns. It is fixed when the network is built; a decoder reads several.
 
     Raises:
-        ValueError: nothing there, or no encoder with spatial features.
+        ValueError: the encoder is not found, cannot be loaded, or has no spatial features.
     """
     try:
         if name.startswith("timm/") and not Path(name).exists():
             config = TimmBackboneConfig(backbone=name.removeprefix("timm/"), out_indices=list(range(-timm_stages, 0)))
             encoder = AutoBackbone.from_config(config, trust_remote_code=False)
             if weights:
-                # transformers gives timm models random weights, whatever the config says of pretraining.
+                # transformers builds timm models with random weights, whatever the config says about pretraining.
                 import timm
 
                 pretrained = timm.create_model(
@@ -133,14 +140,15 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
         if config.model_type == "timm_backbone":
             state = from_pretrained_whole(_SavedTimmBackbone, name, config=config).state_dict() if weights else {}
             return config, state
-        with torch.device("meta"):  # its class, without memory for weights
+        with torch.device("meta"):  # finds the class without allocating weights
             encoder_class = type(auto_class(config).from_config(config, trust_remote_code=False))
         if not weights:
             return config, {}
         if config.model_type in PLAIN_VITS:
             vit = from_pretrained_whole(encoder_class, name, config=config, add_pooling_layer=False)
             return config, {f"vit.{key}": value for key, value in vit.state_dict().items()}
-        # The class itself: AutoBackbone.from_pretrained takes a local folder for a name on the Hub.
+        # Not AutoBackbone.from_pretrained, which takes a local folder for a Hub id.
+
         return config, from_pretrained_whole(encoder_class, name, config=config).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error

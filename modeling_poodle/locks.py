@@ -1,4 +1,4 @@
-"""One run in one output folder."""
+"""Locks output folders, so that only one run writes to each."""
 
 import fcntl
 import json
@@ -8,15 +8,16 @@ import socket
 from pathlib import Path
 
 logger = logging.getLogger("poodle")
-_HELD: dict[str, object] = {}  # open until the process ends, however it ends: then the system gives the lock back
+# Lock files by path. They stay open until the process ends; then the system releases the locks, even after a crash.
+_HELD: dict[str, object] = {}
 
 
 def lock_output_dir(output_dir: Path) -> None:
     """
-    Make `output_dir` and hold it for this process. Where the file system knows no locks (some NFS), a warning.
+    Create `output_dir` and lock it for this process. If the file system does not support locks (some NFS), only log a warning.
 
     Raises:
-        ValueError: another process holds it (named by pid and host), or the folder cannot be written.
+        ValueError: another process holds the lock (named by pid and host), or the folder cannot be written.
     """
     path = output_dir / ".lock"
     try:
@@ -31,7 +32,7 @@ def lock_output_dir(output_dir: Path) -> None:
             f"output_dir {output_dir} cannot be written ({error}); choose another --output_dir"
         ) from error
     try:
-        # lockf, not flock: the loader's workers, which are forks, must not hold it on when this process is killed.
+        # lockf, not flock: with flock, the loader's forked workers would keep the lock after this process is killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(
@@ -52,10 +53,11 @@ def lock_output_dir(output_dir: Path) -> None:
 
 def still_held(output_dir: Path) -> None:
     """
-    See to it that `output_dir` is the folder that this process has locked. One that was removed is made and locked again.
+    Check that `output_dir` is still the folder that this process has locked. If it was removed, create and lock it again.
 
     Raises:
-        ValueError: it was removed, and another run has begun in its place, also if that has ended.
+        ValueError: the folder was removed and another run has begun in its place, even if that run has ended since.
+
     """
     path = output_dir / ".lock"
     if (held := _HELD.get(str(path))) is None:

@@ -1,4 +1,4 @@
-"""PooDLe: encoder with spatial decoder module (SDM), as a model, as a backbone and with a readout."""
+"""PyTorch PooDLe model: an encoder with the spatial decoder module (SDM), as a plain model, as a backbone and with a linear readout."""
 
 from contextlib import nullcontext
 
@@ -18,19 +18,19 @@ from transformers.utils import can_return_tuple
 from .configuration_poodle import PoodleConfig
 from .encoder_poodle import PlainVitEncoder, build_encoder, recomputable
 
-# The largest output, in numbers, of PyTorch's CUDA interpolation on channels_last maps; it refuses larger ones.
+# PyTorch's CUDA interpolation of channels_last maps refuses outputs with more elements.
 MOST_NUMBERS = 2**31 - 2
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, h, w) bilinearly to `size`, in their own type: autocast's float32 would double the largest maps that a step keeps."""
+    """Resize maps (N, C, h, w) bilinearly, in their own dtype: autocast's float32 would double the memory of a step's largest maps."""
     kind = maps.device.type
-    # "meta" has no autocast. (Asking torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
+    # "meta" has no autocast. (torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
     with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
         doubled, pays = size == tuple(2 * side for side in maps.shape[-2:]), maps.requires_grad or maps.is_cuda
-        # Not is_compiling, which is true of torch.export as well, where slices would fix the sizes.
+        # Not is_compiling, which is also true under torch.export, where the slices would fix the sizes.
         if torch.compiler.is_dynamo_compiling() and doubled and pays:
-            points = maps.permute(0, 2, 3, 1)  # as channels_last maps lie, and are to lie afterwards
+            points = maps.permute(0, 2, 3, 1)  # the memory order of channels_last, which the result keeps
             return _doubled(_doubled(points, 1), 2).permute(0, 3, 1, 2)
         if (
             not torch.compiler.is_compiling()
@@ -43,9 +43,11 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _doubled(maps: Tensor, dim: int) -> Tensor:
     """
-    Twice as many cells along `dim`, as bilinear interpolation makes them: 3/4 of a cell and 1/4 of its nearer neighbour. Used under
-    torch.compile, which computes the gradient of interpolation by single additions into float32 maps of another layout, but fuses that of slices
-    (64 to 128 rows on a CPU: forward and backward 5.6 ms, 80 with interpolation compiled, 18 not compiled; forward alone 2.3 and 0.9).
+    Double the number of cells along `dim` by bilinear interpolation: 3/4 of a cell plus 1/4 of its nearer neighbour.
+
+    Used under torch.compile, which computes the gradient of F.interpolate by single additions into float32 maps of another layout, but
+    fuses the gradient of slices. For 64 to 128 rows on a CPU, forward and backward take 5.6 ms (interpolation: 80 ms compiled, 18 ms not
+    compiled), the forward pass alone 2.3 ms (interpolation: 0.9 ms).
     """
     last = maps.shape[dim] - 1
     before = torch.cat([maps.narrow(dim, 0, 1), maps.narrow(dim, 0, last)], dim)
@@ -55,10 +57,11 @@ def _doubled(maps: Tensor, dim: int) -> Tensor:
 
 def upsample_onto(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    Maps (N, C, h, w) of a stage, doubled to the `size` of an earlier stage of half its stride, so that cells lie on cells. Where the image
-    is no multiple of the stride, the earlier stage has one cell less than twice as many, or one more (encoders that leave an edge out): the
-    last cell is cut off, or repeated. Stretching the map to the size instead would shift it by up to a cell, 21 pixels at the lower edge of
-    360 rows.
+    Double maps (N, C, h, w) to the `size` of an earlier stage of half the stride, so that their cells stay aligned.
+
+    If the image size is no multiple of the stride, the earlier stage has one cell less than twice as many, or one more (encoders that drop
+    an edge of the image). The last cell is then cut off or repeated. Stretching the map to `size` instead would shift it by up to one
+    cell, 21 pixels at the lower edge of 360 rows.
     """
     doubled = tuple(2 * own if abs(side - 2 * own) <= 1 else side for side, own in zip(size, maps.shape[-2:]))
     maps = upsample(maps, doubled)[..., : size[0], : size[1]]
@@ -71,9 +74,11 @@ class PoodleDecoderBlock(nn.Module):
     Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3).
 
     Args:
-        channels: of the incoming map, kept. reduction: the bottleneck is `channels // reduction` wide.
-        lateral_channels: of the encoder's stage; `None`: no lateral.
-        lateral_depth: 1x1 convolutions in the lateral. top_down: False leaves the bottleneck out.
+        channels: channels of the incoming map and of the output.
+        reduction: the bottleneck is `channels // reduction` wide.
+        lateral_channels: channels of the encoder stage that the lateral reads; `None` for no lateral.
+        lateral_depth: number of 1x1 convolutions in the lateral.
+        top_down: whether the block has the bottleneck.
     """
 
     gradient_checkpointing = False
@@ -120,7 +125,7 @@ class PoodleDecoderBlock(nn.Module):
         if self.lateral is None:
             return upsample(hidden_state, tuple(2 * side for side in hidden_state.shape[-2:]))
         lateral = self.lateral(lateral)
-        # A plain ViT has one resolution for all its stages.
+        # All stages of a plain ViT have one resolution; its laterals are then upsampled too.
         size = tuple(
             own if own > below else 2 * below for own, below in zip(lateral.shape[-2:], hidden_state.shape[-2:])
         )
@@ -136,24 +141,26 @@ class PoodlePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    # The loss is a mean over the batch. With True, which Trainer infers from `**kwargs`, Trainer would not divide it by the number of
-    # accumulated batches.
+    # The loss is a mean over the batch. With True, which Trainer infers from `**kwargs`, Trainer would not divide the loss by the number
+    # of accumulated batches.
     accepts_loss_kwargs = False
     _no_split_modules = ["PoodleDecoderBlock"]
-    # The encoder itself says which of these it supports; nothing else here has attention.
+    # The encoder declares which of these it supports; no other part has attention.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
+        Load a checkpoint as transformers does, and refuse checkpoints of another PooDLe class, whose weights would all stay random.
+
         Raises:
-            ValueError: the checkpoint is a [`PoodleForPreTraining`]'s (or, for that class, a [`PoodleForSemanticSegmentation`]'s): no name would
-                match, and all weights would be random.
+            ValueError: the checkpoint is one of [`PoodleForPreTraining`], or `cls` is that class and the checkpoint is one of
+                [`PoodleForSemanticSegmentation`].
         """
-        name = pretrained_model_name_or_path  # None, where `config` and `state_dict` are given instead
+        name = pretrained_model_name_or_path  # None if `config` and `state_dict` are given instead
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         unexpected = info["unexpected_keys"]
-        # What a config given beside the file leaves out, for example the decoder, is named by transformers and no other kind of checkpoint.
+        # Other unexpected keys are no error: a given config may leave out, say, the decoder. transformers lists them in a warning.
         if not hasattr(model, "teacher") and any(key.startswith("teacher.") for key in unexpected):
             raise ValueError(
                 f"{name} holds a PoodleForPreTraining, of student, teacher and heads; {cls.__name__} reads one network. Load the model/ "
@@ -177,12 +184,12 @@ class PoodlePreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
     def get_input_embeddings(self) -> None:
-        """None: images have none. Quantisation asks each model."""
+        """Return `None`, because images have no embeddings. Quantisation calls this method of every model."""
         return None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The encoder is a PreTrainedModel of its own and initialises itself; this is for the decoder and the heads.
+        # For the decoder and the heads. The encoder is itself a PreTrainedModel and initialises its own weights.
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -194,13 +201,13 @@ class PoodleModel(PoodlePreTrainedModel):
     """
     Encoder and spatial decoder module without the pretraining heads.
 
-    `forward(pixel_values (B, 3, H, W))` gives `last_hidden_state` (B, C, H/s, W/s), the decoder's features (the encoder's last stage where there
-    is no decoder), and `pooler_output` (B, C), the encoder's last stage averaged. s is the encoder's stride / 2**num_decoder_blocks: 8 for a
-    ResNet with two blocks. With `output_hidden_states=True`, `hidden_states` are the maps of the stages that the decoder reads, in the order of
-    the stages, then the decoder's.
+    `forward(pixel_values (B, 3, H, W))` returns `last_hidden_state` (B, C, H/s, W/s), the decoder's features (the encoder's last stage if
+    there is no decoder), and `pooler_output` (B, C), the average of the encoder's last stage. s is the encoder's stride /
+    2**num_decoder_blocks: 8 for a ResNet with two blocks. With `output_hidden_states=True`, `hidden_states` holds the maps of the stages
+    that the decoder reads, in the order of the stages, followed by the decoder's map.
 
-    For torch.export give sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`: with other sizes,
-    what the SDM cuts off or repeats depends on the size.
+    For torch.export, declare sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`. For other
+    sizes, it depends on the size whether the SDM cuts off or repeats a cell.
     """
 
     def __init__(self, config: PoodleConfig, stages: list[str] | None = None):
@@ -231,10 +238,10 @@ class PoodleModel(PoodlePreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """
-        The encoder's feature maps (B, C, h, w) by stage name.
+        Compute the encoder's feature maps (B, C, h, w), by stage name.
 
         Raises:
-            ValueError: the encoder gives something else than maps, such as a ViT's sequence of tokens.
+            ValueError: the encoder returns something other than maps, such as a ViT's sequence of tokens.
         """
         maps = dict(zip(self.encoder_stages, self.encoder(pixel_values).feature_maps))
         for name, features in maps.items():
@@ -245,7 +252,7 @@ class PoodleModel(PoodlePreTrainedModel):
         return maps
 
     def decode(self, features: dict[str, Tensor]) -> Tensor:
-        """The SDM: the encoder's maps by stage name -> dense features (B, C, H/s, W/s), s as in [`PoodleModel`]."""
+        """Compute the dense features (B, C, H/s, W/s) from the encoder's maps by stage name. s is as in [`PoodleModel`]."""
         *laterals, last = self.config.decoder_inputs
         hidden_state = features[last]
         for index, block in enumerate(self.decoder):
@@ -273,14 +280,15 @@ class PoodleModel(PoodlePreTrainedModel):
 
 class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     """
-    `AutoBackbone` for UperNet, Mask2Former, DETR and the like: feature maps of the encoder's stages and `decoder`.
+    PooDLe backbone for frameworks such as UperNet, Mask2Former and DETR, built by `AutoBackbone`.
 
-    `forward(pixel_values (B, 3, H, W))` gives `feature_maps`, a tuple of (B, C, h, w) for `out_features`, in the order of `stage_names`; their C
-    are `channels`. With `output_hidden_states=True`, `hidden_states` are all maps that were computed for these.
+    `forward(pixel_values (B, 3, H, W))` returns `feature_maps`, a tuple of (B, C, h, w) for `out_features` (encoder stages and `decoder`),
+    in the order of `stage_names`; `channels` holds each C. With `output_hidden_states=True`, `hidden_states` holds all maps that were
+    computed for them.
     """
 
     has_attentions = False
-    # PoodleModel's parts under its names, so that one checkpoint serves both.
+    # The parts have the same names as in PoodleModel, so that one checkpoint serves both classes.
     encode, decode, encoder_stages = PoodleModel.encode, PoodleModel.decode, PoodleModel.encoder_stages
 
     def __init__(self, config: PoodleConfig):
@@ -288,14 +296,14 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         body = PoodleModel(config, stages=[name for name in config.out_features if name != "decoder"])
         self.encoder, self.decoder = body.encoder, body.decoder
         channels = dict(zip(self.encoder_stages, body.encoder.channels), decoder=body.num_features)
-        if isinstance(self.encoder, BackboneMixin):  # which also knows the channels of stages that are not asked for
+        if isinstance(self.encoder, BackboneMixin):  # also knows the channels of stages that it does not return
             channels = dict(zip(self.encoder.stage_names, self.encoder.num_features)) | channels
         elif isinstance(self.encoder, PlainVitEncoder):
             channels = dict.fromkeys(self.stage_names, self.encoder.config.hidden_size) | channels
         self.num_features = [channels.get(name) for name in self.stage_names]
         self.post_init()
 
-    # As with any backbone, these also choose stages after it is built.
+    # As for any backbone, these setters can choose other stages after the model is built.
     @property
     def out_features(self) -> list[str]:
         return self.config.out_features
@@ -323,7 +331,9 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
     def _ask_encoder_for_stages(self) -> None:
         wanted = {*self.out_features, *self.config.decoder_inputs} - {"decoder"}
-        norms = getattr(self.encoder, "hidden_states_norms", None)  # of ConvNeXt, Swin and the like, a stage each
+        norms = getattr(
+            self.encoder, "hidden_states_norms", None
+        )  # ConvNeXt, Swin and others have a norm for each stage
         if isinstance(norms, nn.ModuleDict) and (missing := wanted - {*norms}):
             raise ValueError(
                 f"a {self.config.backbone_config.model_type!r} encoder has norms for the stages that were chosen when it was built, {[*norms]}, "
@@ -337,8 +347,8 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
             )
 
     def post_init(self) -> None:
-        # Not BackboneMixin's, which makes every layer below record its output: the encoder's layers already do, and if they recorded twice,
-        # one layer's map would be taken for another's.
+        # Not BackboneMixin's, which makes every layer of the model record its output. The encoder's layers already do; if they recorded
+        # twice, the maps would be assigned to the wrong layers.
         PreTrainedModel.post_init(self)
 
     @can_return_tuple
@@ -357,9 +367,9 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
     """
     Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`.
 
-    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` gives `logits` (B, num_labels, h, w) and,
-    with labels, the cross entropy at the labels' own size (`config.semantic_loss_ignore_index` is left out; 0 where nothing else is).
-    `hidden_states`, where asked for, are as those of [`PoodleModel`], with what the readout reads among them.
+    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` returns `logits` (B, num_labels, h, w) and, with labels, the cross
+    entropy at the size of the labels. The label `config.semantic_loss_ignore_index` is ignored; if no other label occurs, the loss is 0.
+    With `output_hidden_states=True`, `hidden_states` is as for [`PoodleModel`] and includes the map that the readout reads.
     """
 
     def __init__(self, config: PoodleConfig):
@@ -373,11 +383,11 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
         self.post_init()
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the readout reads, (B, C, h, w)."""
+        """Compute the map (B, C, h, w) that the readout reads."""
         return self._read(self.poodle.encode(pixel_values))
 
     def _read(self, maps: dict[str, Tensor]) -> Tensor:
-        """What the readout reads; the decoder's map is then one of `maps`, too."""
+        """Return the map that the readout reads. If it comes from the decoder, also add it to `maps`."""
         stage = self.config.readout_stage
         if stage not in (None, "decoder"):
             return maps[stage]
@@ -398,14 +408,17 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        labels, ignored = labels.long(), self.config.semantic_loss_ignore_index  # long: -100 is no byte
+        # long, because a byte cannot hold an ignore index such as -100.
+
+        labels, ignored = labels.long(), self.config.semantic_loss_ignore_index
         kept = labels != ignored
         if self.config.num_labels > 1:
             total = F.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
-        else:  # One class against none, as transformers' SegFormer has it: labels are 0 and 1.
+        else:  # one class against background, as in transformers' SegFormer: labels are 0 and 1
             losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
             total = (losses * kept).sum()
-        # A batch of void alone has the loss 0: 0/0 would make all weights NaN.
+        # The loss of a batch in which every label is ignored is 0: 0/0 would make all weights NaN.
+
         return total / kept.sum().clamp(min=1)
 
 

@@ -1,6 +1,6 @@
 """
-Optical flow of frame pairs by a pyramid, warping and cost volumes (Sun et al. 2018, PWC-Net), to be trained without labels (Jonschkowski et al.
-2020, UFlow).
+PyTorch model for the optical flow of frame pairs, with a pyramid, warping and cost volumes (Sun et al. 2018, PWC-Net). It is trained
+without labels (Jonschkowski et al. 2020, UFlow).
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_poodle_flow import PoodleFlowConfig
 from .geometry_poodle import cell_centres, normalise_flow, sample
 
-MIN_CELLS = 4  # a side; a coarser level would have next to nothing to correlate
+MIN_CELLS = 4  # smallest side of a coarser level; below it hardly anything is left to correlate
 
 
 @dataclass
 class PoodleFlowOutput(ModelOutput):
     """
     Args:
-        flow (B, 2, 2, H, W): pixels, x then y; index 0 earlier to later, 1 later to earlier. float32.
+        flow: (B, 2, 2, H, W) float32, pixels, x then y; index 0 earlier to later, 1 later to earlier.
         level_flows: the flow of each level, finest (stride 4) first, (B, 2, 2, H / stride, W / stride), in cells of that level.
     """
 
@@ -32,11 +32,14 @@ class PoodleFlowOutput(ModelOutput):
 
 class Correlation(torch.autograd.Function):
     """
-    Cost volume: (N, C, h, w) twice -> (N, (2 radius + 1)^2, h, w), means over C of the products of each cell of the first with the cells
-    around the same place in the second, row by row; zeros outside.
+    Cost volume of two maps (N, C, h, w), of shape (N, (2 radius + 1)^2, h, w).
 
-    A loop over displacements that keeps no product for the backward pass, which adds in place. On one CPU core, 8 x 32 x 32 x 64, radius 4:
-    forward and backward 0.20 s; the same loop through autograd 0.59 s; one banded matrix product a row 0.35 s.
+    Each value is the mean over C of the products of a cell of the first map with a cell around the same place in the second. The
+    displacements are in row-major order; outside the map, cells are zero.
+
+    The forward pass loops over the displacements and keeps no product; the backward pass computes them again and adds in place. On one
+    CPU core, for 8 x 32 x 32 x 64 and radius 4, forward and backward take 0.20 s, the same loop through autograd 0.59 s, and one banded
+    matrix product for each row 0.35 s.
     """
 
     @staticmethod
@@ -66,13 +69,13 @@ class Correlation(torch.autograd.Function):
 
 
 def warp(maps: Tensor, flow: Tensor) -> Tensor:
-    """Read maps (N, C, H, W) at each pixel's match p + flow(p), flow (N, 2, H, W) in pixels; the border goes on outside. float32."""
+    """Sample maps (N, C, H, W) at p + flow(p) for each pixel p, flow (N, 2, H, W) in pixels. Border values continue outside. float32."""
     points = cell_centres(*flow.shape[-2:], device=flow.device) + normalise_flow(flow.float())
     return sample(maps.float(), points, padding_mode="border")
 
 
 class PoodleFlowEncoder(nn.Module):
-    """Images (N, 3, H, W) -> features (N, C, H / 4, W / 4)."""
+    """Convolutions that turn images (N, 3, H, W) into features (N, C, H / 4, W / 4)."""
 
     def __init__(self, config: PoodleFlowConfig):
         super().__init__()
@@ -88,7 +91,7 @@ class PoodleFlowEncoder(nn.Module):
 
 
 class PoodleFlowDecoder(nn.Module):
-    """Cost volume, features, flow and context of the coarser level -> the flow's change and the context for the finer level."""
+    """Computes a level's change of the flow, and the context for the finer level, from cost volume, features, flow and context."""
 
     def __init__(self, config: PoodleFlowConfig):
         super().__init__()
@@ -98,7 +101,7 @@ class PoodleFlowDecoder(nn.Module):
         self.head = nn.Conv2d(config.hidden_size, 2, kernel_size=3, padding=1)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        # Flow and costs are float32, also where the weights are not.
+        # Flow and costs are float32 even if the weights are not.
         hidden_state = torch.cat(inputs, dim=1).to(self.head.weight.dtype)
         for conv in self.convs:
             hidden_state = F.leaky_relu(conv(hidden_state), 0.1)
@@ -122,10 +125,11 @@ class PoodleFlowPreTrainedModel(PreTrainedModel):
 
 class PoodleFlowModel(PoodleFlowPreTrainedModel):
     """
-    Flow of both directions of a pair. Each image's pyramid is computed once, and both directions pass through the levels as one batch.
+    Optical flow of both directions of a frame pair.
 
-    All levels share one encoder, which reads the image at ever smaller size, and one decoder, whose flow is in cells: what they learn on
-    small motion at a fine level serves large motion at a coarse one, and frames of half size train all of the network but its finest level.
+    The pyramid of each image is computed once, and both directions pass through the levels as one batch. All levels share one encoder,
+    which reads the image at successively halved sizes, and one decoder, whose flow is in cells. What they learn from small motion at a
+    fine level therefore also serves large motion at a coarse level. Frames of half size train the whole network except its finest level.
     """
 
     def __init__(self, config: PoodleFlowConfig):
@@ -137,11 +141,13 @@ class PoodleFlowModel(PoodleFlowPreTrainedModel):
     @can_return_tuple
     def forward(self, frames: Tensor) -> PoodleFlowOutput:
         """
+        Estimate the flow of frame pairs, from earlier to later and back.
+
         Args:
             frames: (B, 2, 3, H, W) in [0, 1]; index 0 earlier, 1 later; sides are multiples of `config.stride`.
 
         Raises:
-            ValueError: the shape does not fit.
+            ValueError: `frames` has another shape.
         """
         if (
             frames.ndim != 5
@@ -161,7 +167,7 @@ class PoodleFlowModel(PoodleFlowPreTrainedModel):
             if level_flows:
                 flow, context = double(flow) * 2, double(context)
             matched = warp(torch.cat(source.chunk(2)[::-1]), flow)
-            # Without normalisation the volume is near constant at first, and the flow stays zero (Jonschkowski et al. 2020).
+            # Without normalisation, the volume is nearly constant at first and the flow stays zero (Jonschkowski et al. 2020).
             volume = Correlation.apply(normalise(source), normalise(matched), self.config.correlation_radius)
             change, context = self.decoder(F.leaky_relu(volume, 0.1), source, flow, context)
             flow = flow + change
@@ -171,7 +177,8 @@ class PoodleFlowModel(PoodleFlowPreTrainedModel):
         )
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Features at strides 4, 8, ... of images (N, 3, H, W), finest first; none of less than MIN_CELLS a side but the finest."""
+        """Features of images (N, 3, H, W) at strides 4, 8, ..., finest first. No level but the finest has a side below MIN_CELLS."""
+
         features = [self.encoder(images)]
         while len(features) < self.config.num_levels - 1 and min(features[-1].shape[-2:]) >= 2 * MIN_CELLS:
             images = F.avg_pool2d(images, 2)
@@ -184,7 +191,8 @@ def double(maps: Tensor) -> Tensor:
 
 
 def normalise(features: Tensor) -> Tensor:
-    """(N, C, h, w) with mean 0 and deviation 1 of each channel over each image, float32."""
+    """Normalise each channel of features (N, C, h, w) over each image to mean 0 and standard deviation 1, in float32."""
+
     return F.instance_norm(features.float())
 
 

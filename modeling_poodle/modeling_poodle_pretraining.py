@@ -1,4 +1,4 @@
-"""PooDLe pretraining: student, momentum teacher, and the two objectives (arXiv 2408.11208, section 3)."""
+"""PyTorch PooDLe model for pretraining: student, momentum teacher, and the two objectives (arXiv 2408.11208, section 3)."""
 
 import copy
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class PoodleForPreTrainingOutput(ModelOutput):
     """
     Args:
         loss: scalar, `dense_weight * dense_loss + pooled_weight * pooled_loss`.
-        dense_loss, pooled_loss: scalars, each 0 to 4; `None` where the objective's weight is 0.
-        valid_fraction: scalar, share of the dense points that counted.
-        dense_features: (2B, C, h, w) of the student (its dense features, before the projector), detached; the two frames of a pair follow each other.
-        pooled_features: (2B * K, C) of the student, detached.
+        dense_loss, pooled_loss: scalars, each 0 to 4; `None` if the objective's weight is 0.
+        valid_fraction: scalar, the share of the dense points that are valid; `None` if `dense_weight` is 0.
+        dense_features: (2B, C, h, w), the student's dense features before the projector, detached. The two frames of a pair are adjacent.
+        pooled_features: (2B * K, C), the student's pooled features before the projector, detached.
     """
 
     loss: Tensor | None = None
@@ -38,10 +38,10 @@ class PoodleForPreTrainingOutput(ModelOutput):
 
 class PointwiseConv(nn.Conv2d):
     """
-    A 1x1 convolution, computed as the product of matrices that it is: on channels_last maps nothing is copied.
+    A 1x1 convolution computed as a matrix product. Maps in channels_last layout are not copied.
 
-    In the heads it makes a step of a ResNet-50 on 2 cores of an Intel Xeon 1.05 times as fast in float32, 1.2 times in bfloat16 (AMX); in the
-    decoder and the encoder's bottlenecks it changes nothing.
+    Used in the heads, it makes a step of a ResNet-50 on 2 cores of an Intel Xeon 1.05 times as fast in float32 and 1.2 times in bfloat16
+    (AMX). In the decoder and in the encoder's bottlenecks it makes no difference.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
@@ -49,14 +49,14 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         n, _, height, width = hidden_state.shape
-        # Flattened in its own layout (channels_last in training): DistributedDataParallel warns of gradients in another one.
+        # Flattened in its own layout (channels_last in training): DistributedDataParallel warns if gradients have another layout.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         points = linear(hidden_state.permute(0, 2, 3, 1).flatten(0, 2), weight, self.bias)
         return points.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
 
 
 def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
-    """Projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (arXiv 2408.11208, section 3)."""
+    """Make a projector or predictor: 1x1 convolution, BN, ReLU, 1x1 convolution (arXiv 2408.11208, section 3)."""
     return nn.Sequential(
         PointwiseConv(in_channels, hidden_channels),
         nn.BatchNorm2d(hidden_channels),
@@ -67,17 +67,22 @@ def make_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.S
 
 class PoodleForPreTraining(PoodlePreTrainedModel):
     """
-    Student and teacher with both objectives. `forward` draws nothing at random and estimates nothing. An objective of weight 0 has no heads,
-    and without the dense one, which alone trains it, there is no decoder: the model's config then has no blocks.
+    Student and teacher with both objectives.
 
-    The teacher is a copy of the student, frozen, moved by [`~PoodleForPreTraining.update_teacher`] once an optimizer
-    step. Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of
-    [`PoodleModel`], which becomes the student; weights of the teacher that it lacks are copied from the student.
+    `forward` takes flow, views and subcrops as inputs: it draws nothing at random and does not estimate flow. An objective of weight 0 has
+    no heads. Only the dense objective trains the decoder, so with `dense_weight` 0 there is no decoder, and the model's config has
+    `num_decoder_blocks` 0.
 
-    In transformers' Trainer a callback moves the teacher (`on_step_end`), and `label_names=["pixel_values"]` lets `evaluate()` report a loss.
+
+    The teacher is a frozen copy of the student. Call [`~PoodleForPreTraining.update_teacher`] once after each optimizer step to move it.
+    Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of [`PoodleModel`], which
+    becomes the student. Teacher weights that the checkpoint lacks are copied from the student.
+
+    With transformers' Trainer, update the teacher in a callback (`on_step_end`); `label_names=["pixel_values"]` lets `evaluate()` report a
+    loss.
     """
 
-    base_model_prefix = "student"  # a checkpoint whose names lack it, one of PoodleModel's, is the student's
+    base_model_prefix = "student"  # checkpoints of PoodleModel have no such prefix; they load into the student
     _PAIRS = (
         ("student", "teacher"),
         ("dense_projector", "teacher_dense_projector"),
@@ -87,7 +92,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     def __init__(self, config: PoodleConfig):
         if config.dense_weight == 0 and config.num_decoder_blocks:
             logger.warning("dense_weight is 0, nothing would train a decoder: the model has none")
-            config = copy.deepcopy(config)  # not by to_dict(), which leaves out which attention was asked for
+            config = copy.deepcopy(config)  # not to_dict(), which omits the attention implementation
             if config.readout_stage == "decoder":
                 config.readout_stage = None
             config.num_decoder_blocks = 0
@@ -104,7 +109,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         self.reset_teacher()
 
     def train(self, mode: bool = True):
-        """In the teacher only BatchNorm is in train mode: dropout and stochastic depth would make its targets noisy."""
+        """Set the mode. In the teacher only BatchNorm trains: dropout and stochastic depth would make its targets noisy."""
         super().train(mode)
         for _, teacher in self._student_and_teacher():
             for module in teacher.modules():
@@ -115,12 +120,12 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model._fill_teacher({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        model.freeze_teacher()  # from_pretrained gives every floating point parameter requires_grad=True
+        model.freeze_teacher()  # from_pretrained sets requires_grad=True for every floating point parameter
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _fill_teacher(self, names: set[str]) -> None:
-        """The student's value for each of these parameters and statistics of the teacher's; what a checkpoint lacks is random in both."""
+        """Copy the teacher's parameters and statistics in `names` from the student: those that a checkpoint lacks would stay random."""
         for student, teacher in self._PAIRS:
             if hasattr(self, teacher):
                 source = getattr(self, student).state_dict()
@@ -135,7 +140,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
 
     @torch.no_grad()
     def reset_teacher(self) -> None:
-        """Make the teacher a frozen copy of the student: parameters and BatchNorm statistics."""
+        """Make the teacher a frozen copy of the student, including BatchNorm statistics."""
         for student, teacher in self._student_and_teacher():
             if next(student.parameters()).device.type != "meta":
                 teacher.load_state_dict(student.state_dict())
@@ -159,7 +164,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         get_ema_multi_avg_fn(momentum)(
             [parameter for _, teacher in pairs for parameter in teacher.parameters()],
             [parameter for student, _ in pairs for parameter in student.parameters()],
-            None,  # the number of updates, which it does not use
+            None,  # the number of updates, which the function does not use
         )
 
     @can_return_tuple
@@ -176,20 +181,21 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         subcrop_size: int = 192,
     ) -> PoodleForPreTrainingOutput:
         """
+        Compute both losses of a batch of frame pairs.
+
         Args:
             pixel_values: (B, 2, 3, H, W) frame pair, augmented and normalised; index 0 earlier, 1 later.
             flow: (B, 2, 2, H, W) pixels, x then y; index 0 earlier to later, 1 later to earlier.
             valid_mask: (B, 2, H, W) bool, True where the flow may be used.
             student_views, teacher_views: (B, 2, 2, 3) view of each frame, from view to frame coordinates, normalised.
-                The teacher's view of frame 1 is the match of the student's view of frame 0, and the other way round.
-            student_boxes, teacher_boxes: (B, 2, K, 4) subcrops, xyxy pixels of the frames without the affine; the
-                student's [:, f] are cut from frame f.
-            teacher_box_frames: (B, 2, K) which of the two frames, 0 or 1, the teacher's subcrop is cut from. Values of boxes and of this are
-                not checked: see `crop_boxes`.
+                The student's view of frame 0 is matched with the teacher's view of frame 1, and the other way round.
+            student_boxes, teacher_boxes: (B, 2, K, 4) subcrops, xyxy in pixels of the frames, without the affine views. The
+                student's [:, f] are cut from frame f. The values are not checked: see `crop_boxes`.
+            teacher_box_frames: (B, 2, K) integer, the frame, 0 or 1, that each of the teacher's subcrops is cut from. Not checked either.
             subcrop_size: side to which the subcrops are resized, pixels.
 
         Raises:
-            ValueError: an objective of positive weight misses its inputs, or shapes do not fit.
+            ValueError: inputs of an objective of positive weight are missing, or shapes or dtypes do not fit.
         """
         self._check_inputs(
             pixel_values,
@@ -213,13 +219,13 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
                 pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
             )
             loss = loss + self.config.pooled_weight * pooled
-        # In one call: to_tuple() gives fields in the order in which they were set.
+        # Set in one call, because to_tuple() returns the fields in the order in which they were set.
         return PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
 
     def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
-        """Views, encoder and SDM, dense heads, and the dense loss at matched points (arXiv 2408.11208, section 3)."""
+        """Compute the dense loss at matched points, from views, encoder, SDM and dense heads (arXiv 2408.11208, section 3)."""
         b, _, _, height, width = pixel_values.shape
-        frames = pixel_values.flatten(0, 1)  # (2B, 3, H, W), source and target in turn
+        frames = pixel_values.flatten(0, 1)  # (2B, 3, H, W), earlier and later alternating
         student_images = see_through(frames, student_views.flatten(0, 1))
         student_features = self.student.decode(self.student.encode(student_images))  # (2B, C, h, w)
         prediction = self.dense_predictor(self.dense_projector(student_features))
@@ -227,7 +233,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             teacher_images = see_through(frames, teacher_views.flatten(0, 1))
             teacher_features = self.teacher.decode(self.teacher.encode(teacher_images))
             target = self.teacher_dense_projector(teacher_features)
-            # The match of frame 0 is frame 1 and the other way round.
+            # Frame 0 is matched with frame 1, and the other way round.
             target = target.unflatten(0, (b, 2)).flip(1).flatten(0, 1)
             target_views = teacher_views.flip(1).flatten(0, 1)
             stride = self.config.dense_stride
@@ -235,9 +241,9 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             student_points, teacher_points, mask = alignment_grids(
                 flow.flatten(0, 1), valid_mask.flatten(0, 1), student_views.flatten(0, 1), target_views, size
             )
-        # Border padding: a point inside the view but beyond the outermost cell centre must not be mixed with zeros.
+        # Border padding, because a point inside the view but beyond the outermost cell centre must not be mixed with zeros.
         loss = dense_loss(
-            # Not NaN, which a view without an inverse gives: the gradient would be written out of bounds (torch 2.14, CPU).
+            # A singular view gives NaN points, at which the gradient would be written out of bounds (torch 2.14, CPU).
             sample(prediction, student_points.nan_to_num(), padding_mode="border"),
             sample(target, teacher_points, padding_mode="border"),
             mask,
@@ -245,8 +251,8 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         return loss, mask.float().mean(), student_features.detach()
 
     def _pooled_objective(self, pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size):
-        """Subcrops, encoder, pooled heads, and the pooled loss (arXiv 2408.11208, section 3)."""
-        # The student's boxes are cut from a frame of its own each, the teacher's from either of the pair.
+        """Compute the pooled loss of the subcrops, from encoder and pooled heads (arXiv 2408.11208, section 3)."""
+        # Each student box is cut from its own frame; a teacher box may be cut from either frame of the pair.
         frames, boxes = pixel_values.flatten(0, 1)[:, None], student_boxes.flatten(0, 1)
         own = torch.zeros(boxes.shape[:2], dtype=torch.long, device=boxes.device)
         student_crops = crop_boxes(frames, boxes, own, subcrop_size)
@@ -261,7 +267,8 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         return pooled_loss(prediction, target), student_pooled.detach()
 
     def _check_inputs(self, pixel_values: Tensor, **others: Tensor | None) -> None:
-        """Shapes alone, which are known without waiting for the device."""
+        """Check shapes and dtypes, which are known without waiting for the device."""
+
         channels = self.config.num_channels
         shape = _shape(pixel_values)
         if shape is None or len(shape) != 5 or shape[1:3] != (2, channels):

@@ -1,4 +1,4 @@
-"""What all processes of a script do alike: an error of one is the error of all."""
+"""Helpers for scripts on several processes: an error of one process is raised on all."""
 
 import logging
 import socket
@@ -17,13 +17,17 @@ _SECONDS_TO_BE_SEEN = 10
 
 def on_all(accelerator, action: Callable):
     """
-    Run `action` on this process. A ValueError, OSError, FloatingPointError or SafetensorError (a full disk) of any process is raised on all, so that none waits for another.
+    Run `action` on each process, and raise an error of any process on all of them, so that none waits for another.
 
     Args:
-        accelerator: Accelerate's, of a run that all processes take part in; None: this process is alone.
+        accelerator: Accelerate's accelerator; all its processes must call this function. `None` if this process runs alone.
 
     Returns:
         The result of `action` on this process.
+
+    Raises:
+        ValueError, OSError, FloatingPointError, SafetensorError (a full disk): `action` raised it on this or on another process. Other
+            errors are not shared.
     """
     result = error = None
     try:
@@ -40,7 +44,7 @@ def on_all(accelerator, action: Callable):
 
 
 def main_first(accelerator, action: Callable):
-    """The result of `action`, which the other processes run after the main one has; errors are raised as by [`on_all`]."""
+    """Run `action` on the main process first, then on the others, and return each one's result. Errors are raised as by [`on_all`]."""
     found = []
 
     def turn(of_main: bool):
@@ -53,7 +57,7 @@ def main_first(accelerator, action: Callable):
 
 
 def on_main(accelerator, action: Callable):
-    """The result of `action` on rank 0, or its error, on all ranks."""
+    """Run `action` on rank 0 and return its result, or raise its error, on all ranks."""
     outcome = [None]
 
     def kept():
@@ -68,8 +72,13 @@ def on_main(accelerator, action: Callable):
 
 def same_on_all(accelerator, what: str, value) -> None:
     """
+    Check that `value` is the same on all ranks.
+
+    Args:
+        what: name of the value in the error message.
+
     Raises:
-        ValueError: on all ranks, where `value` is not the same on all; it names what each has.
+        ValueError: on all ranks, if the values differ; the message lists the value of each rank.
     """
     if accelerator.num_processes == 1:
         return
@@ -82,10 +91,14 @@ def same_on_all(accelerator, what: str, value) -> None:
 
 def same_fields(accelerator, fields: dict, of_a_machine: Container[str] = ()) -> None:
     """
-    Of several machines each has a command of its own. Raises as [`same_on_all`], of the first of a recipe's fields that differs.
+    Check that a recipe's fields are the same on all ranks, because each machine of a run is started by its own command.
 
     Args:
-        of_a_machine: fields that may differ, such as places of files.
+        fields: the recipe's values by field name.
+        of_a_machine: fields that may differ between machines, such as paths of files.
+
+    Raises:
+        ValueError: as [`same_on_all`], for the first field that differs.
     """
     if accelerator.num_processes == 1:
         return
@@ -98,8 +111,10 @@ def same_fields(accelerator, fields: dict, of_a_machine: Container[str] = ()) ->
 
 def need_shared(accelerator, folder: Path) -> None:
     """
+    Check that `folder` is the same folder on all ranks; its path may differ between them.
+
     Raises:
-        ValueError: on all ranks, where one does not see in `folder` what rank 0 writes there, though each may know it by another path.
+        ValueError: on all ranks, if one does not see a file that rank 0 writes to the folder.
     """
     if accelerator.num_processes == 1:
         return
@@ -112,7 +127,7 @@ def need_shared(accelerator, folder: Path) -> None:
     name = on_main(accelerator, mark)
 
     def look() -> None:
-        for second in range(_SECONDS_TO_BE_SEEN + 1):  # a network file system may be late
+        for second in range(_SECONDS_TO_BE_SEEN + 1):  # a network file system may show new files with a delay
             time.sleep(min(second, 1))
             if (folder / name).exists():
                 return
@@ -129,7 +144,7 @@ def need_shared(accelerator, folder: Path) -> None:
 
 
 def launched_with(accelerator, processes: int) -> str:
-    """How a script is launched on so many processes: on CPUs `accelerate launch` starts one, whatever it is told."""
+    """The command that launches a script on `processes` processes. On CPUs `accelerate launch` starts only one, whatever its flags."""
     if accelerator.device.type == "cpu" and processes > 1:
         return f"torchrun --standalone --nproc_per_node {processes}"
     return f"accelerate launch --num_processes {processes}"
@@ -137,27 +152,33 @@ def launched_with(accelerator, processes: int) -> str:
 
 def sums_in_one_order(accelerator) -> bool:
     """
-    Whether DistributedDataParallel must be kept from rebuilding its buckets after the first step, as `find_unused_parameters` does: a gradient's
-    place decides in which order the processes' shares are added, which tells from three on, and a run that goes on would have another
-    first step than the one that was never stopped. On CPUs alone: on GPUs steps are not repeated bit for bit anyway.
+    Whether DistributedDataParallel must be kept from rebuilding its buckets after the first step, by `find_unused_parameters=True`.
+
+    A gradient's place in the buckets decides in which order the processes' shares are added, which changes the sum from three processes
+    on. With rebuilt buckets, the first step of a resumed run would differ from the same step of a run that was never stopped. This
+    matters only on CPUs: on GPUs, steps are not repeated bit for bit anyway.
     """
     return accelerator.device.type == "cpu" and accelerator.num_processes > 2
 
 
 def log_plainly(accelerator) -> None:
-    """A script's log: sentences of the main process, errors of all, and nothing that libraries tell of each request and file."""
+    """Log all messages of the main process and errors of every process, without library messages about single requests or files."""
+
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
-    for name in ("httpx", "httpx2", "datasets", "fsspec"):  # the first two are the Hub client's, by its version
+    logging.getLogger("huggingface_hub").propagate = False  # has its own handler: each line would be printed twice
+    for name in ("httpx", "httpx2", "datasets", "fsspec"):  # the Hub client uses one of the first two, depending on its version
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 
 
 def refuse_sharding(accelerator) -> None:
     """
+    Refuse Accelerate configurations that shard the model: checkpoints hold whole tensors and would fail.
+
     Raises:
-        ValueError: Accelerate's configuration asks for FSDP, DeepSpeed or the like, with which checkpoints, which hold whole tensors, would fail.
+        ValueError: Accelerate is configured for FSDP, DeepSpeed or the like.
     """
+
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Recipes: a dataclass read from YAML and overridden by flags. What training/ and evaluation/ both need; no model is in here."""
+"""Recipes: dataclasses read from YAML and overridden by flags. Shared by training/ and evaluation/, and independent of any model."""
 
 import argparse
 import atexit
@@ -22,7 +22,7 @@ from .config_checks import is_int
 
 
 def described(default, help: str, **flag):
-    """A dataclass field with a help text, and more for argparse; lists and mappings are copied for each instance."""
+    """Make a dataclass field with a help text and further settings for argparse. List and dict defaults are copied for each instance."""
     metadata = {"help": help, **flag}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -31,16 +31,16 @@ def described(default, help: str, **flag):
 
 def cache_root() -> Path:
     """
-    Where the rendered street is kept: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle.
+    Create and return the folder of the rendered street: $POODLE_CACHE, else poodle/ in $XDG_CACHE_HOME, else ~/.cache/poodle.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     own, caches = os.environ.get("POODLE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     root = Path(own) if own else Path(caches or Path.home() / ".cache") / "poodle"
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a container's user without a home
+    except OSError as error:  # for example in a container whose user has no home
         raise OSError(
             f"{root}, where the rendered street is kept, cannot be made ({error.strerror}): name another folder with the environment variable POODLE_CACHE"
         ) from error
@@ -48,7 +48,7 @@ def cache_root() -> Path:
 
 
 def is_finite(value) -> bool:
-    """True for numbers that a float holds: not for NaN, infinity and integers of 400 digits."""
+    """Whether `value` is a number that a float can represent: not NaN, infinity or an integer of 400 digits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -62,27 +62,27 @@ _SHORT = {
 
 
 def did_you_mean(name: str, names) -> str:
-    """` (did you mean 'x'?)`, or nothing where no name is near."""
+    """The text ` (did you mean 'x'?)` for the nearest of `names`, or an empty string if none is near."""
     names = list(names)
     name = _SHORT.get(str(name), name)
     words = set(str(name).split("_"))
-    # `workers` is dataloader_num_workers, whose letters are far from it; a word that many names have tells nothing.
+    # `workers` means dataloader_num_workers, though their spellings are far apart. A word that occurs in many names gives no hint.
     having = [known for known in names if words <= set(known.split("_")) or known.startswith(str(name))]
     close = having if 1 <= len(having) <= 3 else difflib.get_close_matches(str(name), names, n=1)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 class CheckedRecipe:
-    """What recipes, which are dataclasses, have in common: errors that name the field, and YAML."""
+    """Base class of the recipe dataclasses, with checks whose errors name the field, and YAML output."""
 
     def need(self, condition: bool, name: str, expected: str) -> None:
-        """Raises ValueError unless `condition` holds of the field `name`."""
+        """Raise ValueError for the field `name` unless `condition` is true."""
         if not condition:
             raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
 
     def need_declared(self) -> None:
-        """Each value is of its field's declared type."""
-        # Not by dataclasses.fields, whose types HfArgumentParser changes.
+        """Check that each value has the declared type of its field."""
+        # Not dataclasses.fields, because HfArgumentParser changes the types there.
         for name, kind in get_type_hints(type(self)).items():
             self.need(fits(getattr(self, name), kind), name, type_in_words(kind))
 
@@ -93,21 +93,21 @@ class CheckedRecipe:
             self.need(value < 1 << 31, name, "an integer below 2^31")
 
     def need_models(self) -> None:
-        """`model` names at least one, and none twice: each has one result and one folder."""
+        """Check that `model` names at least one model and none twice, because each model has one result and one folder."""
         self.need(bool(self.model) and all(self.model), "model", "a list of one or more models")
         self.need(len(set(self.model)) == len(self.model), "model", "a list that names each model once")
 
     def need_output_dir(self) -> None:
-        # "" is what a shell makes of a variable that is unset; it would be the current folder.
+        # A shell turns an unset variable into "", which would mean the current folder.
         self.need(bool(self.output_dir.strip()), "output_dir", "the name of a folder")
-        self.output_dir = os.path.expanduser(self.output_dir)  # in a file no shell has
+        self.output_dir = os.path.expanduser(self.output_dir)  # no shell has expanded ~ in a recipe file
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
 def shown(value) -> str:
-    """A value in an error: whole where it is short, its beginning where not."""
+    """Format a value for an error message, shortened if it is long."""
     text = reprlib.Repr()
     text.maxstring = text.maxother = 200
     text.maxlong, text.maxlist = 60, 20
@@ -125,7 +125,7 @@ _WORDS = {
 
 
 def type_in_words(kind) -> str:
-    """A declared type as errors have it."""
+    """Name a declared type in words, for error messages."""
     if isinstance(kind, UnionType):
         return " or ".join(type_in_words(part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -134,7 +134,7 @@ def type_in_words(kind) -> str:
 
 
 def fits(value, kind) -> bool:
-    """The value is of a declared type; numbers that are whole are floats too, True and False are no numbers."""
+    """Whether a value has a declared type. Integers also count as floats; True and False do not count as numbers."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -147,7 +147,7 @@ def fits(value, kind) -> bool:
 
 
 def _is_plain(value) -> bool:
-    """What both JSON and YAML hold."""
+    """Whether a value consists only of types that both JSON and YAML can hold."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):
@@ -156,7 +156,11 @@ def _is_plain(value) -> bool:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: some lines of them stand for more values than there is memory, and no recipe needs them."""
+    """
+    YAML loader that refuses aliases and duplicate keys.
+
+    A few lines of aliases can expand to more values than fit into memory, and no recipe needs them.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -172,14 +176,14 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_yaml_mapping(path: Path) -> dict:
     """
-    A YAML file that holds a mapping. Tags other than YAML's own, which would make objects, and aliases are refused.
+    Read a YAML file that holds a mapping. Aliases are refused, and so are tags other than YAML's own, which could create objects.
 
     Raises:
-        ValueError: not YAML, or no mapping.
+        ValueError: the file is not valid YAML, or not a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not; not UTF-8
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, or not UTF-8
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe fields, got {type(values).__name__}")
@@ -188,10 +192,10 @@ def read_yaml_mapping(path: Path) -> dict:
 
 def read_recipe_file(kind: type, path: str | Path, folder: Path) -> dict[str, Any]:
     """
-    A recipe file as a mapping of fields of the dataclass `kind`; a bare name is looked up among the recipes in `folder`.
+    Read a recipe file as a mapping of fields of the dataclass `kind`. A bare name is looked up among the recipes in `folder`.
 
     Raises:
-        ValueError: no such file, not YAML, or an unknown field (the nearest name is suggested).
+        ValueError: there is no such file, it is not YAML, or it has an unknown field (the nearest name is suggested).
     """
     path = Path(path)
     if not path.is_file() and (folder / f"{path.stem}.yaml").exists() and path.parent == Path("."):
@@ -214,7 +218,7 @@ def _refuse_unknown(kind: type, names, where: str) -> None:
 
 
 def _as_declared(kind: type, name: str, value, where: str):
-    """YAML reads 1e-4 as a string and 'videos: a.mp4' as no list; both are what a person meant."""
+    """Convert a YAML value to the type of its field: YAML reads 1e-4 as a string, and 'videos: a.mp4' as a string rather than a list."""
     declared = get_type_hints(kind)[name]
     if isinstance(declared, UnionType):
         if value is None and NoneType in get_args(declared):
@@ -245,12 +249,19 @@ def read_command_line(
     json_fields=(),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    The values of a recipe's file, and the flags that go before them, both by field name. `--help` shows the values of the recipe.
+    Read the recipe file of a command line, and the flags that override it.
 
     Args:
-        kind: the dataclass. folder: of the package's recipes.
-        default_config: what stands for `--config` where it is not given, by the flags; `None`: the dataclass's own values.
-        json_fields: mappings, as JSON on the command line.
+        kind: the recipe dataclass.
+        arguments: the command line; `None` reads `sys.argv`.
+        description: text of `--help`, which shows the values of the recipe as defaults.
+        folder: folder of the package's recipes.
+        default_config: returns the recipe to use if `--config` is not given, depending on the flags. If it returns `None`, the
+            dataclass's own values are used.
+        json_fields: fields that hold mappings, given as JSON on the command line.
+
+    Returns:
+        The values of the recipe file, and those of the flags, both by field name.
 
     Raises:
         ValueError: an unknown flag or field (the nearest is suggested), or a file that cannot be read.
@@ -266,8 +277,8 @@ def read_command_line(
         # Only flags that were given override the file.
         action.default = argparse.SUPPRESS
         if action.dest in json_fields:
-            action.type = str  # read by the dataclass, whose error says what is wrong with it
-    parser.error = _raise  # argparse would print all that there is before its sentence, and end the process
+            action.type = str  # parsed by the dataclass, which raises a better error
+    parser.error = _raise  # argparse would print all flags before the error, and end the process
     flags, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("--"):
@@ -290,7 +301,7 @@ def _raise(message: str) -> None:
 
 
 def _show_help(parser: HfArgumentParser, kind: type, values: dict, config) -> None:
-    """Print what the flags are, with the values that stand where they are not given, and end."""
+    """Print the flags with their default values, and end the process."""
     own = {
         field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(kind)
@@ -308,7 +319,7 @@ def _show_help(parser: HfArgumentParser, kind: type, values: dict, config) -> No
 
 
 def _typed(value) -> str:
-    """A value as one would type it."""
+    """Format a value as it is typed on the command line."""
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, list):
@@ -317,18 +328,19 @@ def _typed(value) -> str:
 
 
 def run_script(main) -> None:
-    """Run `main()`; wrong input, and faults of the run, end with a sentence, not a stack trace (POODLE_TRACEBACK=1 shows it)."""
+    """Run `main()`. Wrong input and faults of the run end with one sentence instead of a stack trace (POODLE_TRACEBACK=1 shows it)."""
     if not gc.isenabled():
-        # What was imported stays: later searches for garbage do not look through it. The last one must: libraries that look for objects
-        # left over as Python ends (nanobind, in triton 3.9) print a page of leaks otherwise.
+        # Imported objects live until the end, so garbage collection can skip them. The collection at exit must include them: otherwise
+        # libraries that look for leftover objects when Python ends (nanobind, in triton 3.9) print a page of leaks.
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)
     try:
         main()
-    # FloatingPointError: a run that no longer learns (other ArithmeticErrors are mistakes of the code). OSError: disks, and processes that are gone.
+    # FloatingPointError: a run that no longer learns (other ArithmeticErrors are bugs). OSError: disk faults, and processes that are gone.
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         if os.environ.get("POODLE_TRACEBACK"):
             raise
-        # A MemoryError may be without words.
+        # A MemoryError may have an empty message.
+
         raise SystemExit(f"error: {str(error) or type(error).__name__}") from None

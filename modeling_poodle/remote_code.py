@@ -1,11 +1,11 @@
-"""The code of PooDLe's own architectures, beside their weights: what `trust_remote_code=True` runs where this package is not installed."""
+"""Stores the code of PooDLe's architectures beside their weights. `trust_remote_code=True` runs it if this package is not installed."""
 
 import json
 import shutil
 from pathlib import Path
 
 _CODE = Path(__file__).resolve().parent
-# By model type: the code that a folder holds, and its config's class.
+# The code files that a folder of weights holds, by model type.
 CODE_FILES = {
     "poodle": ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
     "poodle_flow": (
@@ -17,7 +17,7 @@ CODE_FILES = {
     ),
 }
 _CONFIGS = {"poodle": "configuration_poodle.PoodleConfig", "poodle_flow": "configuration_poodle_flow.PoodleFlowConfig"}
-# What the Auto classes find. One checkpoint serves the network, the backbone, and a readout that is to be fitted on it.
+# Classes for the Auto classes to load. One checkpoint serves the network, the backbone, and a readout to be fitted on it.
 _POODLE = {
     "AutoModel": "modeling_poodle.PoodleModel",
     "AutoBackbone": "modeling_poodle.PoodleBackbone",
@@ -32,17 +32,19 @@ _AUTO_MAPS = {  # by architecture
 
 def add_code(folder: Path, shown: Path | None = None) -> dict:
     """
-    Copy the code of the architecture of a folder of weights there, and name it in its config.json; nothing where the architecture is
-    transformers' own.
+    Copy the code of an architecture into its folder of weights, and name the code in config.json. Folders of transformers' own
+    architectures are left unchanged.
 
     Args:
-        shown: what errors call the folder.
+        folder: folder of the weights and config.json.
+        shown: name of the folder in error messages; `folder` by default.
 
     Returns:
-        What its config.json then says.
+        The values of config.json afterwards.
 
     Raises:
-        ValueError: its architecture is not one of those that are shared.
+        ValueError: the architecture is one of PooDLe's that is not published, such as PoodleForPreTraining.
+
     """
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")
