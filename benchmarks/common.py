@@ -1,4 +1,4 @@
-"""What the benchmarks share: our step in parts, clocks, peaks, ceilings, contenders in processes of their own, tables and JSON."""
+"""Shared by the benchmarks: our step split into parts, time and memory measurement, contenders in their own processes, tables and JSON."""
 
 import argparse
 import json
@@ -31,9 +31,9 @@ from training.views import model_inputs
 
 class Clock:
     """
-    Adds up the seconds of named parts; waits for a GPU at each boundary only where `exact` is set.
+    Adds up the seconds of named parts. It waits for a GPU at each boundary of a part only if `exact` is set.
 
-    On a CPU these are seconds of computing, of all threads: what other processes do to the machine hardly changes them.
+    On a CPU these are seconds of processor time, summed over all threads, which other processes on the machine hardly affect.
     """
 
     def __init__(self, device: torch.device):
@@ -61,7 +61,7 @@ class Clock:
 
 
 def moving_frames(b: int, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Frames (B, 2, 3, H, W) uint8 of a smooth picture that moves by (-5, 3) pixels."""
+    """Make frames (B, 2, 3, H, W) uint8 of a smooth picture that moves by (5, -3) pixels, x then y, from the earlier to the later."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(b, 3, height // 8, width // 8, generator=generator)
     later = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
@@ -70,7 +70,7 @@ def moving_frames(b: int, height: int, width: int, device: torch.device) -> torc
 
 
 class OurStep:
-    """The step of training/pretrain.py, in parts. Flow is part of it: RAFT on the device, DIS here instead of in a loader's worker."""
+    """The step of training/pretrain.py, split into parts. It includes the flow; DIS runs in this process rather than in a worker."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.accelerator = recipe, make_accelerator(recipe)
@@ -91,7 +91,7 @@ class OurStep:
         self.clock = Clock(self.device)
 
     def time_the_teacher(self) -> None:
-        """From now on take the teacher's forward apart from the student's. Not together with torch_compile."""
+        """From now on, time the teacher's forward separately from the student's. Does not work with torch_compile."""
         teacher = self.model.teacher
         for name in ("encode", "decode"):
             setattr(teacher, name, self.clock.around("teacher", getattr(type(teacher), name).__get__(teacher)))
@@ -103,7 +103,7 @@ class OurStep:
             return self.flow_module(self.frames)
 
     def __call__(self, batch: dict | None = None) -> None:
-        """A step on `batch`, one of the loader's; without it on frames that lie ready."""
+        """Run a step on `batch` from the loader, or by default on frames that are already on the device."""
         clock = self.clock
         if batch is None or "flow" not in batch:
             self.frames = self.frames if batch is None else batch["frames"].to(self.device, non_blocking=True)
@@ -131,7 +131,15 @@ class OurStep:
 
 
 def timed_steps(step, steps: int, *batch: dict) -> list[dict[str, float]]:
-    """Seconds of each of `steps` steps: `wall` and, as the step's clock takes them, `step`, the whole, and its parts. `batch`: what they take."""
+    """
+    Time each of `steps` steps.
+
+    Args:
+        batch: passed to each step.
+
+    Returns:
+        For each step its seconds: `wall`, and by the step's clock `step` (the whole step) and its parts.
+    """
     rows = []
     for _ in range(steps):
         step.clock.seconds = {}
@@ -150,11 +158,14 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def step_flops(step) -> dict[str, int]:
     """
-    FLOPs of a step by torch.utils.flop_counter (a multiplication and an addition are two): `flow`, and `model`, all the rest but the
-    products (bmm) that cut subcrops, which are image processing: 0.6 % of a pair at 512x1024, and none of the network's.
+    Count the FLOPs of a step with torch.utils.flop_counter; a multiplication and an addition count as two.
 
-    Uncompiled: below the counter torch.compile finds nothing to compile, torch 2.14 then raises an error where a whole graph was asked for,
-    and torch 2.11 compiles nothing any more.
+    The step runs uncompiled: under the counter torch.compile finds nothing to compile. torch 2.14 then raises an error if a whole graph
+    was requested, and torch 2.11 compiles nothing from then on.
+
+    Returns:
+        `flow`, and `model`: all the rest except the products (bmm) that cut subcrops. These are image processing, not part of the
+        network, and 0.6 % of a pair at 512x1024.
     """
     total, products = {}, {}
     for name, function in (("flow", step.estimate_flow), ("all", step)):
@@ -168,10 +179,10 @@ def step_flops(step) -> dict[str, int]:
 
 
 def memory_bytes(device: torch.device, peak: bool = False) -> int:
-    """What this process holds, or the most it held since `reset_peak`: tensors on a GPU, resident memory on a CPU (Linux)."""
+    """Bytes that this process holds, or held at most since `reset_peak`: tensors on a GPU, resident memory on a CPU (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    # Not getrusage: its peak is inherited from the process that started this one.
+    # Not getrusage, whose peak is inherited from the parent process.
     name = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
@@ -186,8 +197,10 @@ def reset_peak(device: torch.device) -> None:
 
 def ceiling(device: torch.device, bf16: bool) -> float:
     """
-    The most FLOP/s that this device was seen to do now, in the step's precision: on a CPU the best of a few convolutions of ResNets, on
-    a GPU a product of 8192 x 8192 matrices. On a CPU: of one core, by its time of computing.
+    Measure the highest FLOP/s that this device reaches now, in the step's precision.
+
+    On a GPU it is the rate of a product of 8192 x 8192 matrices. On a CPU it is that of the fastest of a few ResNet convolutions, for one
+    core: FLOPs over processor time.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     if device.type == "cuda":
@@ -209,8 +222,10 @@ def ceiling(device: torch.device, bf16: bool) -> float:
 
 def _rate(function: Callable[[], torch.Tensor], flops: int, windows: int) -> float:
     """
-    FLOP/s in the best of `windows` of a fifth of a second each. Not of single calls: the time of a second thread that runs is booked at the
-    system's ticks, some milliseconds late, by which one call of 4 ms in ten seems to take half its time.
+    FLOP/s in the best of `windows` windows of a fifth of a second each.
+
+    Single calls are too short: the system accounts for the time of a running second thread at its ticks, some milliseconds late. One call
+    of 4 ms in ten would therefore seem to take half its time.
     """
 
     def run(calls: int) -> float:
@@ -258,7 +273,7 @@ def _answer(connection, step, recipe) -> None:
         name, argument = request
         answer = actions[name](argument)
         if step.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other one needs the memory now
+            torch.cuda.empty_cache()  # the other contender needs the memory now
         connection.send(answer)
 
 
@@ -276,14 +291,14 @@ def _exact(step, steps: int) -> list[dict[str, float]]:
 
 
 class TooLarge(RuntimeError):
-    """A step that there is not enough memory for."""
+    """Raised for a step that does not fit into memory."""
 
 
 class Contender:
-    """A step in a process of its own, so that its peak of memory is its own; runs when it is asked to and sleeps otherwise."""
+    """Runs a step in its own process, so that its peak memory can be measured separately. The process sleeps until asked."""
 
     def __init__(self, make: Callable[[Recipe], object], recipe: Recipe):
-        # fork: what is imported is shared. This process itself must not touch the GPU before.
+        # fork, so that imported modules are shared. This process must not have used the GPU before.
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, make, recipe), daemon=True)
@@ -292,16 +307,22 @@ class Contender:
 
     def ask(self, name: str, argument=None):
         """
+        Send a request to the process and return its answer.
+
+        Args:
+            name: one of the actions in `_answer`.
+            argument: the action's argument, such as the number of steps.
+
         Raises:
-            TooLarge: the GPU's memory is full, or the system killed the process, as it does where its own is.
-            RuntimeError: the process ended by another error, which it has printed.
+            TooLarge: the GPU's memory is full, or the system killed the process, as it does when the machine's memory is full.
+            RuntimeError: the process ended with another error, which it has printed.
         """
-        with suppress(ConnectionError):  # it has ended, perhaps with an answer why
+        with suppress(ConnectionError):  # the process has ended; it may have sent the reason
             self.connection.send((name, argument))
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
-            self.process.join()  # until then its memory may not be free for the next
+            self.process.join()  # its memory may only be free for the next process after it has ended
             kind = TooLarge if self.process.exitcode == -signal.SIGKILL else RuntimeError
             raise kind(f"the process of this contender ended at {name!r}; its error is above") from None
         if isinstance(answer, TooLarge):
@@ -316,14 +337,15 @@ class Contender:
 
 def interleave(contenders: dict[str, Contender], steps: int, warmup: int, rounds: int = 5) -> dict[str, list[dict]]:
     """
-    Seconds of `steps` steps of each contender, taken in turns: a machine that is disturbed for a while disturbs all of them.
+    Time `steps` steps of each contender, in turns, so that a temporary disturbance of the machine affects all of them.
 
-    Every turn begins with a step that is not counted, the first turn with `warmup`; the order is reversed each round.
+    Before the first round each contender runs `warmup` steps, and each turn begins with a further step; none of these count. The order is
+    reversed each round.
     """
     rows = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.ask("run", warmup)
-        contender.ask("reset")  # the peak is that of steps: compilation takes memory of its own
+        contender.ask("reset")  # the peak must not include the memory of the compilation
     for number in range(rounds):
         share = (number + 1) * steps // rounds - number * steps // rounds
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
@@ -343,7 +365,7 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
 
 
 def step_recipe(parser: argparse.ArgumentParser, flags: list[str], reference: bool = False) -> Recipe:
-    """The recipe of pretrain.py's flags for a step on frames that lie ready; ends with a sentence where its flow needs more than these."""
+    """Parse pretrain.py's flags into a recipe for a step on synthetic frames. Ends with an error if the recipe's flow needs real videos."""
     recipe = parse_recipe(flags)
     if recipe.flow in ("exact", "precomputed"):
         parser.error(
@@ -355,7 +377,7 @@ def step_recipe(parser: argparse.ArgumentParser, flags: list[str], reference: bo
 
 
 def machine() -> dict[str, str | int]:
-    """What a figure must be read with: machine, versions, date and command."""
+    """The context of a measured figure: machine, versions, date and command."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
@@ -372,7 +394,7 @@ def machine() -> dict[str, str | int]:
 
 
 def print_table(rows: list[dict], columns: dict[str, str]) -> None:
-    """Rows under headings; `columns` maps a row's key to its format (`""`: text)."""
+    """Print rows under headings. `columns` maps each key of a row to its format (`""` for text)."""
     cells = [list(columns)] + [
         ["-" if row.get(key) is None else format(row[key], form) for key, form in columns.items()] for row in rows
     ]

@@ -1,14 +1,14 @@
 """
-Cost against size: time, FLOPs and memory of a step as one thing at a time is changed. What readers of the paper asked for.
+Cost against size: time, FLOPs and memory of a step when one setting at a time is changed. Readers of the paper asked for this.
 
     python benchmarks/cost.py --config street --per_device_train_batch_size 4
     python benchmarks/cost.py --config bdd100k_r50 --flow_weights random --bf16 --per_device_train_batch_size 8    # on a GPU
     python benchmarks/cost.py --config street --only dense_stride                                               # 8 against 1
     python benchmarks/cost.py --config bdd100k_r50 --bf16 false --flow_weights random --per_device_train_batch_size 1 --count_only
 
-Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow); the first row is that recipe as it is. Every row is a
-process of its own. Milliseconds are of computing (all threads) on a CPU, of time on a GPU; there `ms_a_pair` leaves out DIS, which a run's
-workers compute (`flow_ms` is its time). With --count_only one step a row: its FLOPs and memory, no times.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow); the first row is that recipe unchanged. Every row runs in its own
+process. Milliseconds are processor time (of all threads) on a CPU, and elapsed time on a GPU. On a GPU, `ms_a_pair` leaves out DIS, which
+the workers of a run compute (`flow_ms` is its time). With --count_only each row is one step, with its FLOPs and memory but no times.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from training.recipe import Recipe
 
 
 def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
-    """(what is changed, its value, the recipe), the unchanged recipe first."""
+    """List (name of the changed setting, its value, the recipe), the unchanged recipe first."""
 
     def changed(**values) -> Recipe:
         return dataclasses.replace(recipe, **values)
@@ -63,12 +63,12 @@ def variants(recipe: Recipe) -> list[tuple[str, str, Recipe]]:
 
 
 def step_seconds(rows: list[dict[str, float]], flow_beside: bool) -> float:
-    """Median of the steps, without their flow where it is computed beside them."""
+    """Median seconds of the steps, without the flow if `flow_beside`, that is if the workers of a run compute it beside the step."""
     return statistics.median(row["step"] - (row["flow"] if flow_beside else 0.0) for row in rows)
 
 
 def cost(recipe: Recipe, steps: int, warmup: int) -> dict[str, float]:
-    """Of a step; with `steps` 0 without times."""
+    """Measure one step of `recipe` for a row of the table; without times if `steps` is 0."""
     contender, pairs, times, memory = Contender(OurStep, recipe), recipe.per_device_train_batch_size, {}, None
     if steps:
         contender.ask("run", warmup)
@@ -113,10 +113,10 @@ def main() -> None:
             except RuntimeError as error:
                 if not rows and not isinstance(error, TooLarge):  # the recipe itself does not run
                     raise
-                print(f"{name} {value}: left out, {error}", flush=True)  # the other rows are worth having
+                print(f"{name} {value}: left out, {error}", flush=True)  # the other rows are still useful
                 continue
             figures = [f"{figure:.1f} {key}" for key, figure in rows[-1].items() if isinstance(figure, float)]
-            print(f"{name} {value}: {', '.join(figures)}", flush=True)  # at once, as the file: many rows take long
+            print(f"{name} {value}: {', '.join(figures)}", flush=True)  # at once, like the file: many rows take long
             write_json(options.json, {"rows": rows, "recipe": dataclasses.asdict(recipe)})
     print(
         f"{recipe.per_device_train_batch_size} pairs of {recipe.crop_size[0]}x{recipe.crop_size[1]}, flow {recipe.flow}"

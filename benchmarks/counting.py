@@ -1,4 +1,7 @@
-"""The memory and the work of a step, counted from its tensors and operations: much the same on every device, for GPUs that are not at hand."""
+"""
+Count the memory and the work of a step from its tensors and operations. The counts hardly depend on the device, so they also serve for GPUs
+that are not available.
+"""
 
 import weakref
 from collections import Counter, defaultdict
@@ -10,12 +13,12 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.profiling import group
 
-GPUS = {"H100": 79, "H200": 139}  # GiB of memory, whole ones
-# By NVIDIA's data sheets: bytes a second of memory; and FLOP/s of either, dense, in 16 bits, in TF32 (PyTorch's default for float32
-# convolutions) and in float32 (its default for matrix products).
+GPUS = {"H100": 79, "H200": 139}  # GiB of memory, rounded down
+# From NVIDIA's data sheets: memory bandwidth in bytes per second; and dense FLOP/s, the same for both, in 16 bits, in TF32 (PyTorch's
+# default for float32 convolutions) and in float32 (its default for matrix products).
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
 HALF_PEAK, TF32_PEAK, FLOAT_PEAK = 989e12, 494e12, 67e12
-# These read of their first input no more than what they write, or four cells for each of it.
+# Operations that read only a part of their first input, as a multiple of the bytes that they write.
 _PARTS_READ = {"gather": 1, "index": 1, "index_select": 1, "embedding": 1, "grid_sampler_2d": 4}
 _NO_KERNEL = (
     "empty",
@@ -31,7 +34,7 @@ _NO_KERNEL = (
 )
 
 
-# A ViT's attention by the name that it has on CPUs alone, which PyTorch's counter knows from 2.15 on.
+# A ViT's attention has a name of its own on CPUs, which PyTorch's counter knows only from 2.15 on.
 _aten = torch.ops.aten
 flop_registry.setdefault(
     _aten._scaled_dot_product_flash_attention_for_cpu, flop_registry[_aten._scaled_dot_product_flash_attention]
@@ -43,7 +46,7 @@ flop_registry.setdefault(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made while it is on and still there: now, and the most there were. No library's scratch memory."""
+    """Counts the bytes of live tensors created while the mode is on, `now` and at the `peak`, without the libraries' scratch memory."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +73,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def counted_step(step) -> dict[str, int]:
-    """Bytes of a step that has run before: `resident`, of the model and the optimizer, and `peak`, of what the step made at its most."""
+    """
+    Count the bytes of a step that has run before.
+
+    Returns:
+        `resident`, the bytes of the model and the optimizer, and `peak`, the most that the step's own tensors took.
+    """
     kept = [*step.model.parameters(), *step.model.buffers()]
     kept += [value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     with LiveBytes() as counted:
@@ -80,9 +88,11 @@ def counted_step(step) -> dict[str, int]:
 
 class CountedWork(TorchDispatchMode):
     """
-    The work of the operations that run while it is on, by kind: "products", which are all that have FLOPs, and the groups of
-    [`~benchmarks.profiling.GROUPS`]: `operations`, `bytes` read and written, `flops`, and for each GPU the `seconds` that they take at
-    least. Each is taken for a kernel of its own, which reads its inputs and writes its outputs once and waits for nothing.
+    Counts the work of the operations that run while the mode is on, by kind.
+
+    The kinds are "products", which are all operations with FLOPs, and the groups of [`~benchmarks.profiling.GROUPS`]. Each has
+    `operations`, `bytes` read and written, `flops`, and for each GPU `seconds_{gpu}`, a lower bound of the time. The bound treats each
+    operation as a kernel that reads its inputs and writes its outputs once, without waiting.
     """
 
     def __init__(self):
@@ -98,7 +108,8 @@ class CountedWork(TorchDispatchMode):
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
         moved, parts = {}, _PARTS_READ.get(name)
-        for value in inputs + outputs:  # what is written in place is among both, and counts once: it need not be read
+        # A tensor that is written in place is in both lists and counts once: it need not be read.
+        for value in inputs + outputs:
             most = value.untyped_storage().nbytes()
             if parts and value is inputs[0]:
                 most = min(most, parts * outputs[0].nbytes)
@@ -117,7 +128,7 @@ class CountedWork(TorchDispatchMode):
 
 
 def counted_work(step) -> dict[str, dict[str, Counter]]:
-    """The work of a step that has run before: of the flow, and of all the rest but the reference's augmentation, which a loader does."""
+    """Count the work of a step that has run before: `flow`, and `model`, the rest without the reference's augmentation in a loader."""
     if hasattr(step, "augment"):
         augmented = step.augment()
         step.augment = lambda: augmented

@@ -1,18 +1,19 @@
 """
-The loader: CPU milliseconds a pair of what a pair costs, beside plain seeks with augmentation frame by frame.
+The loader: CPU milliseconds per pair, compared with plain seeks and augmentation frame by frame.
 
     python benchmarks/loader.py                                     # 1280x720 H.264, GOP 30 and 250, R = 1, 2, 4, made for it
     python benchmarks/loader.py --videos path/to/videos             # your own videos
     python benchmarks/loader.py --step_pairs_per_second 100         # and the cores that feed such a step
     python benchmarks/loader.py --config street                     # a recipe's own loader, alone and feeding its training step
 
-With --config (and any flag of training/pretrain.py): pairs a second of the loader with its workers, alone and with the step; the share of the
-time that the step waits for data; the peak of memory; and the parts of a pair. Without it, ours beside plain seeks.
+With --config (and any flag of training/pretrain.py): pairs per second of the loader with its workers, alone and with the step; the share of
+the time that the step waits for data; peak memory; and the parts of a pair. Without --config, our loader is compared with plain seeks.
 
-Ours: index, decode (crop before conversion, both frames in one pass, R pairs an opening) and hand over as uint8; augmentation is done on the
-device. Plain: for each frame open the file, seek to the keyframe before it, decode up to it, convert the whole picture, resize it by the
-frame's scale, crop, and augment it photometrically as the reference does. Crops of 512x1024 from 1080x1920 times U(0.75, 1.25), gaps of
-U(0.5, 1.5) s (arXiv 2408.11208, section 3). Times are processor times of this one process; the two take turns at the same pairs. Flow is in neither.
+Ours: index, decode (crop before conversion, both frames in one pass, R pairs per opening of a file) and hand over as uint8; augmentation is
+done on the device. Plain: for each frame, open the file, seek to the keyframe before the frame, decode up to it, convert the whole picture,
+resize it by the frame's scale, crop, and augment photometrically as the reference does. Crops of 512x1024 from 1080x1920 times
+U(0.75, 1.25), gaps of U(0.5, 1.5) s (arXiv 2408.11208, section 3). Times are processor times of this one process; both process the same
+pairs in turns. Neither includes flow.
 """
 
 import itertools
@@ -47,7 +48,7 @@ from training.video_stream import PairLoader
 def write_clip(
     path: Path, gop: int, seconds: float = 12.0, fps: int = 30, height: int = 720, width: int = 1280
 ) -> None:
-    """A clip of a camera that pans over street frames; x264 "veryfast" with a keyframe every `gop` frames."""
+    """Write a clip that pans over street frames, encoded by x264 "veryfast" with a keyframe every `gop` frames."""
     street = Street(0, height // 4, width // 4)
     pictures = [
         cv2.resize(street.frame(t), (width, height + 64), interpolation=cv2.INTER_CUBIC) for t in (0.0, 1.0, 2.0)
@@ -63,7 +64,7 @@ def write_clip(
 
 
 def ours(path: str, sampling: PairSampling, number: int) -> tuple[list, dict[str, float]]:
-    """The pairs of one opening, and seconds of each part. The index is made anew, as for a file that was never seen."""
+    """Return the pairs of one opening, and the seconds of each part. The video is indexed anew, as if it had never been opened."""
     index_video.cache_clear()
     marks = [time.process_time()]
 
@@ -79,7 +80,7 @@ def ours(path: str, sampling: PairSampling, number: int) -> tuple[list, dict[str
 
 
 def plain(path: str, pairs: list, augment) -> dict[str, float]:
-    """The same pairs frame by frame; seconds of each part."""
+    """Read the same pairs frame by frame, and return the seconds of each part."""
     index = index_video(path)
     seconds = {"decode": 0.0, "augment": 0.0}
     for cut in (cut for pair in pairs for cut in pair):
@@ -102,7 +103,7 @@ def plain(path: str, pairs: list, augment) -> dict[str, float]:
 
 
 def compare(paths: list[str], repeats: int, openings: int, torchvision_blur: bool = False) -> dict[str, float]:
-    """Medians over openings, CPU ms a pair."""
+    """Compare both ways: medians over openings, in CPU milliseconds per pair. `ratio` is plain over ours."""
     sampling = PairSampling(
         crop_size=(512, 1024),
         frame_size=(1080, 1920),
@@ -129,7 +130,7 @@ def videos_of(recipe: Recipe) -> list[str]:
 
 
 def feed(recipe: Recipe, steps: int) -> dict[str, float]:
-    """The recipe's loader with its workers: alone, and beside the training step that it feeds."""
+    """Measure the recipe's loader with its workers, alone and together with the training step that it feeds."""
     paths = videos_of(recipe)
     sampling = PairSampling.of(recipe)
     step = OurStep(recipe)
@@ -138,7 +139,8 @@ def feed(recipe: Recipe, steps: int) -> dict[str, float]:
         paths, sampling, recipe.per_device_train_batch_size, recipe.dataloader_num_workers, pair_flow=step.pair_flow
     )
     batches = iter(loader)
-    for _ in range(4 * max(1, recipe.dataloader_num_workers) + 1):  # what the workers hold ready when the clock starts
+    # Before the clock starts, consume what the workers may hold ready.
+    for _ in range(4 * max(1, recipe.dataloader_num_workers) + 1):
         next(batches)
     began = time.perf_counter()
     for _ in range(steps):
@@ -167,7 +169,7 @@ def feed(recipe: Recipe, steps: int) -> dict[str, float]:
 
 
 def opening_parts(path: str, sampling: PairSampling, number: int, pair_flow) -> dict[str, float]:
-    """CPU milliseconds a pair of one opening of a video: index, decode, and the flow that a worker makes."""
+    """CPU milliseconds per pair of one opening of a video: index, decode, and the flow that a worker computes."""
     pairs, seconds = ours(path, sampling, number)
     pictures, _ = decode_cuts(path, index_video(path), [cut for pair in pairs for cut in pair])
     if any(picture is None for picture in pictures):

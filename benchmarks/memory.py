@@ -1,12 +1,13 @@
 """
-Memory over time: batches of the loader, and training steps. Flat is what is wanted.
+Memory over time, of the loader's batches and of training steps. It should stay flat.
 
     python benchmarks/memory.py                              # 2,000 batches, 500 steps, the street
     python benchmarks/memory.py --batches 200 --steps 50
     python benchmarks/memory.py --batches 0                  # the steps alone, on a GPU, without PyAV and datasets
 
-Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). The loader runs in this process (its workers do
-the same), each part in a process of its own. Growth is the resident memory at the end over that after the first tenth; on a GPU also that of its tensors.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). The batches and the steps each run in their own process; the loader
+runs there without workers, which would do the same. Growth compares the resident memory at the end with that after the first tenth; on a
+GPU also the memory of its tensors.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ MARKS = 10
 
 
 def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
-    """Call `act` `count` times; MiB held after each tenth of them, by this process and on the GPU where it has one."""
+    """Call `act` `count` times. Returns the MiB held after each tenth of the calls, by this process and on the GPU if `device` is one."""
     held = {name: [] for name in dict.fromkeys(("cpu", device.type))}
     for number in range(1, count + 1):
         act()
@@ -38,7 +39,7 @@ def watch(act, count: int, device: torch.device) -> dict[str, list[float]]:
 
 
 def watch_loader(recipe: Recipe, count: int) -> dict[str, list[float]]:
-    # Here alone: a machine without PyAV and datasets can still watch the steps.
+    # Imported here, so that a machine without PyAV and datasets can still watch the steps.
     from benchmarks.loader import videos_of
     from training.pair_plans import PairSampling
     from training.video_stream import PairLoader
@@ -72,7 +73,7 @@ def main() -> None:
     recipe = step_recipe(parser, flags)
     rows = []
     for name, function, count in asked:
-        # No pool of multiprocessing: its daemons may start no processes, as the rendering of the street does.
+        # Not multiprocessing.Pool: its daemonic workers may not start processes, which the rendering of the street needs.
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
             watched = pool.submit(function, recipe, count).result()
         for place, held in watched.items():

@@ -1,12 +1,12 @@
 """
-The segmentation metric: seconds and memory, beside the arithmetic of the `mean_iou` metric that the `evaluate` library loads from the Hub.
+The segmentation metric: seconds and memory, compared with the `mean_iou` metric that the `evaluate` library loads from the Hub.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --json metrics.json
 
-The other's arithmetic is written anew from its definition: per image, pixels of the ignored label are taken out, and three histograms of
-`np.histogram` count the pixels that agree, the predicted and the true ones. It gets its maps as arrays: the metric of the Hub also
-writes them to an Arrow table first, which is not measured. Both must give the same IoU of every class.
+The Hub metric's arithmetic is rewritten here from its definition: for each image, pixels of the ignored label are removed, and three calls
+of `np.histogram` count the pixels that agree, the predicted and the true ones. It gets its maps as arrays: the metric of the Hub also
+writes them to an Arrow table first, which is not measured. Both must give the same IoU for every class.
 """
 
 import argparse
@@ -24,12 +24,12 @@ import numpy as np
 from evaluation.metrics import MeanIoU
 
 IGNORE = 255
-MAPS, SIDE, CLASSES = 64, 512, 150  # maps of a round, their height and width
-ROUNDS = 5  # that count
+MAPS, SIDE, CLASSES = 64, 512, 150  # maps in a round, their height and width, and the classes
+ROUNDS = 5  # rounds that count
 
 
 def random_maps(count: int, side: int, classes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Predictions and truths (side, side) uint8 in blocks like segmentations; a tenth of the prediction is wrong, a tenth ignored."""
+    """Make predictions and truths (side, side) uint8 of 16x16 blocks; a tenth of the pixels is predicted wrong, a tenth ignored."""
     rng = np.random.default_rng(0)
     predictions, truths = [], []
     for _ in range(count):
@@ -43,17 +43,17 @@ def random_maps(count: int, side: int, classes: int) -> tuple[list[np.ndarray], 
 
 
 class MeanIouOfTheHub:
-    """Its arithmetic; all maps are kept until `compute`, as metrics of `evaluate` keep what is added."""
+    """The arithmetic of `mean_iou`. All maps are kept until `compute`, as metrics of `evaluate` keep everything that is added."""
 
     def __init__(self, classes: int):
         self.classes, self.maps = classes, []
 
     def add_batch(self, predictions, references) -> None:
-        # Copied: evaluate writes what is added to a table of its own.
+        # Copied, because evaluate also writes the maps to its own table.
         self.maps += [(np.array(p), np.array(r)) for p, r in zip(predictions, references)]
 
     def compute(self) -> np.ndarray:
-        """IoU by class, nan where a class does not occur."""
+        """Return the IoU of each class, NaN if a class does not occur."""
         total = np.zeros((3, self.classes))
         for prediction, truth in self.maps:
             kept = truth != IGNORE
@@ -70,7 +70,7 @@ def ours(classes: int) -> MeanIoU:
 
 
 def seconds(make, classes: int, maps, rounds: int) -> tuple[float, object]:
-    """Median seconds of a round (all maps added, then computed) after one that is not counted, and what was computed."""
+    """Return the median seconds of a round (add all maps, then compute) after a warm-up round, and the computed result."""
     times = []
     for _ in range(rounds + 1):
         metric = make(classes)
@@ -82,7 +82,7 @@ def seconds(make, classes: int, maps, rounds: int) -> tuple[float, object]:
 
 
 def growth(make, classes: int, maps, rounds: int) -> list[float]:
-    """MiB that a metric holds on to after each round of adding all maps, nothing computed."""
+    """MiB that a metric holds after each round of adding all maps, without computing anything."""
     metric, held = make(classes), []
     metric.add_batch(predictions=maps[0][:1], references=maps[1][:1])
     tracemalloc.start()

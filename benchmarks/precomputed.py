@@ -1,14 +1,15 @@
 """
-When precomputed flow pays: milliseconds to decode a pair, to compute, write and read its flow, both directions, and its bytes.
+When precomputed flow pays: milliseconds to decode a pair, and to compute, write and read its flow in both directions; and the flow's bytes.
 
     python benchmarks/precomputed.py                                                  # DIS on the street, 128x256 and 512x1024
     python benchmarks/precomputed.py --videos path/to/videos --raft raft_large        # and RAFT, on the device; on a GPU add --bf16 --raft_pairs 16
 
-Milliseconds are processor time of this one process, of RAFT on a GPU time; files are read from the page cache. `passes`: how often runs must go
-through the pairs that were written until writing and reading them costs less than computing them each time: the writer decodes every pair once
-more, so (decode + compute + write) / (compute - read).
-`mb_a_second`: what storage must deliver for each core that would compute otherwise (for RAFT: for the device), bytes / (compute - read); below it
-reading takes longer than computing. RAFT without `--flow_weights` has random weights: its time is right, and size, writing and reading are those of DIS.
+Milliseconds are processor time of this one process, for RAFT on a GPU elapsed time; files are read from the page cache.
+`passes`: how often runs must go through the written pairs until writing and reading flow costs less than computing it each time. The writer
+decodes every pair once more, so this is (decode + compute + write) / (compute - read).
+`mb_a_second`: the rate at which storage must deliver flow for each core (for RAFT: for the device) that would otherwise compute it,
+bytes / (compute - read). Below this rate, reading takes longer than computing.
+RAFT without `--flow_weights` has random weights: its time is right, and its size, writing and reading are those of DIS.
 """
 
 import sys
@@ -34,7 +35,7 @@ SIZES = ((128, 256), (512, 1024))
 
 
 def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[tuple[list[dict], float]]:
-    """Pairs of two an opening, of the first videos, then of their next epochs, and the seconds that they took."""
+    """Decode openings of two pairs each and the seconds that each took, from every video in turn, then from the next epoch."""
     sampling = PairSampling(size, (1.0, 1.25), None, (0.5, 1.5), pairs_per_video=2)
     groups = []
     for n in range(-(-pairs // 2)):
@@ -45,7 +46,7 @@ def openings(paths: list[str], size: tuple[int, int], pairs: int) -> list[tuple[
 
 
 def keep(groups: list[tuple[list[dict], float]], folder: Path, compute) -> dict[str, float]:
-    """Medians over openings of milliseconds a pair to decode, compute, write and read, and KiB."""
+    """Medians over openings, per pair: milliseconds to decode, compute, write and read, and KiB of flow."""
     rows, reader = [], FlowFiles(folder)
     for samples, decoding in groups:
         marks = [time.process_time()]
@@ -63,11 +64,11 @@ def keep(groups: list[tuple[list[dict], float]], folder: Path, compute) -> dict[
         rows.append(
             {**{name: 1000 * s / len(samples) for name, s in seconds.items()}, "kib": size / len(samples) / 1024}
         )
-    return medians(rows[1:] or rows)  # the first also opens the libraries
+    return medians(rows[1:] or rows)  # the first opening also loads libraries
 
 
 def raft_ms(module: RaftFlow, frames: torch.Tensor, bf16: bool, repeats: int) -> float:
-    """Milliseconds a pair of the fastest of `repeats` calls on frames (B, 2, 3, H, W), after one."""
+    """Milliseconds per pair in the fastest of `repeats` calls on frames (B, 2, 3, H, W), after a warm-up call."""
     device, seconds = frames.device, []
     now = Clock(device).now
     for _ in range(repeats + 1):
@@ -81,9 +82,10 @@ def raft_ms(module: RaftFlow, frames: torch.Tensor, bf16: bool, repeats: int) ->
 
 
 def paying(row: dict) -> dict:
+    """Add `passes` and `mb_a_second` to a row; both are `None` if precomputed flow never pays."""
     saved = row["compute_ms"] - row["read_ms"]
     if saved <= 0:
-        return {**row, "passes": None, "mb_a_second": None}  # never
+        return {**row, "passes": None, "mb_a_second": None}
     writing = row["decode_ms"] + row["compute_ms"] + row["write_ms"]
     return {**row, "passes": writing / saved, "mb_a_second": row["kib"] * 1.024 / saved}
 

@@ -1,13 +1,12 @@
 """
-From one process to several on CPUs: pairs a second with the same work in each process and one thread each.
+Scaling from one process to several on CPUs: pairs per second, with the same work and one thread in each process.
 
     python benchmarks/processes.py                          # 1 and 2 processes, the street
     python benchmarks/processes.py --processes 1 2 4
 
-Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). Processes are started by torchrun and joined by
-DistributedDataParallel over gloo, as a run on CPUs is.
-Every number of processes is measured --rounds times in turns; efficiency is the rate over processes times the rate of one. It says something
-only on a machine with a free core for each process.
+Takes the flags of training/pretrain.py (its flow: dis, RAFT or unflow). As in a run on CPUs, torchrun starts the processes and
+DistributedDataParallel connects them over gloo. Every number of processes is measured --rounds times, in turns. Efficiency is the rate
+divided by (number of processes times the rate of one process). It is meaningful only on a machine with a free core for each process.
 """
 
 import json
@@ -30,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def work(steps: int, warmup: int, flags: list[str], path: str) -> None:
-    """One of the processes: its first rank writes the median seconds of a step."""
+    """Run as one of the processes. The first rank writes the median seconds of a step to `path`."""
     step = OurStep(parse_recipe(flags))
     torch.set_num_threads(1)
     timed_steps(step, warmup)

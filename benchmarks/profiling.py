@@ -1,12 +1,12 @@
-"""Where a step's time goes, kernel by kernel: what its convolutions reach, and what all the rest costs."""
+"""Measures the time of a step by groups of kernels, to tell the convolutions from all the rest."""
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first group of which a kernel's name holds a part has it; the last takes what is left.
+# A kernel belongs to the first group that has a part of the kernel's name; the last group takes the rest.
 GROUPS = {
-    "compiled": ("triton_", "Compiled"),  # their names list all operations that were fused
+    "compiled": ("triton_", "Compiled"),  # first, because these names list all fused operations
     "sampling and cutting": ("grid_sampler", "upsample", "bmm"),
     "normalisation": ("batch_norm", "layer_norm"),
     "convolutions": ("conv", "addmm", "::mm", "linear"),
@@ -23,8 +23,9 @@ def group(kernel: str) -> str:
 
 def kernel_seconds(step, steps: int) -> dict[str, float]:
     """
-    Seconds of one step in each of GROUPS, mean of `steps` (one before them is not counted), flow left out: of the device's kernels on a
-    GPU, of all threads on a CPU.
+    Seconds of one step in each of GROUPS, without the flow: the mean of `steps` steps after a warm-up step.
+
+    On a GPU it is the time of the device's kernels, on a CPU that of all threads.
     """
     batch = {"frames": step.frames, "flow": step.estimate_flow()}
     step(batch)
@@ -36,8 +37,8 @@ def kernel_seconds(step, steps: int) -> dict[str, float]:
             torch.cuda.synchronize()
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in run.key_averages():
-        # A GPU's kernels come twice: with the operation that started them, which counts, and by themselves. A CPU's run in all threads;
-        # the time is that of the one that waits for the others.
+        # A GPU's kernels are listed twice, with the operation that started them and on their own; only the former counts. A CPU's kernels
+        # run in all threads, but the profiler reports only the thread that waits for the others.
         if event.device_type == DeviceType.CPU:
             took = event.self_device_time_total if gpu else event.self_cpu_time_total * torch.get_num_threads()
             seconds[group(event.key)] += took / steps / 1e6

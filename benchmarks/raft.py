@@ -1,14 +1,15 @@
 """
-RAFT of both directions of a pair: our arrangement beside torchvision's run twice at its defaults, time, memory and agreement.
+RAFT in both directions of a pair: time, memory and agreement of our implementation and of torchvision's, run twice at its defaults.
 
     python benchmarks/raft.py --crop_size 512 1024 --pairs 8                    # on a GPU
     python benchmarks/raft.py --crop_size 512 1024 --pairs 8 --overfit 300      # also on a RAFT that knows the street
     python benchmarks/raft.py --variant raft_small --crop_size 128 256 --pairs 1 --updates 12 --overfit 100    # a CPU can do this
 
-Ours runs in float32 and, on a GPU, under autocast (float16). Untrained weights give flow of a fraction of a pixel, on which no precision shows an error;
---overfit N first fits the weights to one pair of street frames with exact flow for N steps, so that flow is large and the update matters.
-Differences are lengths of vectors, in pixels, against torchvision's in float32 without TF32, in which PyTorch computes convolutions on a GPU
-unless it is told not to; there both float32 rows come with it and without. Weights of your own: --weights FILE.
+Ours runs in float32 and, on a GPU, under autocast (float16). Untrained weights give flow of a fraction of a pixel, on which a lower
+precision shows no error. --overfit N first fits the weights for N steps to one pair of street frames with exact flow, so that the flow is
+large and the update matters. Differences are lengths of vectors, in pixels, to torchvision's flow in float32 without TF32. By default
+PyTorch computes float32 convolutions on a GPU in TF32, so both float32 rows are shown there with and without TF32. Weights of your own:
+--weights FILE.
 """
 
 import copy
@@ -30,7 +31,7 @@ from training.street import Street
 
 
 def street_pairs(pairs: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (B, 2, 3, H, W) uint8 a fifth of a second apart, exact flow (B, 2, 2, H, W) and where it is seen (B, 2, H, W)."""
+    """Render frames (B, 2, 3, H, W) uint8 a fifth of a second apart, exact flow (B, 2, 2, H, W) and its visibility mask (B, 2, H, W)."""
     frames, flows, seen = [], [], []
     for seed in range(pairs):
         street = Street(seed, height, width)
@@ -42,7 +43,7 @@ def street_pairs(pairs: int, height: int, width: int) -> tuple[Tensor, Tensor, T
 
 
 def overfit(raft: torch.nn.Module, frames: Tensor, flow: Tensor, seen: Tensor, steps: int, updates: int) -> float:
-    """Fit the weights to the pairs, both directions; returns the mean error in pixels of the last step."""
+    """Fit the weights to the pairs in both directions. Returns the mean error of the last step in pixels."""
     raft.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(raft.parameters(), lr=4e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, total_steps=steps, pct_start=0.1)
@@ -63,7 +64,7 @@ def overfit(raft: torch.nn.Module, frames: Tensor, flow: Tensor, seen: Tensor, s
 
 
 def timed(function, device: torch.device, repeats: int) -> tuple[Tensor, float, float | None]:
-    """Result, median milliseconds (of computing, on a CPU) and on a GPU GiB above what lay there before."""
+    """Return the result, the median milliseconds (processor time on a CPU), and on a GPU the peak GiB above what was held before."""
     clock, seconds, before = Clock(device), [], memory_bytes(device)
     clock.exact = True
     for number in range(repeats + 2):
@@ -73,7 +74,7 @@ def timed(function, device: torch.device, repeats: int) -> tuple[Tensor, float, 
         with clock.part("flow"):
             result = function()
         seconds.append(clock.seconds["flow"])
-    # The resident memory of a CPU process tells nothing here: what an earlier run gave back lies there still.
+    # On a CPU the resident memory is no measure: it still includes memory that earlier runs have freed.
     peak = (memory_bytes(device, peak=True) - before) / 2**30 if device.type == "cuda" else None
     return result, 1000 * statistics.median(seconds[2:]), peak
 
@@ -115,7 +116,7 @@ def main() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return raft(frames)
 
-    # As torchvision gives it: ours has its weights in channels_last.
+    # In torchvision's default memory format; our weights are in channels_last.
     plain = RaftFlow(options.variant, "random", options.updates).raft
     plain.load_state_dict(ours.raft.state_dict())
     plain.to(device, memory_format=torch.contiguous_format)
@@ -125,12 +126,12 @@ def main() -> None:
         "ours, float16": lambda: reduced(ours),
     }
     if options.compile:
-        compiled = copy.copy(ours)  # of the same weights
+        compiled = copy.copy(ours)  # shares the weights
         compiled.compile()
         ways |= {"compiled, float32": lambda: compiled(frames), "compiled, float16": lambda: reduced(compiled)}
-    if device.type == "cpu":  # where ours stays in float32
+    if device.type == "cpu":  # ours stays in float32 there
         ways = {name: way for name, way in ways.items() if "float16" not in name}
-    # PyTorch's default convolutions on a GPU are in TF32, which is no full precision: there what both do without it is measured too.
+    # On a GPU, PyTorch's default convolutions are in TF32, which is not full precision, so both are also measured without TF32.
     full = {f"{name}, no TF32": ways[name] for name in ("torchvision twice", "ours, float32")}
     with tf32_convolutions(False), torch.no_grad():
         expected = ways["torchvision twice"]()

@@ -1,12 +1,13 @@
 """
-A linear readout of a ResNet-50 on CamVid: how long it takes, and what makes it short.
+A linear readout of a ResNet-50 on CamVid: how long it takes, and what makes it fast.
 
     python benchmarks/readout.py --data_dir path/to/camvid                         # all 367 training images, 30 epochs
     python benchmarks/readout.py --data_dir path/to/camvid --images 16 --epochs 2  # a few minutes; the whole is extrapolated
 
-Compared: frozen features computed once and kept in a memory-mapped file, or anew in each step; the loss at some pixels of an image
-drawn anew each step, or at all of them. The encoder is untrained (time does not depend on weights). The variant that evaluation/ uses
-is fitted and tested in full; the others run --compare_steps steps, after which the two losses' mIoU is compared.
+Two choices are compared: frozen features computed once and kept in a memory-mapped file, or computed anew in each step; the loss at some
+pixels of each image, drawn anew each step, or at all pixels. The encoder is untrained (time does not depend on weights). The variant that
+evaluation/ uses is fitted and tested in full. Both losses also run --compare_steps steps, after which their mIoU is compared, and the fit
+with features computed anew runs 3.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from evaluation.readouts import LinearReadout, upsample
 from evaluation.recipe import EvaluationRecipe
 from modeling_poodle.recipe_files import run_script
 
-ANEW_STEPS = 3  # steps whose features are computed anew; each is slow and like any other
+ANEW_STEPS = 3  # steps whose features are computed anew; a few are enough, since each is slow and all are alike
 
 
 class AllPixels(LinearReadout):
-    """The same readout with its loss at all pixels."""
+    """The linear readout with its loss at all pixels."""
 
     def batch(self, read: list[tuple], generator: torch.Generator) -> dict:
         labels = [torch.from_numpy(label.astype(np.int64)) for _, label in read]
@@ -56,7 +57,7 @@ class AllPixels(LinearReadout):
 
 
 class Timer:
-    """Wall seconds, and CPU seconds of all threads: the second hardly depends on what else the machine does."""
+    """Measures wall seconds, and CPU seconds of all threads. The latter hardly depend on other load on the machine."""
 
     def __enter__(self):
         self.began = time.perf_counter(), time.process_time()
@@ -69,7 +70,18 @@ class Timer:
 def fitted(
     accelerator: Accelerator, kind: type, steps: int, like: LinearReadout, kept: bool = True
 ) -> tuple[nn.Module, Timer]:
-    """A readout of the features that `like` has prepared, fitted anew for some steps; and the time that it took."""
+    """
+    Fit a new readout to the features that `like` has prepared.
+
+    Args:
+        kind: class of the readout.
+        steps: steps of the fit.
+        like: readout whose data, statistics and features are used.
+        kept: whether the kept features are used; False computes them anew in each step.
+
+    Returns:
+        The fitted readout, and the time that the fit took.
+    """
     torch.manual_seed(0)
     readout = kind(like.encoder, like.data, like.recipe)
     readout.mean, readout.std, readout.store = like.mean, like.std, like.store if kept else FeatureStore(0)
@@ -95,9 +107,9 @@ def miou(accelerator: Accelerator, readout: nn.Module, data: LabelledImages) -> 
 
 def measure(accelerator: Accelerator, readout: LinearReadout, steps: int, few: int) -> tuple[dict, dict]:
     """
-    All that is timed, {what: (timer, how often it was done)}, and mIoU by variant.
+    Measure all parts. Returns {part: (timer, number of repetitions)}, and the mIoU of each variant.
 
-    The variants share one classifier, the encoder's: each is tested before the next is fitted.
+    All variants use the classifier of one encoder, so each is tested before the next is fitted.
     """
     data, small = readout.data, readout.data.limit(None, 8)
     times, scores = {}, {}
@@ -118,8 +130,8 @@ def measure(accelerator: Accelerator, readout: LinearReadout, steps: int, few: i
 
 
 def estimates(times: dict, data: LabelledImages, whole: LabelledImages, steps: int, full_steps: int) -> dict:
-    """Minutes of the whole data set by variant: wall, and what the CPU seconds make on cores that do nothing else ("idle")."""
-    # Statistics come from up to 32 images, then each image is read once; all else is proportional to steps or images.
+    """Estimate minutes for the whole data set by variant: wall time, and CPU time divided by the threads ("cpu", as on idle cores)."""
+    # The statistics read up to 32 images, then each image is read once. All other costs are proportional to steps or images.
     read, full_read = (min(32, len(d.train)) + len(d.train) for d in (data, whole))
     found: dict = {}
     for key, share in (("wall", 1), ("cpu", torch.get_num_threads())):

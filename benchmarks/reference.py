@@ -1,18 +1,19 @@
 """
-The yardstick: one training step as the released research code takes it, plain and slow. benchmarks/step.py --reference runs it beside ours.
+The reference: one training step as the released research code performs it, plain and slow. benchmarks/step.py --reference compares it with
+ours.
 
-Written from a description of what that code does, not from the code. Where it differs from training/pretrain.py:
+It is written from a description of what that code does, not from the code. It differs from training/pretrain.py in these points:
 
-- RAFT runs once on each order of a pair, encodes each image twice, and upsamples the flow of every iteration.
-- Photometric augmentation is done on the CPU, image by image, with a blur kernel of 10 % of the side.
-- Both networks' projected maps are upsampled to the image's resolution and resampled there, one step after the other: the student's view
-  is undone; the teacher's map is warped by the flow and only then its view is undone; the masks take the same way. (The description
-  counts four such passes without naming them. Here the fourth is that of the masks, of one channel: the cheapest reading.)
-- Warp coordinates are made for align_corners=True and sampled with False.
-- Views, subcrops and masked means are handled in Python loops over images and subcrops in which the host waits for the device.
+- RAFT runs once for each order of a pair, encodes each image twice, and upsamples the flow of every iteration.
+- Photometric augmentation runs on the CPU, image by image, with a blur kernel of 10 % of the side.
+- The projected maps of both networks are upsampled to the image's resolution and resampled there in successive passes. The student's view
+  is undone. The teacher's map is first warped by the flow, then its view is undone. The masks take the same steps. (The description
+  counts four such passes without naming them. Here the fourth is that of the masks, which have one channel: the cheapest reading.)
+- Warp coordinates are computed for align_corners=True and sampled with False.
+- Python loops over images and subcrops handle views, subcrops and masked means, and the host waits for the device in them.
 - float32 in the default memory layout, AdamW at its defaults, the teacher moved parameter by parameter.
 
-With identity views, coordinates of one convention and dense_stride 1 on our side both compute the same loss (tests/test_benchmarks.py).
+With identity views, one coordinate convention, and dense_stride 1 on our side, both compute the same loss (tests/test_reference.py).
 """
 
 import copy
@@ -37,7 +38,7 @@ from training.flow import build_flow
 from training.recipe import Recipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
-MOST_SAMPLED = 2**16 - 1  # images that cuDNN's grid_sample takes: https://github.com/pytorch/pytorch/issues/88380
+MOST_SAMPLED = 2**16 - 1  # most images that cuDNN's grid_sample takes: https://github.com/pytorch/pytorch/issues/88380
 
 
 class ReferenceModel(nn.Module):
@@ -45,8 +46,9 @@ class ReferenceModel(nn.Module):
     Both networks with the weights of a `PoodleForPreTraining`, and the released definition of the losses.
 
     Args:
-        model: its modules are copied.
-        align_corners_mistake: make the warp's coordinates for align_corners=True, as released. False only to compare losses with ours.
+        model: the model whose modules are copied.
+        align_corners_mistake: compute the warp's coordinates for align_corners=True, as in the released code. False serves only to compare
+            the losses with ours.
     """
 
     def __init__(self, model: PoodleForPreTraining, align_corners_mistake: bool = True):
@@ -56,9 +58,8 @@ class ReferenceModel(nn.Module):
         for name, module in model.named_children():
             setattr(self, name, copy.deepcopy(module).to(memory_format=torch.contiguous_format))
         for module in self.modules():
-            if isinstance(
-                module, PointwiseConv
-            ):  # as released, convolutions: on a GPU cuDNN's, which PyTorch lets compute in TF32
+            # Plain convolutions, as released: on a GPU these are cuDNN's, which PyTorch allows to compute in TF32.
+            if isinstance(module, PointwiseConv):
                 module.__class__ = nn.Conv2d
         self.weights = model.config.dense_weight, model.config.pooled_weight
         self.align_corners_mistake = align_corners_mistake
@@ -75,15 +76,15 @@ class ReferenceModel(nn.Module):
         teacher_box_frames: Tensor,
         subcrop_size: int = 192,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs of `PoodleForPreTraining.forward` -> loss, dense loss, pooled loss."""
+        """Compute the loss, the dense loss and the pooled loss from the inputs of `PoodleForPreTraining.forward`."""
         dense = self.dense_objective(pixel_values, flow, valid_mask, student_views, teacher_views)
         pooled = self.pooled_objective(pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size)
         return self.weights[0] * dense + self.weights[1] * pooled, dense, pooled
 
     def dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views) -> Tensor:
         height, width = pixel_values.shape[-2:]
-        sources = torch.cat([pixel_values[:, 0], pixel_values[:, 1]])  # (2B, 3, H, W): what the student sees
-        targets = torch.cat([pixel_values[:, 1], pixel_values[:, 0]])  # and the teacher
+        sources = torch.cat([pixel_values[:, 0], pixel_values[:, 1]])  # (2B, 3, H, W), for the student
+        targets = torch.cat([pixel_values[:, 1], pixel_values[:, 0]])  # the same, for the teacher
         flow, valid = torch.cat([flow[:, 0], flow[:, 1]]), torch.cat([valid_mask[:, 0], valid_mask[:, 1]])
         student_views = torch.cat([student_views[:, 0], student_views[:, 1]])
         teacher_views = torch.cat([teacher_views[:, 1], teacher_views[:, 0]])
@@ -93,13 +94,14 @@ class ReferenceModel(nn.Module):
         with torch.no_grad():
             teacher = self.teacher.decode(self.teacher.encode(warp_affine(targets, teacher_views)))
             teacher = self.teacher_dense_projector(teacher)
-        # All images at once, but from 8 pairs of 512x1024 on: PyTorch's CUDA interpolation has no more than 2^31 numbers, (2B, 256, H, W).
+        # All images at once if possible. From 8 pairs of 512x1024 on they are split: (2B, 256, H, W) would exceed MOST_NUMBERS elements,
+        # the limit of PyTorch's CUDA interpolation.
         parts = -(-student.shape[:2].numel() * height * width // MOST_NUMBERS)
         pieces = (piece.chunk(parts) for piece in (student, teacher, flow, valid, student_views, teacher_views))
         return torch.stack([loss for piece in zip(*pieces) for loss in self.dense_losses(*piece)]).mean()
 
     def dense_losses(self, student, teacher, flow, valid, student_views, teacher_views) -> list[Tensor]:
-        """The loss of each image, from the heads' maps (N, 256, h, w)."""
+        """Compute the loss of each image from the maps (N, 256, h, w) of the heads."""
         height, width = flow.shape[-2:]
         student = F.interpolate(student, (height, width), mode="bilinear", align_corners=False)  # (N, 256, H, W)
         student = warp_affine(student, invert(student_views))
@@ -158,10 +160,10 @@ class ReferenceModel(nn.Module):
 @torch.no_grad()
 def torchvision_twice(raft: nn.Module, frames: Tensor, updates: int) -> Tensor:
     """
-    frames (B, 2, 3, H, W) uint8 -> flow (B, 2, 2, H, W): torchvision's RAFT, run on both orders.
+    Estimate flow (B, 2, 2, H, W) of frames (B, 2, 3, H, W) uint8 with torchvision's RAFT, run on both orders of each pair.
 
-    All pairs at once, but from 8 of 512x1024 on: it samples the correlations of each cell as an image of its own, of which cuDNN takes no more
-    than MOST_SAMPLED.
+    All pairs run at once if possible. From 8 pairs of 512x1024 on they are split: RAFT samples the correlations of each cell as an image
+    of its own, and cuDNN takes at most MOST_SAMPLED images.
     """
     cells = frames.shape[-2] // 8 * (frames.shape[-1] // 8)
     parts = -(-len(frames) // max(1, MOST_SAMPLED // cells))
@@ -183,13 +185,13 @@ def invert(views: Tensor) -> Tensor:
 
 
 def cut(image: Tensor, box: Tensor, size: int) -> Tensor:
-    """A subcrop at whole pixels, resized as torchvision does by default: bilinear, antialiased."""
+    """Cut a subcrop at whole pixels and resize it with torchvision's defaults: bilinear, antialiased."""
     x0, y0, x1, y1 = map(round, box.tolist())
     return resized_crop(image, y0, x0, y1 - y0, x1 - x0, [size, size], antialias=True)
 
 
 def flow_is_valid(forward: Tensor, backward: Tensor) -> Tensor:
-    """Forward-backward check of one direction (N, 2, H, W) -> (N, H, W) bool."""
+    """Forward-backward check of the flow of one direction (N, 2, H, W). Returns (N, H, W) bool."""
     height, width = forward.shape[-2:]
     y, x = torch.meshgrid(
         torch.arange(height, device=forward.device), torch.arange(width, device=forward.device), indexing="ij"
@@ -203,7 +205,7 @@ def flow_is_valid(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def draw_view(height: int, width: int) -> list[list[float]]:
-    """One view: rotation, scale, flip with p 0.5."""
+    """Draw one view: rotation, scale, and a flip with probability 0.5."""
     angle, scale = math.radians(random.uniform(-10, 10)), random.uniform(0.9, 1.1)
     cos, sin, flip = math.cos(angle) / scale, math.sin(angle) / scale, random.choice((-1, 1))
     return [[cos * flip, -sin * height / width, 0.0], [sin * width / height * flip, cos, 0.0]]
@@ -217,7 +219,7 @@ def draw_box(x: float, y: float, area: float, height: int, width: int) -> tuple[
 
 
 def draw_subcrops(flow: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Subcrops of a batch (arXiv 2408.11208, section 3), one after the other; the host reads the flow at each centre."""
+    """Draw the subcrops of a batch one by one (arXiv 2408.11208, section 3). The host reads the flow at each centre."""
     b, _, _, height, width = flow.shape
     low, high = recipe.subcrop_area
     cell = max(round(math.sqrt((low + high) / 2) * min(height, width)), 1)
@@ -249,7 +251,7 @@ class Blur(nn.Module):
     """
     Gaussian blur of an image (3, H, W) uint8 with a kernel of 10 % of the side.
 
-    OpenCV's, which is separable: 13 ms at 512x1024 on one core, where torchvision's takes 537 ms and would flatter us.
+    It uses OpenCV's separable blur, which takes 13 ms at 512x1024 on one core. torchvision's takes 537 ms and would flatter our step.
     """
 
     def __init__(self, height: int, width: int):
@@ -267,7 +269,7 @@ def photometric(height: int, width: int, torchvision_blur: bool = False) -> nn.M
     Photometric augmentation of one image (3, H, W) uint8 (arXiv 2408.11208, section 3), with torchvision's transforms.
 
     Args:
-        torchvision_blur: torchvision's GaussianBlur too, as one would write it, in place of the quicker one that we are held against.
+        torchvision_blur: use torchvision's GaussianBlur, the usual choice, instead of the faster `Blur` that our step is compared with.
     """
     blur = Blur(height, width)
     if torchvision_blur:
@@ -285,15 +287,15 @@ def photometric(height: int, width: int, torchvision_blur: bool = False) -> nn.M
 
 class ReferenceStep:
     """
-    One step of the reference in parts, to be timed beside `OurStep`.
+    One step of the reference, split into parts, for comparison with `OurStep`.
 
-    On a GPU the augmentation is left out: the released code does it in the loader's workers (benchmarks/loader.py measures it there).
+    On a GPU the step leaves out the augmentation, which the released code does in the loader's workers (benchmarks/loader.py measures it).
     """
 
     def __init__(self, recipe: Recipe):
         self.recipe = dataclasses.replace(recipe, bf16=False, torch_compile=False, gradient_checkpointing=False)
         accelerator = make_accelerator(self.recipe)
-        torch.set_float32_matmul_precision("highest")  # PyTorch's default, which the released code leaves as it is
+        torch.set_float32_matmul_precision("highest")  # PyTorch's default, which the released code does not change
         self.device = accelerator.device
         self.pair_flow, flow_module = build_flow(recipe.flow, recipe.flow_weights, recipe.flow_updates)
         self.raft = None
@@ -327,7 +329,7 @@ class ReferenceStep:
 
     @torch.no_grad()
     def draw(self, flow: Tensor) -> dict[str, Tensor]:
-        """Masks, views and subcrops of a batch."""
+        """Compute the masks and draw the views and subcrops of a batch."""
         b, _, _, height, width = flow.shape
         masks = [flow_is_valid(flow[:, k], flow[:, 1 - k]) for k in (0, 1)]
         inputs = {"flow": flow, "valid_mask": torch.stack(masks, dim=1), **draw_subcrops(flow, self.recipe)}
@@ -338,7 +340,7 @@ class ReferenceStep:
         return inputs
 
     def __call__(self, batch: dict | None = None) -> None:
-        """A step; `batch` may hold the flow of its frames."""
+        """Run a step on the synthetic frames. The flow is estimated, unless `batch` holds it."""
         clock = self.clock
         with clock.part("flow"):
             flow = self.estimate_flow() if batch is None else batch["flow"]

@@ -1,6 +1,6 @@
 """
-One training step: pairs a second, peak memory, FLOPs, and where the time goes; with --reference beside a plain step of the released
-code's behaviour (benchmarks/reference.py), in one run.
+One training step: pairs per second, peak memory, FLOPs, and where the time goes. With --reference, it is compared in the same run with a
+plain step that behaves like the released code (benchmarks/reference.py).
 
     python benchmarks/step.py --config street --reference
     python benchmarks/step.py --config bdd100k_r50 --crop_size 256 512 --bf16 false --flow dis --per_device_train_batch_size 2 --reference
@@ -9,10 +9,10 @@ code's behaviour (benchmarks/reference.py), in one run.
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_memory --reference
     python benchmarks/step.py --config bdd100k_r50 --flow dis --bf16 --count_work --reference   # minutes, 24 GiB
 
-Takes the flags of training/pretrain.py (its flow: dis, RAFT, or without the reference unflow). Frames are synthetic and lie on the
-device, so that neither the disk nor the decoder is measured (benchmarks/loader.py does that). Flow is part of both steps. The two take turns of a few steps, each in a process of its own, so
-that a disturbance of the machine hits both and each has a peak of memory of its own. On a CPU, "computing" is the processor time of the
-step, all threads added up: it holds on a busy machine too.
+Takes the flags of training/pretrain.py (its flow: dis or RAFT; unflow only without --reference). Frames are synthetic and already on the
+device, so that neither the disk nor the decoder is measured (benchmarks/loader.py does that). Both steps include the flow. They take turns
+of a few steps, each in its own process, so that a disturbance of the machine affects both and each has its own peak of memory. On a CPU,
+"computing" is the processor time of the step, summed over all threads; it is reliable on a busy machine too.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ PARTS = ("flow", "augmentation", "draws", "forward", "teacher", "backward", "opt
 
 
 def speed(contender: Contender, rows: list[dict], pairs: int) -> dict:
-    """Figures of one contender from the seconds of its steps."""
+    """Compute the figures of one contender from the seconds of its steps."""
     median, memory = medians(rows), contender.ask("memory")
     return {
         "pairs_per_second": pairs / median["wall"],
@@ -53,8 +53,10 @@ def speed(contender: Contender, rows: list[dict], pairs: int) -> dict:
 
 
 def details(contender: Contender, pairs: int, steps: int, kernels: bool) -> dict:
-    """Where its time goes, and what it computes: of `steps` further steps without the flow, and of a few in parts."""
-    rest = medians(contender.ask("without_flow", steps + 1)[1:])["step"]  # as in turns, the first does not count
+    """Measure where a contender's time goes and its FLOPs, from `steps` further steps without the flow and a few steps in parts."""
+    rest = medians(contender.ask("without_flow", steps + 1)[1:])[
+        "step"
+    ]  # as in `interleave`, the first does not count
     few = min(5, steps)
     parts = medians(contender.ask("exact", few))
     groups = contender.ask("kernels", few) if kernels else None
@@ -77,7 +79,7 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     if reference:
         try:
             contenders["reference"].ask("run", 1)
-        except RuntimeError as error:  # it needs five times the memory
+        except RuntimeError as error:  # the reference needs five times the memory
             print(f"without the reference: {error}", flush=True)
             contenders.pop("reference")
             reference = False
@@ -87,7 +89,7 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     ceiling = max(before, contenders["ours"].ask("ceiling"))
     pairs = recipe.per_device_train_batch_size
     result = {name: speed(contenders[name], rows[name], pairs) for name in contenders}
-    for name, found in result.items():  # at once: they hold whatever becomes of the rest
+    for name, found in result.items():  # printed at once, in case a later measurement fails
         figures = f"{found['pairs_per_second']:.2f} pairs/s, {found['peak_gib']:.2f} GiB at the peak"
         print(f"{name}: {figures}, median of {steps} steps", flush=True)
     for name, contender in contenders.items():
@@ -97,9 +99,8 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
     for contender in contenders.values():
         contender.close()
     result |= {**about, "steps": steps, "ceiling_tflops_per_second": ceiling / 1e12}
-    peak = (
-        HALF_PEAK if recipe.bf16 and has_the_peak(about["device"]) else None
-    )  # of a float32 step it would be meaningless
+    # For a float32 step this share would be meaningless.
+    peak = HALF_PEAK if recipe.bf16 and has_the_peak(about["device"]) else None
     result["share_of_ceiling"] = result["ours"]["model_tflops_per_second"] * 1e12 / ceiling
     result["share_of_bf16_peak"] = peak and result["ours"]["model_tflops_per_second"] * 1e12 / peak
     if reference:
@@ -114,7 +115,7 @@ def compare(recipe: Recipe, reference: bool, steps: int, warmup: int, kernels: b
 
 
 def has_the_peak(gpu: str) -> bool:
-    """Whether HALF_PEAK is that of a GPU of this name: the SXM modules; cards are slower, other GPUs have others."""
+    """Whether HALF_PEAK applies to a GPU of this name. It is the peak of the SXM modules; the PCIe and NVL cards are slower."""
     return any(name in gpu for name in GPUS) and not any(card in gpu for card in ("PCIe", "NVL"))
 
 
@@ -165,7 +166,7 @@ def report(recipe: Recipe, result: dict) -> None:
 
 
 def largest_batch(recipe: Recipe) -> int:
-    """The most pairs a step that run, found by doubling and halving the gap; every try is a process of its own."""
+    """Find the most pairs per step that run, by doubling and then bisection. Each try runs in its own process."""
     works, fails = 0, None
     while fails is None or fails - works > 1:
         pairs = max(1, 2 * works) if fails is None else (works + fails) // 2
@@ -175,7 +176,7 @@ def largest_batch(recipe: Recipe) -> int:
             contender.close()
             works = pairs
         except RuntimeError as error:
-            if not works and not isinstance(error, TooLarge):  # no size's fault
+            if not works and not isinstance(error, TooLarge):  # the size is not the cause
                 raise
             print(f"{pairs} pairs: {error}", flush=True)
             fails = pairs
@@ -184,12 +185,12 @@ def largest_batch(recipe: Recipe) -> int:
 
 
 def of_one_and_two_pairs(recipe: Recipe, reference: bool, what: str) -> Iterator[tuple[str, list]]:
-    """What our step of one pair and of two says when it is asked for `what`, then the reference's."""
+    """Yield each contender's name and its answers to the request `what`, for a step of one pair and of two; ours first."""
     for name, make in {"ours": OurStep, **({"reference": ReferenceStep} if reference else {})}.items():
         counts = []
         for pairs in (1, 2):
             contender = Contender(make, dataclasses.replace(recipe, per_device_train_batch_size=pairs))
-            contender.ask("run", 1)  # afterwards the optimizer has its moments
+            contender.ask("run", 1)  # so that the optimizer has its moments
             counts.append(contender.ask(what))
             contender.close()
         yield name, counts
@@ -197,8 +198,10 @@ def of_one_and_two_pairs(recipe: Recipe, reference: bool, what: str) -> Iterator
 
 def count_memory(recipe: Recipe, reference: bool) -> dict:
     """
-    GiB of our step's tensors, and of the reference's: `fixed`, of the model, the optimizer and what else does not grow, and `pair`, of one
-    pair more, from a step of one pair and a step of two; and how many pairs a GPU holds at most.
+    Count the GiB of a step's tensors, for our step and the reference's, and print and return them.
+
+    `fixed` is the memory of the model, the optimizer and all else that does not grow with the batch. `pair` is that of one more pair, from
+    a step of one pair and a step of two. For each GPU, the result also holds the most pairs that fit.
     """
     result = {}
     for name, counts in of_one_and_two_pairs(recipe, reference, "count"):
@@ -214,8 +217,10 @@ def count_memory(recipe: Recipe, reference: bool) -> dict:
 
 def count_work(recipe: Recipe, reference: bool) -> dict:
     """
-    What a step's operations move and multiply, `pair` of each pair and `step` whatever its pairs, and from these its bounds on GPUs by their
-    data sheets: with a kernel for each operation, and with products alone, as if all the rest were fused with them.
+    Count what a step's operations move and multiply, and derive lower bounds of its time on GPUs from their data sheets.
+
+    `pair` is the work of each pair, and `step` the work that does not depend on the number of pairs. One bound assumes a kernel for each
+    operation. Another counts only the products, as if all the rest were fused with them.
     """
     result, pairs = {}, recipe.per_device_train_batch_size
     for name, (one, two) in of_one_and_two_pairs(recipe, reference, "work"):

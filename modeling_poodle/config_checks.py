@@ -67,7 +67,6 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: a number exceeds `MAX_LAYERS` (fields that count layers, blocks, stages or depths) or `MAX_SIZE` (all others), or
             the config names code to be fetched and run (only a config as a whole may have an `auto_map`). The message names the field.
-
     """
 
     def look(value: Any, path: str, name: str) -> None:
@@ -151,6 +150,5 @@ MISSPELT = 0.8  # likeness from which one name counts as a misspelling of the ot
 
 def nearest(key: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """The text ` Did you mean 'x'?` for the name in `known` that is most like `key`, or an empty string if none reaches `likeness`."""
-
     found = difflib.get_close_matches(key, sorted(known), n=1, cutoff=likeness)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -391,7 +391,6 @@ def _refuse_stray(config: PreTrainedConfig, given: dict[str, Any]) -> None:
         if key.startswith("_") or key in passed or key not in vars(config):
             continue
         # The class has the fields and properties; the default config also has attributes computed at construction.
-
         if not hasattr(kind, key) and not hasattr(default, key):
             fields = {field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")}
             hint = nearest(key, {*fields, *kind.attribute_map, "out_features", "out_indices"})

@@ -66,7 +66,6 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
     @property
     def stride(self) -> int:
         """Stride of the coarsest level. The sides of the frames must be multiples of it."""
-
         return 2**self.num_levels
 
 

@@ -78,7 +78,6 @@ def linear(points: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     ):
         return F.linear(points, weight, bias)
     # The points become a batch of images of one row each: with one thread, PyTorch uses oneDNN only for batches of at least 16.
-
     count = points.shape[0]
     width = next((width for width in (64, 32, 16) if count % width == 0 and count >= 16 * width), count)
     image = points.unflatten(0, (-1, 1, width)).permute(0, 3, 1, 2)

@@ -171,7 +171,6 @@ def _still_statistics(block: nn.Module) -> Iterator[None]:
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         # Momentum 0 keeps the statistics, and batches are counted in a copy. (Not None, which PyTorch's SyncBatchNorm refuses.)
-
         norm.momentum = 0.0
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = norm.num_batches_tracked.clone()

@@ -84,7 +84,6 @@ def sweep_aside(folder: Path) -> None:
 @contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
     """Yield a temporary path for a new folder, which replaces `final` when the block ends without an error."""
-
     partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial

@@ -214,6 +214,5 @@ def crop_boxes(frames: Tensor, boxes: Tensor, frame_index: Tensor, size: int) ->
     rows = (own[:, :, None, :, None] * rows[:, :, :, None]).view(b, m * size, f * height)
     stacked = frames.permute(0, 1, 3, 2, 4).reshape(b, f * height, c * width)
     strips = (rows @ stacked).view(b, m, size * c, width)  # for each row of a crop, its channels one below the other
-
     columns = resize_weights(x0, x1, width, size).to(frames.dtype)  # (B, M, size, W)
     return (strips @ columns.transpose(-1, -2)).view(b, m, size, c, size).transpose(2, 3)

@@ -148,7 +148,6 @@ def load_encoder(name: str, weights: bool = True, timm_stages: int = 1) -> tuple
             vit = from_pretrained_whole(encoder_class, name, config=config, add_pooling_layer=False)
             return config, {f"vit.{key}": value for key, value in vit.state_dict().items()}
         # Not AutoBackbone.from_pretrained, which takes a local folder for a Hub id.
-
         return config, from_pretrained_whole(encoder_class, name, config=config).state_dict()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"{name!r} is no encoder that can be loaded: {error}") from error

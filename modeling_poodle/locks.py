@@ -57,7 +57,6 @@ def still_held(output_dir: Path) -> None:
 
     Raises:
         ValueError: the folder was removed and another run has begun in its place, even if that run has ended since.
-
     """
     path = output_dir / ".lock"
     if (held := _HELD.get(str(path))) is None:

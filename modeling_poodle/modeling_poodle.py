@@ -331,9 +331,8 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
     def _ask_encoder_for_stages(self) -> None:
         wanted = {*self.out_features, *self.config.decoder_inputs} - {"decoder"}
-        norms = getattr(
-            self.encoder, "hidden_states_norms", None
-        )  # ConvNeXt, Swin and others have a norm for each stage
+        # ConvNeXt, Swin and others have a norm for each stage.
+        norms = getattr(self.encoder, "hidden_states_norms", None)
         if isinstance(norms, nn.ModuleDict) and (missing := wanted - {*norms}):
             raise ValueError(
                 f"a {self.config.backbone_config.model_type!r} encoder has norms for the stages that were chosen when it was built, {[*norms]}, "
@@ -409,7 +408,6 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
         # long, because a byte cannot hold an ignore index such as -100.
-
         labels, ignored = labels.long(), self.config.semantic_loss_ignore_index
         kept = labels != ignored
         if self.config.num_labels > 1:
@@ -418,7 +416,6 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
             losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
             total = (losses * kept).sum()
         # The loss of a batch in which every label is ignored is 0: 0/0 would make all weights NaN.
-
         return total / kept.sum().clamp(min=1)
 
 

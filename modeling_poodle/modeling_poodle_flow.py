@@ -178,7 +178,6 @@ class PoodleFlowModel(PoodleFlowPreTrainedModel):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Features of images (N, 3, H, W) at strides 4, 8, ..., finest first. No level but the finest has a side below MIN_CELLS."""
-
         features = [self.encoder(images)]
         while len(features) < self.config.num_levels - 1 and min(features[-1].shape[-2:]) >= 2 * MIN_CELLS:
             images = F.avg_pool2d(images, 2)
@@ -192,7 +191,6 @@ def double(maps: Tensor) -> Tensor:
 
 def normalise(features: Tensor) -> Tensor:
     """Normalise each channel of features (N, C, h, w) over each image to mean 0 and standard deviation 1, in float32."""
-
     return F.instance_norm(features.float())
 
 

@@ -73,7 +73,6 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     no heads. Only the dense objective trains the decoder, so with `dense_weight` 0 there is no decoder, and the model's config has
     `num_decoder_blocks` 0.
 
-
     The teacher is a frozen copy of the student. Call [`~PoodleForPreTraining.update_teacher`] once after each optimizer step to move it.
     Its BatchNorm follows `train()` like the student's. `from_pretrained` reads a checkpoint of this class, or one of [`PoodleModel`], which
     becomes the student. Teacher weights that the checkpoint lacks are copied from the student.
@@ -268,7 +267,6 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
 
     def _check_inputs(self, pixel_values: Tensor, **others: Tensor | None) -> None:
         """Check shapes and dtypes, which are known without waiting for the device."""
-
         channels = self.config.num_channels
         shape = _shape(pixel_values)
         if shape is None or len(shape) != 5 or shape[1:3] != (2, channels):

@@ -46,7 +46,6 @@ def feature_std(features: Tensor) -> Tensor:
 
     It is 1 if the directions are uniform on the sphere, and 0 if the features have collapsed to one (Chen & He 2021).
 
-
     Args:
         features: (M, C).
     """

@@ -163,7 +163,6 @@ def sums_in_one_order(accelerator) -> bool:
 
 def log_plainly(accelerator) -> None:
     """Log all messages of the main process and errors of every process, without library messages about single requests or files."""
-
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # has its own handler: each line would be printed twice
     for name in ("httpx", "httpx2", "datasets", "fsspec"):  # the Hub client uses one of the first two, depending on its version
@@ -178,7 +177,6 @@ def refuse_sharding(accelerator) -> None:
     Raises:
         ValueError: Accelerate is configured for FSDP, DeepSpeed or the like.
     """
-
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(

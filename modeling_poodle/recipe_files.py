@@ -342,5 +342,4 @@ def run_script(main) -> None:
         if os.environ.get("POODLE_TRACEBACK"):
             raise
         # A MemoryError may have an empty message.
-
         raise SystemExit(f"error: {str(error) or type(error).__name__}") from None

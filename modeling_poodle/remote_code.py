@@ -44,7 +44,6 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
 
     Raises:
         ValueError: the architecture is one of PooDLe's that is not published, such as PoodleForPreTraining.
-
     """
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")

@@ -30,5 +30,4 @@ def upright_of(frame) -> tuple[int, bool]:
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     mirrored = a * d < b * c
     # FFmpeg computes the angle from the first row of the matrix, which mirroring reverses.
-
     return (turns + 2 * mirrored) % 4, mirrored
