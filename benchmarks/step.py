@@ -54,9 +54,8 @@ def speed(contender: Contender, rows: list[dict], pairs: int) -> dict:
 
 def details(contender: Contender, pairs: int, steps: int, kernels: bool) -> dict:
     """Measure where a contender's time goes and its FLOPs, from `steps` further steps without the flow and a few steps in parts."""
-    rest = medians(contender.ask("without_flow", steps + 1)[1:])[
-        "step"
-    ]  # as in `interleave`, the first does not count
+    # As in `interleave`, the first step does not count.
+    rest = medians(contender.ask("without_flow", steps + 1)[1:])["step"]
     few = min(5, steps)
     parts = medians(contender.ask("exact", few))
     groups = contender.ask("kernels", few) if kernels else None
