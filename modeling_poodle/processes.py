@@ -165,7 +165,8 @@ def log_plainly(accelerator) -> None:
     """Log all messages of the main process and errors of every process, without library messages about single requests or files."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # has its own handler: each line would be printed twice
-    for name in ("httpx", "httpx2", "datasets", "fsspec"):  # the Hub client uses one of the first two, depending on its version
+    # httpx, httpx2: the Hub client uses one of them, depending on its version.
+    for name in ("httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 
