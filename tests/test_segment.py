@@ -160,7 +160,7 @@ def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_
     kept = files()
     with pytest.raises(ValueError, match=r"run holds a finished evaluation of other values \(model\); choose another"):
         main(flags(shapes, run, tmp_path / "nothing", **values))
-    with pytest.raises(ValueError, match=r"of other values \(max_steps, save_steps, readout\)"):
+    with pytest.raises(ValueError, match=r"of other values \(max_steps, readout\)"):
         main(flags(shapes, run, model, readout="knn"))
     moved = model.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="no such model|holds no model"):
