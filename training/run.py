@@ -1,4 +1,4 @@
-"""A training run, whatever is trained: steps, logs, checkpoints, signals, and exact resumption."""
+"""The training loop of any model: steps, logs, checkpoints, signals, and exact resumption."""
 
 import dataclasses
 import json
@@ -36,53 +36,57 @@ logger = logging.getLogger("poodle")
 
 class Run(ABC):
     """
-    One training run of a model on videos: the state that a checkpoint holds, the loop, and what is written for people. By which step a model
-    is trained, and what is written of it, is a subclass's.
+    One training run of a model on videos: the loop, the state that a checkpoint holds, and the logs.
+
+    Subclasses define the objective, and what is logged and exported.
     """
 
     METRICS: tuple[str, ...]  # names of scalars that are averaged over a log window
-    LOGS = ("metrics.jsonl",)  # files of lines that have their step, cut back on resumption
-    WRITTEN: str  # what `output_dir` holds in the end, in words
-    LINE: str  # a logged step in words
+    LOGS = ("metrics.jsonl",)  # files with one line a step, cut back when a run is resumed
+    WRITTEN: str  # names of what `output_dir` holds at the end, for the log
+    LINE: str  # format of the line that is printed for a logged step
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
-        self.model, self.optimizer = model, optimizer  # not DDP's wrapper: for the teacher's update and files
-        self.compiled = [model]  # where the recipe says so
+        self.model, self.optimizer = model, optimizer  # without DDP's wrapper, which hides the teacher's update
+        self.compiled = [model]  # modules to compile, if the recipe asks for it
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
         self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
         self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
         self.health = Health(accelerator)
         self.signals = StopSignals(accelerator, timedelta(seconds=recipe.ddp_timeout))
         self.generator = torch.Generator(device=accelerator.device)
-        self.skipped: dict[str, str] = {}  # path and first reason
+        self.skipped: dict[str, str] = {}  # reason by path; the first reason of each
 
     @abstractmethod
     def objective(self, batch: dict) -> tuple[Any, dict, dict]:
-        """A batch of the loader -> (output with its loss, the model's inputs for the panel, further METRICS)."""
+        """Map a batch of the loader to (output with its loss, the model's inputs for the panel, further METRICS)."""
 
-    @abstractmethod
     def after_update(self) -> None:
-        """Once an optimizer step."""
+        """Called after each optimizer step."""
 
     @abstractmethod
     def figures(self, output) -> dict:
-        """What a line of metrics.jsonl says of the method: over this log window and all ranks."""
+        """Return the method's own fields of a line of metrics.jsonl, over this log window and all ranks."""
 
-    @abstractmethod
     def measure(self, last: bool) -> None:
-        """What is measured now and then beside the steps. `last`: after the run's last one."""
+        """Measure the model between steps, at intervals of the subclass' choice. `last`: this was the run's last step."""
 
     @abstractmethod
     def export(self) -> None:
-        """Write the folders of weights of this step, on the first process."""
+        """Write the folders of weights, on the first process."""
 
     @abstractmethod
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
         """Write a picture of this step, on the first process."""
 
     def run(self, checkpoint: Path | None) -> None:
-        """All of it. Raises SystemExit with RESUMABLE_EXIT_CODE where a signal asked it to stop."""
+        """
+        Train from the first step, or from a checkpoint, to the end.
+
+        Raises:
+            SystemExit: with RESUMABLE_EXIT_CODE if a signal stopped the run.
+        """
         with faults_in_words(self.recipe, self.loader.workers):
             self.accelerator.wait_for_everyone()
             self.open(checkpoint)
@@ -96,7 +100,12 @@ class Run(ABC):
             raise SystemExit(stopping.RESUMABLE_EXIT_CODE)
 
     def load(self, checkpoint: Path) -> None:
-        """This rank's state. Raises ValueError where the checkpoint cannot be read."""
+        """
+        Restore this rank's state.
+
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
         own, inexact = self.rank_state(), self.recipe.resume_inexact
         self.step, state = load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer, own, inexact)
         self.loader.load_state_dict(state["loader"], inexact)
@@ -110,9 +119,9 @@ class Run(ABC):
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            # On all ranks before rank 0 puts aside what is of later steps: where one cannot read its part, the folder stays as it is.
+            # All ranks load before rank 0 moves later files aside: if one rank cannot read its part, the folder stays as it is.
             on_all(self.accelerator, lambda: self.load(checkpoint))
-            which = sha256_of([checkpoint / CHECKSUMS])[:12]  # each machine may have been given a path of its own
+            which = sha256_of([checkpoint / CHECKSUMS])[:12]  # the path may differ between machines
             same_on_all(self.accelerator, "checkpoint", f"step {self.step}, checksums {which}")
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
@@ -160,8 +169,8 @@ class Run(ABC):
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
-        if self.step >= self.max_steps:  # killed after its last checkpoint, perhaps before these were written
-            self.hand_out()
+        if self.step >= self.max_steps:  # the run was killed after its last checkpoint, perhaps before its exports
+            self.export_and_push()
         while self.step < self.max_steps:
             last = self.step + 1 == self.max_steps
             output, inputs, batch = self.train_step(batches)
@@ -174,7 +183,7 @@ class Run(ABC):
                 if self.step % recipe.panel_steps == 0 or self.step == 1 or last:
                     self.save_panel(batch, inputs, output)
             self.measure(last)
-            del output, inputs, batch  # or they would stay in memory beside the next step's
+            del output, inputs, batch  # otherwise they would stay in memory during the next step
             stop = self.signals.agreed()
             if self.step % recipe.save_steps == 0 or last or stop:
                 self.save()
@@ -183,7 +192,7 @@ class Run(ABC):
         progress.close()
 
     def train_step(self, batches):
-        """One optimizer step."""
+        """Take one optimizer step."""
         rate = learning_rate(
             self.step, self.max_steps, self.warmup, self.recipe.learning_rate, self.recipe.min_learning_rate
         )
@@ -197,7 +206,7 @@ class Run(ABC):
                 output, inputs, more = self.objective(batch)
                 self.accelerator.backward(output.loss / micro_steps)
             self.accumulate(output, batch, **more)
-            if micro_step + 1 < micro_steps:  # or they would stay in memory beside the next micro-step's
+            if micro_step + 1 < micro_steps:  # otherwise they would stay in memory during the next micro-step
                 del output, inputs, batch
         self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
@@ -212,19 +221,19 @@ class Run(ABC):
         return batch
 
     def seed(self, micro_step: int) -> None:
-        """A seed of its own for the draws of every micro-step and rank: a resumed run draws what an uninterrupted one would."""
+        """Seed the draws of this micro-step and rank, so that a resumed run draws the same numbers as an uninterrupted one."""
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         seed = (self.recipe.seed * 1_000_003 + number) * ranks + rank
         self.generator.manual_seed(seed)
-        # A GPU's own generator, of which checkpoints hold nothing, is drawn from by encoders that drop paths (Swin, ConvNeXt).
+        # Encoders with stochastic depth (Swin, ConvNeXt) draw from the GPU's global generator, which is in no checkpoint.
         if self.accelerator.device.type != "cpu":
-            # With another seed: from the same numbers, which paths are dropped would depend on which images are jittered.
+            # A different seed: with the same numbers, the dropped paths would depend on the photometric augmentation.
             torch.get_device_module(self.accelerator.device).manual_seed(seed + (1 << 62))
 
     @torch.no_grad()
     def accumulate(self, output, batch, **more) -> None:
-        """Add to the sums of this log window, on the device: the host does not wait. METRICS are of `output` and of `more`."""
+        """Add the METRICS, found in `output` and `more`, to the sums of this log window. The host does not wait for the device."""
         zero = output.loss.new_zeros(())
         found = {**vars(output), **more}
         values = [found[name] for name in self.METRICS]
@@ -234,7 +243,7 @@ class Run(ABC):
         self.name_skipped(batch["skipped"])
 
     def name_skipped(self, found: list[tuple[str, str]]) -> None:
-        """A file is named once in a run, by its first reason: other frames of it can be damaged otherwise."""
+        """Log each skipped file once in a run, with its first reason (other frames of it may fail for other reasons)."""
         for path, reason in found:
             if path not in self.skipped:
                 self.skipped[path] = reason
@@ -242,7 +251,7 @@ class Run(ABC):
                     logger.warning("skipped %s: %s", path, reason)
 
     def share_skipped(self) -> None:
-        """Each rank's workers skip files of their own; from here on every rank knows of all."""
+        """Tell every rank which files the workers of the others have skipped."""
         if self.accelerator.num_processes > 1:
             self.name_skipped([entry for found in gather_object([self.skipped]) for entry in found.items()])
 
@@ -280,7 +289,7 @@ class Run(ABC):
             self.accelerator.log(numbers, step=self.step)
 
     def window_means(self, *more: torch.Tensor) -> list[float]:
-        """Means of METRICS over this log window and all ranks, then of `more` over the ranks."""
+        """Return the means of METRICS over this log window and all ranks, followed by the means of `more` over the ranks."""
         window = (self.step - 1) % self.recipe.logging_steps + 1
         sums = self.sums / window
         return self.accelerator.reduce(torch.cat([sums, *(value[None] for value in more)]), reduction="mean").tolist()
@@ -291,13 +300,13 @@ class Run(ABC):
     def save(self) -> None:
         self.health.stop_if_not_finite()
         on_main(self.accelerator, self.before_saving)
-        self.share_skipped()  # what a checkpoint has is not named again
+        self.share_skipped()  # files in a checkpoint are not named again when the run is resumed
         state, doubtful = self.rank_state(), self.health.doubtful
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
-        self.hand_out()
+        self.export_and_push()
 
     def rank_state(self) -> dict:
-        """What this rank needs, besides weights and moments, to go on."""
+        """Return what this rank needs to resume, besides weights and moments."""
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
         return state | {"skipped": self.skipped, **self.health.state_dict()}
 
@@ -306,10 +315,10 @@ class Run(ABC):
         self.health.refuse_bad_weights(self.model, self.optimizer)
         for log in (self.output_dir / name for name in self.LOGS):
             if log.exists():
-                sync_file(log)  # lines up to a checkpoint's step must outlive a power cut as it does
+                sync_file(log)  # the lines up to a checkpoint must survive a power cut if the checkpoint does
 
-    def hand_out(self) -> None:
-        """The folders of weights of this step, and to the Hub where that was asked for."""
+    def export_and_push(self) -> None:
+        """Write the folders of weights, and push them to the Hub if the recipe asks for it."""
         on_main(self.accelerator, self.export)
         if self.publisher is not None:
             self.publisher.submit(self.step)

@@ -85,22 +85,18 @@ class FlowRun(Run):
     def figures(self, output) -> dict:
         return dict(zip(self.METRICS, self.window_means()))
 
-    def after_update(self) -> None:
-        """There is no teacher."""
-
-    def measure(self, last: bool) -> None:
-        """There is no readout of flow during a run."""
-
     def export(self) -> None:
-        """model/."""
+        """Write model/."""
         export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)
 
     @torch.no_grad()
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
-        """Up to four pairs, a row each: both frames, both flows, and the earlier frame without what is hidden in the later one."""
+        """Draw up to four pairs, one a row: both frames, both flows, and the earlier frame with the pixels hidden in the later one blacked out."""
         frames = batch["frames"][:4].to(self.accelerator.device)
         with self.accelerator.autocast():
-            flow = self.model.forward(frames.float() / 255).flow  # itself: another batch size would be compiled anew
+            flow = self.model.forward(
+                frames.float() / 255
+            ).flow  # not the compiled module, which would be compiled anew for this batch size
         seen = frames[:, 0] * visible_mask(flow)[:, 0, None]
         rows = [
             torch.cat([*pair, *map(flow_to_rgb, flows), rest], dim=2).cpu()

@@ -1,10 +1,11 @@
 """
-Videos -> batches of frame pairs, streamed, sharded over ranks and workers, and resumable to the bit.
+Stream batches of frame pairs from videos, sharded over ranks and workers, resumable bit for bit.
 
-An opening is one video in one epoch; it gives `pairs_per_video` pairs. A shard is a group of openings whose pairs take turns, so
-that the pairs of a batch come from different videos: BatchNorm and the pooled objective would see one scene otherwise. Several
-epochs' shuffled openings lie one behind the other in a span (so that workers are rarely restarted, and so that more ranks or workers
-than videos all have work); each shard belongs to one worker of one rank, so no two processes ever see the same (video, epoch, repeat).
+An *opening* is one video in one epoch; it gives `pairs_per_video` pairs. A *shard* is a group of openings whose pairs are interleaved, so
+that the pairs of a batch come from different videos. Otherwise BatchNorm and the pooled objective would see a single scene. A *span* is
+the sequence of the shuffled openings of several epochs. It is long, so that workers are rarely restarted, and so that all ranks and
+workers have work even if there are fewer videos. Each shard belongs to one worker of one rank, so no two processes ever see the same
+(video, epoch, repeat).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +25,19 @@ from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 from training.workers import Workers, note
 
-# Least openings of a span in all, and for each worker of all ranks: at its end workers are forked anew, and each decodes a group before its
-# first batch.
+# Minimum number of openings in a span, in total and for each worker of each rank. After a span the workers are forked again, and each
+# decodes a whole group before its first batch.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
-PAIRS_HELD = 64  # by a worker, decoded: 200 MB at 512x1024; recipes bound the pairs of an opening by half of it
+PAIRS_HELD = (
+    64  # decoded pairs that a worker holds: 200 MB at 512x1024. Recipes limit the pairs of an opening to half of this.
+)
 
 
 # --- pairs of one video ---
 
 
 def reasons_to_skip(paths: Sequence[str], sampling: PairSampling) -> Iterator[tuple[str, str]]:
-    """Each path with "path: reason" where it cannot be used, and with "" where it can."""
+    """Yield (path, "path: reason") for each video that cannot be used, and (path, "") for the others."""
     for path, found in indices_in_subprocess(paths):
         try:
             if isinstance(found, UnreadableVideo):
@@ -46,7 +49,7 @@ def reasons_to_skip(paths: Sequence[str], sampling: PairSampling) -> Iterator[tu
 
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
-    """The pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
+    """Yield the pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
 
     def read(index: VideoIndex, video: OpenVideo | None):
         pairs = plan_pairs(index, sampling, epoch, path)
@@ -57,7 +60,7 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
     kept = 0
     for number, (earlier, _) in enumerate(pairs):
         both, when = pictures[2 * number : 2 * number + 2], times[2 * number : 2 * number + 2]
-        # Where times are estimated from a header, other frames may come than were planned: in videos with holes, and at their ends.
+        # If times were estimated from a header, the decoded frames may not be the planned ones: around holes, and at the end of a video.
         if not index.exact and (both[0] is None or both[1] is None or not is_within(when, index, sampling)):
             continue
         yield {
@@ -76,29 +79,29 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
 
 
 def generate_pairs(paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
-    """The generator behind the stream. `paths` are the shards, groups of (epoch, path); the pairs of a group's videos take turns."""
+    """Yield the samples of the stream. `paths` are the shards: groups of (epoch, path), whose pairs are interleaved."""
     for group in paths:
         for samples in zip_longest(*(readable_pairs(path, sampling, epoch, pair_flow) for epoch, path in group)):
             for sample in samples:
-                if sample is None:  # of a video that was skipped, or broke off
+                if sample is None:  # the video was skipped, or ended early
                     continue
-                # `datasets` calls this anew for every shard: what was skipped waits in the process for the next sample.
+                # `datasets` calls this function for every shard, so skipped files wait in a variable of the process for the next sample.
                 sample["skipped"] = _PENDING[:]
                 _PENDING.clear()
                 yield sample
 
 
 def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None) -> Iterator[dict]:
-    """The pairs of one opening with their flow; a bad file, of the video or of its flow, ends it, and is handed on with the next sample."""
+    """Yield the pairs of one opening with their flow. An unusable video or flow file ends the opening and is reported with the next sample."""
     note(path)
     try:
         for sample in video_pairs(path, sampling, epoch):
             if pair_flow is not None:
-                note(path)  # others have had their turn
+                note(path)  # again: other videos were decoded meanwhile
                 pair_flow(sample)
             yield sample
     except UnreadableVideo as error:
-        # Not logged: workers are many, and begin anew at each span. The run names what it has not named yet.
+        # Not logged here, because there are many workers, started anew for each span. The run logs each file once.
         _PENDING.append((printable(video_name(path)), printable(str(error))))
 
 
@@ -116,8 +119,8 @@ def collate(samples: list[dict]) -> dict:
         else:
             batch[name] = torch.tensor(values) if isinstance(values[0], int) else values
     if torch.utils.data.get_worker_info() is not None:
-        # Here, where a lack of shared memory is an error that arrives; in the queue's own thread it would be dropped, and the
-        # training process wait for ever.
+        # Moved to shared memory here, where a lack of it raises an error that reaches the training process. In the queue's own thread the
+        # error would be dropped, and the training process would wait for ever.
         for value in batch.values():
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
@@ -126,20 +129,23 @@ def collate(samples: list[dict]) -> dict:
 
 class PairLoader:
     """
-    Batches of pairs, forever.
+    Iterates over batches of pairs without end.
 
-    A batch: `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) seconds; `crop` (B, 4) xyxy in the video's own
-    pixels; `epoch`, `repeat` (B,); `video` list of names; `skipped` list of (path, reason); and what `pair_flow` adds: `flow`
-    (B, 2, 2, H, W) float16 and, where it is known, `valid_mask` (B, 2, H, W) bool.
+    A batch holds `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) in seconds; `crop` (B, 4) xyxy in the video's own
+    pixels; `epoch` and `repeat` (B,); `video`, a list of names; `skipped`, a list of (path, reason); and what `pair_flow` adds: `flow`
+    (B, 2, 2, H, W) float16 and, if it is known, `valid_mask` (B, 2, H, W) bool.
 
-    `state_dict()` after any batch, JSON-able, and `load_state_dict()` before iterating go on bit for bit.
+    `state_dict()` can be called after any batch and is JSON-serialisable. After `load_state_dict()`, iterating continues bit for bit.
 
     Args:
-        paths: the videos, as [`~training.video_sources.find_videos`] gives them. batch_size: pairs. num_workers: decoding processes of this rank.
+        paths: the videos, as [`~training.video_sources.find_videos`] returns them.
+        batch_size: pairs.
+        num_workers: decoding processes of this rank.
         pair_flow: callable that adds the flow to a sample, in the worker.
 
-    Its `epochs`, where it is set before iterating, is the number of epochs whose pairs are drawn: later ones draw those of `epoch % epochs`
-    again, in an order of their own. `estimator`: what computed the flow that is read from files, by which a resumed stream knows it again.
+    Attributes, to be set before iterating:
+        epochs: number of epochs with different pairs. Later epochs repeat the pairs of `epoch % epochs`, in a new order. `None`: no limit.
+        estimator: description of the flow that is read from files; a stream is resumed only with the same one.
     """
 
     def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
@@ -151,9 +157,10 @@ class PairLoader:
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
         self.workers = Workers(num_workers)
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
-        # As many videos take turns as a batch has pairs, so that no two are of one opening; fewer where memory does not allow it.
+        # One video for each pair of a batch, so that no two pairs come from one opening; fewer if memory does not allow it.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
-        # A multiple of the lanes, or `datasets` would let every rank read everything; enough pairs for a batch in each lane.
+        # The number of shards is a multiple of the lanes; otherwise `datasets` would let every rank read all of them. Each lane has enough
+        # pairs for a batch.
         wanted = max(
             OPENINGS_PER_SPAN, OPENINGS_PER_LANE * lanes, lanes * -(-2 * batch_size // pairs), len(self.paths)
         )
@@ -164,14 +171,14 @@ class PairLoader:
         return len(self.paths) * self.sampling.pairs_per_video
 
     def epochs_seen(self, batches: int) -> int:
-        """Epochs of which `batches` batches of each rank have pairs; more than their number says, since whole groups take turns."""
+        """Return how many epochs `batches` batches of each rank reach into. Groups are interleaved, so it may exceed pairs / pairs_per_epoch."""
         lane_pairs = -(-batches // max(self.num_workers, 1)) * self.batch_size
         groups = -(-lane_pairs // (self._group * self.sampling.pairs_per_video))
         openings = groups * self._group * self.world_size * max(self.num_workers, 1)
         return -(-openings // len(self.paths))
 
     def openings(self, span: int) -> list[tuple[int, str]]:
-        """(epoch, path) of a span, all ranks. Epoch after epoch, each shuffled by its own seed."""
+        """Return the (epoch, path) of a span, for all ranks: epoch after epoch, each shuffled with its own seed."""
         begin, end, n = span * self._openings_per_span, (span + 1) * self._openings_per_span, len(self.paths)
         openings = []
         for epoch in range(begin // n, -(-end // n)):
@@ -182,7 +189,7 @@ class PairLoader:
         return openings[offset : offset + self._openings_per_span]
 
     def shards(self, span: int) -> list[tuple[tuple[int, str], ...]]:
-        """The openings of a span in groups whose pairs take turns."""
+        """Return the openings of a span in groups whose pairs are interleaved."""
         openings = self.openings(span)
         return [tuple(openings[i : i + self._group]) for i in range(0, len(openings), self._group)]
 
@@ -198,16 +205,17 @@ class PairLoader:
             collate_fn=collate,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
-            # Its own, or each start of the workers would move the global generator, which dropout draws from, and a resumed run's differ.
+            # Its own generator. Otherwise each start of the workers would advance the global one, from which dropout draws, and a resumed
+            # run would differ.
             generator=torch.Generator(),
-            # fork (spawn costs each worker the import of torch): PyAV and OpenCV are opened in the workers alone.
+            # fork, because with spawn each worker would import torch. PyAV and OpenCV are used in the workers only.
             multiprocessing_context="fork" if self.num_workers else None,
             worker_init_fn=self.workers.start,
             prefetch_factor=4 if self.num_workers else None,
         )
 
     def __iter__(self) -> Iterator[dict]:
-        _PENDING.clear()  # of another stream in this process
+        _PENDING.clear()  # left by another stream in this process
         while True:
             self._loader = self._make_loader()
             if self._restored is not None:
@@ -233,7 +241,7 @@ class PairLoader:
     def state_dict(self) -> dict:
         return {
             "span": self.span,
-            "openings": (self.span + 1) * self._openings_per_span,  # an inexact resumption reads none of these again
+            "openings": (self.span + 1) * self._openings_per_span,  # an inexact resumption begins behind these
             "num_workers": self.num_workers,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
@@ -245,11 +253,13 @@ class PairLoader:
 
     def load_state_dict(self, state: dict, inexact: bool = False) -> None:
         """
+        Continue the stream at a saved state.
+
         Args:
-            inexact: with other workers, ranks or batches, or where another rank is in a later span, begin with openings that no rank has seen.
+            inexact: if workers, ranks or batches have changed, or another rank is in a later span, begin at openings that no rank has seen.
 
         Raises:
-            ValueError: other workers, ranks, batches, videos or flow than the run's: the stream would not be the same.
+            ValueError: the stream would differ, because workers, ranks, batches, videos or flow have changed.
         """
         own, behind = self.state_dict(), -(-state["openings"] // self._openings_per_span)
         if own["estimator"] != state["estimator"]:
@@ -277,7 +287,7 @@ class PairLoader:
                 f"cannot resume the stream exactly: {what} was {state[name]}, now {own[name]}; go on with --resume_inexact true"
             )
         if state["openings"] != (state["span"] + 1) * self._openings_per_span:
-            if inexact:  # also of a rank whose span is before another's, with the same workers (see `read_rank_state`)
+            if inexact:  # also if this rank's span is before another rank's (see `read_rank_state`)
                 self.span = behind
                 return
             raise ValueError(
