@@ -62,6 +62,7 @@ class Run(ABC):
     def objective(self, batch: dict) -> tuple[Any, dict, dict]:
         """Map a batch of the loader to (output with its loss, the model's inputs for the panel, further METRICS)."""
 
+    @abstractmethod
     def after_update(self) -> None:
         """Called after each optimizer step."""
 
@@ -69,6 +70,7 @@ class Run(ABC):
     def figures(self, output) -> dict:
         """Return the method's own fields of a line of metrics.jsonl, over this log window and all ranks."""
 
+    @abstractmethod
     def measure(self, last: bool) -> None:
         """Measure the model between steps, at intervals of the subclass' choice. `last`: this was the run's last step."""
 

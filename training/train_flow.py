@@ -85,6 +85,12 @@ class FlowRun(Run):
     def figures(self, output) -> dict:
         return dict(zip(self.METRICS, self.window_means()))
 
+    def after_update(self) -> None:
+        """Do nothing: there is no teacher."""
+
+    def measure(self, last: bool) -> None:
+        """Do nothing: flow is not measured during a run."""
+
     def export(self) -> None:
         """Write model/."""
         export_flow(self.model, self.recipe, self.step, self.accelerator.num_processes)
