@@ -1,4 +1,4 @@
-"""What is known of a video before its frames are decoded: their times, where decoding can begin, their size. PyAV."""
+"""Index a video with PyAV: the times of its frames, where decoding can begin, and their size, without decoding them."""
 
 import contextlib
 import functools
@@ -17,8 +17,8 @@ from training.addresses import is_remote
 from training.mov_tables import track
 from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video, words
 
-MAX_FRAMES = 5_000_000  # of a video: 23 hours at 60 a second
-# Of all indices that a process keeps, some 16 bytes each, keyframes another time: 4,000 videos of 40 s at 30 a second.
+MAX_FRAMES = 5_000_000  # of one video: 23 hours at 60 frames a second
+# Frames of all the indices that a process keeps: 4,000 videos of 40 s at 30 frames a second. A frame takes some 16 bytes, a keyframe twice that.
 FRAMES_KEPT = 10_000_000
 
 
@@ -32,12 +32,12 @@ class VideoIndex:
         times: the same in seconds from the stream's start.
         keyframes: pts at which decoding can begin, ascending.
         seek_points: for each of them, the time stamp to seek to.
-        exact: the pts are the file's own; False where they were estimated from the header (remote files without tables that tell).
+        exact: whether the pts are the file's own. If not, they were estimated from the header (remote files without usable tables).
         height, width: as displayed, after rotation.
         quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after it was mirrored.
-        version: what tells the file from a later one in its place (size and time, or what the server says of it).
-        stated: all of this is what the tables of a MOV or MP4 say, which its frames need not keep to.
-        mirrored: the coded frame is displayed with left and right exchanged.
+        version: identifies this state of the file: its size and time of change, or what its server says.
+        stated: whether all this was read from the tables of a MOV or MP4, which may differ from the frames themselves.
+        mirrored: whether left and right of the coded frame are exchanged for display.
     """
 
     pts: array
@@ -53,7 +53,7 @@ class VideoIndex:
     mirrored: bool = False
 
     def same_as(self, other: "VideoIndex") -> bool:
-        """Whether the same would be read by both."""
+        """Return whether both indices would read the same frames."""
         names = ("pts", "keyframes", "seek_points", "exact", "height", "width", "quarter_turns", "mirrored")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
@@ -65,7 +65,7 @@ class VideoIndex:
 
 @contextlib.contextmanager
 def explained():
-    """Whatever FFmpeg, PyAV or the arithmetic on a file's own numbers raises on a damaged file, as the reason to skip it."""
+    """Turn the errors that a damaged file causes, in FFmpeg, PyAV or arithmetic on its numbers, into the reason to skip the file."""
     try:
         yield
     except UnreadableVideo:
@@ -84,22 +84,22 @@ def video_stream(container):
     _check_size(stream.codec_context)
     if stream.frames > MAX_FRAMES:
         raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
-    # The frames may turn out other than the header says.
+    # Checked again by the decoder, because frames may be larger than the header says.
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    # One thread: the loader's workers are the parallelism, and skip_frame acts on the very packet it was set for.
+    # One thread, because the loader's workers already run in parallel, and because skip_frame then acts on the packet for which it is set.
     stream.codec_context.thread_count = 1
     return stream
 
 
 def _check_size(picture) -> None:
-    if not picture.width or not picture.height:  # also what FFmpeg makes of some sizes over its limit
+    if not picture.width or not picture.height:  # FFmpeg also reports no size for some that exceed its limit
         raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
     if picture.width * picture.height > MAX_PIXELS:
         raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
 
 
 class _KeptIndices:
-    """[`read_index`] that keeps those asked for last, up to FRAMES_KEPT frames in all."""
+    """A cache of [`read_index`]: it keeps the indices used last, up to FRAMES_KEPT frames in total."""
 
     def __init__(self, make):
         functools.update_wrapper(self, make)
@@ -129,16 +129,18 @@ class _KeptIndices:
 
 
 def _weight(index: VideoIndex) -> int:
-    return 1000 + len(index.pts) + len(index.keyframes)  # and what an index takes without them
+    return 1000 + len(index.pts) + len(index.keyframes)  # 1000: an index without its frames
 
 
 def read_index(source: str, whole: bool = False) -> VideoIndex:
     """
-    Index of a video. A MOV or MP4 has all of it in its tables, so that nothing but these and three packets is read of it. Of others, local
-    files are demuxed once (no decoding) for their exact time stamps; of remote ones only the header and the first frame are read.
+    Read the index of a video.
+
+    Of a MOV or MP4, only its tables and three packets are read. Other local files are demuxed once, without decoding, for their exact time
+    stamps. Of other remote files, only the header and the first frame are read, and the times are estimated.
 
     Args:
-        whole: whatever the tables say.
+        whole: ignore the tables.
 
     Raises:
         UnreadableVideo: with the reason.
@@ -183,18 +185,22 @@ def _index_of(video: OpenVideo, source: str, whole: bool = False) -> VideoIndex:
 
 
 index_video = _KeptIndices(read_index)
-# Files whose tables turned out to be true: a large one that is damaged is not read from end to end for each damage.
+# Files whose tables were found to be correct, so that a large damaged file is not read from end to end at every damaged frame.
 _CONFIRMED: set[tuple[str, tuple]] = set()
 
 
 def by_index(source: str, use):
     """
-    What `use(index, video)` makes of a video's index; where that fails by one that the tables gave, of one that the whole file gives, if it is
-    another. So whatever a process has read before, a file gives the same. `video` is what the index was read of, still open, where nothing was
-    decoded for it, or `None`: a file that is new is opened once (0.3 to 0.7 ms, and a remote one's first requests).
+    Return `use(index, video)` for a video's index.
+
+    If `use` fails with an index from the tables, the whole file is indexed, and if that index differs, `use` is tried once more. So a file
+    gives the same result, whatever the process has read before.
+
+    `video` is the open file if the index was just read without decoding, else `None`. So a new file is opened only once, which saves 0.3 to
+    0.7 ms, or the first requests for a remote file.
 
     Raises:
-        UnreadableVideo: of `use`, or of the whole file.
+        UnreadableVideo: `use` or reading the whole file failed.
     """
     with contextlib.ExitStack() as stack:
         video, index = None, index_video.kept.get(source)
@@ -202,11 +208,11 @@ def by_index(source: str, use):
             video = stack.enter_context(open_video(source))
             index = _index_of(video, source)
             index_video.keep(source, index)
-            if moving(video.container)[0].codec_context.is_open:  # frames were decoded for it
+            if moving(video.container)[0].codec_context.is_open:  # frames were decoded for the index
                 stack.close()
                 video = None
         else:
-            index_video.kept.move_to_end(source)  # what was used last stays the longest
+            index_video.kept.move_to_end(source)  # the cache keeps what was used last
         try:
             return use(index, video)
         except UnreadableVideo as error:
@@ -222,7 +228,7 @@ def by_index(source: str, use):
 
 
 def _first_picture(container, stream) -> av.VideoFrame:
-    # AVI has no presentation times: for B frames of H.264 they are guessed in the order of decoding, as the first frames show.
+    # AVI stores no presentation times. With B frames of H.264, FFmpeg guesses them in decoding order; the first frames show whether it did.
     avi = container.format.name == "avi"
     shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
     if not shown:
@@ -234,7 +240,11 @@ def _first_picture(container, stream) -> av.VideoFrame:
 
 
 def _first_frame(container, stream) -> list[av.VideoFrame]:
-    """The first frame, or none. A keyframe at the start is enough for it: a decoder else waits for the frames that could be shown before."""
+    """
+    Decode the first frame, if there is one.
+
+    If the first packet is a keyframe, it is flushed out of the decoder, which otherwise waits for frames that might be shown before it.
+    """
     packet = next(container.demux(stream))
     frames = packet.decode()
     if not frames and packet.is_keyframe:
@@ -246,22 +256,26 @@ def _first_frame(container, stream) -> list[av.VideoFrame]:
 
 
 def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
-    """All time stamps, ascending, and for each that decoding can begin at, where to seek to for it. Keeps no packet: they are the file."""
-    # What a demuxer seeks by: the presentation in these, the decoding order (dts) elsewhere (MPEG-TS, FLV, AVI, ...).
+    """
+    Read all time stamps, ascending, and for each keyframe's pts the time stamp to seek to.
+
+    Packets are not kept, because together they are as large as the file.
+    """
+    # Demuxers of these two formats seek by presentation times, the others (MPEG-TS, FLV, AVI, ...) by decoding times.
     by_pts = container.format.name.startswith(("mov", "matroska"))
     pts, keyframes, latest = set(), {}, None
-    # Muxers and FFmpeg's guesses may put the times of decoding out of order, but by no more than decoders hold frames back.
+    # Decoding times may be out of order, from muxers or FFmpeg's guesses, but by no more than the frames that a decoder holds back.
     disorder = max(1, 16 / (stream.average_rate or 25)) / stream.time_base
     for packet in container.demux(stream):
         deadline.check()
         if packet.pts is None or not packet.size:
             continue
-        # Before the cut of `ffmpeg -ss … -c copy` packets are to be discarded: decoded for the frames after it, and never shown.
+        # `ffmpeg -ss … -c copy` keeps packets before the cut that are decoded for later frames but never shown.
         if not packet.is_discard:
             pts.add(packet.pts)
             if packet.dts is not None:
                 latest = packet.dts if latest is None else max(latest, packet.dts)
-                if packet.dts < latest - disorder:  # one time would be that of two frames
+                if packet.dts < latest - disorder:  # two frames would have the same time
                     raise UnreadableVideo(
                         f"has time stamps that begin anew after {len(pts)} frames (files joined end to end?): cut it there, or re-mux it"
                     )
@@ -270,7 +284,7 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         _check_count(len(pts))
     if not pts:
         raise UnreadableVideo("has no frames with time stamps")
-    # To its first keyframe: to 0, before it, FFmpeg does not seek in an FLV whose video begins later than its sound.
+    # To the first keyframe, not to 0: FFmpeg cannot seek to 0 in an FLV whose video begins after its sound.
     container.seek(min(keyframes.values(), default=0), stream=stream)
     return array("q", sorted(pts)), dict(sorted(keyframes.items()))
 
@@ -282,8 +296,10 @@ def _check_count(frames: int) -> None:
 
 def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, dict[int, int]] | None:
     """
-    The same from the index that FFmpeg made of a MOV's tables, which has the times of decoding, and the tables' offsets from these. None
-    where they do not fit one another, or the media data is not all there; the first packets are asked whether they agree.
+    Return the same as [`_read_pts`], from the index that FFmpeg made of a MOV's tables.
+
+    FFmpeg's index has the decoding times; `offsets` leads from these to the presentation times. `None` if the two do not fit each other, if
+    media data is missing, or if the first packets disagree.
     """
     entries = stream.index_entries
     if len(entries) != len(offsets) or not len(offsets):
@@ -302,9 +318,9 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
         return None
     first = [packet for packet in itertools.islice(video.container.demux(stream), 3) if packet.size]
     video.container.seek(0)
-    # All times of decoding are earlier by one number than the tables have them, by which none is later than its presentation.
+    # FFmpeg shifts all decoding times by one number, so that none is later than its frame's presentation time.
     shifts = {packet.pts - packet.dts - int(offset) for packet, offset in zip(first, offsets)}
-    # Parsers know keyframes by themselves: a table that is not there makes all frames keyframes.
+    # Compared with the packets, whose keyframes a parser finds: without a table of keyframes, every frame would count as one.
     told = [(packet.dts, packet.is_keyframe) for packet in first]
     if len(shifts) != 1 or told != [(row["dts"], row["keyframe"]) for row in rows[: len(first)]]:
         return None
