@@ -1,4 +1,4 @@
-"""Frames of a video at asked-for times, cropped first and resized after. PyAV; nothing here knows pairs or models."""
+"""Decode the wanted frames of a video with PyAV, crop them first and resize them after. Nothing here depends on pairs or models."""
 
 import bisect
 import itertools
@@ -18,13 +18,13 @@ from training.video_index import (
     video_stream,
 )
 
-MOST_SECONDS_BACK = 64  # that a keyframe is looked for before a frame whose file's keyframes are not known
-MOST_BACK = 3  # keyframes before the last one that a decoder begins at where it else skips a frame
+MOST_SECONDS_BACK = 64  # how far before a frame a keyframe is searched for, if the file's keyframes are not known
+MOST_BACK = 3  # how many more keyframes to go back if the decoder skips the wanted frame
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One wanted picture: frame `number` of the index, `box` xyxy of it in displayed pixels, resized to `size` (H, W)."""
+    """A wanted picture: the `box` (xyxy in displayed pixels) of frame `number` of the index, resized to `size` (H, W)."""
 
     number: int
     box: tuple[int, int, int, int]
@@ -38,11 +38,11 @@ def decode_cuts(
     Decode the wanted pictures in one pass over the file.
 
     Args:
-        video: the file where it is open already, and nothing was decoded of it.
+        video: the open file, if it is open already and nothing was decoded from it.
 
     Returns:
-        RGB uint8 arrays (3, H, W), and the frames' times in seconds, both in the order of `cuts`. Where times are estimated from the header,
-        which may tell of more than there is (the sound's length), some may be `None`: those behind the last frame.
+        RGB uint8 arrays (3, H, W) and the frames' times in seconds, both in the order of `cuts`. If times were estimated from the header, whose
+        duration may be too long (that of the sound), pictures beyond the last frame are `None`.
 
     Raises:
         UnreadableVideo: a wanted frame is missing, corrupt, or not what the index says.
@@ -54,7 +54,7 @@ def decode_cuts(
     times = [0.0] * len(cuts)
     with open_video(source) if video is None else nullcontext(video) as video, explained():
         if video.version != index.version:
-            index_video.drop(source)  # its next opening reads it anew
+            index_video.drop(source)  # the next opening reads a new index
             raise UnreadableVideo("has changed since it was first read")
         stream = video_stream(video.container)
         for pts, frame in _decode_frames(video.container, stream, index, sorted(wanted), video.deadline):
@@ -77,12 +77,12 @@ def decode_cuts(
 
 def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], deadline: Deadline):
     """
-    Yield (asked-for pts, frame), with one seek for all those of a group of pictures. Those that the file's end lacks do not come.
+    Yield (wanted pts, frame), with one seek for each group of pictures. Frames beyond the end of the file are left out.
 
     Raises:
-        UnreadableVideo: a wanted frame is damaged, or later ones come without it.
+        UnreadableVideo: a wanted frame is damaged, or the decoder skips it.
     """
-    # Packets hold whole frames: elsewhere they may be fields, two of which make a frame.
+    # In these two formats packets hold whole frames; in others they may hold fields, two of which make a frame.
     back, drain = 0, index.exact and container.format.name.startswith(("mov", "matroska"))
     for _, group in itertools.groupby(wanted, key=lambda pts: _entry(index, pts)):
         pending = list(group)
@@ -90,7 +90,7 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
             outcome = yield from _decode_group(container, stream, index, pending, back, drain, deadline)
             if outcome == "fields":
                 drain = False
-            # Intra refresh (H.264) has no whole keyframes: a decoder gives nothing before it has seen all parts of a picture anew.
+            # With intra refresh (H.264) there are no whole keyframes: the decoder returns nothing until all parts of a picture were refreshed.
             elif (
                 pending and back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1)
             ):
@@ -105,18 +105,18 @@ def _decode_group(
     container, stream, index: VideoIndex, pending: list[int], back: int, drain: bool, deadline: Deadline
 ):
     """
-    One pass from the keyframe of `pending`, or as many before it as `back` says; what is yielded is taken out of `pending`.
+    Make one pass from the keyframe of `pending`, or `back` keyframes earlier. Frames that are yielded are removed from `pending`.
 
-    On the way, frames that no other frame refers to are not decoded (skip_frame="NONREF": half the time of a seek on
-    long groups of pictures); a wanted frame's own packet always is. At the last one the decoder is asked for what it
-    holds (`drain`): else it is given frame after frame until it is sure that none comes before the wanted one.
+    On the way, frames to which no other frame refers are not decoded (skip_frame="NONREF"), which halves the time of a seek in long groups of
+    pictures. The packet of a wanted frame is always decoded. With `drain`, the decoder is flushed after the last wanted packet; otherwise it
+    is fed further packets until it returns the frame.
 
     Returns:
-        "found", "skipped" (a later frame came first), "end" (of the file), or "fields": once more without `drain`, in case a frame's other
-        field follows.
+        "found", "skipped" (a later frame came first), "end" (of the file), or "fields" (the frame is interlaced and its second field may
+        follow: try again without `drain`).
     """
     context = stream.codec_context
-    # libdav1d (AV1) reads skip_frame once, when it is opened: it would go on leaving out frames that are wanted later.
+    # libdav1d (AV1) reads skip_frame only when it is opened, and would keep skipping frames that are wanted later.
     everything = not index.exact or context.codec.name.startswith("lib")
     asked, damaged = set(pending), False
     _, place = _entry(index, pending[0], back)
@@ -133,26 +133,28 @@ def _decode_group(
         for frame in frames:
             if frame.pts is None:
                 continue
-            # What is damaged stays so in the frames that follow, up to one that refers to none; these are not marked.
+            # Damage spreads to the following frames up to the next keyframe, and FFmpeg does not mark these.
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if damaged and frame.pts >= pending[0]:
                 raise UnreadableVideo(f"is damaged at {_seconds(index, frame.pts):.2f} s")
-            # Several wanted frames can come out of one packet at the end of the stream.
+            # At the end of the stream, one packet can yield several wanted frames.
             while pending and (frame.pts == pending[0] or (not index.exact and frame.pts >= pending[0])):
                 yield pending.pop(0), frame
             if not pending:
                 return "found"
             if index.exact and frame.pts > pending[0]:
                 return "skipped"
-        if drained:  # the decoder takes nothing more before a seek
+        if drained:  # a flushed decoder takes no more packets before a seek
             return "skipped"
     return "end"
 
 
 def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int, deadline: Deadline):
     """
-    Packets up to a frame and on, from the keyframe to which `place` leads. A MOV without edit lists is sought in the order of decoding, in which its frames are
-    some earlier than they are shown: of two keyframes closer than that (a cut just before a group's end) it takes the later one.
+    Return the packets from the keyframe at `place` on.
+
+    In a MOV without edit lists, FFmpeg seeks by decoding times, which are somewhat earlier than presentation times. So of two keyframes that
+    are close together (a cut just before the end of a group) it may choose the later one, and the seek is repeated further back.
     """
     seconds = 1
     while True:
@@ -162,13 +164,13 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
         except av.error.FFmpegError:
             if seconds == 1:
                 raise
-            # FLV and AVI are not sought before their first keyframe.
+            # FLV and AVI cannot be sought before their first keyframe.
             container.seek(index.pts[0], stream=stream, backward=True)
             return container.demux(stream)
         packets = container.demux(stream)
         first = next(packets)
         if not index.exact:
-            # In MPEG-TS and MPEG-PS FFmpeg seeks any packet, behind which the next keyframe may lie seconds later than the wanted frame.
+            # In MPEG-TS and MPEG-PS, FFmpeg seeks to any packet, and the next keyframe may be seconds behind the wanted frame.
             last = seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base
             while not last and first.size and not first.is_keyframe and (first.dts is None or first.dts <= target):
                 deadline.check()
@@ -184,7 +186,7 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
 
 
 def _entry(index: VideoIndex, target: int, back: int = 0) -> tuple[int, int]:
-    """The last keyframe up to a frame, or as many before that as `back` says, and where to seek to for it."""
+    """Return the last keyframe up to a frame, or the one `back` keyframes earlier, and the time stamp to seek to."""
     if not index.keyframes:
         return target, target
     number = max(bisect.bisect_right(index.keyframes, target) - 1 - back, 0)
@@ -203,12 +205,12 @@ def cut_frame(
     mirrored: bool = False,
 ) -> np.ndarray:
     """
-    Crop a frame, resize it, mirror it where asked for, and turn it upright; only the crop is converted to RGB.
+    Crop a frame, resize it, mirror it if asked to, and turn it upright. Only the crop is converted to RGB.
 
-    One libavfilter graph (crop, scale) knows every pixel format, colour matrix and range. Shrinking averages areas.
+    A libavfilter graph (crop, scale) handles every pixel format, colour matrix and range. Shrinking averages areas.
 
     Args:
-        box: xyxy, displayed pixels; moved to even coded pixels, on which 4:2:0 chroma lies.
+        box: xyxy in displayed pixels; moved to even coded pixels, where 4:2:0 chroma samples lie.
         size: (H, W) of the result.
 
     Returns:
@@ -218,13 +220,15 @@ def cut_frame(
     height, width = size if quarter_turns % 2 == 0 else size[::-1]
     flags = "area" if (x1 - x0) > width else "bicubic"
     graph = av.filter.Graph()
-    graph.threads = 1  # or it starts one for each core of the machine, at every cut: 1.9 instead of 1.0 ms with two
+    graph.threads = 1  # by default it starts a thread for each core at every cut: 1.9 instead of 1.0 ms with two cores
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or av.time_base
     )
-    crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}:exact=1")  # or odd sides would lose a pixel
+    crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}:exact=1")  # without exact, odd sides would lose a pixel
     scale = graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int")
-    convert = graph.add("format", "gbrp")  # planes: rgb24 to one level of 255, in a third to a half of the time
+    convert = graph.add(
+        "format", "gbrp"
+    )  # planes differ from rgb24 by at most one level of 255, and take a third to a half of the time
     sink = graph.add("buffersink")
     source.link_to(crop)
     crop.link_to(scale)
@@ -244,7 +248,7 @@ def _plane(plane, height: int, width: int) -> np.ndarray:
 
 
 def _to_coded(box, width: int, height: int, quarter_turns: int, mirrored: bool) -> tuple[int, int, int, int]:
-    """A box of the displayed frame in the pixels of the coded one (width x height)."""
+    """Convert a box from pixels of the displayed frame to pixels of the coded frame (width x height)."""
     x0, y0, x1, y1 = box
     if quarter_turns == 1:
         x0, y0, x1, y1 = width - y1, x0, width - y0, x1

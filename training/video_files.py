@@ -23,17 +23,17 @@ from training.mov_tables import Tables, read_tables
 logger = logging.getLogger("poodle")
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
 
-# Of all tracks of a MOV or MP4, for each of which FFmpeg takes up to 70 bytes before anything can be asked of it. A day of 60 frames a
-# second and of AAC has 9 million.
+# Entries of all tracks of a MOV or MP4. FFmpeg allocates up to 70 bytes for each as it opens the file. A day of video at 60 frames a second
+# with AAC sound has 9 million.
 MAX_ENTRIES = 10_000_000
-# Time that one opening of a video may take, for its index, for all its pairs or for both: fixed, and for a local file more by its size, since
-# its index is read from end to end.
+# Time limit for one opening of a video, for its index, its pairs or both. Local files get more time by their size, since their index may be
+# read from end to end.
 SECONDS = 60.0
 BYTES_PER_SECOND = 10e6
 REMOTE_SECONDS = 120.0
-# Of a remote file. A block is asked for once an opening: a pair lies in few, a seek wastes at most one.
+# Bytes of one request to a server. A pair lies in a few blocks, each is fetched once an opening, and a seek wastes at most one.
 REMOTE_BLOCK = 1 << 20
-REQUEST_SECONDS = 20.0  # at http(s); other backends have limits of their own (the Hub's client 10 s without a byte)
+REQUEST_SECONDS = 20.0  # of http(s); other backends have their own limits (the Hub's client 10 s without a byte)
 ATTEMPTS = 5
 NO_RANGES = "its server gives no byte ranges, which videos are read by: download it, or use a server that does"
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
@@ -70,13 +70,13 @@ def time_limit(source: str) -> float:
     member = MEMBER.match(source)
     size = int(member[3]) if member else 0
     if not member:
-        with contextlib.suppress(OSError):  # what is not there is found out on opening
+        with contextlib.suppress(OSError):  # a missing file is reported when it is opened
             size = os.path.getsize(source)
     return SECONDS + size / BYTES_PER_SECOND
 
 
 class _Seekable(io.RawIOBase):
-    """A file of `size` bytes that is read at `position`, as PyAV asks for one."""
+    """A file of `size` bytes with a read position, in the form that PyAV needs."""
 
     size, position = 0, 0
 
@@ -178,7 +178,7 @@ def _version(details: dict) -> tuple:
 
 
 class _Part(_Seekable):
-    """`size` bytes of an open file from `offset` on, as a file of its own; no more is read than is there."""
+    """Part of an open file, `size` bytes from `offset` on, as a file of its own."""
 
     def __init__(self, file, offset: int, size: int):
         self.file, self.offset, self.size = file, offset, size
@@ -195,9 +195,9 @@ class OpenVideo(NamedTuple):
     """
     Args:
         deadline: of this opening.
-        version: what tells the file from a later one in its place.
+        version: identifies this state of the file, as `VideoIndex.version`.
         size: bytes.
-        movie: the tables of a MOV or MP4, for [`~training.mov_tables.track`]; None of others.
+        movie: the tables of a MOV or MP4, for [`~training.mov_tables.track`]; `None` for other formats.
     """
 
     container: av.container.InputContainer
@@ -210,7 +210,7 @@ class OpenVideo(NamedTuple):
 @contextlib.contextmanager
 def open_video(source: str) -> Iterator[OpenVideo]:
     """
-    A video, closed at the end of the `with` block (PyAV leaks without).
+    Open a video and close it at the end of the `with` block (PyAV leaks memory otherwise).
 
     Args:
         source: a local path, a URL that fsspec opens (range requests), or a member of a tar, `TAR::OFFSET:SIZE:NAME`.
@@ -234,7 +234,7 @@ def open_video(source: str) -> Iterator[OpenVideo]:
                 file = _Part(file, int(member[2]), int(member[3]))
             size = file.size if member or is_remote(path) else facts.st_size
             tables = _tables(file, size, is_remote(path), deadline)
-            # "file:", or FFmpeg would take what stands before a colon for a protocol.
+            # With "file:", because FFmpeg takes the part of a path before a colon for a protocol.
             container = _open(file if member or is_remote(path) else f"file:{path}", tables.entries > 0, deadline)
         except UnreadableVideo:
             raise
@@ -245,14 +245,17 @@ def open_video(source: str) -> Iterator[OpenVideo]:
 
 def _open(file, described: bool, deadline: Deadline):
     """
-    The container of `file`. `described`: a MOV or MP4, whose header tells what FFmpeg else decodes frames for: without decoders it opens in
-    a tenth of the time (8 and 0.4 ms at 1280x720).
+    Open the container of `file`.
+
+    Args:
+        described: the file is a MOV or MP4, whose header already tells what FFmpeg otherwise decodes frames for. It is opened without
+            decoders, which takes 0.4 instead of 8 ms at 1280x720.
     """
     options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
     if described:
-        options["codec_whitelist"] = "none"  # of the container's own look at its streams, not of what is decoded later
+        options["codec_whitelist"] = "none"  # applies to FFmpeg's first look at the streams, not to later decoding
     container = av.open(file, options=options, timeout=deadline.seconds, **ANY_TAGS)
-    # The header of MPEG-4 Part 2 does not count for FFmpeg.
+    # FFmpeg does not take the size of MPEG-4 Part 2 from the header.
     if described and any(not stream.codec_context.width for stream in moving(container) if stream.codec_context):
         container.close()
         if not isinstance(file, str):
@@ -272,7 +275,7 @@ def _tables(file, size: int, remote: bool, deadline: Deadline) -> Tables:
 
 
 def words(error: Exception) -> str:
-    if isinstance(error, av.error.ExitError):  # of the `timeout` that a container was opened with
+    if isinstance(error, av.error.ExitError):  # from the `timeout` of the container
         return "takes too long"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -280,8 +283,9 @@ def words(error: Exception) -> str:
 @contextlib.contextmanager
 def ended_if_stuck(path: str, seconds: float):
     """
-    In a loader's worker, end the process where the block takes longer. Deadlines are checked between packets: this is for a decoder that
-    never comes back from one, which nothing else can stop.
+    In a loader's worker, end the process if the block takes longer than `seconds`.
+
+    Deadlines are checked between packets. This is for a decoder that never returns from a packet, which nothing else can stop.
     """
 
     def end():
