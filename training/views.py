@@ -1,8 +1,8 @@
 """
-What is drawn at random for a batch, on the device: photometric augmentation, affine views, subcrops.
+Random draws of a batch, on the device: photometric augmentation, affine views and subcrops.
 
-Everything is drawn for the whole batch as tensors, without a Python loop over images or subcrops and without a host
-synchronisation. On the CPU, image by image, the photometric part alone costs 330-370 ms an image at 512x1024.
+Everything is drawn for the whole batch as tensors, without a Python loop over images or subcrops and without host synchronisation. On the
+CPU, image by image, the photometric augmentation alone takes 330-370 ms an image at 512x1024.
 """
 
 import math
@@ -22,7 +22,7 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (..., 3, H, W) in [0, 1] -> ImageNet's mean 0 and deviation 1."""
+    """Normalise images (..., 3, H, W) in [0, 1] with ImageNet's mean and standard deviation."""
     mean = filled(IMAGENET_MEAN, images.device, images.dtype)[:, None, None]
     std = filled(IMAGENET_STD, images.device, images.dtype)[:, None, None]
     return (images - mean) / std
@@ -32,7 +32,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    # A sum of planes: 0.3 ms for 8 images of 128x256 on one core, an einsum 2.2 ms.
+    # A sum of planes takes 0.3 ms for 8 images of 128x256 on one core, an einsum 2.2 ms.
     return 0.2989 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
 
 
@@ -41,26 +41,30 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """images (N, 3, H, W) in [0, 1], factor (N,); the definitions are torchvision's, with one factor an image."""
+    """
+    Scale the brightness of images (N, 3, H, W) in [0, 1] by factor (N,).
+
+    The definitions of this and the following functions are torchvision's, with one factor for each image.
+    """
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """As `adjust_brightness`: away from the image's mean grey."""
+    """Scale the distance of each pixel from its image's mean grey."""
     return _blend(images, _luma(images).mean(dim=(2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """As `adjust_brightness`: away from each pixel's grey."""
+    """Scale the distance of each pixel from its own grey."""
     return _blend(images, _luma(images), factor)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """
-    Turn the hue by shift (N,) in turns, saturation and value kept.
+    Rotate the hue by shift (N,), in turns; saturation and value are kept.
 
     A channel of a colour of hue h (in sixths of a turn) is value - chroma * clamp(min(k, 4 - k), 0, 1) with
-    k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue: no branch over the six sectors.
+    k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue. This needs no branch over the six sectors.
     """
     value, minimum = images.amax(dim=1), images.amin(dim=1)
     chroma = value - minimum
@@ -81,10 +85,13 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def gaussian_blur(images: Tensor, sigma: Tensor, apply: Tensor, kernel_size: int) -> Tensor:
     """
-    Separable Gaussian blur with a sigma an image; images that are not chosen get the identity kernel.
+    Blur images with a separable Gaussian kernel, one sigma for each image.
 
     Args:
-        images: (N, C, H, W). sigma: (N,) pixels. apply: (N,) bool. kernel_size: odd, pixels.
+        images: (N, C, H, W).
+        sigma: (N,) pixels.
+        apply: (N,) bool; the other images get the identity kernel.
+        kernel_size: odd, pixels.
     """
     n, c, height, width = images.shape
     radius = kernel_size // 2
@@ -99,9 +106,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, apply: Tensor, kernel_size: int
 
 def blur_kernel_size(height: int, width: int) -> int:
     """
-    Odd kernel of about 10 % of the shorter side, cut at 17 taps.
+    Return the odd size of a kernel of about 10 % of the shorter side, at most 17.
 
-    sigma is at most 2 pixels, so beyond 4 sigma = 8 pixels a longer kernel has less than 1e-4 of the weight.
+    sigma is at most 2 pixels, so less than 1e-4 of the weight lies beyond 4 sigma = 8 pixels.
     """
     size = max(3, round(0.1 * min(height, width)) | 1)
     return min(size, 17)
@@ -109,9 +116,10 @@ def blur_kernel_size(height: int, width: int) -> int:
 
 def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tensor:
     """
-    Colour jitter (0.8, 0.8, 0.8, 0.2) with p 0.8, greyscale with p 0.2, Gaussian blur with p 0.5, each drawn for each image
-    on its own. The order of the four jitters is drawn once a batch (torchvision: once an image), which keeps the batch
-    in one piece.
+    Apply colour jitter (0.8, 0.8, 0.8, 0.2) with p 0.8, greyscale with p 0.2, and Gaussian blur with p 0.5.
+
+    Everything is drawn for each image separately, except the order of the four jitters: it is drawn once a batch (torchvision: once an
+    image), so that the batch need not be split.
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -128,7 +136,7 @@ def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tens
     factors = [torch.where(jitter, uniform((n,), 0.2, 1.8, generator), 1.0) for _ in range(3)]
     factors.append(torch.where(jitter, uniform((n,), -0.2, 0.2, generator), 0.0))
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    # The order comes from the seed, not from a device tensor: reading one back would make the host wait.
+    # The order is drawn on the CPU from the generator's seed: reading it from a device tensor would make the host wait.
     order = torch.randperm(4, generator=torch.Generator().manual_seed(generator.initial_seed()), device="cpu")
     for index in order.tolist():
         images = operations[index](images, factors[index])
@@ -144,10 +152,13 @@ def draw_views(
     shape: tuple[int, ...], height: int, width: int, generator: torch.Generator, affine: bool = True
 ) -> Tensor:
     """
-    Views: rotation +-10 degrees and scale 0.9-1.1 always, left-right flip with p 0.5. Identity where `affine` is False.
+    Draw views: a rotation of up to 10 degrees both ways, a scale of 0.9-1.1, and a horizontal flip with p 0.5.
+
+    Args:
+        affine: if `False`, all views are the identity.
 
     Returns:
-        (*shape, 2, 3), from view to frame coordinates, normalised.
+        (*shape, 2, 3), affine maps from view to frame in normalised coordinates.
     """
     if not affine:
         identity = torch.eye(2, 3, device=generator.device)
@@ -163,9 +174,9 @@ def draw_views(
 
 def grid_centres(n: int, count: int, height: int, width: int, cell: int, generator: torch.Generator) -> Tensor:
     """
-    Centres spread over the frame: cells of a grid drawn without replacement, then a uniform point in each cell.
+    Draw centres spread over the frame: cells of a grid without replacement, then a uniform point in each cell.
 
-    Where more centres are asked for than there are cells, every cell is used once before one is used again.
+    If there are more centres than cells, every cell is used once before any is used again.
 
     Returns:
         (n, count, 2) pixels, x then y.
@@ -175,17 +186,20 @@ def grid_centres(n: int, count: int, height: int, width: int, cell: int, generat
     rounds = -(-count // cells)
     order = uniform((n, rounds, cells), 0, 1, generator).argsort(dim=-1).flatten(1)[:, :count]
     corner = torch.stack([order % columns, order // columns], dim=-1).float()
-    # The cells tile the frame, so that no strip is left out: with height // cell rows they are larger than `cell` (256 for 214 at 512x1024).
+    # The cells tile the frame, so that no strip is left out. With height // cell rows they are larger than `cell` (256 instead of 214 at
+    # 512x1024).
     size = filled((width / columns, height / rows), generator.device)
     return (corner + uniform((n, count, 2), 0, 1, generator)) * size
 
 
 def place_boxes(centres: Tensor, area: Tensor, aspect: Tensor, height: int, width: int) -> Tensor:
     """
-    Boxes of the given areas and aspects around the centres, moved to lie inside the frame.
+    Make boxes of the given areas and aspect ratios around the centres, moved to lie inside the frame.
 
     Args:
-        centres: (..., 2) pixels. area: (...,) share of the frame. aspect: (...,) width over height.
+        centres: (..., 2) pixels.
+        area: (...,) share of the frame.
+        aspect: (...,) width over height.
 
     Returns:
         (..., 4) xyxy pixels.
@@ -207,19 +221,19 @@ def draw_subcrops(
     follow_flow: bool = True,
 ) -> dict[str, Tensor]:
     """
-    Subcrop pairs that follow the flow.
+    Draw subcrop pairs that follow the flow.
 
     Args:
         flow: (B, 2, 2, H, W) pixels, on the generator's device.
         num_subcrops: K, pairs a frame.
         area: range of a subcrop's share of the frame.
-        jitter: of the teacher's centre, share of the frame's width and height, both ways.
-        tries: jitters that are tried until the teacher's centre lands inside the frame.
-        follow_flow: False draws the teacher's centre anywhere in the other frame (for comparison).
+        jitter: largest shift of the teacher's centre in each direction, as a share of the frame's width and height.
+        tries: number of jitters to try until the teacher's centre lands inside the frame.
+        follow_flow: if `False`, the teacher's centre is drawn anywhere in the other frame (for comparison).
 
     Returns:
-        student_boxes, teacher_boxes (B, 2, K, 4) xyxy pixels; teacher_box_frames (B, 2, K) long; matched (B, 2, K) bool, False
-        where no try landed inside the frame, so that the pair comes from the same frame.
+        student_boxes, teacher_boxes (B, 2, K, 4) xyxy pixels; teacher_box_frames (B, 2, K) long; matched (B, 2, K) bool, `False` if no
+        try landed inside the frame, so that both subcrops come from the same frame.
     """
     b, _, _, height, width = flow.shape
     n, k = 2 * b, num_subcrops
@@ -237,7 +251,7 @@ def draw_subcrops(
     first = landed.int().argmax(dim=0)  # the first try that landed
     matched = landed.any(dim=0)
     chosen = candidates.gather(0, first[None, :, :, None].expand(1, n, k, 2))[0]
-    # Not matched: the same frame, the same point, jittered alike.
+    # If not matched, the teacher's centre is the student's point in the same frame, with the first jitter.
     teacher_centres = torch.where(matched[..., None], chosen, centres + shifts[0])
     if not follow_flow:
         teacher_centres, matched = grid_centres(n, k, height, width, cell, generator), torch.ones_like(matched)
@@ -258,13 +272,13 @@ def draw_subcrops(
 @torch.no_grad()
 def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=None) -> dict[str, Tensor]:
     """
-    Flow of the frames as they are, then augmentation, views and subcrops: a batch of the loader -> the model's inputs.
+    Turn a batch of the loader into the model's inputs: flow of the frames before augmentation, then augmentation, views and subcrops.
 
     Args:
-        batch: frames (B, 2, 3, H, W) uint8; flow (B, 2, 2, H, W) where the loader made it, and valid_mask (B, 2, H, W) where it is known.
-        recipe: of the run.
-        generator: of all draws; its device is where everything is done.
-        flow_module: frames -> flow, where the loader did not make it.
+        batch: frames (B, 2, 3, H, W) uint8; flow (B, 2, 2, H, W) if the loader computed it; valid_mask (B, 2, H, W) if it is known.
+        recipe: the run's recipe.
+        generator: used for all draws, on its device.
+        flow_module: maps frames to flow, if the loader did not compute it.
 
     Returns:
         The inputs of `PoodleForPreTraining.forward`, and `matched` (B, 2, K).
@@ -276,10 +290,10 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     if "valid_mask" in batch:
         valid_mask = batch["valid_mask"].to(device, non_blocking=True)
     else:
-        # FlowE's bound is one error for all flow; without one the constants are PooDLe's.
+        # FlowE bounds the error by a constant. Without one, PooDLe's bound is used, which grows with the flow.
         bound = {} if recipe.flow_max_error is None else {"alpha_1": 0.0, "alpha_2": recipe.flow_max_error**2}
         valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1), **bound).unflatten(0, (b, 2))
-    # Flow that is not finite is no flow. A mask alone would not do: 0 times NaN in a gradient is NaN.
+    # Flow that is not finite is not valid. It is also set to 0, because a mask alone does not help: 0 times NaN in a gradient is NaN.
     valid_mask = valid_mask & torch.isfinite(flow).all(dim=2)
     finite_flow = torch.nan_to_num(flow, nan=0.0, posinf=0.0, neginf=0.0)
     images = photometric_augmentation(frames.flatten(0, 1).float() / 255, generator)
@@ -287,7 +301,7 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     for who in ("student", "teacher"):
         inputs[f"{who}_views"] = draw_views((b, 2), height, width, generator, recipe.affine_views)
     area = tuple(recipe.subcrop_area)
-    # Not finite_flow: a subcrop must not follow flow that is none.
+    # Subcrops take `flow`, not `finite_flow`, because they must not follow invalid flow as if it were 0.
     subcrops = draw_subcrops(
         flow, recipe.num_subcrops, generator, area, recipe.subcrop_jitter, follow_flow=recipe.subcrops_follow_flow
     )
