@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    # What may be wrong with them is found before the videos are: the street may have to be rendered first, or thousands of files listed.
+    # Flow, model and probe are built first, so that their errors come before the street is rendered or thousands of files are listed.
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
@@ -66,15 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_probe(accelerator: Accelerator, recipe: Recipe):
-    """The readout that `probe` asks for, taken by its name: see evaluation/probe.py for why."""
+    """Build the readout that the recipe's `probe` names, if any. It is imported by name; evaluation/probe.py explains why."""
     if recipe.probe is None:
         return None
-    # Rank 0 renders the street, the others find it.
+    # Rank 0 renders the street; the others find it rendered.
     return main_first(accelerator, lambda: importlib.import_module("evaluation.probe").Probe(recipe.probe))
 
 
 class PretrainingRun(Run):
-    """A run of PooDLe: student and teacher, both objectives, and a readout now and then."""
+    """A run of PooDLe: student and teacher, both objectives, and a probe at intervals."""
 
     METRICS = ("loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction")
     LOGS = ("metrics.jsonl", "probe.jsonl")
@@ -113,7 +113,7 @@ class PretrainingRun(Run):
         return {**figures, "momentum": momentum, "feature_std": spread}
 
     def measure(self, last: bool) -> None:
-        """A line of probe.jsonl: the teacher's k-NN readout. Its time is in no rate of metrics.jsonl."""
+        """Append the teacher's k-NN readout to probe.jsonl. Its time does not count in the rates of metrics.jsonl."""
         if self.probe is None or not (self.step % self.recipe.probe_steps == 0 or last):
             return
         began = time.perf_counter()
@@ -130,7 +130,7 @@ class PretrainingRun(Run):
             self.accelerator.log({f"probe_{k}": v for k, v in figures.items() if k != "step"}, step=self.step)
 
     def export(self) -> None:
-        """encoder/ and model/."""
+        """Write encoder/ and model/."""
         export(self.model, self.recipe, self.step, self.accelerator.num_processes)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it may, and what of the run's files is kept."""
+"""Find the checkpoint to resume from, check that the run may resume, and cut its files back to that step."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from training.checkpoint_files import damage, list_checkpoints, read_state
 from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
 logger = logging.getLogger("poodle")
-# May differ between the processes of a run: places, which each machine can have elsewhere. Videos are compared once they are found.
+# Fields that may differ between the processes of a run, because paths differ between machines. Videos are compared once they are found.
 _OF_A_MACHINE = frozenset(
     ("videos", "output_dir", "resume_from_checkpoint", "init_encoder", "flow_dir", "flow_weights", "flow_model")
 )
@@ -26,13 +26,13 @@ _OF_A_MACHINE = frozenset(
 
 def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | None:
     """
-    Lock the folder of the run. The checkpoint to go on from, or `None` for a new run. Called before anything costly.
+    Lock the folder of the run and return the checkpoint to resume from, or `None` for a new run. Called before anything costly.
 
     Raises:
-        ValueError: the folder is in use or holds another run, the checkpoint is missing or damaged, or is one of another configuration. Or
-            the processes were given different recipes, or do not share the folder.
+        ValueError: the folder is in use or holds another run; the checkpoint is missing, damaged, or of another configuration; or the
+            processes were given different recipes, or do not share the folder.
     """
-    # Another learning rate would lead the weights apart, another save_steps end in a wait.
+    # With different learning rates the weights would diverge; with different save_steps processes would wait for each other for ever.
     same_fields(accelerator, public_value(dataclasses.asdict(recipe)), _OF_A_MACHINE)
     output_dir = Path(recipe.output_dir)
 
@@ -56,7 +56,11 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
 
 
 def find_checkpoint(recipe: RunRecipe) -> Path | None:
-    """Raises as [`prepare_output_dir`]. A run that began at another run's checkpoint and has none yet begins there again."""
+    """
+    Return the checkpoint to resume from; raises as [`prepare_output_dir`].
+
+    A run that began at another run's checkpoint and has not saved one yet begins there again.
+    """
     output_dir, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     saved_config = output_dir / "config.yaml"
     if resume is None:
@@ -80,7 +84,7 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
 
 
 def _named(checkpoint: Path, output_dir: Path) -> Path:
-    """The checkpoint that was named, for a run in `output_dir`: it is whole, and of that run, or that run is to be a new one."""
+    """Check a checkpoint that was given by name: it must be whole, and of the run in `output_dir` unless that is to be a new run."""
     if not (checkpoint / "state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json); give latest, or RUN/checkpoints/step-N"
@@ -105,7 +109,7 @@ def _named(checkpoint: Path, output_dir: Path) -> Path:
 
 
 def _refuse_other_files(output_dir: Path) -> None:
-    """A new run would write over what another command, or a run whose config.yaml is lost, has left."""
+    """Raise ValueError if a new run would overwrite files of another command, or of a run whose config.yaml is lost."""
     names = ("encoder", "model", "metrics.jsonl", "probe.jsonl", "evaluation.json")
     found = [name for name in names if (output_dir / name).exists()]
     found += [f"checkpoints/{checkpoint.name}" for checkpoint in list_checkpoints(output_dir)]
@@ -118,7 +122,9 @@ def _refuse_other_files(output_dir: Path) -> None:
 
 def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     """
-    Where a run without a checkpoint begins again: where it once did. Only one that had saved nothing may: it writes over what is there.
+    Return where a run without a checkpoint begins again: at the checkpoint of another run where it first began, or `None`.
+
+    This is refused if the run had saved checkpoints, because beginning again would overwrite its results.
 
     Args:
         saved: the run's `config.yaml`.
@@ -129,7 +135,9 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
     save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
     first = steps[0] - 1 if steps and began else 0
-    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # a line after the first save
+    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(
+        save_steps, 1
+    ):  # the log goes beyond the first save
         results.append(f"metrics.jsonl up to step {steps[-1]}")
     if results:
         raise ValueError(
@@ -146,12 +154,12 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
             "another --output_dir"
         )
     logger.warning("no finished checkpoint in %s: starting again from %s", output_dir, began)
-    recipe.resume_from_checkpoint = began  # as the run's config.yaml is to have it: it may be stopped again
+    recipe.resume_from_checkpoint = began  # so that the run's new config.yaml has it, in case the run is stopped again
     return Path(began)
 
 
 def _latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; each newer one that is damaged is named in a warning."""
+    """Return the newest whole checkpoint, and warn of each newer one that is damaged."""
     found = []
     for checkpoint in reversed(list_checkpoints(output_dir)):
         wrong = damage(checkpoint)
@@ -167,9 +175,9 @@ def _latest(output_dir: Path) -> Path | None:
 
 
 def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
-    # A new password or signature of a URL is no other video.
+    # Without passwords and signatures of URLs, which may change while the videos stay the same.
     saved, own = public_value(read_yaml_mapping(saved_config)), public_value(dataclasses.asdict(recipe))
-    # A field that the run's version did not have yet is as it was then: a new one's default changes nothing.
+    # Fields that are newer than the run take their defaults, which keep the earlier behaviour.
     fields = dataclasses.fields(recipe)
     saved = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields} | saved
     changed = {
@@ -211,14 +219,14 @@ def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes anew, and a last line that a kill left half written."""
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that was only half written."""
     if not path.exists():
         return
     write_aside(path, "".join(line + "\n" for at, line in _lines(path) if at <= step), sync=True)
 
 
 def drop_later_panels(folder: Path, step: int) -> None:
-    """Delete the panels of later steps than `step`, of which the last would be sent with the weights."""
+    """Delete the panels of steps after `step`; otherwise a push would send the last of them with the weights."""
     for panel in folder.glob("step-*.png"):
         number = panel.stem.removeprefix("step-")
         if number.isdecimal() and int(number) > step:
@@ -226,7 +234,7 @@ def drop_later_panels(folder: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of metrics.jsonl with their steps, whole ones alone; none where there is no such file."""
+    """Yield the whole lines of a log with their steps; nothing if there is no such file."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             yield int(json.loads(line)["step"]), line
