@@ -3,8 +3,9 @@ Send a run, or one folder of weights, to the Hub.
 
     python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--no_panel] [--dry_run]
 
-DIR is a run (its encoder/ goes to org/name, and what has the decoder to org/name-sdm; of a run of train_flow.py its model/), or one of the
-folders encoder/, model/, readout/ or detector/. Sent are safetensors, configs, the card with its picture, and for PooDLe's own architecture its code; nothing else.
+DIR is a run or one of the folders encoder/, model/, readout/ and detector/. Of a pretraining run, encoder/ goes to org/name, and the model with
+the decoder to org/name-sdm; of a run of train_flow.py, model/ goes to org/name. Only safetensors, configs, the card with its picture, and the
+code of PooDLe's own architectures are sent.
 """
 
 import argparse
@@ -56,14 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     check_repo_id(options.repo_id, "--repo_id")
-    if options.folder.name in ("", ".."):  # what a folder is, its name tells
+    if options.folder.name in ("", ".."):  # the name of a folder tells what it holds
         options.folder = options.folder.resolve()
     with tempfile.TemporaryDirectory(prefix="poodle-publish-") as scratch:
         folder = options.folder
         if options.which == "student":
             folder = student_of(folder, Path(scratch, "student"))
         parts = parts_of(folder, options.repo_id)
-        for _, repo_id in parts:  # "-sdm" may make one too long: before the other is sent
+        for _, repo_id in parts:  # checked before anything is sent: "-sdm" may make a name too long
             check_repo_id(repo_id, "--repo_id")
         results = read_evaluations(options.evaluation, [source for source, _ in parts])
         for source, repo_id in parts:
@@ -90,10 +91,10 @@ def is_run(folder: Path) -> bool:
 
 def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
     """
-    What is sent where: (folder, name on the Hub).
+    Return what is sent where, as (folder, name on the Hub).
 
     Raises:
-        ValueError: neither a run nor a folder of weights, or one of its folders lacks its config or its weights.
+        ValueError: the folder is neither a run nor a folder of weights, or config or weights are missing.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
@@ -118,7 +119,7 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
 
 
 def _need_weights(folder: Path) -> None:
-    """Raises ValueError where nobody could load what would be sent of a folder."""
+    """Raise ValueError if nobody could load what would be sent."""
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         fitted = [name for name in ("readout", "detector") if (folder / name).is_dir()]
@@ -128,7 +129,7 @@ def _need_weights(folder: Path) -> None:
         )
     for file in folder.glob("*.safetensors"):
         try:
-            with safe_open(file, "np"):  # reads its header, and whether all that it declares is there
+            with safe_open(file, "np"):  # reads the header, and checks that the file is complete
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
@@ -139,7 +140,7 @@ def _need_weights(folder: Path) -> None:
 
 
 def student_of(folder: Path, target: Path) -> Path:
-    """The student's folders in place of the teacher's, from the last checkpoint of the run that `folder` is or lies in."""
+    """Export the student from the last checkpoint of a run, given as the run or its encoder/ or model/, and return the matching folder."""
     run = folder if is_run(folder) else folder.parent
     if not is_run(run) or (run != folder and folder.name not in ("encoder", "model")):
         raise ValueError(f"--which student needs a run (or its encoder/ or model/), and {folder} is none")
@@ -151,10 +152,12 @@ def student_of(folder: Path, target: Path) -> Path:
 
 def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[dict]]:
     """
-    Results by the folder that they were measured on, or one with the same weights: those of `files`, and those of readouts beside themselves.
+    Collect the results measured on each of the folders `sources`, or on other folders with the same weights.
+
+    Results come from `files`, and for readouts and detectors also from the evaluation.json beside them.
 
     Raises:
-        ValueError: not an evaluation.json, or one of another model or of other weights.
+        ValueError: a file is no evaluation.json, or is of another model or of other weights.
     """
     results: dict[Path, list[dict]] = {source: [] for source in sources}
     for source in sources:
@@ -185,7 +188,11 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
 
 
 def _twins(source: Path) -> list[Path]:
-    """Folders whose figures are those of `source`: of a run whose model/ is its encoder alone, that too, since a run is measured by it."""
+    """
+    Return the folders whose results also hold for `source`.
+
+    For the encoder/ of a run without a decoder, this includes the run's model/, on which a run is measured.
+    """
     run = source.parent
     alone = source.name == "encoder" and is_run(run) and (run / "model" / "config.json").is_file() and _is_plain(run)
     return [source, run / "model"] if alone else [source]
@@ -197,7 +204,7 @@ def _is_plain(run: Path) -> bool:
 
 
 def _mapping(file: Path) -> dict:
-    """Raises ValueError where the file is not there, or holds something else than a JSON mapping."""
+    """Read a JSON mapping. Raises ValueError if the file is missing or holds anything else."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -209,7 +216,7 @@ def _mapping(file: Path) -> dict:
 
 def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
     weights = sorted(source.glob("*.safetensors"))
-    # Evaluations of earlier versions have no digest: the files' times must do.
+    # Evaluations of earlier versions have no digest, so the times of the files are compared.
     if None in measured and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         raise ValueError(f"{file} was measured before the weights in {source} were written: evaluate them again")
     if measured - {None, sha256_of(weights)}:
@@ -233,17 +240,17 @@ def _results_in(file: Path) -> list[dict]:
 
 
 def _measured_on(name: str) -> Path:
-    """The folder that an evaluation's `--model` named: of a run, its model/."""
+    """Return the folder that an evaluation's `--model` named; for a run, its model/."""
     path = Path(name)
     return (path / "model" if (path / "model" / "config.json").is_file() else path).resolve()
 
 
 def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: bool = True) -> None:
     """
-    Write to `target` exactly what is sent of the folder `source`; without `panel`, no picture.
+    Write to `target` exactly the files of the folder `source` that are sent. Without `panel`, no picture is sent.
 
     Raises:
-        ValueError: a card or a config that is not valid or not there, or a file that holds the token.
+        ValueError: a card or a config is missing or not valid, or a file contains the token.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -274,13 +281,13 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: 
 
 
 def _refuse_link(path: Path) -> None:
-    """Raises ValueError where a file that would be sent lies elsewhere on this machine."""
+    """Raise ValueError if a file to be sent is a link to another place on this machine."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link to {path.resolve()}: put the file itself there if it is to be sent")
 
 
 def without_local_paths(value):
-    """A config without the places that its parts were loaded from."""
+    """Return a config without the paths from which its parts were loaded."""
     if isinstance(value, dict):
         return {
             key: without_local_paths(item) for key, item in value.items() if key not in ("_name_or_path", "auto_map")
@@ -299,10 +306,15 @@ def _refuse_token(folder: Path) -> None:
 
 class BackgroundPublisher:
     """
-    Sends a run's folders while the run goes on, one upload at a time; of those that wait, only the newest. A failure is a warning.
+    Pushes a run's folders in the background, one upload at a time.
+
+    If several exports wait, only the newest is sent. A failure is logged as a warning.
 
     Args:
-        output_dir: of the run. repo_id: name of the encoder on the Hub. private: for repositories that are new. panel: send the last panel.
+        output_dir: the run's folder.
+        repo_id: name of the encoder on the Hub.
+        private: whether new repositories are private.
+        panel: whether to send the last panel.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, private: bool, panel: bool = True):
@@ -312,20 +324,20 @@ class BackgroundPublisher:
                 "push_to_hub: there is no Hub token here, so uploads will fail: log in with `hf auth login`, or set HF_TOKEN"
             )
         self.scratch = output_dir / ".publish"
-        shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(self.scratch, ignore_errors=True)  # left by a run that was killed
         self.scratch.mkdir(parents=True)
         self.executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self.lock, self.waiting = threading.Lock(), None
 
     def submit(self, step: int) -> None:
-        """Copy what was just exported (1 to 2 s for a ResNet-50), and send it in the background when the upload before it is done."""
+        """Copy the last export (1 to 2 s for a ResNet-50) and send it in the background once the previous upload is done."""
         scratch = self.scratch / f"step-{step}"
         try:
             parts = []
             for source, repo_id in parts_of(self.output_dir, self.repo_id):
                 stage(source, scratch / source.name, repo_id, [], self.panel)
                 parts.append((scratch / source.name, repo_id))
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # training must go on after any error
             shutil.rmtree(scratch, ignore_errors=True)
             logger.warning("step %d was not sent to the Hub: %s", step, error)
             return
@@ -333,7 +345,7 @@ class BackgroundPublisher:
             replaced, self.waiting = self.waiting, (step, scratch, parts)
         if replaced is None:
             self.executor.submit(self._send)
-        else:  # the job that was to send it sends this one
+        else:  # the waiting job sends this export instead
             shutil.rmtree(replaced[1], ignore_errors=True)
 
     def _send(self) -> None:
@@ -343,7 +355,7 @@ class BackgroundPublisher:
             try:
                 push(folder, repo_id, f"Step {step}", private=self.private or None)
                 logger.info("step %d was sent to %s", step, repo_id)
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # training must go on after any error
                 logger.warning("step %d was not sent to the Hub (training goes on): %s", step, error)
         shutil.rmtree(scratch, ignore_errors=True)
 

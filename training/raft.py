@@ -1,8 +1,8 @@
 """
 The inner loop of RAFT (Teed & Deng 2020) with torchvision's weights: correlation pyramid, lookups and the update block.
 
-The same function as torchvision's modules, arranged so that less is computed and moved. Everything here runs in the precision of what it is given;
-coordinates are float32 always.
+The results are those of torchvision's modules, but less is computed and moved. Everything runs in the precision of its inputs, except
+coordinates, which are always float32.
 """
 
 import torch
@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[Tensor]:
     """
-    Correlations of every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
+    Compute the correlations of every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
 
-    Averaging commutes with the product: the keys are pooled, not the volume, which at 512x1024 holds 32 times their numbers. The keys have a
-    border of zeros, so that what lies outside has a correlation of zero that can be read as any other.
+    Averaging commutes with the product, so the keys are pooled instead of the volume, which at 512x1024 has 32 times as many numbers. The keys
+    get a border of zeros, so that points outside the image can be read like any others and have a correlation of zero.
 
-    The other order of a pair is a product of its own, 1 % of RAFT's operations, rather than the transposed volume, whose copy and pooling move
-    more than a product does: both orders take 0.49 of the time of one, transposed (one CPU core, 512x1024, in turns in one process).
+    For the other direction of a pair, the product is computed anew (1 % of RAFT's operations). Transposing the volume would move more data:
+    both products take 0.49 of the time of one product and its transpose (one CPU core, 512x1024, in turns in one process).
 
     Args:
         queries, keys: features (N, C, h, w).
 
     Returns:
-        a tensor (N * h * w, (h >> l) + 2, (w >> l) + 2) for each level l; a row a query pixel.
+        A tensor (N * h * w, (h >> l) + 2, (w >> l) + 2) for each level l, with one row for each query pixel.
     """
     n, channels, h, w = queries.shape
     rows = queries.flatten(2).transpose(1, 2) / channels**0.5  # (N, h * w, C)
@@ -33,7 +33,7 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
         keys = F.avg_pool2d(keys, kernel_size=2, stride=2) if level else keys
         bordered = F.pad(keys, (1, 1, 1, 1))
         cells = bordered.shape[-2] * bordered.shape[-1]
-        # Rows of 16 bytes, or products in half precision would run without the fast loads of tensor cores.
+        # Rows are padded to multiples of 16 bytes; otherwise products in half precision could not use the fast loads of tensor cores.
         volume = torch.bmm(rows, F.pad(bordered.flatten(2), (0, -cells % 8)))[:, :, :cells]
         levels.append(volume.view(n * h * w, *bordered.shape[-2:]))
     return levels
@@ -41,17 +41,17 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
 
 def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
-    Correlations around each query pixel's match: a window of (2 radius + 1)^2 points a level, read bilinearly, zeros outside.
+    Look up the correlations around each query pixel's match: (2 radius + 1)^2 points a level, read bilinearly, zero outside the image.
 
-    All points of a window have the same fractions, so a window is (2 radius + 2)^2 whole cells and two interpolations, in the pyramid's own
-    precision. (grid_sample would make a coordinate for each point and, under autocast, a float32 copy of the volume each time.)
+    All points of a window have the same fractional part. So (2 radius + 2)^2 whole cells are gathered and interpolated twice, in the
+    pyramid's precision. (grid_sample would need a coordinate for each point and, under autocast, a float32 copy of the volume each time.)
 
     Args:
-        pyramid: of [`correlation_pyramid`].
+        pyramid: as returned by [`correlation_pyramid`].
         points: (N, 2, h, w) float32 positions in the keys, x then y, in cells from the centre of the first.
 
     Returns:
-        (N, levels * (2 radius + 1)^2, h, w); in a level x varies slowest, as torchvision has it.
+        (N, levels * (2 radius + 1)^2, h, w); within a level x varies slowest, as in torchvision.
     """
     n, _, h, w = points.shape
     centres = points.permute(0, 2, 3, 1).reshape(-1, 2)
@@ -69,15 +69,15 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
         window = volume.flatten(1).gather(1, cells.flatten(1)).view_as(cells)
         window = torch.lerp(window[:, :-1], window[:, 1:], right)
         found.append(torch.lerp(window[:, :, :-1], window[:, :, 1:], below).flatten(1))
-    return torch.cat(found, dim=1).view(n, h, w, -1).permute(0, 3, 1, 2)  # channels last as it lies
+    return torch.cat(found, dim=1).view(n, h, w, -1).permute(0, 3, 1, 2)  # a view in channels_last layout
 
 
 class GatedUnit:
     """
-    A convolutional GRU of torchvision's RAFT, for many updates with one context.
+    A convolutional GRU of torchvision's RAFT, for many updates with the same context.
 
-    Each of its convolutions reads [hidden state, context, motion]. The context is the same in every update, so its share is computed once;
-    the two gates read the same input, so they are one convolution.
+    Each convolution reads [hidden state, context, motion]. The context is the same in every update, so its share is computed once. The two
+    gates read the same input, so they are computed by one convolution.
     """
 
     def __init__(self, unit: nn.Module, context: Tensor):
@@ -110,15 +110,16 @@ def update(
     hidden: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """
-    One of RAFT's updates: it looks correlations up where the points are, and moves them.
+    Make one update of RAFT: look up correlations at the points, and move the points.
 
     Args:
-        block: torchvision's update block, in the type of `hidden`. units: its GRUs, with the context they have.
-        start, points: (N, 2, h, w) float32 positions, x then y, in cells: of the queries, and of their matches so far.
+        block: torchvision's update block, in the dtype of `hidden`.
+        units: its GRUs, which hold the context.
+        start, points: (N, 2, h, w) float32 positions in cells, x then y: of the queries, and of their current matches.
         hidden: (N, C, h, w).
 
     Returns:
-        The points and the hidden state after it.
+        The new points and hidden state.
     """
     motion = block.motion_encoder((points - start).to(hidden.dtype), look_up(pyramid, points, radius))
     for unit in units:

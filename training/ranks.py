@@ -1,4 +1,4 @@
-"""When the processes of a run stop on a signal: all at the same step."""
+"""Stop all processes of a run at the same step when one of them receives a signal."""
 
 import os
 import signal
@@ -12,17 +12,19 @@ from torch import distributed
 
 from training.stopping import SIGNALS, stop_with_the_launcher
 
-# Seconds: a SIGINT to all processes of a job comes from the scheduler, and once more from torchrun.
+# Seconds. A SIGINT to a whole job arrives twice: from the scheduler, and sent on by torchrun.
 SENT_ON_WITHIN = 5.0
 
 
 class StopSignals:
     """
-    SIGTERM and SIGINT as a request to stop after the step at hand. A second SIGINT ends the process at once, by the system; under torchrun,
-    which sends on what it gets, only if it comes at least SENT_ON_WITHIN seconds after the first.
+    Context manager in which SIGTERM and SIGINT ask the run to stop after the current step.
 
-    A context manager. All ranks learn of a signal that any of them got, at the same step: each step starts a reduction of one
-    number between the hosts and reads that of the step before, so that neither the device nor (in step) the host waits.
+    A second SIGINT ends the process at once. torchrun sends on the signals that it gets, so under torchrun a second SIGINT counts only if it
+    comes at least SENT_ON_WITHIN seconds after the first.
+
+    If any rank gets a signal, all ranks learn of it at the same step. Each step starts a reduction of one number between the hosts and reads
+    the result of the previous step, so that neither the device nor a host waits.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
@@ -34,14 +36,14 @@ class StopSignals:
 
     def __enter__(self):
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # handlers can be set there alone
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
             stop_with_the_launcher()
         return self
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
-            # After the end of one rank the launcher sends SIGTERM to the others: it stays caught, so that they can still report their error.
+            # When one rank has ended, the launcher sends SIGTERM to the others. It stays caught, so that they can still report their errors.
             if not (kind is not None and self._group is not None and number == signal.SIGTERM):
                 signal.signal(number, handler)
         if self._work is not None and kind is None:
@@ -58,13 +60,13 @@ class StopSignals:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
         self.received = number
-        if self._speaks:  # not print or a logger, which this handler may be interrupting
+        if self._speaks:  # not print or a logger, because this handler may have interrupted one
             when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""
             again = f"; once more{when} ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
 
     def agreed(self) -> bool:
-        """Called once a step by all ranks: True on all of them at the same step once any was asked to stop."""
+        """Return whether to stop. Called once a step on all ranks; becomes True on all of them at the same step."""
         number = self.received
         if self._group is not None:
             number = 0

@@ -24,12 +24,14 @@ from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
-# The smallest frames that an estimator takes. OpenCV's DIS crashes with a shorter side of 12 to 15 (seen with 12x40 to 15x256, never from 16 on);
-# below 128 RAFT's coarsest correlation has no cells to look up.
+# Shortest side of a frame for each estimator. OpenCV's DIS crashes with a shorter side of 12 to 15 (seen from 12x40 to 15x256, never from 16
+# on). Below 128, RAFT's coarsest correlation has no cells to look up.
 LEAST_SIDES = {"dis": 16, "raft_large": 128, "raft_small": 128}
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
-MOST_PAIRS = 32  # of a video: half of PAIRS_HELD in training/video_stream.py, so that two videos take turns at least
-# May differ between a run and its resumption: they change neither the batches nor the arithmetic.
+MOST_PAIRS = (
+    32  # pairs of a video: half of PAIRS_HELD in training/video_stream.py, so that at least two videos are interleaved
+)
+# Fields that may change when a run is resumed, because they change neither the batches nor the arithmetic.
 FREE_ON_RESUME = frozenset(
     (
         "output_dir",
@@ -47,8 +49,8 @@ FREE_ON_RESUME = frozenset(
         "hub_private_repo",
     )
 )
-# With resume_inexact these may differ too: the pairs are others from there on (as many a step), or the arithmetic or the schedules are, for a
-# run that went wrong, or that is to be longer.
+# Fields that may also change with resume_inexact, for a run that went wrong or is to be longer. From there on the pairs differ (as many a
+# step as before), or the arithmetic, or the schedules.
 FREE_ON_INEXACT_RESUME = frozenset(
     (
         "dataloader_num_workers",
@@ -70,8 +72,9 @@ FREE_ON_INEXACT_RESUME = frozenset(
 @dataclass
 class RunRecipe(CheckedRecipe):
     """
-    What every run that is trained on videos depends on. Fields that transformers' `TrainingArguments` has are called as there. `model` holds the
-    fields of `config_class`.
+    The recipe of any run that trains on videos.
+
+    Fields that transformers' `TrainingArguments` has too are named as there. `model` holds the fields of `config_class`.
     """
 
     config_class = None
@@ -158,7 +161,7 @@ class RunRecipe(CheckedRecipe):
         if isinstance(self.model, str):
             try:
                 self.model = json.loads(self.model)
-            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of over 4300 digits
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of more than 4300 digits
                 raise ValueError(
                     f"model must be a JSON mapping of {name}'s fields, got {shown(self.model)}: {error}"
                 ) from None
@@ -187,7 +190,7 @@ class RunRecipe(CheckedRecipe):
         )
         self.need(bool(self.videos) and all(self.videos), "videos", "at least one source")
         for source in self.videos:
-            street_camera(source)  # raises for a camera that the street does not have
+            street_camera(source)  # raises if the street has no such camera
         self.need(
             self.report_to in TRACKERS,
             "report_to",
@@ -196,7 +199,10 @@ class RunRecipe(CheckedRecipe):
         named = not self.push_to_hub or self.hub_model_id is not None
         self.need(named, "hub_model_id", "org/name where push_to_hub is true")
         if self.hub_model_id is not None:
-            for name in (self.hub_model_id, f"{self.hub_model_id}-sdm"):  # what has the decoder goes to the longer
+            for name in (
+                self.hub_model_id,
+                f"{self.hub_model_id}-sdm",
+            ):  # the model with the decoder is pushed to the second name
                 check_repo_id(name, "hub_model_id")
         self.need(
             self.max_steps == -1 or self.max_steps >= 1, "max_steps", "at least 1, or -1 to go by num_train_epochs"
@@ -221,10 +227,15 @@ class RunRecipe(CheckedRecipe):
         self.need_output_dir()
 
     def model_config(self):
-        """`model` as a `config_class`. Raises ValueError for each field that does not fit."""
+        """
+        Return `model` as a `config_class`.
+
+        Raises:
+            ValueError: a field is unknown or has a wrong value.
+        """
         try:
             return self.config_class(**self.model)
-        except ValueError as error:  # some of transformers' name no field
+        except ValueError as error:  # some errors of transformers name no field
             raise ValueError(f"model: {error}") from error
         # transformers', of its own fields.
         except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:
@@ -232,7 +243,7 @@ class RunRecipe(CheckedRecipe):
 
     @property
     def pairs_per_process(self) -> int:
-        """Pairs that a process sees in an optimizer step."""
+        """Number of pairs that a process sees in an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def _need_range(self, name: str, example: str, above_zero: bool = False) -> None:
@@ -248,7 +259,7 @@ class RunRecipe(CheckedRecipe):
 
 @dataclass
 class Recipe(RunRecipe):
-    """Everything that a run of PooDLe depends on."""
+    """The recipe of a PooDLe run."""
 
     config_class = PoodleConfig
 
@@ -331,8 +342,10 @@ class Recipe(RunRecipe):
         self.need(
             is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
         )
-        config = self.model_config()  # raises for each field that does not fit
-        if self.init_encoder is None or "backbone_config" in self.model:  # else it is known once the encoder is read
+        config = self.model_config()  # raises if a field is unknown or has a wrong value
+        if (
+            self.init_encoder is None or "backbone_config" in self.model
+        ):  # otherwise the size is known once the encoder is read
             check_crop_size(config, self.crop_size)
         least = LEAST_SIDES.get(self.flow, 1)
         smaller = " (--flow dis takes smaller ones)" if self.flow.startswith("raft") else ""
@@ -342,18 +355,18 @@ class Recipe(RunRecipe):
 
     @property
     def flow_folder(self) -> str | None:
-        """Where precomputed flow lies: `flow_dir`, else beside the videos."""
+        """Folder of precomputed flow: `flow_dir`, or the folder beside the videos."""
         return self.flow_dir or (flow_beside(self.videos) if self.flow == "precomputed" else None)
 
 
 def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
     """
     Raises:
-        ValueError: a patch embedding or a stage would cut off the crop's edge, and its map would be taken for one of the whole crop.
+        ValueError: a patch embedding or a stage would cut off the crop's edge, so that its map would not cover the whole crop.
     """
     encoder = config.backbone_config
     patch = getattr(encoder, "patch_size", None)
-    if encoder.model_type == "resnet":  # it halves twice before its first stage
+    if encoder.model_type == "resnet":  # it halves the size twice before its first stage
         patch = 8 if encoder.downsample_in_first_stage else 4
     if not isinstance(patch, int):
         return
@@ -365,7 +378,7 @@ def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
 
 
 def flow_beside(videos: list[str]) -> str | None:
-    """Where flow that is computed once lies unless that is said: beside the videos, where these are one local folder."""
+    """Return the default folder of precomputed flow: flow/ inside the folder of the videos, if they are one local folder; else `None`."""
     alone = videos[0] if len(videos) == 1 and street_camera(videos[0]) is None else ""
     return str(Path(alone, "flow")) if alone and Path(alone).is_dir() else None
 
@@ -383,12 +396,18 @@ _AT_LEAST_ONE = (
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a mapping; a name without a folder is looked up among the recipes of the package."""
+    """Read a recipe file as a mapping. A name without a folder is looked up among the recipes of the package."""
     return read_recipe_file(Recipe, path, RECIPES)
 
 
 def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, defaults: tuple[str, str]):
-    """A recipe of `kind` from `--config` in `folder` and flags; `defaults` are for the street's videos alone, and for others."""
+    """
+    Make a recipe of `kind` from `--config` and flags.
+
+    Args:
+        folder: of the package's recipes.
+        defaults: names of the default recipes, if all videos are the street's and otherwise.
+    """
 
     def default_config(given: dict) -> Path:
         only_street = all(street_camera(source) is not None for source in given.get("videos", ["street"]))
@@ -398,39 +417,40 @@ def parse(kind: type, arguments: list[str] | None, about: str, folder: Path, def
         of_file, given = read_command_line(kind, arguments, about, folder, default_config, json_fields=("model",))
         values = {**of_file, **given}
         own = of_file.get("model") or {}
-        if given.get("init_encoder") is not None:  # the flag's encoder, not that of the file
+        if given.get("init_encoder") is not None:  # the flag's encoder replaces the file's
             own = {name: value for name, value in own.items() if name != "backbone_config"}
-        if (
-            "flow" in of_file and given.get("flow", of_file["flow"]) != of_file["flow"]
-        ):  # nor what goes with the file's estimator
+        # The same holds for the fields that go with the file's flow estimator.
+        if "flow" in of_file and given.get("flow", of_file["flow"]) != of_file["flow"]:
             dropped = {*_OF_A_FLOW, *(["flow_max_error"] if given["flow"] == "exact" else [])}
             values = {name: value for name, value in values.items() if name not in dropped or name in given}
         values["model"] = _changed(own, given.get("model"))
-        if "num_train_epochs" in given and "max_steps" not in given:  # or the file's steps would go before the flag
+        if (
+            "num_train_epochs" in given and "max_steps" not in given
+        ):  # otherwise the file's max_steps would override the flag
             values["max_steps"] = -1
         return kind(**values)
-    except ValueError as error:  # which shows the value that came, and YAML's errors what stands around it
+    except ValueError as error:  # the text shows the wrong value, and YAML's errors the lines around it
         raise ValueError(without_secrets(str(error))) from None
 
 
 def _changed(own: dict, given: str | None) -> dict | str:
-    """The fields of a file's `model` with those of the flag in their place; a `backbone_config` is replaced as a whole."""
+    """Return a file's `model` with the fields of the flag; `backbone_config` is replaced as a whole."""
     if given is None:
         return own
     try:
         fields = json.loads(given)
     except (ValueError, RecursionError):
-        return given  # the recipe says what is wrong with it
+        return given  # the recipe reports what is wrong with it
     return {**own, **fields} if isinstance(fields, dict) else given
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """
-    Recipe from the command line: `--config FILE` first, then flags.
+    Make a recipe from the command line: first `--config FILE`, then flags.
 
-    Without `--config` the recipe is `street`, or `own_videos` where `--videos` names something else. With `--init_encoder` the encoder
-    is that one, whatever `backbone_config` a recipe file has; only `--model` may name another, which must fit. With `--num_train_epochs`
-    and without `--max_steps` the run goes by its epochs, whatever `max_steps` a recipe file has.
+    Without `--config` the recipe is `street`, or `own_videos` if `--videos` names other videos. `--init_encoder` replaces the
+    `backbone_config` of a recipe file; only `--model` may give another one, which must fit. `--num_train_epochs` without `--max_steps`
+    replaces the `max_steps` of a recipe file.
 
     Raises:
         ValueError: an unknown field (the nearest name is suggested), or a value out of range.

@@ -1,4 +1,4 @@
-"""A run's steps, and schedules over them: learning rate and teacher momentum."""
+"""The number of a run's steps, and schedules over them: learning rate and teacher momentum."""
 
 import math
 
@@ -9,7 +9,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def count_steps(recipe, num_processes: int, pairs_per_epoch: int) -> int:
-    """Optimizer steps of a recipe: `max_steps`, or what `num_train_epochs` come to."""
+    """Return the number of optimizer steps of a recipe: `max_steps`, or the steps of `num_train_epochs`."""
     if recipe.max_steps > 0:
         return recipe.max_steps
     pairs = recipe.per_device_train_batch_size * num_processes * recipe.gradient_accumulation_steps
