@@ -1,4 +1,4 @@
-"""A look at the videos of a run before anything costly: which can be used, and sources that have none."""
+"""Look at the videos of a run before anything costly, and refuse sources without a usable one."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +20,21 @@ def check_videos(
     limit: int = 64,
 ) -> list[str]:
     """
-    Look at videos before anything costly: at up to `limit`, spread over the list, and at one of each folder, pattern, tar or data set that
-    has none of these. Such a source is looked at further only where what was seen of it cannot be used: at `limit` of its videos, until one
-    can. A source that is one file is a file as any other: skipped where it cannot be used.
+    Look at videos before anything costly.
+
+    Up to `limit` videos are tried, spread over the list, and one of each folder, pattern, tar or data set that has none among these. If all
+    those tried of such a source cannot be used, up to `limit` of its videos are tried until one can. A source that is a single file is
+    treated like any other file: it is skipped if it cannot be used.
 
     Args:
-        by_source: the videos of each item of `--videos`, as [`~training.video_sources.videos_by_source`] gives them. Of more than `limit` sources
-            without a video among the first, `limit` are looked at; how many are not is logged.
+        by_source: the videos of each item of `--videos`, as [`~training.video_sources.videos_by_source`] returns them. If more than `limit`
+            sources have no video among the first, `limit` of these sources are tried, and the number of the others is logged.
 
     Returns:
-        "path: reason" of those that will be skipped.
+        "path: reason" for each video that will be skipped.
 
     Raises:
-        ValueError: none of them, or none of such a source's, can be used; named with the reasons. Or one of them ends or stops whoever reads it.
+        ValueError: no video can be used, or none of such a source; the text gives the reasons. Or reading a video ends or blocks the process.
     """
     looked_at = list(spread(paths, limit))
     by_source = {source: videos for source, videos in (by_source or {}).items() if not _is_one_file(source, videos)}
@@ -59,8 +61,8 @@ def check_videos(
 
 
 def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
-    """A warning of videos in which no crop fits. Of servers' files, whose index is not kept, nothing is known here."""
-    # `frame_size` is the size that frames are to have, whatever the videos': so with the paper's recipe on BDD100K, whose videos are 720x1280.
+    """Warn of videos that are smaller than a crop. Remote files are left out, because their index is not kept."""
+    # With `frame_size`, frames get this size whatever the videos have, as in the paper's recipe on BDD100K, whose videos are 720x1280.
     if sampling.frame_size is not None:
         return
     crop_h, crop_w = sampling.crop_size
@@ -76,7 +78,13 @@ def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
 
 
 def _need_usable(source: str, videos: Sequence[str], seen: list[str], more: Iterator[str]) -> None:
-    """Raises ValueError unless one of `more`, reasons of further videos of a source, is empty; `seen` are those that are known."""
+    """
+    Raise ValueError unless a video of a source can be used.
+
+    Args:
+        seen: reasons of its videos that were tried already.
+        more: reasons of further videos; an empty one means that the video can be used.
+    """
     for reason in more:
         if not reason:
             return
@@ -88,5 +96,5 @@ def _need_usable(source: str, videos: Sequence[str], seen: list[str], more: Iter
 
 
 def _is_one_file(source: str, videos: Sequence[str]) -> bool:
-    """The source is a file's own name or URL, of which there may be thousands: that of a shell's pattern, or of a list."""
+    """Return whether the source is the name or URL of one file. There may be thousands, from a shell's pattern or a list."""
     return len(videos) == 1 and Path(videos[0]).name == Path(source).name

@@ -1,4 +1,4 @@
-"""From a recipe's videos to its loader: sources expanded and looked at, the same on all ranks."""
+"""Build a run's loader from its recipe: expand the sources, look at the videos, and check that all ranks have the same."""
 
 import logging
 import os
@@ -25,25 +25,27 @@ logger = logging.getLogger("poodle")
 
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
-    """Paths of the videos: sources expanded, the street rendered where asked for, and a first look at the files."""
+    """Return the paths of the videos. Sources are expanded, the street is rendered if asked for, and the files get a first look."""
     others = [source for source in recipe.videos if street_camera(source) is None]
-    flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py read no flow
+    flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py have no such field
     pins = Path(flow_dir or recipe.output_dir, "revisions.json")
 
     def expand() -> dict[str, list[str]]:
-        new = recipe.resume_from_checkpoint is None and flow_dir is None  # flow is that of its own commits
+        new = (
+            recipe.resume_from_checkpoint is None and flow_dir is None
+        )  # precomputed flow belongs to the commits noted beside it
         if new:
             pins.unlink(missing_ok=True)
         elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
         if elsewhere and not (flow_dir or pins.exists()):
-            # The checkpoint of another run: its stream goes on with the commits that it had.
+            # The run begins at another run's checkpoint, and continues its stream at the same commits.
             origin = Path(recipe.resume_from_checkpoint).resolve().parent.parent / pins.name
             if origin.is_file():
                 pins.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(origin, pins)
         return videos_by_source(others, pins)
 
-    # The first process alone asks servers, for all: a remote tar takes a request a member, and the Hub refuses who asks too often.
+    # Only the first process asks servers: a remote tar takes one request for each member, and the Hub limits the number of requests.
     expanded = on_main(accelerator, expand) if others else {}
 
     def find() -> list[str]:
@@ -54,7 +56,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             logger.info("videos: the rendered street (--videos takes your own)")
         if others:
             found = expanded
-            if not accelerator.is_main_process:  # what lies on this machine's disks is looked for on each
+            if not accelerator.is_main_process:  # local files are looked up on each machine
                 local = [source for source in others if not is_elsewhere(source)]
                 found = {source: expanded.get(source, []) for source in others if is_elsewhere(source)}
                 found |= videos_by_source(local) if local else {}
@@ -69,7 +71,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             check_sidecars(paths)
         return paths
 
-    # Rank 0 renders the street; the others find it there.
+    # Rank 0 renders the street; the others find it rendered.
     paths = main_first(accelerator, find)
     names = " ".join(map(video_name, paths))
     same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {checksum(names):08x}")
@@ -85,7 +87,9 @@ def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], 
             workers * here,
             usable_cores(),
         )
-    warnings.filterwarnings("ignore", message=".*worker processes in total.*")  # the loaders' own words for it
+    warnings.filterwarnings(
+        "ignore", message=".*worker processes in total.*"
+    )  # torch and torchdata say the same at length
     loader = PairLoader(
         paths,
         PairSampling.of(recipe),

@@ -1,4 +1,4 @@
-"""Where videos are: files, folders, globs, URLs, tars, and data sets on the Hub -> a sorted list of paths."""
+"""Expand sources of videos (files, folders, globs, URLs, tars, data sets on the Hub) into a sorted list of paths."""
 
 import glob
 import json
@@ -24,26 +24,28 @@ COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
-    """The videos of all sources, each once, as a sorted list; see [`videos_by_source`]."""
+    """Return the videos of all sources as a sorted list without duplicates; see [`videos_by_source`]."""
     return merged(videos_by_source(sources, pins))
 
 
 def merged(by_source: dict[str, list[str]]) -> list[str]:
-    """Each video once, in the same order whatever the signatures."""
+    """Return each video once, in an order that does not depend on signatures in URLs."""
     return sorted({video for videos in by_source.values() for video in videos}, key=video_name)
 
 
 def videos_by_source(sources: Sequence[str], pins: Path | None = None) -> dict[str, list[str]]:
     """
-    Expand files, folders (recursive, linked ones too), globs, URLs, data sets on the Hub (`org/name`,
-    `hf://datasets/org/name/...`) and tars (one entry a video inside): the videos of each source, at least one.
+    Return the videos of each source, at least one each.
+
+    Sources are files, folders (recursive, including linked ones), globs, URLs, data sets on the Hub (`org/name`,
+    `hf://datasets/org/name/...`) and tars (one entry for each video inside).
 
     Args:
-        pins: JSON file with the commit of each data set on the Hub: read where it is there, so that a resumed run sees the bytes that
-            it began with, and written where it is not.
+        pins: JSON file with the commit of each data set on the Hub. If it exists, it is read, so that a resumed run sees the same bytes;
+            otherwise it is written.
 
     Raises:
-        ValueError: a source has no video; lists what was tried and what came of it. Or two videos have one name ([`video_name`]).
+        ValueError: a source has no video (the text lists what was tried), or two videos have the same name ([`video_name`]).
     """
     known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
     commits = dict(known)
@@ -74,7 +76,7 @@ def _refuse_one_name_for_two(found: set[str]) -> None:
 
 
 def is_elsewhere(source: str) -> bool:
-    """Whether a server is asked for a source."""
+    """Return whether a source is on a server."""
     return is_dataset_id(source) or is_remote(source)
 
 
@@ -87,7 +89,7 @@ def _is_tar(name: str) -> bool:
 
 
 def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    if is_dataset_id(source):  # or a path of two parts, misspelt
+    if is_dataset_id(source):  # it may also be a misspelt path of two parts
         videos, outcome = _expand_hub(f"hf://datasets/{source}", commits)
         return videos, f"no such file or folder here, and as a data set: {outcome}"
     if source.startswith("hf://"):
@@ -96,7 +98,7 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         return _expand_remote(source)
     try:
         path = Path(source).expanduser()
-    except RuntimeError:  # ~ of a user that is not known
+    except RuntimeError:  # `~` of an unknown user
         return [], "no such file or folder"
     if path.is_dir():
         refused: list[OSError] = []
@@ -119,7 +121,7 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _how_to_read(names: Sequence[str]) -> str:
-    """What to do with the first of these files, where it is no video but often means some."""
+    """Return a hint on what to do if the first of these files is not a video but often stands for videos."""
     end = Path(names[0]).suffix.lower() if names else ""
     if end in (".png", ".jpg", ".jpeg"):
         return ": make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
@@ -134,7 +136,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _there(names: list[str]) -> list[str]:
-    """Those that are files; links that lead nowhere, as where a disk is not mounted, are named in a warning."""
+    """Return the paths that are files. Dangling links, as after a disk was unmounted, are named in a warning."""
     gone = [name for name in names if not os.path.exists(name)]
     if gone:
         logger.warning("%d links lead nowhere and are left out, the first is %s", len(gone), printable(gone[0]))
@@ -149,14 +151,14 @@ def _videos_among(names: Sequence[str]) -> list[str]:
             len(compressed),
             printable(public_url(compressed[0])),
         )
-    # Of a remote tar each header is a request: many tars are asked at once.
+    # Each header of a remote tar is a request, so many tars are read at once.
     with ThreadPoolExecutor(16) as pool:
         members = [m for found in pool.map(_tar_members, (n for n in names if _is_tar(n))) for m in found]
     return [n for n in names if _is_video(n)] + members
 
 
 def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    """A repository, a folder, a file or a pattern on the Hub. The names hold the commit: later ones change nothing in a run."""
+    """Expand a repository, folder, file or pattern on the Hub. The paths contain the commit, so later commits do not change a run."""
     repository = source
     try:
         files = HfFileSystem()
@@ -168,7 +170,7 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         prefix = "" if place.repo_type == "model" else f"{place.repo_type}s/"
         root = f"{prefix}{place.repo_id}@{commits[key]}"
         path = f"{root}/{place.path_in_repo}".rstrip("/")
-        # fsspec wants `**` to stand alone between slashes; people write **.mp4.
+        # In fsspec, `**` must stand alone between slashes, but people write **.mp4.
         names = files.glob(re.sub(r"\*\*(?=[^/])", "**/*", path)) if glob.has_magic(path) else files.find(path)
     except (*FAILURES, AttributeError) as error:  # AttributeError: a bucket, which has no commits
         return [], explain(error, repository)
@@ -179,7 +181,7 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
     protocol = source.partition("://")[0].rpartition("::")[2]
     if protocol not in fsspec.available_protocols():
         return [], f"cannot be listed: {protocol}:// is no protocol of files (of a stream, record some first)"
-    # At http(s) "?" begins a query, and what is in it is no pattern.
+    # In http(s) URLs, "?" begins a query, which is not a pattern.
     place = public_url(source) if source.startswith(("http://", "https://")) else source
     if not glob.has_magic(place):
         if _is_tar(place):
@@ -188,31 +190,32 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         names = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path)]
-    except Exception as error:  # each fsspec backend has errors of its own; all of them mean: nothing from this source
+    except Exception as error:  # each fsspec backend has its own errors; all mean that the source cannot be listed
         return [], f"cannot be listed ({type(error).__name__}: {without_secrets(str(error), source)})"
     return _videos_among(names), f"a pattern that matches {len(names)} remote files, none of them a video"
 
 
 def _tar_members(tar: str) -> list[str]:
     """
-    Videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`: opened one by one, never merged by their names. Nothing is extracted, so
-    that a name with `..` or a link leads nowhere; only plain files count.
+    Return the videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`. They are never merged by their names.
+
+    Nothing is extracted, so names with `..` and links do no harm; only plain files count.
     """
     members = []
     try:
-        # Small blocks: of each member only the header is read.
+        # Small blocks, because only the header of each member is read.
         opened = RemoteFile(tar, block=1 << 16) if is_remote(tar) else open(tar, "rb")
         with opened as file, tarfile.open(fileobj=file, mode="r:") as archive:
             end = file.size if is_remote(tar) else os.stat(tar).st_size
             for m in archive:
-                # tarfile believes the header: a negative size leads it around for ever.
+                # tarfile trusts the header: with a negative size it would loop for ever.
                 if m.size < 0 or m.offset_data + m.size > end:
                     raise tarfile.ReadError(f"a member of {m.size} bytes by its header ends outside of the file")
                 if m.isreg() and not m.issparse() and _is_video(m.name):
                     members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
     except OSError as error:
         logger.warning("skipped %s: not a readable tar (%s)", printable(public_url(tar)), printable(str(error)))
-        return []  # not a part of them, or a run would see other videos than the next one
+        return []  # not some of them, because the next run might then see others
     except (tarfile.TarError, ValueError, OverflowError) as error:
         shown, reason = printable(public_url(tar)), printable(str(error))
         logger.warning(
