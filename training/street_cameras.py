@@ -1,11 +1,11 @@
-"""Cameras of the street: where each is at a time and where it looks, and the video sources that name them."""
+"""The street's cameras: their position and direction over time, and the video sources that name them."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-# What `Street` takes where nothing else is given: metres, metres a second, degrees, and the share of all sway.
+# Defaults of `Street` by camera: height in metres, speed in metres a second, pitch in degrees, and amount of sway.
 CAMERAS = {
     "driving": {"camera_height": 1.5, "speed": 8.0, "pitch": 0.0, "sway": 1.0},
     "walking": {"camera_height": 1.6, "speed": 1.4, "pitch": 3.0, "sway": 1.0},
@@ -24,17 +24,17 @@ class Pose:
 
 
 def check_camera(name: str, field: str) -> None:
-    """Raises ValueError, which names `field` and the known cameras, unless there is such a camera."""
+    """Raise ValueError, naming `field` and the known cameras, if there is no such camera."""
     if name not in CAMERAS:
         raise ValueError(f"{field} must be one of {', '.join(CAMERAS)}, got {name!r}")
 
 
 def street_camera(source: str) -> str | None:
     """
-    The camera of a video source: that of a car for `street`, NAME for `street:NAME`, `None` for sources that are not the street.
+    Return the camera of a video source: `driving` for `street`, NAME for `street:NAME`, `None` for sources that are not the street.
 
     Raises:
-        ValueError: no such camera; names the known ones.
+        ValueError: there is no such camera.
     """
     name, colon, camera = source.partition(":")
     if name != "street":
@@ -45,16 +45,16 @@ def street_camera(source: str) -> str | None:
 
 
 def camera_pose(street, t: float) -> Pose:
-    """Where the camera of `street` is at time t (seconds)."""
+    """Return the pose of the camera of `street` at time t (seconds)."""
     rng = np.random.default_rng([street.seed, 1])
     phase = rng.uniform(0, 2 * math.pi, 5)
     period = rng.uniform(5, 11, 5)
     wave = np.sin(2 * math.pi * t / period + phase) * street.sway
     start = rng.uniform(0, 500)
-    # The speed varies by a quarter; its integral is the way.
+    # The speed varies by a quarter; its integral is the distance.
     way = street.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
     x, lift, yaw, tilt, roll = _PATHS[street.camera](wave, t, street.sway, rng)
-    # Never below the ground, which would then be drawn behind the camera and before all else.
+    # Never below the ground, which would then be drawn in front of everything.
     position = np.array([x, max(street.camera_height + lift, 0.05), start + way])
     pitch = math.radians(street.pitch) + tilt
     right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
@@ -69,7 +69,7 @@ def camera_pose(street, t: float) -> Pose:
     return Pose(position, np.stack([right, down, forward], axis=1), focal)
 
 
-# Each gives x (metres), what is added to the height (metres) and to the pitch, yaw and roll (radians).
+# Each function returns x (metres) and the offsets of height (metres), pitch, yaw and roll (radians).
 
 
 def _driving(wave, t, sway, rng):

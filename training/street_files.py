@@ -25,17 +25,17 @@ HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on: never thos
 
 def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str]:
     """
-    Paths of the street's videos. What is missing is rendered, so the second call is instant.
+    Return the paths of the street's videos. Missing ones are rendered, so a second call is instant.
 
     Args:
-        cache_dir: folder; by default one in [`cache_root`] that is named by the parameters.
-        parameters: of [`write_videos`].
+        cache_dir: folder; by default one in [`cache_root`] that is named after the parameters.
+        parameters: arguments of [`write_videos`].
     """
     parameters = {**DEFAULTS, **parameters}
     if cache_dir is None:
         name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
         camera = "" if parameters["camera"] == "driving" else f"-{parameters['camera']}"
-        # Here alone, since it brings torch and transformers: seconds, in each process that renders too.
+        # Imported here only: it imports torch and transformers, which takes seconds, also in each process that renders.
         from modeling_poodle.recipe_files import cache_root
 
         cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
@@ -64,8 +64,9 @@ def write_videos(
     camera: str = "driving",
 ) -> list[str]:
     """
-    Render drives to `drive-0000.mp4` … (H.264, one keyframe a second) with a sidecar `drive-0000.json` each, through which the exact
-    flow between any two times of the file can be had. Complete ones are left as they are.
+    Render drives to `drive-0000.mp4` … (H.264, one keyframe a second), each with a sidecar `drive-0000.json`.
+
+    From the sidecar, the exact flow between any two times of the file can be computed. Complete drives are left as they are.
 
     Raises:
         ValueError: odd sizes, values that are not positive, no frame in the duration, or no such camera.
@@ -83,7 +84,9 @@ def write_videos(
     if not all(_is_complete(path, sidecar) for path, sidecar in drives):
         with alone(output_dir) as locked:
             begun = _begin_videos(output_dir, drive)
-            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ():  # of who was killed
+            for left in (
+                output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ()
+            ):  # left by a process that was killed
                 left.unlink(missing_ok=True)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
             done = over_processes(write_video, jobs, num_processes) if jobs else ()
@@ -99,11 +102,12 @@ def write_videos(
 
 def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -> Path:
     """
-    Make ready a folder in which drives are to be rendered: those of another street go, since who reads the folder reads them all. The
-    file that is returned says that drives may be half done.
+    Prepare a folder for rendering drives, and return the marker file that says that drives may be incomplete.
+
+    Drives of another street are deleted, because whoever reads the folder reads all its drives.
 
     Raises:
-        ValueError: a file of the name of a drive is none of ours.
+        ValueError: a file with the name of a drive was not written by this project.
     """
     begun, others = output_dir / ".rendering", []
     for video in sorted(
@@ -118,7 +122,9 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
                 )
     begun.touch()
     for video in others:
-        video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without it is not whole
+        video.with_suffix(".json").unlink(
+            missing_ok=True
+        )  # deleted first, because a drive without it counts as incomplete
         video.unlink(missing_ok=True)
     return begun
 
@@ -141,8 +147,9 @@ def _is_complete(path: Path, sidecar: dict) -> bool:
 
 def made_of_street(marker: Path) -> dict | None:
     """
-    What a folder's marker, written last, says that the folder was rendered of; `None` where there is none, or another's file of that
-    name. One without a camera was made by a driving one.
+    Read from a folder's marker, which is written last, with which parameters the folder was rendered.
+
+    `None` if there is no marker, or a file of that name from elsewhere. A marker without a camera means `driving`.
     """
     try:
         stored = json.loads(marker.read_text())
@@ -154,10 +161,10 @@ def made_of_street(marker: Path) -> dict | None:
 
 def _begin(folder: Path, marker: Path) -> Path:
     """
-    Make ready a folder that is to be rendered. The file that is returned says that it is one of ours, and half done.
+    Prepare a folder for rendering, and return the marker file that says that the folder is this project's and incomplete.
 
     Raises:
-        ValueError: it has files of another origin.
+        ValueError: the folder has files of another origin.
     """
     begun = folder / ".rendering"
     if made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
@@ -166,17 +173,19 @@ def _begin(folder: Path, marker: Path) -> Path:
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
     begun.touch()
-    marker.unlink(missing_ok=True)  # until the folder is whole again: what it said is of files that are being replaced
+    marker.unlink(
+        missing_ok=True
+    )  # until the folder is complete again, because it describes files that are being replaced
     return begun
 
 
 def write_video(path: str, sidecar: dict) -> None:
-    """Render one drive. The sidecar is written last, each file aside first: a drive with a sidecar is whole."""
+    """Render one drive. Each file is written aside and renamed, the sidecar last, so that a drive with a sidecar is complete."""
     street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
-    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # nobody else's, who may be ending just now
+    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # a name of its own, because another process may be finishing the same drive
     partial = f"{path}.{aside}"
     with av.open(partial, "w", format="mp4") as container:
-        # One thread of x264: the same bytes on every run.
+        # One thread of x264, so that every run writes the same bytes.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "medium", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = street.height, street.width, "yuv420p"
         stream.codec_context.gop_size = max(fps, 1)
@@ -206,9 +215,10 @@ def write_folder(
     camera: str = "driving",
 ) -> Path:
     """
-    Labelled data set of held-out drives, each image from a drive of its own: `images/NAME.png`, `labels/NAME.png` (indices into the
-    classes), `annotations.json` (boxes of what is at least 4 pixels wide and high, in COCO's format), `classes.json`. A complete one
-    is left as it is.
+    Write a labelled data set of held-out drives, with each image from a different drive.
+
+    The files are `images/NAME.png`, `labels/NAME.png` (indices into the classes), `annotations.json` (boxes of objects at least 4 pixels wide
+    and high, in COCO's format) and `classes.json`. A complete data set is left as it is.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
@@ -232,7 +242,9 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
     begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
         (output_dir / name).mkdir(exist_ok=True)
-        for file in (output_dir / name).glob("[0-9]*.png"):  # of a larger one, which would be read as if of this
+        for file in (output_dir / name).glob(
+            "[0-9]*.png"
+        ):  # left by a larger data set, and would be read as part of this one
             if file.stem.isdecimal() and int(file.stem) >= num_images:
                 file.unlink()
     streets = [
@@ -254,17 +266,17 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
     }
     (output_dir / "annotations.json").write_text(json.dumps(coco))
-    listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is whole
+    listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is complete
     begun.unlink(missing_ok=True)
 
 
 def held_out_time(number: int) -> float:
-    """The second of a held-out drive that is looked at: of twenty drives that are alike not the same one."""
+    """Return the time in seconds at which a held-out drive is labelled; it varies between drives, which begin alike."""
     return 1.0 + 0.37 * (number % 20)
 
 
 def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
-    """Write one labelled frame; its boxes, COCO's xywh."""
+    """Write one labelled frame, and return its boxes in COCO's xywh format."""
     time = held_out_time(number)
     labels, instances = street.labels(time), street.instances(time)
     Image.fromarray(street.frame(time)).save(Path(output_dir, "images", f"{number:05d}.png"))
@@ -281,9 +293,9 @@ def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
     return boxes
 
 
-SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # never those of the labelled frames
+SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # not among the seeds of the labelled frames
 SEQUENCE_FRAMES, SEQUENCE_FPS, MAX_OBJECTS = 12, 8, 8
-OBJECT_SHARE = 1 / 400  # of the first frame that an object covers at least
+OBJECT_SHARE = 1 / 400  # least share of the first frame that an object covers
 
 
 def write_sequences(
@@ -296,8 +308,9 @@ def write_sequences(
     camera: str = "driving",
 ) -> Path:
     """
-    Frames and object masks of held-out drives in the layout of DAVIS 2017. Objects are the largest instances of the first frame (at
-    most 8) that the last one still shows. A complete folder is left as it is.
+    Write frames and object masks of held-out drives in the layout of DAVIS 2017.
+
+    The objects are the largest instances of the first frame (at most 8) that the last frame still shows. A complete folder is left as it is.
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
@@ -320,13 +333,13 @@ def write_sequences(
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("\n".join(names) + "\n")
-        marker.write_text(json.dumps(made_of))  # last: with it the folder is whole
+        marker.write_text(json.dumps(made_of))  # last: with it the folder is complete
         begun.unlink(missing_ok=True)
     return output_dir
 
 
 def _write_sequence(output_dir: str, street: Street) -> str:
-    """Write one drive; its name."""
+    """Write one drive, and return its name."""
     name = f"drive-{street.seed - SEQUENCE_SEED:04d}"
     folders = [Path(output_dir, kind, "480p", name) for kind in ("JPEGImages", "Annotations")]
     for folder in folders:

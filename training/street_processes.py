@@ -1,4 +1,4 @@
-"""How folders of the street are rendered: by one command at a time, over processes that end with it."""
+"""Render folders of the street: by one command at a time, with processes that end with the command."""
 
 import fcntl
 import multiprocessing
@@ -13,11 +13,12 @@ from pathlib import Path
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """
-    Make `folder`, and hold it while it is rendered: whoever wants the same at that time waits, and then finds it whole. False where the file
-    system has no locks: as safe as its users are apart.
+    Make `folder` and lock it while it is rendered. Others that need the same folder wait, and then find it complete.
+
+    Yields `False` if the file system has no locks; two commands must then not render at the same time.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        # The import of the caller's own script in a process that is to render for it: it would wait for its parent, and that for it.
+        # The import of the caller's script in a process that renders for it. If the script rendered again, the two would wait for each other.
         raise RuntimeError(
             "the script that renders the street does so again when it is imported by the processes that it starts: "
             'put what it does under `if __name__ == "__main__":`'
@@ -35,24 +36,24 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def _usable_cores() -> int:
-    """As of modeling_poodle.cpu, whose import brings torch and transformers: 8 s, of which rendering needs nothing."""
+    """The same as in modeling_poodle.cpu, whose import takes 8 s (torch and transformers), which rendering does not need."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
-    """The results of function(*job) in the order of the jobs."""
+    """Return the results of function(*job), in the order of the jobs."""
     workers = min(num_processes or _usable_cores(), len(jobs))
-    if workers == 1:  # to start a process takes longer than to render a short drive
+    if workers == 1:  # starting a process takes longer than rendering a short drive
         yield from (function(*job) for job in jobs)
         return
-    # spawn: the caller may hold threads (torch, CUDA) that a fork would leave locked.
+    # spawn, because the caller may have threads (torch, CUDA) whose locks a fork would leave locked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         yield from pool.map(function, *zip(*jobs))
 
 
 def end_with_parent() -> None:
-    """In a worker: once its parent is gone, killed perhaps, nobody waits for what it does (and of the street, the folder's lock is gone)."""
+    """In a worker, end when the parent is gone (for example killed): nobody waits for the result, and the lock of the folder is gone."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
