@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training import stopping
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
+    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
     stopping.end_on_signals()
 
 import torch

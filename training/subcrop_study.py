@@ -1,13 +1,13 @@
 """
-What subcrops hold: how often they hit each class, whether alone, and whether the teacher's subcrop holds the same instance.
+Measure what subcrops show: how often they hit each class, whether alone, and whether the teacher's subcrop shows the same instance.
 
     python -m training.subcrop_study --dataset street --json street.json [--config street] [--frames 40] [--draws 24] [--gaps 0.25 0.5 1.0]
     python -m training.subcrop_study --dataset camvid --data_dir path/to/camvid --json camvid.json
 
-A subcrop hits an object where it covers at least 10 % of its pixels (arXiv 2408.11208's rule). Beside it, the chance that a random pixel
-lies on the class: the class's share of the pixels. Subcrops are those of training (`draw_subcrops`) with the recipe's numbers, on whole
-frames; street frames have the recipe's crop size. Where no try lands inside the other frame, training takes the teacher's subcrop from the
-student's own frame: such pairs are counted apart, as they hold the same in any case.
+A subcrop hits an object if it covers at least 10 % of the object's pixels (the rule of arXiv 2408.11208). The baseline is the chance that a
+random pixel lies on the class, which is the class's share of the pixels. Subcrops are drawn as in training (`draw_subcrops`) with the
+recipe's numbers, on whole frames; street frames have the recipe's crop size. If no try lands inside the other frame, training takes the
+teacher's subcrop from the student's own frame. Such pairs are counted separately, because they always show the same.
 """
 
 import argparse
@@ -51,7 +51,7 @@ MEASURES = {
     "instances_counted": "number of instances that held_of_shown is a share of, where it is least",
 }
 NO_JITTER = "exact, no jitter"  # at the longest time only
-FLOWS = ("exact", "dis", "none", NO_JITTER)  # none: the teacher's subcrop stays where the student's is
+FLOWS = ("exact", "dis", "none", NO_JITTER)  # none: the teacher's subcrop stays at the student's place
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Objects:
     The objects of one frame.
 
     Args:
-        index: (H, W) int64, the object of each pixel; 0 where there is none.
-        classes, sizes: (n + 1,) class and pixels of each object; of object 0, -1 and 0.
-        keys: (n + 1,) int64, what an instance's pixels of a class are known by in all frames; -1 for objects without such identity.
+        index: (H, W) int64, the object of each pixel; 0 for none.
+        classes, sizes: (n + 1,) class and number of pixels of each object; -1 and 0 for object 0.
+        keys: (n + 1,) int64, identifies the pixels of one class of an instance in all frames; -1 for objects without identity.
     """
 
     index: np.ndarray
@@ -72,18 +72,21 @@ class Objects:
 
     @property
     def groups(self) -> np.ndarray:
-        """(n + 1,) int64, the same for the objects of one instance; objects without identity are each of their own."""
+        """(n + 1,) int64, equal for the objects of one instance; each object without identity has its own number."""
         whole = np.where(self.keys < 0, -1 - np.arange(len(self.keys)), self.keys // 256)
         return np.unique(whole, return_inverse=True)[1]
 
 
 def find_objects(labels: np.ndarray, instances: np.ndarray | None = None) -> Objects:
     """
-    An object is the pixels of one class of one instance (a cyclist's are two: rider and bicycle), elsewhere a connected component
-    (8 neighbours) of one class. Those of fewer than `MIN_PIXELS` pixels are left out.
+    Find the objects of a frame. Objects of fewer than `MIN_PIXELS` pixels are left out.
+
+    An object is the pixels of one class of one instance (a cyclist is two objects, rider and bicycle). Outside of instances, it is a
+    connected component (8 neighbours) of one class.
 
     Args:
-        labels: (H, W) uint8 classes, 255 for none. instances: (H, W), 0 for stuff; `None`: there are none.
+        labels: (H, W) uint8 classes, 255 for none.
+        instances: (H, W), 0 for stuff; `None` if there are none.
     """
     instances = np.zeros(labels.shape, np.int64) if instances is None else instances.astype(np.int64)
     index, found = np.zeros(labels.shape, np.int64), [(-1, 0, -1)]
@@ -105,13 +108,13 @@ def find_objects(labels: np.ndarray, instances: np.ndarray | None = None) -> Obj
 
 def covered(objects: Objects, boxes: np.ndarray) -> np.ndarray:
     """
-    The pixels of each object whose centres each box covers.
+    Count the pixels of each object that each box covers with their centres.
 
     Args:
         boxes: (N, 4) xyxy pixels.
 
     Returns:
-        (N, n + 1) int64; column 0 is what is covered of no object.
+        (N, n + 1) int64; column 0 counts pixels of no object.
     """
     inside = np.zeros((len(boxes), len(objects.sizes)), np.int64)
     for row, (x0, y0, x1, y1) in enumerate(np.ceil(np.maximum(boxes, 0) - 0.5).astype(int)):
@@ -120,7 +123,7 @@ def covered(objects: Objects, boxes: np.ndarray) -> np.ndarray:
 
 
 def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
-    """Which objects each box hits: it covers at least 10 % of the object's pixels. inside: of [`covered`]; column 0 is False."""
+    """Return which objects each box hits: it covers at least 10 % of their pixels. `inside` is from [`covered`]; column 0 is False."""
     hit = inside >= HIT_SHARE * objects.sizes
     hit[:, 0] = False
     return hit
@@ -128,10 +131,11 @@ def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
 
 def alone(objects: Objects, hit: np.ndarray, inside: np.ndarray, least: float) -> np.ndarray:
     """
-    Which objects each box hits without another: none of another instance that takes up `least` of what the box covers.
+    Return which objects each box hits alone: no other instance takes up `least` of the covered pixels.
 
     Args:
-        hit, inside: (N, n + 1), of [`hits`], of things alone, and [`covered`].
+        hit: (N, n + 1), from [`hits`], of things only.
+        inside: (N, n + 1), from [`covered`].
 
     Returns:
         (N, n + 1) bool.
@@ -147,13 +151,13 @@ def same_instance(
     hit: np.ndarray, objects: Objects, teacher_hit: np.ndarray, teacher_objects: Objects
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Whether the teacher's frame shows the instance that the student's subcrop hits, and whether the teacher's subcrop hits it.
+    Return whether the teacher's frame shows the instance that the student's subcrop hits, and whether the teacher's subcrop hits it too.
 
     Args:
         hit, teacher_hit: (N, n + 1) and (N, m + 1), from [`hits`], of the subcrops of N pairs.
 
     Returns:
-        shown, held (N, n + 1) bool: False where the student's does not hit, and for objects without identity.
+        shown, held (N, n + 1) bool; False if the student's subcrop does not hit, and for objects without identity.
     """
     where = {key: column for column, key in enumerate(teacher_objects.keys) if key >= 0}
     columns = np.array([where.get(key, 0) for key in objects.keys])  # column 0 is never hit
@@ -161,7 +165,7 @@ def same_instance(
 
 
 class Tally:
-    """Adds up frames. Shares of subcrops are over all subcrops of all frames, those of frames over sets of K subcrops of one frame."""
+    """Sums over frames. Shares of subcrops are over all subcrops of all frames, shares of frames over sets of K subcrops of one frame."""
 
     def __init__(self, classes: tuple[str, ...], things: tuple[str, ...], num_subcrops: int):
         self.classes, self.num_subcrops = classes, num_subcrops
@@ -176,7 +180,7 @@ class Tally:
         self.own_frame: dict[tuple[str, str], np.ndarray] = {}  # (flow, gap): pairs in one frame, all pairs
 
     def add_frame(self, labels: np.ndarray, objects: Objects, inside: np.ndarray) -> None:
-        """inside: (sets * K, n + 1), from [`covered`], of the subcrops of a frame."""
+        """Add the subcrops of a frame. `inside` (sets * K, n + 1) is from [`covered`]."""
         n, k, hit = len(self.classes), self.num_subcrops, hits(objects, inside)
         pixels = np.bincount(labels.ravel(), minlength=256)[:n]
         self.pixels += pixels
@@ -186,7 +190,7 @@ class Tally:
         self.hit += on_class.sum(axis=0)
         self.frame_hit += on_class.reshape(-1, k, n).any(axis=1).sum(axis=0)
         self.frame_random += len(hit) / k * (1 - (1 - pixels / labels.size) ** k)
-        hit_things = hit & np.append(self.is_thing, False)[objects.classes]  # class -1 is none
+        hit_things = hit & np.append(self.is_thing, False)[objects.classes]  # class -1: none
         for row, least in enumerate(OTHERS):
             single = alone(objects, hit_things, inside, least)
             self.alone[row] += (self._by_class(single, objects) > 0).sum(axis=0)
@@ -197,7 +201,14 @@ class Tally:
     def add_pairs(
         self, flow: str, gap: str, objects: Objects, hit, shown, held, across: np.ndarray, same: np.ndarray
     ) -> None:
-        """hit, shown, held: (N, n + 1), of [`hits`] and [`same_instance`]. across: (N,) bool; same: (N,), across with every flow."""
+        """
+        Add pairs of subcrops.
+
+        Args:
+            hit, shown, held: (N, n + 1), from [`hits`] and [`same_instance`].
+            across: (N,) bool, pairs whose subcrops are from different frames.
+            same: (N,) bool, pairs that are across with every flow.
+        """
         hit = hit & (objects.keys >= 0)
         chosen = [hit & across[:, None], shown & across[:, None], held & across[:, None]]
         chosen += [shown & same[:, None], held & same[:, None]]
@@ -207,11 +218,11 @@ class Tally:
         self.own_frame[flow, gap] = self.own_frame.get((flow, gap), 0) + fell_back
 
     def _by_class(self, hit: np.ndarray, objects: Objects) -> np.ndarray:
-        """(N, n + 1) bool -> (N, classes) number of objects hit."""
+        """Map (N, n + 1) bool to the number of objects hit, (N, classes)."""
         return hit[:, 1:].astype(np.int64) @ (objects.classes[1:, None] == np.arange(len(self.classes)))
 
     def result(self) -> dict:
-        """Shares, 0 to 1; `None` where there was nothing to take a share of. Classes that occur, the most frequent first."""
+        """Return shares from 0 to 1, or `None` if there was nothing to count, for the classes that occur, the most frequent first."""
         k, values = self.num_subcrops, {}
         for c in np.argsort(-self.pixels, kind="stable"):
             if not self.pixels[c]:
@@ -255,7 +266,7 @@ def _share(part: float, whole: float) -> float | None:
 def study_street(
     recipe: Recipe, camera: str, num_frames: int, draws: int, gaps: list[float], seed: int
 ) -> tuple[Tally, dict]:
-    """Pairs of frames of as many drives, both directions, with each flow."""
+    """Measure one pair of frames of each drive, in both directions, with each flow."""
     height, width = recipe.crop_size
     tally, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), DisFlow()
     for number in range(num_frames):
@@ -268,7 +279,7 @@ def study_street(
             exact = np.stack([street.flow(*times)[0], street.flow(*times[::-1])[0]])
             fields = {"exact": exact, "dis": dis.estimate(frames), "none": np.zeros_like(exact)}
             fields |= {NO_JITTER: exact} if gap == max(gaps) else {}
-            # One seed for all flows: the student's subcrops are the same.
+            # The same seed for all flows, so that the student's subcrops are the same.
             first = (seed + number) * len(gaps) + place
             drawn = {
                 name: _draw(recipe, field, draws, torch.Generator().manual_seed(first), jittered=name != NO_JITTER)
@@ -292,7 +303,7 @@ def study_street(
 def _draw(
     recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jittered: bool = True
 ) -> dict[str, np.ndarray]:
-    """Subcrops of `draws` sets of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), those of the first frame first."""
+    """Draw `draws` sets of subcrops of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), first those of frame 0."""
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
     area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
     jitter = recipe.subcrop_jitter if jittered else 0.0
@@ -301,7 +312,7 @@ def _draw(
 
 
 def camvid_labels(data_dir: str | None, num_frames: int) -> list[Path]:
-    """Label files of train/ and val/, evenly spread. Raises ValueError where there are none."""
+    """Return label files of train/ and val/, evenly spread. Raises ValueError if there are none."""
     layout = "Expected: train/ and val/, each with labels/*.png (ids 0 to 10, 11 is void)"
     if data_dir is None:
         raise ValueError(f"--dataset camvid needs --data_dir, the folder that holds it. {layout}")
@@ -326,7 +337,7 @@ def _read_labels(paths: list[Path]) -> Iterator[np.ndarray]:
 
 
 def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tuple[Tally, dict]:
-    """Labelled frames alone: no instances, no pairs."""
+    """Measure labelled frames, without instances and pairs."""
     tally = Tally(CAMVID_CLASSES, CAMVID_THINGS, recipe.num_subcrops)
     generator = torch.Generator().manual_seed(seed)
     for labels in _read_labels(paths):

@@ -3,8 +3,8 @@ Learn optical flow from video without labels.
 
     accelerate launch training/train_flow.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
-The step is UFlow's (Jonschkowski et al. 2020): flow of both directions, photometric loss where the pixels are seen in both frames, smoothness, and
-later self-supervision on a crop. The run has the files of one of pretrain.py; `model/` is what `--flow unflow --flow_model` takes.
+The step is UFlow's (Jonschkowski et al. 2020): flow in both directions, a photometric loss at pixels that are visible in both frames,
+smoothness, and later self-supervision on a crop. The run writes the same files as pretrain.py; pass its folder to `--flow unflow --flow_model`.
 """
 
 import gc
@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training import stopping
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    # How long threads wait awake, which is read as torch is imported: see modeling_poodle/cpu.py.
+    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and looking for it takes a seventh of their time
+    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
     stopping.end_on_signals()
 
 import torch
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_flow_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    # A config that is wrong is found before the videos are.
+    # The model is built first, so that a wrong config is reported before the videos are looked for.
     model = PoodleFlowModel(recipe.model_config()).to(accelerator.device)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow=None)
     optimizer = build_optimizer(recipe, model)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class FlowRun(Run):
-    """A run that learns flow: no teacher, views or flow from outside."""
+    """A run that learns flow. It has no teacher, no views, and no other source of flow."""
 
     METRICS = tuple(FlowLosses.__dataclass_fields__)
     WRITTEN = "model/, panels/, metrics.jsonl and checkpoints/"
@@ -64,7 +64,7 @@ class FlowRun(Run):
         return self._losses(batch), {}, {}
 
     def _losses(self, batch: dict) -> FlowLosses:
-        """By the share of the run that is done."""
+        """Compute the losses; which ones depends on the progress of the run."""
         recipe, progress = self.recipe, self.step / self.max_steps
         frames = batch["frames"].to(self.accelerator.device, non_blocking=True).float() / 255
         if progress < recipe.half_size_share:

@@ -131,7 +131,7 @@ def _how_to_read(names: Sequence[str]) -> str:
 
 
 def _is_hidden(path: Path) -> bool:
-    """As what a trash or a snapshot keeps."""
+    """Return whether a part of the path is hidden, as in trash folders and snapshots."""
     return any(part.startswith(".") for part in path.parts)
 
 
