@@ -1,4 +1,4 @@
-"""Render folders of the street: by one command at a time, with processes that end with the command."""
+"""Helpers for rendering the street: a lock for each folder, and worker processes that end with their parent."""
 
 import fcntl
 import multiprocessing
@@ -13,12 +13,12 @@ from pathlib import Path
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """
-    Make `folder` and lock it while it is rendered. Others that need the same folder wait, and then find it complete.
+    Create `folder` and lock it for the `with` block. Other commands that need the folder wait, and then find it complete.
 
-    Yields `False` if the file system has no locks; two commands must then not render at the same time.
+    Yields `False` if the file system does not support locks. Then two commands must not render the same folder at the same time.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        # The import of the caller's script in a process that renders for it. If the script rendered again, the two would wait for each other.
+        # This is a worker that is importing the caller's script. If the import rendered too, worker and caller would wait for each other.
         raise RuntimeError(
             "the script that renders the street does so again when it is imported by the processes that it starts: "
             'put what it does under `if __name__ == "__main__":`'
@@ -36,24 +36,32 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def _usable_cores() -> int:
-    """The same as in modeling_poodle.cpu, whose import takes 8 s (torch and transformers), which rendering does not need."""
+    """
+    Return the number of CPU cores that this process may use.
+
+    A copy of the function in modeling_poodle.cpu. Importing that module takes 8 s (torch and transformers, which rendering does not need).
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_processes(function: Callable, jobs: list[tuple], num_processes: int | None) -> Iterator:
-    """Return the results of function(*job), in the order of the jobs."""
+    """Yield the result of `function(*job)` for each job, in the order of `jobs`, computed in worker processes."""
     workers = min(num_processes or _usable_cores(), len(jobs))
-    if workers == 1:  # starting a process takes longer than rendering a short drive
+    if workers == 1:  # in this process: starting another one takes longer than rendering a short drive
         yield from (function(*job) for job in jobs)
         return
-    # spawn, because the caller may have threads (torch, CUDA) whose locks a fork would leave locked.
+    # spawn, because the caller may have threads (torch, CUDA), and a fork would copy the locks that they hold.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         yield from pool.map(function, *zip(*jobs))
 
 
 def end_with_parent() -> None:
-    """In a worker, end when the parent is gone (for example killed): nobody waits for the result, and the lock of the folder is gone."""
+    """
+    End this worker process as soon as its parent has ended, for example because it was killed.
+
+    Without its parent, nobody waits for the worker's result, and a folder that it renders is no longer locked.
+    """
 
     def wait() -> None:
         multiprocessing.parent_process().join()

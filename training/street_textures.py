@@ -1,4 +1,4 @@
-"""Textures of the street's surfaces. They depend only on a seed and the surface point, so that a point looks the same in all frames."""
+"""Textures of the street's surfaces. They depend only on a seed and the surface point, so a point looks the same in all frames."""
 
 from functools import lru_cache
 
@@ -13,8 +13,8 @@ def _noise_tile(seed: int) -> np.ndarray:
 
 
 def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return smooth noise in [-1, 1] with a period of 256 units, bilinear between random lattice values."""
-    # remap takes at most 32767 columns, so the points are arranged as a picture of 1024 columns, padded with zeros.
+    """Return smooth noise in [-1, 1] at (u, v): random values on an integer lattice, interpolated bilinearly, with a period of 256 units."""
+    # cv2.remap takes at most 32767 columns, so the points are arranged as a picture of 1024 columns, padded with zeros.
     count = u.size
     rows = -(-count // 1024)
     where = np.zeros((2, rows * 1024), np.float32)
@@ -25,7 +25,13 @@ def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-    """Return three octaves of noise at (u, v) in metres. An octave fades out where a pixel (footprint, metres) is wider than its cells."""
+    """
+    Return the sum of three octaves of noise.
+
+    Args:
+        u, v: coordinates on the surface in metres.
+        footprint: width of a pixel on the surface in metres. An octave fades out as a pixel grows from 0.5 to 1.5 of its cells.
+    """
     total = np.zeros_like(u)
     for octave, (cell, weight) in enumerate(((0.12, 0.35), (0.5, 0.35), (2.5, 0.3))):
         fade = np.clip(1.5 - footprint / cell, 0, 1)
@@ -35,8 +41,8 @@ def texture(seed: int, u: np.ndarray, v: np.ndarray, footprint: np.ndarray) -> n
 
 
 def hashed(seed: int, *keys: np.ndarray) -> np.ndarray:
-    """Return uniform numbers in [0, 1) from a seed and integer arrays."""
-    with np.errstate(over="ignore"):  # unsigned arithmetic wraps: that is the hash
+    """Hash a seed and integer arrays to float64 numbers, uniform in [0, 1)."""
+    with np.errstate(over="ignore"):  # the hash relies on unsigned integers wrapping around
         value = np.full(
             np.shape(keys[0]), (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64
         )

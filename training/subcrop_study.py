@@ -1,13 +1,13 @@
 """
-Measure what subcrops show: how often they hit each class, whether alone, and whether the teacher's subcrop shows the same instance.
+Measure what subcrops show: how often they hit each class, how often only one thing, and whether the teacher's subcrop shows the same instance.
 
     python -m training.subcrop_study --dataset street --json street.json [--config street] [--frames 40] [--draws 24] [--gaps 0.25 0.5 1.0]
     python -m training.subcrop_study --dataset camvid --data_dir path/to/camvid --json camvid.json
 
 A subcrop hits an object if it covers at least 10 % of the object's pixels (the rule of arXiv 2408.11208). The baseline is the chance that a
-random pixel lies on the class, which is the class's share of the pixels. Subcrops are drawn as in training (`draw_subcrops`) with the
-recipe's numbers, on whole frames; street frames have the recipe's crop size. If no try lands inside the other frame, training takes the
-teacher's subcrop from the student's own frame. Such pairs are counted separately, because they always show the same.
+random pixel lies on the class, which is the class's share of the pixels. Subcrops are drawn as in training (`draw_subcrops`), with the
+recipe's settings, on whole frames; street frames have the recipe's crop size. If no try lands inside the other frame, training takes the
+teacher's subcrop from the student's own frame. Such pairs are counted separately, because both of their subcrops show the same place.
 """
 
 import argparse
@@ -50,8 +50,8 @@ MEASURES = {
     "own_frame": "share of pairs whose teacher's subcrop lies in the student's own frame, in none of the above",
     "instances_counted": "number of instances that held_of_shown is a share of, where it is least",
 }
-NO_JITTER = "exact, no jitter"  # at the longest time only
-FLOWS = ("exact", "dis", "none", NO_JITTER)  # none: the teacher's subcrop stays at the student's place
+NO_JITTER = "exact, no jitter"  # measured at the longest gap only
+FLOWS = ("exact", "dis", "none", NO_JITTER)  # "none" is zero flow: the teacher's subcrop stays at the student's place
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Objects:
     The objects of one frame.
 
     Args:
-        index: (H, W) int64, the object of each pixel; 0 for none.
-        classes, sizes: (n + 1,) class and number of pixels of each object; -1 and 0 for object 0.
-        keys: (n + 1,) int64, identifies the pixels of one class of an instance in all frames; -1 for objects without identity.
+        index: (H, W) int64, number of the object that each pixel belongs to, from 1 to n; 0 if none.
+        classes: (n + 1,) class of each object; -1 for object 0.
+        sizes: (n + 1,) number of pixels of each object; 0 for object 0.
+        keys: (n + 1,) int64, identifies an object (one class of one instance) across frames; -1 if the object has no identity.
     """
 
     index: np.ndarray
@@ -72,7 +73,7 @@ class Objects:
 
     @property
     def groups(self) -> np.ndarray:
-        """(n + 1,) int64, equal for the objects of one instance; each object without identity has its own number."""
+        """(n + 1,) int64 group numbers. The objects of one instance share a number; each object without identity has its own."""
         whole = np.where(self.keys < 0, -1 - np.arange(len(self.keys)), self.keys // 256)
         return np.unique(whole, return_inverse=True)[1]
 
@@ -81,12 +82,12 @@ def find_objects(labels: np.ndarray, instances: np.ndarray | None = None) -> Obj
     """
     Find the objects of a frame. Objects of fewer than `MIN_PIXELS` pixels are left out.
 
-    An object is the pixels of one class of one instance (a cyclist is two objects, rider and bicycle). Outside of instances, it is a
-    connected component (8 neighbours) of one class.
+    An object consists of the pixels of one class in one instance (a cyclist is two objects, rider and bicycle). Pixels without an instance
+    form one object for each connected component (8 neighbours) of a class.
 
     Args:
-        labels: (H, W) uint8 classes, 255 for none.
-        instances: (H, W), 0 for stuff; `None` if there are none.
+        labels: (H, W) uint8 classes; 255 for unlabelled pixels.
+        instances: (H, W) instance numbers, 0 for stuff; `None` if the data set has no instances.
     """
     instances = np.zeros(labels.shape, np.int64) if instances is None else instances.astype(np.int64)
     index, found = np.zeros(labels.shape, np.int64), [(-1, 0, -1)]
@@ -123,7 +124,15 @@ def covered(objects: Objects, boxes: np.ndarray) -> np.ndarray:
 
 
 def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
-    """Return which objects each box hits: it covers at least 10 % of their pixels. `inside` is from [`covered`]; column 0 is False."""
+    """
+    Return which objects each box hits, that is, covers at least 10 % of the object's pixels.
+
+    Args:
+        inside: (N, n + 1), from [`covered`].
+
+    Returns:
+        (N, n + 1) bool; column 0 is `False`.
+    """
     hit = inside >= HIT_SHARE * objects.sizes
     hit[:, 0] = False
     return hit
@@ -131,11 +140,12 @@ def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
 
 def alone(objects: Objects, hit: np.ndarray, inside: np.ndarray, least: float) -> np.ndarray:
     """
-    Return which objects each box hits alone: no other instance takes up `least` of the covered pixels.
+    Return which objects each box hits alone: the box hits no other instance that takes up a share of `least` or more of its pixels.
 
     Args:
-        hit: (N, n + 1), from [`hits`], of things only.
+        hit: (N, n + 1), from [`hits`], with things only.
         inside: (N, n + 1), from [`covered`].
+        least: share of the box's pixels from which on another instance counts.
 
     Returns:
         (N, n + 1) bool.
@@ -151,13 +161,17 @@ def same_instance(
     hit: np.ndarray, objects: Objects, teacher_hit: np.ndarray, teacher_objects: Objects
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Return whether the teacher's frame shows the instance that the student's subcrop hits, and whether the teacher's subcrop hits it too.
+    Find the objects hit by the student's subcrops again in the teacher's frame and subcrops.
 
     Args:
-        hit, teacher_hit: (N, n + 1) and (N, m + 1), from [`hits`], of the subcrops of N pairs.
+        hit: (N, n + 1), from [`hits`], for the student's subcrops of N pairs.
+        objects: the n objects of the student's frame.
+        teacher_hit: (N, m + 1), the same for the teacher's subcrops.
+        teacher_objects: the m objects of the teacher's frame.
 
     Returns:
-        shown, held (N, n + 1) bool; False if the student's subcrop does not hit, and for objects without identity.
+        shown: (N, n + 1) bool, whether the teacher's frame shows an object that the student's subcrop hits.
+        held: (N, n + 1) bool, whether the teacher's subcrop hits the object too. Both are `False` for objects without identity.
     """
     where = {key: column for column, key in enumerate(teacher_objects.keys) if key >= 0}
     columns = np.array([where.get(key, 0) for key in objects.keys])  # column 0 is never hit
@@ -165,7 +179,11 @@ def same_instance(
 
 
 class Tally:
-    """Sums over frames. Shares of subcrops are over all subcrops of all frames, shares of frames over sets of K subcrops of one frame."""
+    """
+    Sums over frames, from which [`Tally.result`] computes shares.
+
+    Shares of subcrops refer to all subcrops of all frames. Shares of frames refer to sets of K subcrops of one frame.
+    """
 
     def __init__(self, classes: tuple[str, ...], things: tuple[str, ...], num_subcrops: int):
         self.classes, self.num_subcrops = classes, num_subcrops
@@ -174,13 +192,14 @@ class Tally:
         self.pixels, self.hit, self.frame_hit, self.frame_random = np.zeros((4, n))
         self.alone = np.zeros((len(OTHERS), n))
         self.num_pixels = self.num_crops = 0
-        self.crops_by_things = np.zeros(3)  # subcrops with no, one and more things
-        # (flow, gap): (5, n), of pairs across the frames the instances hit, shown and held, and shown and held of the same pairs
+        self.crops_by_things = np.zeros(3)  # number of subcrops that hit no, one, and several things
+        # By (flow, gap): (5, n) counts for each class: objects hit, shown and held in pairs across frames, then shown and held in pairs that
+        # lie across frames with every flow.
         self.pairs: dict[tuple[str, str], np.ndarray] = {}
-        self.own_frame: dict[tuple[str, str], np.ndarray] = {}  # (flow, gap): pairs in one frame, all pairs
+        self.own_frame: dict[tuple[str, str], np.ndarray] = {}  # by (flow, gap): pairs within one frame, all pairs
 
     def add_frame(self, labels: np.ndarray, objects: Objects, inside: np.ndarray) -> None:
-        """Add the subcrops of a frame. `inside` (sets * K, n + 1) is from [`covered`]."""
+        """Add the subcrops of a frame. `inside` is (sets * K, n + 1), from [`covered`]."""
         n, k, hit = len(self.classes), self.num_subcrops, hits(objects, inside)
         pixels = np.bincount(labels.ravel(), minlength=256)[:n]
         self.pixels += pixels
@@ -190,11 +209,12 @@ class Tally:
         self.hit += on_class.sum(axis=0)
         self.frame_hit += on_class.reshape(-1, k, n).any(axis=1).sum(axis=0)
         self.frame_random += len(hit) / k * (1 - (1 - pixels / labels.size) ** k)
-        hit_things = hit & np.append(self.is_thing, False)[objects.classes]  # class -1: none
+        # Object 0 has class -1, which selects the appended False.
+        hit_things = hit & np.append(self.is_thing, False)[objects.classes]
         for row, least in enumerate(OTHERS):
             single = alone(objects, hit_things, inside, least)
             self.alone[row] += (self._by_class(single, objects) > 0).sum(axis=0)
-            if least == 0:  # all others count
+            if least == 0:  # the strictest rule: any other thing counts, however small
                 number = hit_things.any(axis=1) * 2 - single.any(axis=1)
                 self.crops_by_things += np.bincount(number, minlength=3)
 
@@ -205,9 +225,10 @@ class Tally:
         Add pairs of subcrops.
 
         Args:
-            hit, shown, held: (N, n + 1), from [`hits`] and [`same_instance`].
-            across: (N,) bool, pairs whose subcrops are from different frames.
-            same: (N,) bool, pairs that are across with every flow.
+            hit: (N, n + 1), from [`hits`].
+            shown, held: (N, n + 1), from [`same_instance`].
+            across: (N,) bool, pairs whose subcrops come from different frames.
+            same: (N,) bool, pairs that lie across frames with every flow.
         """
         hit = hit & (objects.keys >= 0)
         chosen = [hit & across[:, None], shown & across[:, None], held & across[:, None]]
@@ -218,11 +239,11 @@ class Tally:
         self.own_frame[flow, gap] = self.own_frame.get((flow, gap), 0) + fell_back
 
     def _by_class(self, hit: np.ndarray, objects: Objects) -> np.ndarray:
-        """Map (N, n + 1) bool to the number of objects hit, (N, classes)."""
+        """Count the objects of each class that each subcrop hits: (N, n + 1) bool -> (N, classes) int64."""
         return hit[:, 1:].astype(np.int64) @ (objects.classes[1:, None] == np.arange(len(self.classes)))
 
     def result(self) -> dict:
-        """Return shares from 0 to 1, or `None` if there was nothing to count, for the classes that occur, the most frequent first."""
+        """Return shares from 0 to 1 for each class that occurs, most frequent first. A share of nothing is `None`."""
         k, values = self.num_subcrops, {}
         for c in np.argsort(-self.pixels, kind="stable"):
             if not self.pixels[c]:
@@ -266,7 +287,12 @@ def _share(part: float, whole: float) -> float | None:
 def study_street(
     recipe: Recipe, camera: str, num_frames: int, draws: int, gaps: list[float], seed: int
 ) -> tuple[Tally, dict]:
-    """Measure one pair of frames of each drive, in both directions, with each flow."""
+    """
+    Measure one pair of frames for each drive and gap, in both directions, with each flow.
+
+    Returns:
+        The sums, and further fields of the result.
+    """
     height, width = recipe.crop_size
     tally, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), DisFlow()
     for number in range(num_frames):
@@ -279,7 +305,7 @@ def study_street(
             exact = np.stack([street.flow(*times)[0], street.flow(*times[::-1])[0]])
             fields = {"exact": exact, "dis": dis.estimate(frames), "none": np.zeros_like(exact)}
             fields |= {NO_JITTER: exact} if gap == max(gaps) else {}
-            # The same seed for all flows, so that the student's subcrops are the same.
+            # All flows use the same seed, so that the student's subcrops are the same.
             first = (seed + number) * len(gaps) + place
             drawn = {
                 name: _draw(recipe, field, draws, torch.Generator().manual_seed(first), jittered=name != NO_JITTER)
@@ -303,7 +329,15 @@ def study_street(
 def _draw(
     recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jittered: bool = True
 ) -> dict[str, np.ndarray]:
-    """Draw `draws` sets of subcrops of both frames of a pair with flow (2, 2, H, W): (2 * draws * K, ...), first those of frame 0."""
+    """
+    Draw `draws` sets of K subcrops for both frames of a pair.
+
+    Args:
+        flow: (2, 2, H, W) pixels.
+
+    Returns:
+        The fields of [`draw_subcrops`], each (2 * draws * K, ...): first the subcrops of frame 0, then those of frame 1.
+    """
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
     area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
     jitter = recipe.subcrop_jitter if jittered else 0.0
@@ -312,7 +346,12 @@ def _draw(
 
 
 def camvid_labels(data_dir: str | None, num_frames: int) -> list[Path]:
-    """Return label files of train/ and val/, evenly spread. Raises ValueError if there are none."""
+    """
+    Return up to `num_frames` label files, evenly spread over train/ and val/.
+
+    Raises:
+        ValueError: there is no label file.
+    """
     layout = "Expected: train/ and val/, each with labels/*.png (ids 0 to 10, 11 is void)"
     if data_dir is None:
         raise ValueError(f"--dataset camvid needs --data_dir, the folder that holds it. {layout}")
@@ -337,12 +376,12 @@ def _read_labels(paths: list[Path]) -> Iterator[np.ndarray]:
 
 
 def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tuple[Tally, dict]:
-    """Measure labelled frames, without instances and pairs."""
+    """Measure labelled frames. There are no instances and no pairs of frames; see [`study_street`] for what is returned."""
     tally = Tally(CAMVID_CLASSES, CAMVID_THINGS, recipe.num_subcrops)
     generator = torch.Generator().manual_seed(seed)
     for labels in _read_labels(paths):
         objects, still = find_objects(labels), np.zeros((2, 2, *labels.shape), np.float32)
-        # Sets come for both frames of a pair; here both are this frame.
+        # `_draw` returns sets for both frames of a pair. Here both are this frame, so half of the draws are enough.
         boxes = _draw(recipe, still, -(-draws // 2), generator)["student_boxes"][: draws * recipe.num_subcrops]
         tally.add_frame(labels, objects, covered(objects, boxes))
     height, width = labels.shape

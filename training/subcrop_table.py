@@ -1,11 +1,11 @@
 """Present the results of `subcrop_study` as a table, sentences and points for a plot."""
 
-MIN_PIXELS = 10  # of an object, so that 10 % of it is at least one pixel
-OTHERS = (0.0, 0.001, 0.005)  # share of a subcrop from which on another thing counts
+MIN_PIXELS = 10  # smallest object that counts: 10 % of it is at least one pixel
+OTHERS = (0.0, 0.001, 0.005)  # another thing counts if it takes up at least this share of the subcrop
 
 
 def table(result: dict) -> list[list[str | float | None]]:
-    """Return the table: a head, one line for each class, and lines for all things. Figures are in per cent, except the lift."""
+    """Return the table: a header, one line for each class, and lines for all things together. Figures are in per cent, except the lift and counts."""
     pairs = result["all_things"] or {}
     columns = [(flow, gap) for flow, by_gap in pairs.items() for gap in by_gap]
     single = [f"single, others of {f'{100 * least:g} %' if least else f'{MIN_PIXELS} px'}" for least in OTHERS]
@@ -19,7 +19,7 @@ def table(result: dict) -> list[list[str | float | None]]:
         first += [_percent(values["hit_in_frame"]), _percent(values["random_pixel_in_frame"])]
         cells = list(map(_percent, shares))
         alone, shown = cells[: len(OTHERS)], cells[len(OTHERS) :]
-        counted = values["instances_counted"] or None if any(shown) else None  # the number behind these shares
+        counted = values["instances_counted"] or None if any(shown) else None  # number of instances behind the shares to the right
         lines.append([name, *first, *alone, counted, *shown])
     rows = {
         "all things": "held_of_shown",
@@ -39,7 +39,7 @@ def table(result: dict) -> list[list[str | float | None]]:
 
 
 def notes(result: dict) -> list[str]:
-    """Return sentences for what the table has no room for."""
+    """Return sentences with facts that do not fit into the table."""
     none, one, several = (f"{100 * result['subcrops_with_things'][name]:.1f} %" for name in ("none", "one", "several"))
     facts = (
         f"{result['num_subcrops']:,} subcrops in {result['frames']} {'drives' if result['all_things'] else 'frames'} of "
@@ -50,7 +50,7 @@ def notes(result: dict) -> list[str]:
 
 
 def scatter(result: dict) -> dict:
-    """Return hits against a class's share of the pixels, in per cent, beside those of a random pixel."""
+    """Return points for a plot, in per cent: a class's share of the pixels (x), and how often a subcrop and a random pixel hit it."""
     shown = {name: values for name, values in result["classes"].items() if values["hit"] and values["pixel_share"]}
     pixels = [_percent(values["pixel_share"]) for values in shown.values()]
     series = {"a random pixel": pixels, "a subcrop": [_percent(values["hit"]) for values in shown.values()]}

@@ -3,8 +3,9 @@ Learn optical flow from video without labels.
 
     accelerate launch training/train_flow.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
-The step is UFlow's (Jonschkowski et al. 2020): flow in both directions, a photometric loss at pixels that are visible in both frames,
-smoothness, and later self-supervision on a crop. The run writes the same files as pretrain.py; pass its folder to `--flow unflow --flow_model`.
+A step follows UFlow (Jonschkowski et al. 2020): flow in both directions, a photometric loss at pixels that are visible in both frames, a
+smoothness loss and, later in the run, self-supervision on a crop. The run writes the same files as pretrain.py. To pretrain with the learned
+flow, pass the run's folder to `--flow unflow --flow_model`.
 """
 
 import gc
@@ -12,15 +13,15 @@ import os
 import sys
 from pathlib import Path
 
-# `accelerate launch training/train_flow.py` puts training/ on the path; its siblings live one folder up.
+# `accelerate launch training/train_flow.py` puts training/ on the path, but the packages are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training import stopping
 
-if __name__ == "__main__":  # before the imports, which take seconds
-    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
+if __name__ == "__main__":  # before the imports below, which take seconds
+    # How long idle threads spin before they sleep. It must be set before torch is imported; see modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
+    gc.disable()  # until run_script: imports leave no garbage, and looking for some takes a seventh of the import time
     stopping.end_on_signals()
 
 import torch
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_flow_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    # The model is built first, so that a wrong config is reported before the videos are looked for.
+    # Build the model first, so that a wrong config is reported before the search for videos.
     model = PoodleFlowModel(recipe.model_config()).to(accelerator.device)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow=None)
     optimizer = build_optimizer(recipe, model)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class FlowRun(Run):
-    """A run that learns flow. It has no teacher, no views, and no other source of flow."""
+    """A run that trains a flow network. It has no teacher, no views, and no other source of flow."""
 
     METRICS = tuple(FlowLosses.__dataclass_fields__)
     WRITTEN = "model/, panels/, metrics.jsonl and checkpoints/"
@@ -64,7 +65,7 @@ class FlowRun(Run):
         return self._losses(batch), {}, {}
 
     def _losses(self, batch: dict) -> FlowLosses:
-        """Compute the losses; which ones depends on the progress of the run."""
+        """Compute the losses. The progress of the run decides which losses are used, and whether frames are halved in size."""
         recipe, progress = self.recipe, self.step / self.max_steps
         frames = batch["frames"].to(self.accelerator.device, non_blocking=True).float() / 255
         if progress < recipe.half_size_share:
@@ -97,7 +98,11 @@ class FlowRun(Run):
 
     @torch.no_grad()
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
-        """Draw up to four pairs, one a row: both frames, both flows, and the earlier frame with the pixels hidden in the later one blacked out."""
+        """
+        Draw up to four pairs, each on a row of its own: both frames, both flows, and the earlier frame with occluded pixels in black.
+
+        Pixels of the earlier frame are occluded if the later frame does not show them.
+        """
         frames = batch["frames"][:4].to(self.accelerator.device)
         with self.accelerator.autocast():
             flow = self.model.forward(
