@@ -50,7 +50,7 @@ def over_processes(function: Callable, jobs: list[tuple], num_processes: int | N
     if workers == 1:  # in this process: starting another one takes longer than rendering a short drive
         yield from (function(*job) for job in jobs)
         return
-    # spawn, because the caller may have threads (torch, CUDA), and a fork would copy the locks that they hold.
+    # spawn, because the caller may have threads (torch, CUDA). After a fork, locks that they hold would stay locked in the child.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         yield from pool.map(function, *zip(*jobs))

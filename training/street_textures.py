@@ -13,7 +13,7 @@ def _noise_tile(seed: int) -> np.ndarray:
 
 
 def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return smooth noise in [-1, 1] at (u, v): random values on an integer lattice, interpolated bilinearly, with a period of 256 units."""
+    """Return smooth noise in [-1, 1] at (u, v): random values on an integer lattice, interpolated bilinearly, with period 256."""
     # cv2.remap takes at most 32767 columns, so the points are arranged as a picture of 1024 columns, padded with zeros.
     count = u.size
     rows = -(-count // 1024)

@@ -1,5 +1,5 @@
 """
-Measure what subcrops show: how often they hit each class, how often only one thing, and whether the teacher's subcrop shows the same instance.
+Measure what subcrops show: how often they hit each class, how often a single thing, and if the teacher's subcrop shows the same instance.
 
     python -m training.subcrop_study --dataset street --json street.json [--config street] [--frames 40] [--draws 24] [--gaps 0.25 0.5 1.0]
     python -m training.subcrop_study --dataset camvid --data_dir path/to/camvid --json camvid.json
@@ -193,8 +193,8 @@ class Tally:
         self.alone = np.zeros((len(OTHERS), n))
         self.num_pixels = self.num_crops = 0
         self.crops_by_things = np.zeros(3)  # number of subcrops that hit no, one, and several things
-        # By (flow, gap): (5, n) counts for each class: objects hit, shown and held in pairs across frames, then shown and held in pairs that
-        # lie across frames with every flow.
+        # By (flow, gap): (5, n) counts for each class. Rows: objects hit, shown and held in pairs across frames; then shown and held in
+        # pairs that lie across frames with every flow.
         self.pairs: dict[tuple[str, str], np.ndarray] = {}
         self.own_frame: dict[tuple[str, str], np.ndarray] = {}  # by (flow, gap): pairs within one frame, all pairs
 

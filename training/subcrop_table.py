@@ -5,7 +5,7 @@ OTHERS = (0.0, 0.001, 0.005)  # another thing counts if it takes up at least thi
 
 
 def table(result: dict) -> list[list[str | float | None]]:
-    """Return the table: a header, one line for each class, and lines for all things together. Figures are in per cent, except the lift and counts."""
+    """Return the table: a header, one line for each class, and lines for all things. Shares are in per cent."""
     pairs = result["all_things"] or {}
     columns = [(flow, gap) for flow, by_gap in pairs.items() for gap in by_gap]
     single = [f"single, others of {f'{100 * least:g} %' if least else f'{MIN_PIXELS} px'}" for least in OTHERS]
@@ -19,7 +19,9 @@ def table(result: dict) -> list[list[str | float | None]]:
         first += [_percent(values["hit_in_frame"]), _percent(values["random_pixel_in_frame"])]
         cells = list(map(_percent, shares))
         alone, shown = cells[: len(OTHERS)], cells[len(OTHERS) :]
-        counted = values["instances_counted"] or None if any(shown) else None  # number of instances behind the shares to the right
+        counted = (
+            values["instances_counted"] or None if any(shown) else None
+        )  # number of instances behind the shares to the right
         lines.append([name, *first, *alone, counted, *shown])
     rows = {
         "all things": "held_of_shown",

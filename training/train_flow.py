@@ -4,8 +4,8 @@ Learn optical flow from video without labels.
     accelerate launch training/train_flow.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
 A step follows UFlow (Jonschkowski et al. 2020): flow in both directions, a photometric loss at pixels that are visible in both frames, a
-smoothness loss and, later in the run, self-supervision on a crop. The run writes the same files as pretrain.py. To pretrain with the learned
-flow, pass the run's folder to `--flow unflow --flow_model`.
+smoothness loss and, later in the run, self-supervision on a crop. The run writes the same files as pretrain.py. To use the learned flow
+there, pass the run's folder to `--flow unflow --flow_model`.
 """
 
 import gc
@@ -105,9 +105,8 @@ class FlowRun(Run):
         """
         frames = batch["frames"][:4].to(self.accelerator.device)
         with self.accelerator.autocast():
-            flow = self.model.forward(
-                frames.float() / 255
-            ).flow  # not the compiled module, which would be compiled anew for this batch size
+            # `forward` of the model, not the compiled module, which would be compiled anew for this batch size.
+            flow = self.model.forward(frames.float() / 255).flow
         seen = frames[:, 0] * visible_mask(flow)[:, 0, None]
         rows = [
             torch.cat([*pair, *map(flow_to_rgb, flows), rest], dim=2).cpu()

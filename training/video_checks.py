@@ -1,4 +1,4 @@
-"""Look at the videos of a run before anything costly, and refuse sources without a usable one."""
+"""Check the videos of a run before anything costly starts, and refuse sources that have no usable video."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,21 +20,22 @@ def check_videos(
     limit: int = 64,
 ) -> list[str]:
     """
-    Look at videos before anything costly.
+    Try a sample of the videos before anything costly starts.
 
-    Up to `limit` videos are tried, spread over the list, and one of each folder, pattern, tar or data set that has none among these. If all
-    those tried of such a source cannot be used, up to `limit` of its videos are tried until one can. A source that is a single file is
-    treated like any other file: it is skipped if it cannot be used.
+    The sample consists of up to `limit` videos spread over the list, and one video of each folder, pattern, tar or data set that would
+    otherwise have none in the sample. If all sampled videos of such a source are unusable, up to `limit` of its videos are tried until one
+    is usable. A source that is a single file need not be usable: like any other file, it is skipped.
 
     Args:
         by_source: the videos of each item of `--videos`, as [`~training.video_sources.videos_by_source`] returns them. If more than `limit`
-            sources have no video among the first, `limit` of these sources are tried, and the number of the others is logged.
+            sources have no video among the first `limit`, then `limit` of these sources are tried, and the number of the others is logged.
 
     Returns:
-        "path: reason" for each video that will be skipped.
+        "path: reason" for each tried video that is unusable and will be skipped.
 
     Raises:
-        ValueError: no video can be used, or none of such a source; the text gives the reasons. Or reading a video ends or blocks the process.
+        ValueError: no tried video is usable, or none of a folder, pattern, tar or data set (the text gives the reasons). Or a video crashed
+            the process that reads it, or kept it beyond the time limit.
     """
     looked_at = list(spread(paths, limit))
     by_source = {source: videos for source, videos in (by_source or {}).items() if not _is_one_file(source, videos)}
@@ -61,8 +62,8 @@ def check_videos(
 
 
 def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
-    """Warn of videos that are smaller than a crop. Remote files are left out, because their index is not kept."""
-    # With `frame_size`, frames get this size whatever the videos have, as in the paper's recipe on BDD100K, whose videos are 720x1280.
+    """Warn if videos are smaller than a crop. Only videos whose index is cached in this process are checked."""
+    # With `frame_size`, all frames are resized to it, whatever the videos' size, as in the paper's recipe on BDD100K (720x1280 videos).
     if sampling.frame_size is not None:
         return
     crop_h, crop_w = sampling.crop_size
@@ -79,11 +80,14 @@ def _tell_of_small(paths: Sequence[str], sampling: PairSampling) -> None:
 
 def _need_usable(source: str, videos: Sequence[str], seen: list[str], more: Iterator[str]) -> None:
     """
-    Raise ValueError unless a video of a source can be used.
+    Check that a source has a usable video.
 
     Args:
-        seen: reasons of its videos that were tried already.
-        more: reasons of further videos; an empty one means that the video can be used.
+        seen: the reasons why its videos tried so far are unusable.
+        more: the reasons for further videos; an empty reason means that the video is usable.
+
+    Raises:
+        ValueError: no video of the source is usable.
     """
     for reason in more:
         if not reason:
@@ -96,5 +100,5 @@ def _need_usable(source: str, videos: Sequence[str], seen: list[str], more: Iter
 
 
 def _is_one_file(source: str, videos: Sequence[str]) -> bool:
-    """Return whether the source is the name or URL of one file. There may be thousands, from a shell's pattern or a list."""
+    """Return whether the source names a single file. A shell's pattern or a list can give thousands of such sources."""
     return len(videos) == 1 and Path(videos[0]).name == Path(source).name

@@ -1,4 +1,4 @@
-"""Decode the wanted frames of a video with PyAV, crop them first and resize them after. Nothing here depends on pairs or models."""
+"""Decode wanted frames of a video with PyAV, crop them, then resize the crops. This module knows nothing of pairs or models."""
 
 import bisect
 import itertools
@@ -18,13 +18,13 @@ from training.video_index import (
     video_stream,
 )
 
-MOST_SECONDS_BACK = 64  # how far before a frame a keyframe is searched for, if the file's keyframes are not known
-MOST_BACK = 3  # how many more keyframes to go back if the decoder skips the wanted frame
+MOST_SECONDS_BACK = 64  # if the file's keyframes are unknown: how far before a frame to search for one
+MOST_BACK = 3  # if the decoder skips the wanted frame: how many keyframes further back decoding may begin
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A wanted picture: the `box` (xyxy in displayed pixels) of frame `number` of the index, resized to `size` (H, W)."""
+    """A wanted picture: the part `box` (xyxy in displayed pixels) of frame `number` of the index, resized to `size` (H, W)."""
 
     number: int
     box: tuple[int, int, int, int]
@@ -38,11 +38,11 @@ def decode_cuts(
     Decode the wanted pictures in one pass over the file.
 
     Args:
-        video: the open file, if it is open already and nothing was decoded from it.
+        video: the file, if it is open already. Nothing may have been decoded from it.
 
     Returns:
-        RGB uint8 arrays (3, H, W) and the frames' times in seconds, both in the order of `cuts`. If times were estimated from the header, whose
-        duration may be too long (that of the sound), pictures beyond the last frame are `None`.
+        RGB uint8 arrays (3, H, W) and the frames' times in seconds, both in the order of `cuts`. Pictures beyond the last frame are `None`.
+        There are such pictures only if times were estimated from a header whose duration is too long (for example the sound's).
 
     Raises:
         UnreadableVideo: a wanted frame is missing, corrupt, or not what the index says.
@@ -54,7 +54,7 @@ def decode_cuts(
     times = [0.0] * len(cuts)
     with open_video(source) if video is None else nullcontext(video) as video, explained():
         if video.version != index.version:
-            index_video.drop(source)  # the next opening reads a new index
+            index_video.drop(source)  # so that the next opening reads a new index
             raise UnreadableVideo("has changed since it was first read")
         stream = video_stream(video.container)
         for pts, frame in _decode_frames(video.container, stream, index, sorted(wanted), video.deadline):
@@ -77,12 +77,12 @@ def decode_cuts(
 
 def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], deadline: Deadline):
     """
-    Yield (wanted pts, frame), with one seek for each group of pictures. Frames beyond the end of the file are left out.
+    Yield (wanted pts, frame), with one seek for each group of pictures. Wanted frames beyond the end of the file are left out.
 
     Raises:
         UnreadableVideo: a wanted frame is damaged, or the decoder skips it.
     """
-    # In these two formats packets hold whole frames; in others they may hold fields, two of which make a frame.
+    # In these two formats a packet holds a whole frame. In others it may hold one field, and two fields make a frame.
     back, drain = 0, index.exact and container.format.name.startswith(("mov", "matroska"))
     for _, group in itertools.groupby(wanted, key=lambda pts: _entry(index, pts)):
         pending = list(group)
@@ -90,7 +90,8 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
             outcome = yield from _decode_group(container, stream, index, pending, back, drain, deadline)
             if outcome == "fields":
                 drain = False
-            # With intra refresh (H.264) there are no whole keyframes: the decoder returns nothing until all parts of a picture were refreshed.
+            # H.264 with intra refresh has no whole keyframes: the decoder returns no frame until it has refreshed all parts of the picture.
+            # So decoding must begin earlier.
             elif (
                 pending and back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1)
             ):
@@ -105,18 +106,22 @@ def _decode_group(
     container, stream, index: VideoIndex, pending: list[int], back: int, drain: bool, deadline: Deadline
 ):
     """
-    Make one pass from the keyframe of `pending`, or `back` keyframes earlier. Frames that are yielded are removed from `pending`.
+    Decode from the keyframe before the first of `pending`, or from `back` keyframes earlier, and yield the pending frames.
 
-    On the way, frames to which no other frame refers are not decoded (skip_frame="NONREF"), which halves the time of a seek in long groups of
-    pictures. The packet of a wanted frame is always decoded. With `drain`, the decoder is flushed after the last wanted packet; otherwise it
-    is fed further packets until it returns the frame.
+    Frames that are yielded are removed from `pending`. On the way to them, frames that no other frame refers to are not decoded
+    (skip_frame="NONREF"), which halves the time of a seek in long groups of pictures. The packet of a wanted frame is always decoded.
+
+    Args:
+        drain: flush the decoder after the last wanted packet. Otherwise the decoder is fed further packets until it returns the frame.
 
     Returns:
-        "found", "skipped" (a later frame came first), "end" (of the file), or "fields" (the frame is interlaced and its second field may
-        follow: try again without `drain`).
+        "found": all pending frames were yielded.
+        "skipped": the decoder returned a later frame first, or nothing when it was flushed.
+        "end": the file ended.
+        "fields": the frame is interlaced, and its second field may be in the next packet. Try again without `drain`.
     """
     context = stream.codec_context
-    # libdav1d (AV1) reads skip_frame only when it is opened, and would keep skipping frames that are wanted later.
+    # libdav1d (AV1) reads skip_frame only when it is opened, so it would go on skipping when a wanted frame comes.
     everything = not index.exact or context.codec.name.startswith("lib")
     asked, damaged = set(pending), False
     _, place = _entry(index, pending[0], back)
@@ -130,31 +135,33 @@ def _decode_group(
             frames += context.decode(None)
             if any(frame.interlaced_frame for frame in frames):
                 return "fields"
+        # At the end of the stream, one packet can yield several wanted frames.
         for frame in frames:
             if frame.pts is None:
                 continue
-            # Damage spreads to the following frames up to the next keyframe, and FFmpeg does not mark these.
+            # Damage spreads to the following frames up to the next keyframe, but FFmpeg does not mark those frames.
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if damaged and frame.pts >= pending[0]:
                 raise UnreadableVideo(f"is damaged at {_seconds(index, frame.pts):.2f} s")
-            # At the end of the stream, one packet can yield several wanted frames.
+            # If times were estimated, several wanted time stamps can lead to the same frame.
             while pending and (frame.pts == pending[0] or (not index.exact and frame.pts >= pending[0])):
                 yield pending.pop(0), frame
             if not pending:
                 return "found"
             if index.exact and frame.pts > pending[0]:
                 return "skipped"
-        if drained:  # a flushed decoder takes no more packets before a seek
+        if drained:  # a flushed decoder takes no packets until the next seek
             return "skipped"
     return "end"
 
 
 def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int, deadline: Deadline):
     """
-    Return the packets from the keyframe at `place` on.
+    Seek to the keyframe at `place`, and return the packets from there on.
 
-    In a MOV without edit lists, FFmpeg seeks by decoding times, which are somewhat earlier than presentation times. So of two keyframes that
-    are close together (a cut just before the end of a group) it may choose the later one, and the seek is repeated further back.
+    The first packet is not later than `target`, if there is such a keyframe. In a MOV without edit lists, FFmpeg seeks by decoding times,
+    which are somewhat earlier than presentation times. If two keyframes are close together (a cut just before the end of a group), FFmpeg
+    may therefore choose the later one. Then the seek is repeated further back.
     """
     seconds = 1
     while True:
@@ -164,13 +171,14 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
         except av.error.FFmpegError:
             if seconds == 1:
                 raise
-            # FLV and AVI cannot be sought before their first keyframe.
+            # FLV and AVI refuse a seek to a time before their first keyframe.
             container.seek(index.pts[0], stream=stream, backward=True)
             return container.demux(stream)
         packets = container.demux(stream)
         first = next(packets)
         if not index.exact:
-            # In MPEG-TS and MPEG-PS, FFmpeg seeks to any packet, and the next keyframe may be seconds behind the wanted frame.
+            # In MPEG-TS and MPEG-PS, FFmpeg may seek to any packet, and the next keyframe may be seconds later than the wanted frame. So
+            # the search goes back 1, 2, 4, ... seconds.
             last = seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base
             while not last and first.size and not first.is_keyframe and (first.dts is None or first.dts <= target):
                 deadline.check()
@@ -186,7 +194,13 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
 
 
 def _entry(index: VideoIndex, target: int, back: int = 0) -> tuple[int, int]:
-    """Return the last keyframe up to a frame, or the one `back` keyframes earlier, and the time stamp to seek to."""
+    """
+    Return where decoding must begin for a frame: the pts of its keyframe, and the time stamp to seek to.
+
+    Args:
+        target: pts of the frame.
+        back: begin this many keyframes earlier than the last one up to the frame.
+    """
     if not index.keyframes:
         return target, target
     number = max(bisect.bisect_right(index.keyframes, target) - 1 - back, 0)
@@ -205,13 +219,15 @@ def cut_frame(
     mirrored: bool = False,
 ) -> np.ndarray:
     """
-    Crop a frame, resize it, mirror it if asked to, and turn it upright. Only the crop is converted to RGB.
+    Crop a frame, resize the crop, convert it to RGB, mirror it if asked to, and turn it upright.
 
     A libavfilter graph (crop, scale) handles every pixel format, colour matrix and range. Shrinking averages areas.
 
     Args:
-        box: xyxy in displayed pixels; moved to even coded pixels, where 4:2:0 chroma samples lie.
+        box: xyxy in displayed pixels. The corner is moved to even coded pixels, where 4:2:0 chroma samples lie.
         size: (H, W) of the result.
+        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after mirroring.
+        mirrored: whether to exchange left and right.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -220,15 +236,14 @@ def cut_frame(
     height, width = size if quarter_turns % 2 == 0 else size[::-1]
     flags = "area" if (x1 - x0) > width else "bicubic"
     graph = av.filter.Graph()
-    graph.threads = 1  # by default it starts a thread for each core at every cut: 1.9 instead of 1.0 ms with two cores
+    graph.threads = 1  # by default each cut starts one thread a core, and takes 1.9 instead of 1.0 ms with two cores
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or av.time_base
     )
     crop = graph.add("crop", f"{x1 - x0}:{y1 - y0}:{x0}:{y0}:exact=1")  # without exact, odd sides would lose a pixel
     scale = graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int")
-    convert = graph.add(
-        "format", "gbrp"
-    )  # planes differ from rgb24 by at most one level of 255, and take a third to a half of the time
+    # Planar RGB differs from rgb24 by at most one level of 255, and takes a third to a half of the time.
+    convert = graph.add("format", "gbrp")
     sink = graph.add("buffersink")
     source.link_to(crop)
     crop.link_to(scale)
