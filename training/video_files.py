@@ -1,4 +1,4 @@
-"""Opening videos that other people wrote: local files, members of tars and remote files, within limits of time and size."""
+"""Open untrusted videos (local files, members of tars, remote files) within limits of time and size."""
 
 import contextlib
 import io
@@ -21,34 +21,34 @@ from training.addresses import MEMBER, is_remote, printable, without_secrets
 from training.mov_tables import Tables, read_tables
 
 logger = logging.getLogger("poodle")
-av.logging.set_level(av.logging.PANIC)  # damaged files are reported once, in our words
+av.logging.set_level(av.logging.PANIC)  # silences FFmpeg: damaged files are reported once, by this project
 
-# Entries of all tracks of a MOV or MP4. FFmpeg allocates up to 70 bytes for each as it opens the file. A day of video at 60 frames a second
-# with AAC sound has 9 million.
+# Most entries that the tracks of a MOV or MP4 may have in all. FFmpeg allocates up to 70 bytes for each when it opens the file. A day of
+# video at 60 frames a second with AAC sound has 9 million.
 MAX_ENTRIES = 10_000_000
-# Time limit for one opening of a video, for its index, its pairs or both. Local files get more time by their size, since their index may be
-# read from end to end.
+# Time limit for opening a video once, to read its index, its pairs or both. Local files get more time in proportion to their size, because
+# they may be read from end to end for their index.
 SECONDS = 60.0
 BYTES_PER_SECOND = 10e6
 REMOTE_SECONDS = 120.0
-# Bytes of one request to a server. A pair lies in a few blocks, each is fetched once an opening, and a seek wastes at most one.
+# Bytes of one request to a server. A pair lies in a few blocks. Each block is fetched once an opening, and a seek wastes at most one block.
 REMOTE_BLOCK = 1 << 20
-REQUEST_SECONDS = 20.0  # of http(s); other backends have their own limits (the Hub's client 10 s without a byte)
+REQUEST_SECONDS = 20.0  # for http(s); other backends have their own limits (the Hub's client: 10 s without a byte)
 ATTEMPTS = 5
 NO_RANGES = "its server gives no byte ranges, which videos are read by: download it, or use a server that does"
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before each further one
 
 
 class UnreadableVideo(ValueError):
-    """A video that cannot be used; the message is the reason in plain words, without the path."""
+    """A video that cannot be used. The message gives the reason in plain words, without the path."""
 
 
 class Deadline:
     """
-    A point in time that one opening of a video must not pass.
+    The time by which an opening of a video must be finished.
 
     Args:
-        seconds: from now.
+        seconds: time from now.
     """
 
     def __init__(self, seconds: float = math.inf):
@@ -56,6 +56,8 @@ class Deadline:
 
     def check(self) -> None:
         """
+        Check that there is time left.
+
         Raises:
             UnreadableVideo: the time is over.
         """
@@ -64,7 +66,7 @@ class Deadline:
 
 
 def time_limit(source: str) -> float:
-    """Seconds that one opening of a video may take."""
+    """Return how many seconds one opening of a video may take."""
     if is_remote(source):
         return REMOTE_SECONDS
     member = MEMBER.match(source)
@@ -76,7 +78,7 @@ def time_limit(source: str) -> float:
 
 
 class _Seekable(io.RawIOBase):
-    """A file of `size` bytes with a read position, in the form that PyAV needs."""
+    """Base class of seekable files of `size` bytes that PyAV can read."""
 
     size, position = 0, 0
 
@@ -96,12 +98,18 @@ class _Seekable(io.RawIOBase):
 
 class RemoteFile(_Seekable):
     """
-    A remote file for PyAV, read by ranges. A read that fails or stalls is tried again on a new connection, up to `ATTEMPTS` times with
-    growing pauses; what is not there, not allowed, or has changed since the first opening fails at once.
+    A remote file for PyAV, read by byte ranges.
+
+    A read that fails or stalls is tried again on a new connection, up to `ATTEMPTS` times in all, with growing pauses. It fails at once if
+    the file does not exist, access is refused, the server gives no byte ranges, or the file has changed since the first connection.
 
     Args:
-        block: bytes a request.
-        deadline: after which nothing is tried again.
+        source: URL that fsspec opens.
+        block: bytes of one request.
+        deadline: after this time, nothing is tried again.
+
+    Raises:
+        OSError: the server does not tell the file's size, or the file cannot be read; also raised by `read`.
     """
 
     def __init__(self, source: str, block: int = REMOTE_BLOCK, deadline: Deadline | None = None):
@@ -120,7 +128,7 @@ class RemoteFile(_Seekable):
 
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
         files, path = fsspec.core.url_to_fs(self.source, client_kwargs={"timeout": timeout})
-        details = files.info(path)  # asked for here: the file keeps its size alone
+        details = files.info(path)  # asked for here, because the opened file keeps only the size
         if not details.get("partial", True):
             raise _NoRanges(NO_RANGES)
         whole = details.get("size")
@@ -136,12 +144,14 @@ class RemoteFile(_Seekable):
                         raise _Changed("has changed on its server while it was read")
                     self.version = version
                 return act(self.file)
-            except Exception as error:  # each fsspec backend has errors of its own, and few of them are OSErrors
+            except Exception as error:  # each fsspec backend has its own errors, and few of them are OSErrors
                 self.file, root = None, error
-                # fsspec says "not found" of whatever failed; the cause is behind it, and behind a timeout only its mechanism.
+                # fsspec raises FileNotFoundError whatever failed, with the real error as its cause. A timeout's own cause only says how the
+                # timeout came about, so the search stops there.
                 while root.__cause__ is not None and not isinstance(root, TimeoutError):
                     root = root.__cause__
-                if "support range requests" in str(root):  # fsspec's ValueError, which advises its caller
+                # fsspec raises a ValueError here, whose text gives advice for programmers.
+                if "support range requests" in str(root):
                     root = _NoRanges(NO_RANGES)
                 status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
                 refused = status is not None and 400 <= status < 500 and status not in (408, 429)
@@ -178,7 +188,7 @@ def _version(details: dict) -> tuple:
 
 
 class _Part(_Seekable):
-    """Part of an open file, `size` bytes from `offset` on, as a file of its own."""
+    """A file that consists of `size` bytes of another open file, from `offset` on."""
 
     def __init__(self, file, offset: int, size: int):
         self.file, self.offset, self.size = file, offset, size
@@ -193,11 +203,14 @@ class _Part(_Seekable):
 
 class OpenVideo(NamedTuple):
     """
+    An opened video.
+
     Args:
+        container: PyAV's container.
         deadline: of this opening.
-        version: identifies this state of the file, as `VideoIndex.version`.
-        size: bytes.
-        movie: the tables of a MOV or MP4, for [`~training.mov_tables.track`]; `None` for other formats.
+        version: identifies this state of the file, as in `VideoIndex.version`.
+        size: size of the file in bytes.
+        movie: the tables of a MOV or MP4, for [`~training.mov_tables.track`]; `None` for other formats, or if the tables lack some frames.
     """
 
     container: av.container.InputContainer
@@ -210,13 +223,13 @@ class OpenVideo(NamedTuple):
 @contextlib.contextmanager
 def open_video(source: str) -> Iterator[OpenVideo]:
     """
-    Open a video and close it at the end of the `with` block (PyAV leaks memory otherwise).
+    Open a video for the `with` block. It is closed at the end, because PyAV would otherwise leak memory.
 
     Args:
         source: a local path, a URL that fsspec opens (range requests), or a member of a tar, `TAR::OFFSET:SIZE:NAME`.
 
     Raises:
-        UnreadableVideo: with the reason.
+        UnreadableVideo: the video cannot be opened; the text gives the reason.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -234,7 +247,7 @@ def open_video(source: str) -> Iterator[OpenVideo]:
                 file = _Part(file, int(member[2]), int(member[3]))
             size = file.size if member or is_remote(path) else facts.st_size
             tables = _tables(file, size, is_remote(path), deadline)
-            # With "file:", because FFmpeg takes the part of a path before a colon for a protocol.
+            # With "file:", because FFmpeg would take the part of a path before a colon as a protocol.
             container = _open(file if member or is_remote(path) else f"file:{path}", tables.entries > 0, deadline)
         except UnreadableVideo:
             raise
@@ -248,14 +261,14 @@ def _open(file, described: bool, deadline: Deadline):
     Open the container of `file`.
 
     Args:
-        described: the file is a MOV or MP4, whose header already tells what FFmpeg otherwise decodes frames for. It is opened without
-            decoders, which takes 0.4 instead of 8 ms at 1280x720.
+        described: whether the file is a MOV or MP4. Its header already holds what FFmpeg would otherwise decode frames to find out, so the
+            file is opened without decoders. This takes 0.4 instead of 8 ms at 1280x720.
     """
     options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
     if described:
         options["codec_whitelist"] = "none"  # applies to FFmpeg's first look at the streams, not to later decoding
     container = av.open(file, options=options, timeout=deadline.seconds, **ANY_TAGS)
-    # FFmpeg does not take the size of MPEG-4 Part 2 from the header.
+    # For MPEG-4 Part 2, FFmpeg does not take the size from the header. Such a file is opened again, with decoders.
     if described and any(not stream.codec_context.width for stream in moving(container) if stream.codec_context):
         container.close()
         if not isinstance(file, str):
@@ -275,7 +288,7 @@ def _tables(file, size: int, remote: bool, deadline: Deadline) -> Tables:
 
 
 def words(error: Exception) -> str:
-    if isinstance(error, av.error.ExitError):  # from the `timeout` of the container
+    if isinstance(error, av.error.ExitError):  # raised after the container's `timeout`
         return "takes too long"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -283,9 +296,9 @@ def words(error: Exception) -> str:
 @contextlib.contextmanager
 def ended_if_stuck(path: str, seconds: float):
     """
-    In a loader's worker, end the process if the block takes longer than `seconds`.
+    In a loader's worker, end the process if the `with` block takes longer than `seconds`. In other processes, do nothing.
 
-    Deadlines are checked between packets. This is for a decoder that never returns from a packet, which nothing else can stop.
+    Deadlines are checked only between packets. If a decoder never returns from a packet, only the end of the process can stop it.
     """
 
     def end():

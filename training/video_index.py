@@ -1,4 +1,4 @@
-"""Index a video with PyAV: the times of its frames, where decoding can begin, and their size, without decoding them."""
+"""Index a video with PyAV: its frame times, the places where decoding can begin, and the frame size, without decoding all frames."""
 
 import contextlib
 import functools
@@ -17,26 +17,28 @@ from training.addresses import is_remote
 from training.mov_tables import track
 from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video, words
 
-MAX_FRAMES = 5_000_000  # of one video: 23 hours at 60 frames a second
-# Frames of all the indices that a process keeps: 4,000 videos of 40 s at 30 frames a second. A frame takes some 16 bytes, a keyframe twice that.
+MAX_FRAMES = 5_000_000  # most frames of one video: 23 hours at 60 frames a second
+# How many frames the indices cached in a process may have in all (see `_weight`): 4,000 videos of 40 s at 30 frames a second. A frame takes
+# about 16 bytes, a keyframe twice that.
 FRAMES_KEPT = 10_000_000
 
 
 @dataclass(frozen=True)
 class VideoIndex:
     """
-    What is known of a video before its frames are decoded.
+    What is known about a video before its frames are decoded.
 
     Args:
-        pts: presentation time stamps of all frames, ascending, in `time_base`.
+        pts: presentation time stamps of all frames, ascending, in the stream's `time_base`.
         times: the same in seconds from the stream's start.
-        keyframes: pts at which decoding can begin, ascending.
-        seek_points: for each of them, the time stamp to seek to.
-        exact: whether the pts are the file's own. If not, they were estimated from the header (remote files without usable tables).
-        height, width: as displayed, after rotation.
-        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after it was mirrored.
-        version: identifies this state of the file: its size and time of change, or what its server says.
-        stated: whether all this was read from the tables of a MOV or MP4, which may differ from the frames themselves.
+        keyframes: pts of the frames at which decoding can begin, ascending.
+        seek_points: for each of `keyframes`, the time stamp to seek to.
+        exact: whether the pts are the file's own. Otherwise they were estimated from the header (remote files without usable tables).
+        height, width: size of the displayed frame in pixels, after rotation.
+        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after mirroring.
+        version: identifies this state of the file, by its size and modification time, or by what its server says about it.
+        stated: whether the times were read from the tables of a MOV or MP4, which may not match the frames themselves. Size and orientation
+            then come from the tables too, unless the tables do not give them.
         mirrored: whether left and right of the coded frame are exchanged for display.
     """
 
@@ -65,7 +67,7 @@ class VideoIndex:
 
 @contextlib.contextmanager
 def explained():
-    """Turn the errors that a damaged file causes, in FFmpeg, PyAV or arithmetic on its numbers, into the reason to skip the file."""
+    """Turn errors that a damaged file causes (in FFmpeg, PyAV or arithmetic with its numbers) into [`UnreadableVideo`]."""
     try:
         yield
     except UnreadableVideo:
@@ -75,6 +77,12 @@ def explained():
 
 
 def video_stream(container):
+    """
+    Return the first video stream of a container, with its decoder set up.
+
+    Raises:
+        UnreadableVideo: there is no stream, its codec is unknown, or its frames are too large or too many.
+    """
     streams = moving(container)
     if not streams:
         raise UnreadableVideo("has no video stream")
@@ -84,22 +92,22 @@ def video_stream(container):
     _check_size(stream.codec_context)
     if stream.frames > MAX_FRAMES:
         raise UnreadableVideo(f"has by its header {stream.frames} frames, the most is {MAX_FRAMES}")
-    # Checked again by the decoder, because frames may be larger than the header says.
+    # The decoder checks the size again, because frames may be larger than the header says.
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    # One thread, because the loader's workers already run in parallel, and because skip_frame then acts on the packet for which it is set.
+    # One thread, because the loader's workers already run in parallel. Also, skip_frame then applies to the packet for which it is set.
     stream.codec_context.thread_count = 1
     return stream
 
 
 def _check_size(picture) -> None:
-    if not picture.width or not picture.height:  # FFmpeg also reports no size for some that exceed its limit
+    if not picture.width or not picture.height:  # FFmpeg also reports no size for some frames that exceed its limit
         raise UnreadableVideo("has frames of no known size, or larger than 8192x4352 in all")
     if picture.width * picture.height > MAX_PIXELS:
         raise UnreadableVideo(f"has frames of {picture.width}x{picture.height}, larger than 8192x4352 in all")
 
 
 class _KeptIndices:
-    """A cache of [`read_index`]: it keeps the indices used last, up to FRAMES_KEPT frames in total."""
+    """A cache of [`read_index`] that keeps the most recently used indices, up to FRAMES_KEPT frames in total."""
 
     def __init__(self, make):
         functools.update_wrapper(self, make)
@@ -129,21 +137,21 @@ class _KeptIndices:
 
 
 def _weight(index: VideoIndex) -> int:
-    return 1000 + len(index.pts) + len(index.keyframes)  # 1000: an index without its frames
+    return 1000 + len(index.pts) + len(index.keyframes)  # 1000 stands for the memory of an index without frames
 
 
 def read_index(source: str, whole: bool = False) -> VideoIndex:
     """
     Read the index of a video.
 
-    Of a MOV or MP4, only its tables and three packets are read. Other local files are demuxed once, without decoding, for their exact time
-    stamps. Of other remote files, only the header and the first frame are read, and the times are estimated.
+    For a MOV or MP4, only the tables and three packets are read. Other local files are demuxed once, without decoding, for their exact time
+    stamps. For other remote files, only the header and the first frame are read, and the times are estimated.
 
     Args:
-        whole: ignore the tables.
+        whole: ignore the tables of a MOV or MP4, and read it like other files.
 
     Raises:
-        UnreadableVideo: with the reason.
+        UnreadableVideo: the video cannot be used; the text gives the reason.
     """
     with open_video(source) as video:
         return _index_of(video, source, whole)
@@ -185,22 +193,25 @@ def _index_of(video: OpenVideo, source: str, whole: bool = False) -> VideoIndex:
 
 
 index_video = _KeptIndices(read_index)
-# Files whose tables were found to be correct, so that a large damaged file is not read from end to end at every damaged frame.
+# (source, version) of files whose tables were checked against the whole file and found correct. Such a file is not read from end to end
+# again at each damaged frame.
 _CONFIRMED: set[tuple[str, tuple]] = set()
 
 
 def by_index(source: str, use):
     """
-    Return `use(index, video)` for a video's index.
+    Return `use(index, video)` with the index of a video.
 
-    If `use` fails with an index from the tables, the whole file is indexed, and if that index differs, `use` is tried once more. So a file
-    gives the same result, whatever the process has read before.
+    If `use` fails with an index that was read from tables, the whole file is indexed. If this second index differs, `use` is called once
+    more with it. The second index is not cached. So the result depends only on the file, not on what the process has read before.
 
-    `video` is the open file if the index was just read without decoding, else `None`. So a new file is opened only once, which saves 0.3 to
-    0.7 ms, or the first requests for a remote file.
+    Args:
+        source: as for [`~training.video_files.open_video`].
+        use: called with the index, and with the open file if the index was just read without decoding, else with `None`. So a new file is
+            opened only once, which saves 0.3 to 0.7 ms, or the first requests to a server.
 
     Raises:
-        UnreadableVideo: `use` or reading the whole file failed.
+        UnreadableVideo: reading the index or `use` failed.
     """
     with contextlib.ExitStack() as stack:
         video, index = None, index_video.kept.get(source)
@@ -208,11 +219,12 @@ def by_index(source: str, use):
             video = stack.enter_context(open_video(source))
             index = _index_of(video, source)
             index_video.keep(source, index)
-            if moving(video.container)[0].codec_context.is_open:  # frames were decoded for the index
+            # If frames were decoded for the index, `use` must open the file again.
+            if moving(video.container)[0].codec_context.is_open:
                 stack.close()
                 video = None
         else:
-            index_video.kept.move_to_end(source)  # the cache keeps what was used last
+            index_video.kept.move_to_end(source)  # now the most recently used
         try:
             return use(index, video)
         except UnreadableVideo as error:
@@ -228,7 +240,8 @@ def by_index(source: str, use):
 
 
 def _first_picture(container, stream) -> av.VideoFrame:
-    # AVI stores no presentation times. With B frames of H.264, FFmpeg guesses them in decoding order; the first frames show whether it did.
+    # AVI stores no presentation times. If H.264 has B frames, FFmpeg assigns times in decoding order, which is wrong. The first frames show
+    # whether it did.
     avi = container.format.name == "avi"
     shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
     if not shown:
@@ -243,7 +256,7 @@ def _first_frame(container, stream) -> list[av.VideoFrame]:
     """
     Decode the first frame, if there is one.
 
-    If the first packet is a keyframe, it is flushed out of the decoder, which otherwise waits for frames that might be shown before it.
+    If the first packet is a keyframe, the decoder is flushed. Otherwise it would wait for frames that might be shown before this one.
     """
     packet = next(container.demux(stream))
     frames = packet.decode()
@@ -257,20 +270,24 @@ def _first_frame(container, stream) -> list[av.VideoFrame]:
 
 def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
     """
-    Read all time stamps, ascending, and for each keyframe's pts the time stamp to seek to.
+    Read all time stamps of a file by demuxing it.
 
     Packets are not kept, because together they are as large as the file.
+
+    Returns:
+        The pts of all frames, ascending, and for each keyframe's pts the time stamp to seek to.
     """
-    # Demuxers of these two formats seek by presentation times, the others (MPEG-TS, FLV, AVI, ...) by decoding times.
+    # The demuxers of these two formats seek by presentation time, all others (MPEG-TS, FLV, AVI, ...) by decoding time.
     by_pts = container.format.name.startswith(("mov", "matroska"))
     pts, keyframes, latest = set(), {}, None
-    # Decoding times may be out of order, from muxers or FFmpeg's guesses, but by no more than the frames that a decoder holds back.
+    # Decoding times may be out of order, because of the muxer or of FFmpeg's guesses, but by no more than the 16 frames that a decoder may
+    # hold back.
     disorder = max(1, 16 / (stream.average_rate or 25)) / stream.time_base
     for packet in container.demux(stream):
         deadline.check()
         if packet.pts is None or not packet.size:
             continue
-        # `ffmpeg -ss … -c copy` keeps packets before the cut that are decoded for later frames but never shown.
+        # `ffmpeg -ss … -c copy` keeps packets before the cut that must be decoded for later frames, but are never shown.
         if not packet.is_discard:
             pts.add(packet.pts)
             if packet.dts is not None:
@@ -284,7 +301,7 @@ def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, i
         _check_count(len(pts))
     if not pts:
         raise UnreadableVideo("has no frames with time stamps")
-    # To the first keyframe, not to 0: FFmpeg cannot seek to 0 in an FLV whose video begins after its sound.
+    # Rewind to the first keyframe, not to 0: FFmpeg cannot seek to 0 in an FLV whose video begins after its sound.
     container.seek(min(keyframes.values(), default=0), stream=stream)
     return array("q", sorted(pts)), dict(sorted(keyframes.items()))
 
@@ -296,10 +313,14 @@ def _check_count(frames: int) -> None:
 
 def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, dict[int, int]] | None:
     """
-    Return the same as [`_read_pts`], from the index that FFmpeg made of a MOV's tables.
+    Compute the same as [`_read_pts`] from the index that FFmpeg built from a MOV's tables.
 
-    FFmpeg's index has the decoding times; `offsets` leads from these to the presentation times. `None` if the two do not fit each other, if
-    media data is missing, or if the first packets disagree.
+    Args:
+        offsets: presentation times minus decoding times, up to a constant ([`~training.mov_tables.Track`]). FFmpeg's index holds only the
+            decoding times.
+
+    Returns:
+        The result, or `None` if index and offsets do not fit each other, media data is missing, or the first packets disagree.
     """
     entries = stream.index_entries
     if len(entries) != len(offsets) or not len(offsets):
@@ -318,9 +339,10 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
         return None
     first = [packet for packet in itertools.islice(video.container.demux(stream), 3) if packet.size]
     video.container.seek(0)
-    # FFmpeg shifts all decoding times by one number, so that none is later than its frame's presentation time.
+    # FFmpeg shifts all decoding times by the same amount, so that none is later than its frame's presentation time.
     shifts = {packet.pts - packet.dts - int(offset) for packet, offset in zip(first, offsets)}
-    # Compared with the packets, whose keyframes a parser finds: without a table of keyframes, every frame would count as one.
+    # Compare the index with the packets. If the file has no table of keyframes, the index marks every frame as a keyframe. The packets' own
+    # keyframes are found by a parser.
     told = [(packet.dts, packet.is_keyframe) for packet in first]
     if len(shifts) != 1 or told != [(row["dts"], row["keyframe"]) for row in rows[: len(first)]]:
         return None
@@ -331,6 +353,7 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
 
 
 def _estimate_pts(stream, deadline: Deadline) -> array:
+    """Estimate the pts of all frames from the duration and the frame rate in the header."""
     rate = stream.average_rate or stream.guessed_rate
     duration = (
         stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / av.time_base
@@ -345,7 +368,7 @@ def _estimate_pts(stream, deadline: Deadline) -> array:
     for number in range(frames):
         if number % 65536 == 0:
             deadline.check()
-        # round(number * step), in whole numbers: fractions take ten times as long
+        # round(number * step) in integers, because fractions take ten times as long.
         whole, rest = divmod(number * step.numerator, step.denominator)
         pts.append(start + whole + (2 * rest > step.denominator or (2 * rest == step.denominator and whole % 2)))
     return pts
