@@ -1,4 +1,4 @@
-"""Build a run's loader from its recipe: expand the sources, look at the videos, and check that all ranks have the same."""
+"""Build a run's loader from its recipe: expand the sources, check the videos, and make sure that all ranks have the same ones."""
 
 import logging
 import os
@@ -25,20 +25,27 @@ logger = logging.getLogger("poodle")
 
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
-    """Return the paths of the videos. Sources are expanded, the street is rendered if asked for, and the files get a first look."""
+    """
+    Return the paths of a run's videos.
+
+    Sources are expanded, the street is rendered if the recipe asks for it, and a sample of the videos is checked ([`check_videos`]). The
+    commits of data sets on the Hub are noted in `revisions.json`, in the flow folder or else the output folder. A resumed run uses them.
+
+    Raises:
+        ValueError: a source has no usable video, or the ranks see different videos.
+    """
     others = [source for source in recipe.videos if street_camera(source) is None]
     flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py have no such field
     pins = Path(flow_dir or recipe.output_dir, "revisions.json")
 
     def expand() -> dict[str, list[str]]:
-        new = (
-            recipe.resume_from_checkpoint is None and flow_dir is None
-        )  # precomputed flow belongs to the commits noted beside it
+        # Precomputed flow belongs to the commits that are noted beside it, so with `flow_dir` these are kept.
+        new = recipe.resume_from_checkpoint is None and flow_dir is None
         if new:
             pins.unlink(missing_ok=True)
         elsewhere = recipe.resume_from_checkpoint not in (None, "latest")
         if elsewhere and not (flow_dir or pins.exists()):
-            # The run begins at another run's checkpoint, and continues its stream at the same commits.
+            # The run starts from another run's checkpoint and continues its stream, so it uses the same commits.
             origin = Path(recipe.resume_from_checkpoint).resolve().parent.parent / pins.name
             if origin.is_file():
                 pins.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +63,8 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             logger.info("videos: the rendered street (--videos takes your own)")
         if others:
             found = expanded
-            if not accelerator.is_main_process:  # local files are looked up on each machine
+            # The other processes list local files themselves, because they may be on another machine.
+            if not accelerator.is_main_process:
                 local = [source for source in others if not is_elsewhere(source)]
                 found = {source: expanded.get(source, []) for source in others if is_elsewhere(source)}
                 found |= videos_by_source(local) if local else {}
@@ -71,7 +79,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
             check_sidecars(paths)
         return paths
 
-    # Rank 0 renders the street; the others find it rendered.
+    # Rank 0 goes first and renders the street, so that the others find it complete.
     paths = main_first(accelerator, find)
     names = " ".join(map(video_name, paths))
     same_on_all(accelerator, "videos", f"{len(paths)} videos, checksum {checksum(names):08x}")
@@ -79,6 +87,12 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
 
 
 def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
+    """
+    Build this rank's loader of pairs.
+
+    Args:
+        pair_flow: adds the flow to a sample, in a worker (see [`PairLoader`]). `None` if the workers compute no flow.
+    """
     workers, here = recipe.dataloader_num_workers, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if workers * here > usable_cores():
         logger.warning(
@@ -87,9 +101,8 @@ def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], 
             workers * here,
             usable_cores(),
         )
-    warnings.filterwarnings(
-        "ignore", message=".*worker processes in total.*"
-    )  # torch and torchdata say the same at length
+    # torch and torchdata give the same warning, at more length.
+    warnings.filterwarnings("ignore", message=".*worker processes in total.*")
     loader = PairLoader(
         paths,
         PairSampling.of(recipe),

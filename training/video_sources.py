@@ -1,4 +1,4 @@
-"""Expand sources of videos (files, folders, globs, URLs, tars, data sets on the Hub) into a sorted list of paths."""
+"""Expand sources (files, folders, globs, URLs, tars, data sets on the Hub) into a sorted list of videos."""
 
 import glob
 import json
@@ -29,20 +29,20 @@ def find_videos(sources: Sequence[str], pins: Path | None = None) -> list[str]:
 
 
 def merged(by_source: dict[str, list[str]]) -> list[str]:
-    """Return each video once, in an order that does not depend on signatures in URLs."""
+    """Return each video once, sorted by [`video_name`], so that signatures in URLs do not change the order."""
     return sorted({video for videos in by_source.values() for video in videos}, key=video_name)
 
 
 def videos_by_source(sources: Sequence[str], pins: Path | None = None) -> dict[str, list[str]]:
     """
-    Return the videos of each source, at least one each.
+    Return the videos of each source, at least one for each.
 
-    Sources are files, folders (recursive, including linked ones), globs, URLs, data sets on the Hub (`org/name`,
+    Sources are files, folders (searched recursively, also through links), globs, URLs, data sets on the Hub (`org/name`,
     `hf://datasets/org/name/...`) and tars (one entry for each video inside).
 
     Args:
-        pins: JSON file with the commit of each data set on the Hub. If it exists, it is read, so that a resumed run sees the same bytes;
-            otherwise it is written.
+        pins: JSON file with the commit of each data set on the Hub. Commits in the file are used, so that a resumed run sees the same
+            bytes. The commits of other data sets are added.
 
     Raises:
         ValueError: a source has no video (the text lists what was tried), or two videos have the same name ([`video_name`]).
@@ -76,7 +76,7 @@ def _refuse_one_name_for_two(found: set[str]) -> None:
 
 
 def is_elsewhere(source: str) -> bool:
-    """Return whether a source is on a server."""
+    """Return whether a source is on a server, not a local path."""
     return is_dataset_id(source) or is_remote(source)
 
 
@@ -89,7 +89,12 @@ def _is_tar(name: str) -> bool:
 
 
 def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    if is_dataset_id(source):  # it may also be a misspelt path of two parts
+    """
+    Return the videos of a source, and a description of the source for the error message if there are none.
+
+    New commits of data sets on the Hub are added to `commits`.
+    """
+    if is_dataset_id(source):  # or a misspelt path of two parts, so the error names both
         videos, outcome = _expand_hub(f"hf://datasets/{source}", commits)
         return videos, f"no such file or folder here, and as a data set: {outcome}"
     if source.startswith("hf://"):
@@ -121,7 +126,7 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _how_to_read(names: Sequence[str]) -> str:
-    """Return a hint on what to do if the first of these files is not a video but often stands for videos."""
+    """Return a hint if the first file is an image, a list or an archive, which users often give in place of videos; otherwise return ""."""
     end = Path(names[0]).suffix.lower() if names else ""
     if end in (".png", ".jpg", ".jpeg"):
         return ": make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
@@ -131,12 +136,12 @@ def _how_to_read(names: Sequence[str]) -> str:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Return whether a part of the path is hidden, as in trash folders and snapshots."""
+    """Return whether any part of the path is hidden, as trash folders and snapshots are."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def _there(names: list[str]) -> list[str]:
-    """Return the paths that are files. Dangling links, as after a disk was unmounted, are named in a warning."""
+    """Return the paths that are files. Warn of dangling links, which are left when a disk is unmounted."""
     gone = [name for name in names if not os.path.exists(name)]
     if gone:
         logger.warning("%d links lead nowhere and are left out, the first is %s", len(gone), printable(gone[0]))
@@ -144,6 +149,7 @@ def _there(names: list[str]) -> list[str]:
 
 
 def _videos_among(names: Sequence[str]) -> list[str]:
+    """Return the files that are videos, and the videos in those that are tars. Warn of compressed tars, which are left out."""
     compressed = [name for name in names if name.lower().endswith(COMPRESSED_TARS)]
     if compressed:
         logger.warning(
@@ -151,14 +157,14 @@ def _videos_among(names: Sequence[str]) -> list[str]:
             len(compressed),
             printable(public_url(compressed[0])),
         )
-    # Each header of a remote tar is a request, so many tars are read at once.
+    # Each member of a remote tar takes a request, so up to 16 tars are read at once.
     with ThreadPoolExecutor(16) as pool:
         members = [m for found in pool.map(_tar_members, (n for n in names if _is_tar(n))) for m in found]
     return [n for n in names if _is_video(n)] + members
 
 
 def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    """Expand a repository, folder, file or pattern on the Hub. The paths contain the commit, so later commits do not change a run."""
+    """Expand a repository, folder, file or pattern on the Hub. The paths name the commit, so later commits do not change a run."""
     repository = source
     try:
         files = HfFileSystem()
@@ -170,9 +176,9 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         prefix = "" if place.repo_type == "model" else f"{place.repo_type}s/"
         root = f"{prefix}{place.repo_id}@{commits[key]}"
         path = f"{root}/{place.path_in_repo}".rstrip("/")
-        # In fsspec, `**` must stand alone between slashes, but people write **.mp4.
+        # In fsspec, `**` must stand alone between slashes, but users write **.mp4.
         names = files.glob(re.sub(r"\*\*(?=[^/])", "**/*", path)) if glob.has_magic(path) else files.find(path)
-    except (*FAILURES, AttributeError) as error:  # AttributeError: a bucket, which has no commits
+    except (*FAILURES, AttributeError) as error:  # AttributeError means a bucket, which has no commits
         return [], explain(error, repository)
     return _videos_among([f"hf://{name}" for name in names]), f"{len(names)} files on the Hub, none a video"
 
@@ -181,7 +187,7 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
     protocol = source.partition("://")[0].rpartition("::")[2]
     if protocol not in fsspec.available_protocols():
         return [], f"cannot be listed: {protocol}:// is no protocol of files (of a stream, record some first)"
-    # In http(s) URLs, "?" begins a query, which is not a pattern.
+    # In http(s) URLs, "?" begins a query and is no wildcard.
     place = public_url(source) if source.startswith(("http://", "https://")) else source
     if not glob.has_magic(place):
         if _is_tar(place):
@@ -197,25 +203,25 @@ def _expand_remote(source: str) -> tuple[list[str], str]:
 
 def _tar_members(tar: str) -> list[str]:
     """
-    Return the videos of an uncompressed tar as `TAR::OFFSET:SIZE:NAME`. They are never merged by their names.
+    Return the videos in an uncompressed tar, as `TAR::OFFSET:SIZE:NAME`. Members of the same name are all kept.
 
-    Nothing is extracted, so names with `..` and links do no harm; only plain files count.
+    Nothing is extracted, so names with `..` and links do no harm. Only plain files count.
     """
     members = []
     try:
-        # Small blocks, because only the header of each member is read.
+        # 64 KiB blocks, because only the header of each member is read.
         opened = RemoteFile(tar, block=1 << 16) if is_remote(tar) else open(tar, "rb")
         with opened as file, tarfile.open(fileobj=file, mode="r:") as archive:
             end = file.size if is_remote(tar) else os.stat(tar).st_size
             for m in archive:
-                # tarfile trusts the header: with a negative size it would loop for ever.
+                # tarfile trusts the header. With a negative size it would loop for ever.
                 if m.size < 0 or m.offset_data + m.size > end:
                     raise tarfile.ReadError(f"a member of {m.size} bytes by its header ends outside of the file")
                 if m.isreg() and not m.issparse() and _is_video(m.name):
                     members.append(f"{tar}::{m.offset_data}:{m.size}:{m.name}")
     except OSError as error:
         logger.warning("skipped %s: not a readable tar (%s)", printable(public_url(tar)), printable(str(error)))
-        return []  # not some of them, because the next run might then see others
+        return []  # none at all: part of them would differ from what the next run sees
     except (tarfile.TarError, ValueError, OverflowError) as error:
         shown, reason = printable(public_url(tar)), printable(str(error))
         logger.warning(

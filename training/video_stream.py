@@ -1,11 +1,12 @@
 """
 Stream batches of frame pairs from videos, sharded over ranks and workers, resumable bit for bit.
 
-An *opening* is one video in one epoch; it gives `pairs_per_video` pairs. A *shard* is a group of openings whose pairs are interleaved, so
-that the pairs of a batch come from different videos. Otherwise BatchNorm and the pooled objective would see a single scene. A *span* is
-the sequence of the shuffled openings of several epochs. It is long, so that workers are rarely restarted, and so that all ranks and
-workers have work even if there are fewer videos. Each shard belongs to one worker of one rank, so no two processes ever see the same
-(video, epoch, repeat).
+- An *opening* is one video in one epoch. It gives `pairs_per_video` pairs.
+- A *shard* is a group of openings whose pairs are interleaved, so that the pairs of a batch come from different videos. Otherwise BatchNorm
+  and the pooled objective would see a single scene. Each shard belongs to one worker of one rank, so no two processes ever see the same
+  (video, epoch, repeat).
+- A *span* is a long sequence of shuffled openings, of several epochs if there are few videos. It is long so that workers are rarely
+  restarted, and so that each worker of each rank has work even then.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,11 @@ from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 from training.workers import Workers, note
 
-# Minimum number of openings in a span, in total and for each worker of each rank. After a span the workers are forked again, and each
-# decodes a whole group before its first batch.
+# Least number of openings in a span: in total, and for each worker of each rank. After each span the workers are forked again, and each
+# must decode a whole group before its first batch.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
-PAIRS_HELD = (
-    64  # decoded pairs that a worker holds: 200 MB at 512x1024. Recipes limit the pairs of an opening to half of this.
-)
+# Most decoded pairs that a worker holds: 200 MB at 512x1024. Recipes limit the pairs of an opening to half of this.
+PAIRS_HELD = 64
 
 
 # --- pairs of one video ---
@@ -49,7 +49,12 @@ def reasons_to_skip(paths: Sequence[str], sampling: PairSampling) -> Iterator[tu
 
 
 def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]:
-    """Yield the pairs of one opening of a video, as sample dicts (see [`PairLoader`])."""
+    """
+    Yield the pairs of one opening of a video, as sample dicts (see [`PairLoader`]).
+
+    Raises:
+        UnreadableVideo: the video cannot be read, or has no pair.
+    """
 
     def read(index: VideoIndex, video: OpenVideo | None):
         pairs = plan_pairs(index, sampling, epoch, path)
@@ -60,7 +65,7 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
     kept = 0
     for number, (earlier, _) in enumerate(pairs):
         both, when = pictures[2 * number : 2 * number + 2], times[2 * number : 2 * number + 2]
-        # If times were estimated from a header, the decoded frames may not be the planned ones: around holes, and at the end of a video.
+        # If times were estimated from a header, the decoded frames may not be the planned ones, around holes and at the end of a video.
         if not index.exact and (both[0] is None or both[1] is None or not is_within(when, index, sampling)):
             continue
         yield {
@@ -79,20 +84,26 @@ def video_pairs(path: str, sampling: PairSampling, epoch: int) -> Iterator[dict]
 
 
 def generate_pairs(paths: list[tuple[tuple[int, str], ...]], sampling: PairSampling, pair_flow=None) -> Iterator[dict]:
-    """Yield the samples of the stream. `paths` are the shards: groups of (epoch, path), whose pairs are interleaved."""
+    """
+    Yield the samples of the stream.
+
+    Args:
+        paths: the shards, each a group of (epoch, path) whose pairs are interleaved.
+        pair_flow: see [`PairLoader`].
+    """
     for group in paths:
         for samples in zip_longest(*(readable_pairs(path, sampling, epoch, pair_flow) for epoch, path in group)):
             for sample in samples:
                 if sample is None:  # the video was skipped, or ended early
                     continue
-                # `datasets` calls this function for every shard, so skipped files wait in a variable of the process for the next sample.
+                # `datasets` calls this function once for each shard, so skipped files wait for the next sample in a global variable.
                 sample["skipped"] = _PENDING[:]
                 _PENDING.clear()
                 yield sample
 
 
 def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None) -> Iterator[dict]:
-    """Yield the pairs of one opening with their flow. An unusable video or flow file ends the opening and is reported with the next sample."""
+    """Yield the pairs of one opening with their flow. An unusable video or flow file ends it, and is reported with the next sample."""
     note(path)
     try:
         for sample in video_pairs(path, sampling, epoch):
@@ -101,14 +112,15 @@ def readable_pairs(path: str, sampling: PairSampling, epoch: int, pair_flow=None
                 pair_flow(sample)
             yield sample
     except UnreadableVideo as error:
-        # Not logged here, because there are many workers, started anew for each span. The run logs each file once.
+        # Not logged here: there are many workers, restarted for each span, and each would log the file. The run logs each file once.
         _PENDING.append((printable(video_name(path)), printable(str(error))))
 
 
-_PENDING: list[tuple[str, str]] = []
+_PENDING: list[tuple[str, str]] = []  # (path, reason) of skipped files that no sample has reported yet
 
 
 def collate(samples: list[dict]) -> dict:
+    """Merge samples into a batch: arrays are stacked, `skipped` is concatenated, integers become a tensor, anything else a list."""
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -119,8 +131,8 @@ def collate(samples: list[dict]) -> dict:
         else:
             batch[name] = torch.tensor(values) if isinstance(values[0], int) else values
     if torch.utils.data.get_worker_info() is not None:
-        # Moved to shared memory here, where a lack of it raises an error that reaches the training process. In the queue's own thread the
-        # error would be dropped, and the training process would wait for ever.
+        # Move the tensors to shared memory here. If there is too little of it, this raises an error that reaches the training process. The
+        # queue's own thread would drop the error, and the training process would wait for ever.
         for value in batch.values():
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
@@ -131,21 +143,28 @@ class PairLoader:
     """
     Iterates over batches of pairs without end.
 
-    A batch holds `frames` (B, 2, 3, H, W) uint8, earlier then later; `times` (B, 2) in seconds; `crop` (B, 4) xyxy in the video's own
-    pixels; `epoch` and `repeat` (B,); `video`, a list of names; `skipped`, a list of (path, reason); and what `pair_flow` adds: `flow`
-    (B, 2, 2, H, W) float16 and, if it is known, `valid_mask` (B, 2, H, W) bool.
+    A batch holds:
+
+    - `frames` (B, 2, 3, H, W) uint8, the earlier frame first;
+    - `times` (B, 2) in seconds;
+    - `crop` (B, 4) xyxy in the video's own pixels;
+    - `epoch` and `repeat` (B,);
+    - `video`, a list of names;
+    - `skipped`, a list of (path, reason);
+    - what `pair_flow` adds: `flow` (B, 2, 2, H, W) float16 and, if it is known, `valid_mask` (B, 2, H, W) bool.
 
     `state_dict()` can be called after any batch and is JSON-serialisable. After `load_state_dict()`, iterating continues bit for bit.
 
     Args:
         paths: the videos, as [`~training.video_sources.find_videos`] returns them.
-        batch_size: pairs.
-        num_workers: decoding processes of this rank.
+        batch_size: number of pairs in a batch.
+        num_workers: decoding processes of this rank; 0 decodes in the calling process.
+        rank, world_size: this process's rank, and the number of ranks.
         pair_flow: callable that adds the flow to a sample, in the worker.
 
     Attributes, to be set before iterating:
         epochs: number of epochs with different pairs. Later epochs repeat the pairs of `epoch % epochs`, in a new order. `None`: no limit.
-        estimator: description of the flow that is read from files; a stream is resumed only with the same one.
+        estimator: description of the flow if it is read from files. A stream is resumed only with the same flow.
     """
 
     def __init__(self, paths, sampling: PairSampling, batch_size, num_workers=0, rank=0, world_size=1, pair_flow=None):
@@ -157,10 +176,10 @@ class PairLoader:
         self.span, self._loader, self._restored, self._iterator = 0, None, None, None
         self.workers = Workers(num_workers)
         lanes, pairs = world_size * max(num_workers, 1), sampling.pairs_per_video
-        # One video for each pair of a batch, so that no two pairs come from one opening; fewer if memory does not allow it.
+        # As many openings as pairs in a batch, so that no two pairs come from the same opening. Fewer if PAIRS_HELD requires it.
         self._group = max(1, min(batch_size, PAIRS_HELD // pairs))
-        # The number of shards is a multiple of the lanes; otherwise `datasets` would let every rank read all of them. Each lane has enough
-        # pairs for a batch.
+        # A lane is one worker of one rank. The number of shards is a multiple of the number of lanes, because otherwise `datasets` lets
+        # every rank read all shards. Each lane has enough pairs for a batch.
         wanted = max(
             OPENINGS_PER_SPAN, OPENINGS_PER_LANE * lanes, lanes * -(-2 * batch_size // pairs), len(self.paths)
         )
@@ -171,14 +190,18 @@ class PairLoader:
         return len(self.paths) * self.sampling.pairs_per_video
 
     def epochs_seen(self, batches: int) -> int:
-        """Return how many epochs `batches` batches of each rank reach into. Groups are interleaved, so it may exceed pairs / pairs_per_epoch."""
+        """
+        Return the number of epochs that `batches` batches of each rank reach into, counting an epoch that is only begun.
+
+        Groups are interleaved, so the result may exceed pairs / pairs_per_epoch.
+        """
         lane_pairs = -(-batches // max(self.num_workers, 1)) * self.batch_size
         groups = -(-lane_pairs // (self._group * self.sampling.pairs_per_video))
         openings = groups * self._group * self.world_size * max(self.num_workers, 1)
         return -(-openings // len(self.paths))
 
     def openings(self, span: int) -> list[tuple[int, str]]:
-        """Return the (epoch, path) of a span, for all ranks: epoch after epoch, each shuffled with its own seed."""
+        """Return the (epoch, path) pairs of a span for all ranks, epoch by epoch. Each epoch is shuffled with its own seed."""
         begin, end, n = span * self._openings_per_span, (span + 1) * self._openings_per_span, len(self.paths)
         openings = []
         for epoch in range(begin // n, -(-end // n)):
@@ -189,7 +212,7 @@ class PairLoader:
         return openings[offset : offset + self._openings_per_span]
 
     def shards(self, span: int) -> list[tuple[tuple[int, str], ...]]:
-        """Return the openings of a span in groups whose pairs are interleaved."""
+        """Return the shards of a span: its openings in groups whose pairs are interleaved."""
         openings = self.openings(span)
         return [tuple(openings[i : i + self._group]) for i in range(0, len(openings), self._group)]
 
@@ -205,8 +228,8 @@ class PairLoader:
             collate_fn=collate,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
-            # Its own generator. Otherwise each start of the workers would advance the global one, from which dropout draws, and a resumed
-            # run would differ.
+            # A generator of its own. Otherwise each start of workers would advance the global generator, which dropout draws from, and a
+            # resumed run would differ.
             generator=torch.Generator(),
             # fork, because with spawn each worker would import torch. PyAV and OpenCV are used in the workers only.
             multiprocessing_context="fork" if self.num_workers else None,
@@ -215,7 +238,7 @@ class PairLoader:
         )
 
     def __iter__(self) -> Iterator[dict]:
-        _PENDING.clear()  # left by another stream in this process
+        _PENDING.clear()  # may hold entries of another stream in this process
         while True:
             self._loader = self._make_loader()
             if self._restored is not None:
@@ -241,7 +264,7 @@ class PairLoader:
     def state_dict(self) -> dict:
         return {
             "span": self.span,
-            "openings": (self.span + 1) * self._openings_per_span,  # an inexact resumption begins behind these
+            "openings": (self.span + 1) * self._openings_per_span,  # an inexact resumption begins after these
             "num_workers": self.num_workers,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
@@ -256,10 +279,11 @@ class PairLoader:
         Continue the stream at a saved state.
 
         Args:
-            inexact: if workers, ranks or batches have changed, or another rank is in a later span, begin at openings that no rank has seen.
+            inexact: if the number of workers or ranks or the batch size has changed, or another rank is in a later span, begin at openings
+                that no rank has seen.
 
         Raises:
-            ValueError: the stream would differ, because workers, ranks, batches, videos or flow have changed.
+            ValueError: the stream would differ, because workers, ranks, batch size, videos or flow have changed.
         """
         own, behind = self.state_dict(), -(-state["openings"] // self._openings_per_span)
         if own["estimator"] != state["estimator"]:
@@ -287,7 +311,7 @@ class PairLoader:
                 f"cannot resume the stream exactly: {what} was {state[name]}, now {own[name]}; go on with --resume_inexact true"
             )
         if state["openings"] != (state["span"] + 1) * self._openings_per_span:
-            if inexact:  # also if this rank's span is before another rank's (see `read_rank_state`)
+            if inexact:  # also taken if this rank's span is before another rank's (see `read_rank_state`)
                 self.span = behind
                 return
             raise ValueError(
