@@ -1,7 +1,7 @@
 """
-Random draws of a batch, on the device: photometric augmentation, affine views and subcrops.
+Draw photometric augmentation, affine views and subcrops for a batch, on the device.
 
-Everything is drawn for the whole batch as tensors, without a Python loop over images or subcrops and without host synchronisation. On the
+Everything is drawn for the whole batch as tensors, without a Python loop over images or subcrops, and without host synchronisation. On the
 CPU, image by image, the photometric augmentation alone takes 330-370 ms an image at 512x1024.
 """
 
@@ -18,6 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAU
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Draw float32 numbers, uniform in [low, high), on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
 
 
@@ -32,7 +33,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    # A sum of planes takes 0.3 ms for 8 images of 128x256 on one core, an einsum 2.2 ms.
+    # For 8 images of 128x256 on one core, this sum takes 0.3 ms and an einsum 2.2 ms.
     return 0.2989 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
 
 
@@ -44,7 +45,7 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """
     Scale the brightness of images (N, 3, H, W) in [0, 1] by factor (N,).
 
-    The definitions of this and the following functions are torchvision's, with one factor for each image.
+    This and the following functions are defined as in torchvision, but with one factor for each image.
     """
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
@@ -61,10 +62,10 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """
-    Rotate the hue by shift (N,), in turns; saturation and value are kept.
+    Rotate the hue by shift (N,), in turns. Saturation and value do not change.
 
-    A channel of a colour of hue h (in sixths of a turn) is value - chroma * clamp(min(k, 4 - k), 0, 1) with
-    k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue. This needs no branch over the six sectors.
+    For a colour of hue h (in sixths of a turn), each channel is value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + h) mod 6, where n
+    is 5 for red, 3 for green and 1 for blue. So no branch over the six sectors of hue is needed.
     """
     value, minimum = images.amax(dim=1), images.amin(dim=1)
     chroma = value - minimum
@@ -118,8 +119,8 @@ def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tens
     """
     Apply colour jitter (0.8, 0.8, 0.8, 0.2) with p 0.8, greyscale with p 0.2, and Gaussian blur with p 0.5.
 
-    Everything is drawn for each image separately, except the order of the four jitters: it is drawn once a batch (torchvision: once an
-    image), so that the batch need not be split.
+    Everything is drawn for each image separately, except the order of the four jitters. The order is drawn once a batch, so that the batch
+    need not be split (torchvision draws it for each image).
 
     Args:
         images: (N, 3, H, W) in [0, 1].
@@ -136,7 +137,7 @@ def photometric_augmentation(images: Tensor, generator: torch.Generator) -> Tens
     factors = [torch.where(jitter, uniform((n,), 0.2, 1.8, generator), 1.0) for _ in range(3)]
     factors.append(torch.where(jitter, uniform((n,), -0.2, 0.2, generator), 0.0))
     operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    # The order is drawn on the CPU from the generator's seed: reading it from a device tensor would make the host wait.
+    # The order is drawn on the CPU from the generator's seed, because reading it from a device tensor would make the host wait.
     order = torch.randperm(4, generator=torch.Generator().manual_seed(generator.initial_seed()), device="cpu")
     for index in order.tolist():
         images = operations[index](images, factors[index])
@@ -152,9 +153,11 @@ def draw_views(
     shape: tuple[int, ...], height: int, width: int, generator: torch.Generator, affine: bool = True
 ) -> Tensor:
     """
-    Draw views: a rotation of up to 10 degrees both ways, a scale of 0.9-1.1, and a horizontal flip with p 0.5.
+    Draw views: a rotation of up to 10 degrees in either direction, a scale of 0.9-1.1, and a horizontal flip with p 0.5.
 
     Args:
+        shape: number of views, as the leading dimensions of the result.
+        height, width: size of the frames in pixels.
         affine: if `False`, all views are the identity.
 
     Returns:
@@ -174,9 +177,15 @@ def draw_views(
 
 def grid_centres(n: int, count: int, height: int, width: int, cell: int, generator: torch.Generator) -> Tensor:
     """
-    Draw centres spread over the frame: cells of a grid without replacement, then a uniform point in each cell.
+    Draw centres that are spread over the frame: cells of a grid without replacement, then a uniform point in each cell.
 
     If there are more centres than cells, every cell is used once before any is used again.
+
+    Args:
+        n: number of frames.
+        count: centres a frame.
+        height, width: size of the frames in pixels.
+        cell: approximate side of a cell in pixels.
 
     Returns:
         (n, count, 2) pixels, x then y.
@@ -186,15 +195,14 @@ def grid_centres(n: int, count: int, height: int, width: int, cell: int, generat
     rounds = -(-count // cells)
     order = uniform((n, rounds, cells), 0, 1, generator).argsort(dim=-1).flatten(1)[:, :count]
     corner = torch.stack([order % columns, order // columns], dim=-1).float()
-    # The cells tile the frame, so that no strip is left out. With height // cell rows they are larger than `cell` (256 instead of 214 at
-    # 512x1024).
+    # The cells tile the frame, so that no strip is left out. So they may be larger than `cell` (256 instead of 214 at 512x1024).
     size = filled((width / columns, height / rows), generator.device)
     return (corner + uniform((n, count, 2), 0, 1, generator)) * size
 
 
 def place_boxes(centres: Tensor, area: Tensor, aspect: Tensor, height: int, width: int) -> Tensor:
     """
-    Make boxes of the given areas and aspect ratios around the centres, moved to lie inside the frame.
+    Make boxes of the given areas and aspect ratios around the centres, and move them inside the frame.
 
     Args:
         centres: (..., 2) pixels.
@@ -228,12 +236,13 @@ def draw_subcrops(
         num_subcrops: K, pairs a frame.
         area: range of a subcrop's share of the frame.
         jitter: largest shift of the teacher's centre in each direction, as a share of the frame's width and height.
-        tries: number of jitters to try until the teacher's centre lands inside the frame.
+        tries: how many jitters are drawn; the first that puts the teacher's centre inside the frame is used.
         follow_flow: if `False`, the teacher's centre is drawn anywhere in the other frame (for comparison).
 
     Returns:
-        student_boxes, teacher_boxes (B, 2, K, 4) xyxy pixels; teacher_box_frames (B, 2, K) long; matched (B, 2, K) bool, `False` if no
-        try landed inside the frame, so that both subcrops come from the same frame.
+        student_boxes, teacher_boxes: (B, 2, K, 4) xyxy pixels.
+        teacher_box_frames: (B, 2, K) long, the frame (0 or 1) of each teacher's subcrop.
+        matched: (B, 2, K) bool; `False` if no try landed inside the frame, so that both subcrops come from the same frame.
     """
     b, _, _, height, width = flow.shape
     n, k = 2 * b, num_subcrops
@@ -251,14 +260,14 @@ def draw_subcrops(
     first = landed.int().argmax(dim=0)  # the first try that landed
     matched = landed.any(dim=0)
     chosen = candidates.gather(0, first[None, :, :, None].expand(1, n, k, 2))[0]
-    # If not matched, the teacher's centre is the student's point in the same frame, with the first jitter.
+    # Without a match, the teacher's centre is the student's centre in the student's own frame, shifted by the first jitter.
     teacher_centres = torch.where(matched[..., None], chosen, centres + shifts[0])
     if not follow_flow:
         teacher_centres, matched = grid_centres(n, k, height, width, cell, generator), torch.ones_like(matched)
 
     student_area = uniform((n, k), low, high, generator)
     teacher_area = student_area + (high - student_area) * uniform((n, k), 0, 1, generator)
-    # Log-uniform, as in torchvision's RandomResizedCrop: 3/4 and 4/3 are equally likely.
+    # Log-uniform, as in torchvision's RandomResizedCrop, so that 3/4 and 4/3 are equally likely.
     aspect = uniform((2, n, k), math.log(3 / 4), math.log(4 / 3), generator).exp()
     own = torch.arange(2, device=flow.device).repeat(b)[:, None]
     return {
@@ -272,13 +281,15 @@ def draw_subcrops(
 @torch.no_grad()
 def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=None) -> dict[str, Tensor]:
     """
-    Turn a batch of the loader into the model's inputs: flow of the frames before augmentation, then augmentation, views and subcrops.
+    Turn a batch of the loader into the model's inputs: compute the flow, then augment the frames, and draw views and subcrops.
+
+    Flow is computed from the frames before augmentation.
 
     Args:
         batch: frames (B, 2, 3, H, W) uint8; flow (B, 2, 2, H, W) if the loader computed it; valid_mask (B, 2, H, W) if it is known.
         recipe: the run's recipe.
-        generator: used for all draws, on its device.
-        flow_module: maps frames to flow, if the loader did not compute it.
+        generator: used for all draws. Its device is also the device of the inputs.
+        flow_module: maps frames to flow; needed only if the loader computed no flow.
 
     Returns:
         The inputs of `PoodleForPreTraining.forward`, and `matched` (B, 2, K).
@@ -290,10 +301,10 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
     if "valid_mask" in batch:
         valid_mask = batch["valid_mask"].to(device, non_blocking=True)
     else:
-        # FlowE bounds the error by a constant. Without one, PooDLe's bound is used, which grows with the flow.
+        # FlowE bounds the error by a constant. If the recipe has none, PooDLe's bound is used, which grows with the flow.
         bound = {} if recipe.flow_max_error is None else {"alpha_1": 0.0, "alpha_2": recipe.flow_max_error**2}
         valid_mask = flow_valid_mask(flow.flatten(0, 1), flow.flip(1).flatten(0, 1), **bound).unflatten(0, (b, 2))
-    # Flow that is not finite is not valid. It is also set to 0, because a mask alone does not help: 0 times NaN in a gradient is NaN.
+    # Flow that is not finite is invalid. It is also set to 0, because a mask alone is not enough: 0 times NaN in a gradient is NaN.
     valid_mask = valid_mask & torch.isfinite(flow).all(dim=2)
     finite_flow = torch.nan_to_num(flow, nan=0.0, posinf=0.0, neginf=0.0)
     images = photometric_augmentation(frames.flatten(0, 1).float() / 255, generator)

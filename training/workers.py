@@ -11,30 +11,35 @@ from training.addresses import printable, video_name
 from training.street_processes import end_with_parent
 
 NOTE_BYTES = 1024
-_NOTES: list = []  # in a worker: shared memory with the path that is being read, in case reading it kills the worker
+_NOTES: list = []  # in a worker: one shared array that names the video being read, in case reading it kills the worker
 
 
 def note(path: str) -> None:
-    """In a worker, note which video it reads from here on."""
+    """Note which video this worker reads from now on. Does nothing outside of a worker."""
     if _NOTES:
         _NOTES[0].value = video_name(path).encode(errors="surrogateescape")[-NOTE_BYTES + 1 :]
 
 
 class Workers:
-    """The workers of one loader: pass `start` as its `worker_init_fn`, and call `end` with its iterator."""
+    """
+    The workers of one loader. Pass `start` as the loader's `worker_init_fn`, and call `end` with its iterator.
+
+    Args:
+        number: number of workers.
+    """
 
     def __init__(self, number: int):
         self._notes = [multiprocessing.RawArray("c", NOTE_BYTES) for _ in range(number)]
         self.died_at: list[str] = []
 
     def start(self, worker: int) -> None:
-        # One thread for decoding and flow: more would compete with the training process for the cores.
+        # One thread for decoding and flow, because more would compete with the training process for the cores.
         import cv2
 
         cv2.setNumThreads(0)
         torch.set_num_threads(1)
         _NOTES[:] = self._notes[worker : worker + 1]
-        # A signal to the process group asks the run to stop, but the training process still needs its workers to finish the step.
+        # A signal to the process group asks the run to stop, but the training process still needs its workers to finish its step.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         # torch's workers check for their parent only between batches, and a batch can take minutes.
@@ -42,21 +47,21 @@ class Workers:
 
     def end(self, batches: Iterator | None) -> None:
         """
-        Stop the workers of a loader's iterator. Those that do not end when asked are killed, because they ignore SIGTERM.
+        Stop the workers of a loader's iterator. Workers that do not end when asked are killed, because they ignore SIGTERM.
 
-        Afterwards `died_at` holds "video (signal)" for each worker that a signal had ended before.
+        Afterwards `died_at` holds "video (signal)" for each worker that a signal had killed before.
         """
         for _ in range(3):
             try:
                 return self._end(batches)
             except RuntimeError:
-                continue  # torch's handler of SIGCHLD reports a dead worker at any point of this code
+                continue  # torch's SIGCHLD handler can raise the death of a worker at any point of `_end`
         self._end(batches)
 
     def _end(self, batches: Iterator | None) -> None:
-        # A private name of torch. If a version renames it, this must fail, because workers would otherwise be left running unnoticed.
+        # `_workers` is private to torch. If a version renames it, this line must fail: otherwise workers would be left running unnoticed.
         workers = batches._workers if self._notes and batches is not None else []
-        # A worker that has just crashed closes its connections, then its sentinel, and only then has an exit code, for which `join` waits.
+        # A worker that has just crashed closes its connections, then its sentinel, and only then gets an exit code. `join` waits for it.
         sentinels = [worker.sentinel for worker in workers]
         for sentinel in multiprocessing.connection.wait(sentinels, timeout=0.3) if workers else ():
             next(worker for worker in workers if worker.sentinel == sentinel).join()
@@ -66,7 +71,7 @@ class Workers:
         for worker in workers:
             worker.kill()
             worker.join()
-        # On a busy machine a crash can take longer. Its own signal remains the exit code, whatever is sent afterwards.
+        # On a busy machine, a crash can take longer than that. Its exit code is still the crash's own signal, whatever is sent afterwards.
         ours = (-signal.SIGTERM, -signal.SIGKILL)
         self.died_at = [
             f"{printable(noted.value.decode(errors='replace'))} ({signal.Signals(-worker.exitcode).name})"
