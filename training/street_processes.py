@@ -36,11 +36,7 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def _usable_cores() -> int:
-    """
-    Return the number of CPU cores that this process may use.
-
-    A copy of the function in modeling_poodle.cpu. Importing that module takes 8 s (torch and transformers, which rendering does not need).
-    """
+    """A copy of `usable_cores` in modeling_poodle.cpu, whose import takes 8 s (torch and transformers, which rendering does not need)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -58,9 +54,9 @@ def over_processes(function: Callable, jobs: list[tuple], num_processes: int | N
 
 def end_with_parent() -> None:
     """
-    End this worker process as soon as its parent has ended, for example because it was killed.
+    End this worker process when its parent ends, for example when it is killed.
 
-    Without its parent, nobody waits for the worker's result, and a folder that it renders is no longer locked.
+    Then nobody waits for the result any more, and a folder that is being rendered is no longer locked.
     """
 
     def wait() -> None:

@@ -1,5 +1,5 @@
 """
-Measure what subcrops show: how often they hit each class, how often a single thing, and if the teacher's subcrop shows the same instance.
+Measure what subcrops show: how often they hit each class, how often a single thing, and whether the teacher's shows the same instance.
 
     python -m training.subcrop_study --dataset street --json street.json [--config street] [--frames 40] [--draws 24] [--gaps 0.25 0.5 1.0]
     python -m training.subcrop_study --dataset camvid --data_dir path/to/camvid --json camvid.json
@@ -125,13 +125,9 @@ def covered(objects: Objects, boxes: np.ndarray) -> np.ndarray:
 
 def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
     """
-    Return which objects each box hits, that is, covers at least 10 % of the object's pixels.
+    Return which objects each box hits, that is, covers by at least 10 % of their pixels.
 
-    Args:
-        inside: (N, n + 1), from [`covered`].
-
-    Returns:
-        (N, n + 1) bool; column 0 is `False`.
+    `inside` is from [`covered`]. The result is (N, n + 1) bool; column 0 is `False`.
     """
     hit = inside >= HIT_SHARE * objects.sizes
     hit[:, 0] = False
@@ -140,12 +136,11 @@ def hits(objects: Objects, inside: np.ndarray) -> np.ndarray:
 
 def alone(objects: Objects, hit: np.ndarray, inside: np.ndarray, least: float) -> np.ndarray:
     """
-    Return which objects each box hits alone: the box hits no other instance that takes up a share of `least` or more of its pixels.
+    Return which objects each box hits alone: it hits no other instance that takes up a share of `least` or more of the box's pixels.
 
     Args:
         hit: (N, n + 1), from [`hits`], with things only.
         inside: (N, n + 1), from [`covered`].
-        least: share of the box's pixels from which on another instance counts.
 
     Returns:
         (N, n + 1) bool.
@@ -161,17 +156,13 @@ def same_instance(
     hit: np.ndarray, objects: Objects, teacher_hit: np.ndarray, teacher_objects: Objects
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Find the objects hit by the student's subcrops again in the teacher's frame and subcrops.
+    Return which objects hit by the student's subcrops the teacher's frame shows, and which of them the teacher's subcrops hit.
 
     Args:
-        hit: (N, n + 1), from [`hits`], for the student's subcrops of N pairs.
-        objects: the n objects of the student's frame.
-        teacher_hit: (N, m + 1), the same for the teacher's subcrops.
-        teacher_objects: the m objects of the teacher's frame.
+        hit, teacher_hit: (N, n + 1) and (N, m + 1), from [`hits`], for the student's and the teacher's subcrops of N pairs.
 
     Returns:
-        shown: (N, n + 1) bool, whether the teacher's frame shows an object that the student's subcrop hits.
-        held: (N, n + 1) bool, whether the teacher's subcrop hits the object too. Both are `False` for objects without identity.
+        shown, held: (N, n + 1) bool; `False` for objects that the student's subcrop does not hit, and for objects without identity.
     """
     where = {key: column for column, key in enumerate(teacher_objects.keys) if key >= 0}
     columns = np.array([where.get(key, 0) for key in objects.keys])  # column 0 is never hit
@@ -179,11 +170,7 @@ def same_instance(
 
 
 class Tally:
-    """
-    Sums over frames, from which [`Tally.result`] computes shares.
-
-    Shares of subcrops refer to all subcrops of all frames. Shares of frames refer to sets of K subcrops of one frame.
-    """
+    """Sums over frames. Shares of subcrops refer to all subcrops of all frames, shares of frames to sets of K subcrops of one frame."""
 
     def __init__(self, classes: tuple[str, ...], things: tuple[str, ...], num_subcrops: int):
         self.classes, self.num_subcrops = classes, num_subcrops
@@ -287,12 +274,7 @@ def _share(part: float, whole: float) -> float | None:
 def study_street(
     recipe: Recipe, camera: str, num_frames: int, draws: int, gaps: list[float], seed: int
 ) -> tuple[Tally, dict]:
-    """
-    Measure one pair of frames for each drive and gap, in both directions, with each flow.
-
-    Returns:
-        The sums, and further fields of the result.
-    """
+    """Measure one pair of frames for each drive and gap, in both directions and with each flow."""
     height, width = recipe.crop_size
     tally, dis = Tally(STREET_CLASSES, STREET_THINGS, recipe.num_subcrops), DisFlow()
     for number in range(num_frames):
@@ -330,13 +312,9 @@ def _draw(
     recipe: Recipe, flow: np.ndarray, draws: int, generator: torch.Generator, jittered: bool = True
 ) -> dict[str, np.ndarray]:
     """
-    Draw `draws` sets of K subcrops for both frames of a pair.
+    Draw `draws` sets of subcrops for both frames of a pair with flow (2, 2, H, W).
 
-    Args:
-        flow: (2, 2, H, W) pixels.
-
-    Returns:
-        The fields of [`draw_subcrops`], each (2 * draws * K, ...): first the subcrops of frame 0, then those of frame 1.
+    Returns the fields of [`draw_subcrops`], each (2 * draws * K, ...), with the subcrops of frame 0 first.
     """
     many = torch.from_numpy(flow).float()[None].expand(draws, -1, -1, -1, -1)
     area, follow = tuple(recipe.subcrop_area), recipe.subcrops_follow_flow
@@ -346,12 +324,7 @@ def _draw(
 
 
 def camvid_labels(data_dir: str | None, num_frames: int) -> list[Path]:
-    """
-    Return up to `num_frames` label files, evenly spread over train/ and val/.
-
-    Raises:
-        ValueError: there is no label file.
-    """
+    """Return up to `num_frames` label files of train/ and val/, evenly spread. Raises ValueError if there are none."""
     layout = "Expected: train/ and val/, each with labels/*.png (ids 0 to 10, 11 is void)"
     if data_dir is None:
         raise ValueError(f"--dataset camvid needs --data_dir, the folder that holds it. {layout}")
@@ -376,7 +349,7 @@ def _read_labels(paths: list[Path]) -> Iterator[np.ndarray]:
 
 
 def study_camvid(recipe: Recipe, paths: list[Path], draws: int, seed: int) -> tuple[Tally, dict]:
-    """Measure labelled frames. There are no instances and no pairs of frames; see [`study_street`] for what is returned."""
+    """Measure labelled frames, without instances and without pairs of frames."""
     tally = Tally(CAMVID_CLASSES, CAMVID_THINGS, recipe.num_subcrops)
     generator = torch.Generator().manual_seed(seed)
     for labels in _read_labels(paths):

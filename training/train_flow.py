@@ -98,11 +98,7 @@ class FlowRun(Run):
 
     @torch.no_grad()
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
-        """
-        Draw up to four pairs, each on a row of its own: both frames, both flows, and the earlier frame with occluded pixels in black.
-
-        Pixels of the earlier frame are occluded if the later frame does not show them.
-        """
+        """Draw up to four pairs, one a row: both frames, both flows, and the earlier frame with its occluded pixels in black."""
         frames = batch["frames"][:4].to(self.accelerator.device)
         with self.accelerator.autocast():
             # `forward` of the model, not the compiled module, which would be compiled anew for this batch size.

@@ -34,8 +34,8 @@ def check_videos(
         "path: reason" for each tried video that is unusable and will be skipped.
 
     Raises:
-        ValueError: no tried video is usable, or none of a folder, pattern, tar or data set (the text gives the reasons). Or a video crashed
-            the process that reads it, or kept it beyond the time limit.
+        ValueError: no tried video is usable, or none of such a source; the text gives the reasons. Or a video crashes or blocks the process
+            that reads it.
     """
     looked_at = list(spread(paths, limit))
     by_source = {source: videos for source, videos in (by_source or {}).items() if not _is_one_file(source, videos)}

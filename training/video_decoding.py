@@ -41,8 +41,8 @@ def decode_cuts(
         video: the file, if it is open already. Nothing may have been decoded from it.
 
     Returns:
-        RGB uint8 arrays (3, H, W) and the frames' times in seconds, both in the order of `cuts`. Pictures beyond the last frame are `None`.
-        There are such pictures only if times were estimated from a header whose duration is too long (for example the sound's).
+        RGB uint8 arrays (3, H, W) and the frames' times in seconds, both in the order of `cuts`. If times were estimated from the header,
+        its duration may be too long (for example the sound's). Pictures beyond the last frame are then `None`.
 
     Raises:
         UnreadableVideo: a wanted frame is missing, corrupt, or not what the index says.
@@ -91,7 +91,6 @@ def _decode_frames(container, stream, index: VideoIndex, wanted: list[int], dead
             if outcome == "fields":
                 drain = False
             # H.264 with intra refresh has no whole keyframes: the decoder returns no frame until it has refreshed all parts of the picture.
-            # So decoding must begin earlier.
             elif (
                 pending and back < MOST_BACK and _entry(index, pending[0], back) != _entry(index, pending[0], back + 1)
             ):
@@ -159,9 +158,8 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
     """
     Seek to the keyframe at `place`, and return the packets from there on.
 
-    The first packet is not later than `target`, if there is such a keyframe. In a MOV without edit lists, FFmpeg seeks by decoding times,
-    which are somewhat earlier than presentation times. If two keyframes are close together (a cut just before the end of a group), FFmpeg
-    may therefore choose the later one. Then the seek is repeated further back.
+    In a MOV without edit lists, FFmpeg seeks by decoding times, which are somewhat earlier than presentation times. If two keyframes are
+    close together (a cut just before the end of a group), it may choose the later one. Then the seek is repeated further back.
     """
     seconds = 1
     while True:
@@ -177,8 +175,7 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
         packets = container.demux(stream)
         first = next(packets)
         if not index.exact:
-            # In MPEG-TS and MPEG-PS, FFmpeg may seek to any packet, and the next keyframe may be seconds later than the wanted frame. So
-            # the search goes back 1, 2, 4, ... seconds.
+            # In MPEG-TS and MPEG-PS, FFmpeg seeks to any packet, and the next keyframe may be seconds after the wanted frame.
             last = seconds > MOST_SECONDS_BACK or place < index.pts[0] - 2 / stream.time_base
             while not last and first.size and not first.is_keyframe and (first.dts is None or first.dts <= target):
                 deadline.check()
@@ -194,13 +191,7 @@ def _packets_up_to(container, stream, index: VideoIndex, target: int, place: int
 
 
 def _entry(index: VideoIndex, target: int, back: int = 0) -> tuple[int, int]:
-    """
-    Return where decoding must begin for a frame: the pts of its keyframe, and the time stamp to seek to.
-
-    Args:
-        target: pts of the frame.
-        back: begin this many keyframes earlier than the last one up to the frame.
-    """
+    """Return the pts of the last keyframe up to `target`, or of the one `back` keyframes earlier, and the time stamp to seek to."""
     if not index.keyframes:
         return target, target
     number = max(bisect.bisect_right(index.keyframes, target) - 1 - back, 0)
@@ -226,8 +217,6 @@ def cut_frame(
     Args:
         box: xyxy in displayed pixels. The corner is moved to even coded pixels, where 4:2:0 chroma samples lie.
         size: (H, W) of the result.
-        quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after mirroring.
-        mirrored: whether to exchange left and right.
 
     Returns:
         (3, H, W) uint8 RGB.

@@ -55,12 +55,7 @@ class Deadline:
         self.seconds, self.end = seconds, time.monotonic() + seconds
 
     def check(self) -> None:
-        """
-        Check that there is time left.
-
-        Raises:
-            UnreadableVideo: the time is over.
-        """
+        """Raise UnreadableVideo if the time is over."""
         if time.monotonic() > self.end:
             raise UnreadableVideo(f"takes longer than {self.seconds:.0f} s")
 
@@ -104,12 +99,8 @@ class RemoteFile(_Seekable):
     the file does not exist, access is refused, the server gives no byte ranges, or the file has changed since the first connection.
 
     Args:
-        source: URL that fsspec opens.
         block: bytes of one request.
         deadline: after this time, nothing is tried again.
-
-    Raises:
-        OSError: the server does not tell the file's size, or the file cannot be read; also raised by `read`.
     """
 
     def __init__(self, source: str, block: int = REMOTE_BLOCK, deadline: Deadline | None = None):
@@ -146,11 +137,10 @@ class RemoteFile(_Seekable):
                 return act(self.file)
             except Exception as error:  # each fsspec backend has its own errors, and few of them are OSErrors
                 self.file, root = None, error
-                # fsspec raises FileNotFoundError whatever failed, with the real error as its cause. A timeout's own cause only says how the
-                # timeout came about, so the search stops there.
+                # fsspec raises FileNotFoundError whatever failed, with the real error as its cause. A timeout's own cause adds nothing.
                 while root.__cause__ is not None and not isinstance(root, TimeoutError):
                     root = root.__cause__
-                # fsspec raises a ValueError here, whose text gives advice for programmers.
+                # The text of fsspec's ValueError is advice for programmers.
                 if "support range requests" in str(root):
                     root = _NoRanges(NO_RANGES)
                 status = getattr(getattr(root, "response", None), "status_code", getattr(root, "status", None))
@@ -206,7 +196,6 @@ class OpenVideo(NamedTuple):
     An opened video.
 
     Args:
-        container: PyAV's container.
         deadline: of this opening.
         version: identifies this state of the file, as in `VideoIndex.version`.
         size: size of the file in bytes.
@@ -261,14 +250,14 @@ def _open(file, described: bool, deadline: Deadline):
     Open the container of `file`.
 
     Args:
-        described: whether the file is a MOV or MP4. Its header already holds what FFmpeg would otherwise decode frames to find out, so the
-            file is opened without decoders. This takes 0.4 instead of 8 ms at 1280x720.
+        described: the file is a MOV or MP4, whose header holds what FFmpeg would otherwise decode frames to find out. So the file is opened
+            without decoders, which takes 0.4 instead of 8 ms at 1280x720.
     """
     options = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
     if described:
         options["codec_whitelist"] = "none"  # applies to FFmpeg's first look at the streams, not to later decoding
     container = av.open(file, options=options, timeout=deadline.seconds, **ANY_TAGS)
-    # For MPEG-4 Part 2, FFmpeg does not take the size from the header. Such a file is opened again, with decoders.
+    # For MPEG-4 Part 2, FFmpeg does not take the size from the header, so the file is opened again, with decoders.
     if described and any(not stream.codec_context.width for stream in moving(container) if stream.codec_context):
         container.close()
         if not isinstance(file, str):

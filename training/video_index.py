@@ -18,8 +18,8 @@ from training.mov_tables import track
 from training.video_files import Deadline, OpenVideo, UnreadableVideo, open_video, words
 
 MAX_FRAMES = 5_000_000  # most frames of one video: 23 hours at 60 frames a second
-# How many frames the indices cached in a process may have in all (see `_weight`): 4,000 videos of 40 s at 30 frames a second. A frame takes
-# about 16 bytes, a keyframe twice that.
+# Most frames that the indices cached in a process may have in all (see `_weight`): 4,000 videos of 40 s at 30 frames a second. A frame
+# takes about 16 bytes, a keyframe twice that.
 FRAMES_KEPT = 10_000_000
 
 
@@ -37,8 +37,8 @@ class VideoIndex:
         height, width: size of the displayed frame in pixels, after rotation.
         quarter_turns: counter-clockwise turns by 90 degrees from the coded to the displayed frame, after mirroring.
         version: identifies this state of the file, by its size and modification time, or by what its server says about it.
-        stated: whether the times were read from the tables of a MOV or MP4, which may not match the frames themselves. Size and orientation
-            then come from the tables too, unless the tables do not give them.
+        stated: whether the times were read from the tables of a MOV or MP4 (and size and orientation, if the tables give them). The tables
+            may not match the frames themselves.
         mirrored: whether left and right of the coded frame are exchanged for display.
     """
 
@@ -77,12 +77,7 @@ def explained():
 
 
 def video_stream(container):
-    """
-    Return the first video stream of a container, with its decoder set up.
-
-    Raises:
-        UnreadableVideo: there is no stream, its codec is unknown, or its frames are too large or too many.
-    """
+    """Return the first video stream of a container, with its decoder set up. Raises UnreadableVideo if there is no usable one."""
     streams = moving(container)
     if not streams:
         raise UnreadableVideo("has no video stream")
@@ -193,8 +188,8 @@ def _index_of(video: OpenVideo, source: str, whole: bool = False) -> VideoIndex:
 
 
 index_video = _KeptIndices(read_index)
-# (source, version) of files whose tables were checked against the whole file and found correct. Such a file is not read from end to end
-# again at each damaged frame.
+# (source, version) of files whose tables were checked and found correct, so that such a file is not read from end to end at each damaged
+# frame.
 _CONFIRMED: set[tuple[str, tuple]] = set()
 
 
@@ -206,7 +201,6 @@ def by_index(source: str, use):
     more with it. The second index is not cached. So the result depends only on the file, not on what the process has read before.
 
     Args:
-        source: as for [`~training.video_files.open_video`].
         use: called with the index, and with the open file if the index was just read without decoding, else with `None`. So a new file is
             opened only once, which saves 0.3 to 0.7 ms, or the first requests to a server.
 
@@ -240,8 +234,7 @@ def by_index(source: str, use):
 
 
 def _first_picture(container, stream) -> av.VideoFrame:
-    # AVI stores no presentation times. If H.264 has B frames, FFmpeg assigns times in decoding order, which is wrong. The first frames show
-    # whether it did.
+    # AVI stores no presentation times. If H.264 has B frames, FFmpeg guesses times in decoding order; the first frames show whether it did.
     avi = container.format.name == "avi"
     shown = list(itertools.islice(container.decode(stream), 8)) if avi else _first_frame(container, stream)
     if not shown:
@@ -270,18 +263,14 @@ def _first_frame(container, stream) -> list[av.VideoFrame]:
 
 def _read_pts(container, stream, deadline: Deadline) -> tuple[array, dict[int, int]]:
     """
-    Read all time stamps of a file by demuxing it.
+    Read the pts of all frames, ascending, and for each keyframe's pts the time stamp to seek to.
 
     Packets are not kept, because together they are as large as the file.
-
-    Returns:
-        The pts of all frames, ascending, and for each keyframe's pts the time stamp to seek to.
     """
     # The demuxers of these two formats seek by presentation time, all others (MPEG-TS, FLV, AVI, ...) by decoding time.
     by_pts = container.format.name.startswith(("mov", "matroska"))
     pts, keyframes, latest = set(), {}, None
-    # Decoding times may be out of order, because of the muxer or of FFmpeg's guesses, but by no more than the 16 frames that a decoder may
-    # hold back.
+    # Muxers and FFmpeg's guesses may put decoding times out of order, but by no more than the frames that a decoder holds back.
     disorder = max(1, 16 / (stream.average_rate or 25)) / stream.time_base
     for packet in container.demux(stream):
         deadline.check()
@@ -315,12 +304,8 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
     """
     Compute the same as [`_read_pts`] from the index that FFmpeg built from a MOV's tables.
 
-    Args:
-        offsets: presentation times minus decoding times, up to a constant ([`~training.mov_tables.Track`]). FFmpeg's index holds only the
-            decoding times.
-
-    Returns:
-        The result, or `None` if index and offsets do not fit each other, media data is missing, or the first packets disagree.
+    FFmpeg's index holds only decoding times; `offsets` leads from these to presentation times (see [`~training.mov_tables.Track`]). The
+    result is `None` if index and offsets do not fit each other, media data is missing, or the first packets disagree.
     """
     entries = stream.index_entries
     if len(entries) != len(offsets) or not len(offsets):
@@ -341,8 +326,7 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
     video.container.seek(0)
     # FFmpeg shifts all decoding times by the same amount, so that none is later than its frame's presentation time.
     shifts = {packet.pts - packet.dts - int(offset) for packet, offset in zip(first, offsets)}
-    # Compare the index with the packets. If the file has no table of keyframes, the index marks every frame as a keyframe. The packets' own
-    # keyframes are found by a parser.
+    # Compare the index with the packets, whose keyframes a parser finds. Without a table of keyframes, the index marks every frame as one.
     told = [(packet.dts, packet.is_keyframe) for packet in first]
     if len(shifts) != 1 or told != [(row["dts"], row["keyframe"]) for row in rows[: len(first)]]:
         return None
@@ -353,7 +337,6 @@ def _table_pts(video: OpenVideo, stream, offsets: np.ndarray) -> tuple[array, di
 
 
 def _estimate_pts(stream, deadline: Deadline) -> array:
-    """Estimate the pts of all frames from the duration and the frame rate in the header."""
     rate = stream.average_rate or stream.guessed_rate
     duration = (
         stream.duration * stream.time_base if stream.duration else (stream.container.duration or 0) / av.time_base

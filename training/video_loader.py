@@ -25,15 +25,7 @@ logger = logging.getLogger("poodle")
 
 
 def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
-    """
-    Return the paths of a run's videos.
-
-    Sources are expanded, the street is rendered if the recipe asks for it, and a sample of the videos is checked ([`check_videos`]). The
-    commits of data sets on the Hub are noted in `revisions.json`, in the flow folder or else the output folder. A resumed run uses them.
-
-    Raises:
-        ValueError: a source has no usable video, or the ranks see different videos.
-    """
+    """Return the paths of the videos: expand the sources, render the street if the recipe asks for it, and check a sample of the videos."""
     others = [source for source in recipe.videos if street_camera(source) is None]
     flow_dir = getattr(recipe, "flow_folder", None)  # recipes of train_flow.py have no such field
     pins = Path(flow_dir or recipe.output_dir, "revisions.json")
@@ -87,12 +79,7 @@ def resolve_videos(accelerator: Accelerator, recipe: RunRecipe) -> list[str]:
 
 
 def build_loader(accelerator: Accelerator, recipe: RunRecipe, paths: list[str], pair_flow) -> PairLoader:
-    """
-    Build this rank's loader of pairs.
-
-    Args:
-        pair_flow: adds the flow to a sample, in a worker (see [`PairLoader`]). `None` if the workers compute no flow.
-    """
+    """Build this rank's loader. `pair_flow` adds the flow to a sample; `None` if the workers compute no flow."""
     workers, here = recipe.dataloader_num_workers, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if workers * here > usable_cores():
         logger.warning(

@@ -89,11 +89,7 @@ def _is_tar(name: str) -> bool:
 
 
 def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
-    """
-    Return the videos of a source, and a description of the source for the error message if there are none.
-
-    New commits of data sets on the Hub are added to `commits`.
-    """
+    """Return a source's videos, and words for the error message if there are none. New commits of the Hub are added to `commits`."""
     if is_dataset_id(source):  # or a misspelt path of two parts, so the error names both
         videos, outcome = _expand_hub(f"hf://datasets/{source}", commits)
         return videos, f"no such file or folder here, and as a data set: {outcome}"
@@ -126,7 +122,7 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
 
 
 def _how_to_read(names: Sequence[str]) -> str:
-    """Return a hint if the first file is an image, a list or an archive, which users often give in place of videos; otherwise return ""."""
+    """Return a hint if the first file is an image, a list or an archive, which users often give in place of videos; else an empty text."""
     end = Path(names[0]).suffix.lower() if names else ""
     if end in (".png", ".jpg", ".jpeg"):
         return ": make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
@@ -149,7 +145,7 @@ def _there(names: list[str]) -> list[str]:
 
 
 def _videos_among(names: Sequence[str]) -> list[str]:
-    """Return the files that are videos, and the videos in those that are tars. Warn of compressed tars, which are left out."""
+    """Return the videos among the files, then the videos inside the tars among them."""
     compressed = [name for name in names if name.lower().endswith(COMPRESSED_TARS)]
     if compressed:
         logger.warning(

@@ -120,7 +120,6 @@ _PENDING: list[tuple[str, str]] = []  # (path, reason) of skipped files that no 
 
 
 def collate(samples: list[dict]) -> dict:
-    """Merge samples into a batch: arrays are stacked, `skipped` is concatenated, integers become a tensor, anything else a list."""
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]

@@ -18,7 +18,6 @@ IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAU
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
-    """Draw float32 numbers, uniform in [low, high), on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
 
 
@@ -156,8 +155,6 @@ def draw_views(
     Draw views: a rotation of up to 10 degrees in either direction, a scale of 0.9-1.1, and a horizontal flip with p 0.5.
 
     Args:
-        shape: number of views, as the leading dimensions of the result.
-        height, width: size of the frames in pixels.
         affine: if `False`, all views are the identity.
 
     Returns:
@@ -184,7 +181,6 @@ def grid_centres(n: int, count: int, height: int, width: int, cell: int, generat
     Args:
         n: number of frames.
         count: centres a frame.
-        height, width: size of the frames in pixels.
         cell: approximate side of a cell in pixels.
 
     Returns:
@@ -195,7 +191,7 @@ def grid_centres(n: int, count: int, height: int, width: int, cell: int, generat
     rounds = -(-count // cells)
     order = uniform((n, rounds, cells), 0, 1, generator).argsort(dim=-1).flatten(1)[:, :count]
     corner = torch.stack([order % columns, order // columns], dim=-1).float()
-    # The cells tile the frame, so that no strip is left out. So they may be larger than `cell` (256 instead of 214 at 512x1024).
+    # The cells tile the frame without leaving out a strip, so they may be larger than `cell` (256 instead of 214 at 512x1024).
     size = filled((width / columns, height / rows), generator.device)
     return (corner + uniform((n, count, 2), 0, 1, generator)) * size
 
