@@ -3,8 +3,8 @@ Pretrain PooDLe on video.
 
     accelerate launch training/pretrain.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
-The step follows section 3 of the paper (arXiv 2408.11208): a pair of frames, its flow, photometric augmentation, views and subcrops,
-both objectives, an optimizer step, and one of the teacher.
+A step follows section 3 of the paper (arXiv 2408.11208): pairs of frames, their flow, photometric augmentation, views and subcrops,
+both objectives, the optimizer's update of the student, then the momentum update of the teacher.
 """
 
 import gc
@@ -16,15 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-# `accelerate launch training/pretrain.py` puts training/ on the path; its siblings live one folder up.
+# `accelerate launch training/pretrain.py` puts training/ on the path, but the packages lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training import stopping
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    # How long idle threads spin before they sleep. The variable is read when torch is imported; see modeling_poodle/cpu.py.
+    # How long idle threads spin; read while torch is imported. See modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    gc.disable()  # until run_script: imports leave no garbage, and searching for it takes a seventh of the import time
+    # Imports leave no garbage, and collecting takes a seventh of their time. run_script enables it again.
+    gc.disable()
     stopping.end_on_signals()
 
 import torch
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    # Flow, model and probe are built first, so that their errors come before the street is rendered or thousands of files are listed.
+    # Build flow, model and probe before looking for the videos, so that their errors appear early: rendering the street or listing
+    # thousands of files takes time.
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
@@ -66,15 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_probe(accelerator: Accelerator, recipe: Recipe):
-    """Build the readout that the recipe's `probe` names, if any. It is imported by name; evaluation/probe.py explains why."""
+    """Build the readout of the recipe's field `probe`, if set. It is imported by name: see evaluation/probe.py for why."""
     if recipe.probe is None:
         return None
-    # Rank 0 renders the street; the others find it rendered.
+    # Rank 0 renders the street; the others find the files.
     return main_first(accelerator, lambda: importlib.import_module("evaluation.probe").Probe(recipe.probe))
 
 
 class PretrainingRun(Run):
-    """A run of PooDLe: student and teacher, both objectives, and a probe at intervals."""
+    """A run of PooDLe: student and teacher, both objectives, and a k-NN readout every `probe_steps` steps."""
 
     METRICS = ("loss", "dense_loss", "pooled_loss", "valid_fraction", "matched_fraction")
     LOGS = ("metrics.jsonl", "probe.jsonl")
@@ -113,7 +115,7 @@ class PretrainingRun(Run):
         return {**figures, "momentum": momentum, "feature_std": spread}
 
     def measure(self, last: bool) -> None:
-        """Append the teacher's k-NN readout to probe.jsonl. Its time does not count in the rates of metrics.jsonl."""
+        """Append the teacher's k-NN readout to probe.jsonl. The rates in metrics.jsonl do not count its time."""
         if self.probe is None or not (self.step % self.recipe.probe_steps == 0 or last):
             return
         began = time.perf_counter()

@@ -3,9 +3,9 @@ Send a run, or one folder of weights, to the Hub.
 
     python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--no_panel] [--dry_run]
 
-DIR is a run or one of the folders encoder/, model/, readout/ and detector/. Of a pretraining run, encoder/ goes to org/name, and the model with
-the decoder to org/name-sdm; of a run of train_flow.py, model/ goes to org/name. Only safetensors, configs, the card with its picture, and the
-code of PooDLe's own architectures are sent.
+DIR is a run, or one of the folders encoder/, model/, readout/ or detector/. Of a run, encoder/ goes to org/name, and model/, if it has a
+decoder or dilation, to org/name-sdm. Of a run of train_flow.py, model/ goes to org/name. Only these files are sent: safetensors, configs,
+the card with its picture, and the code if the architecture is PooDLe's own.
 """
 
 import argparse
@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     check_repo_id(options.repo_id, "--repo_id")
-    if options.folder.name in ("", ".."):  # the name of a folder tells what it holds
+    if options.folder.name in ("", ".."):  # the folder's name decides how it is published
         options.folder = options.folder.resolve()
     with tempfile.TemporaryDirectory(prefix="poodle-publish-") as scratch:
         folder = options.folder
         if options.which == "student":
             folder = student_of(folder, Path(scratch, "student"))
         parts = parts_of(folder, options.repo_id)
-        for _, repo_id in parts:  # checked before anything is sent: "-sdm" may make a name too long
+        for _, repo_id in parts:  # "-sdm" may make a name too long: find out before anything is sent
             check_repo_id(repo_id, "--repo_id")
         results = read_evaluations(options.evaluation, [source for source, _ in parts])
         for source, repo_id in parts:
@@ -91,10 +91,10 @@ def is_run(folder: Path) -> bool:
 
 def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
     """
-    Return what is sent where, as (folder, name on the Hub).
+    Return which folders are sent, each with its name on the Hub: (folder, repo_id).
 
     Raises:
-        ValueError: the folder is neither a run nor a folder of weights, or config or weights are missing.
+        ValueError: `folder` is neither a run nor a folder of weights, or a folder to be sent lacks its config or its weights.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
@@ -119,7 +119,7 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
 
 
 def _need_weights(folder: Path) -> None:
-    """Raise ValueError if nobody could load what would be sent."""
+    """Raise ValueError if nobody could load what would be sent from this folder."""
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         fitted = [name for name in ("readout", "detector") if (folder / name).is_dir()]
@@ -129,7 +129,7 @@ def _need_weights(folder: Path) -> None:
         )
     for file in folder.glob("*.safetensors"):
         try:
-            with safe_open(file, "np"):  # reads the header, and checks that the file is complete
+            with safe_open(file, "np"):  # reads the header and checks that the file is complete
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
@@ -140,7 +140,12 @@ def _need_weights(folder: Path) -> None:
 
 
 def student_of(folder: Path, target: Path) -> Path:
-    """Export the student from the last checkpoint of a run, given as the run or its encoder/ or model/, and return the matching folder."""
+    """
+    Export the student from the run's last checkpoint to `target`, and return the folder to send in place of `folder`.
+
+    Args:
+        folder: a run, or the encoder/ or model/ of one.
+    """
     run = folder if is_run(folder) else folder.parent
     if not is_run(run) or (run != folder and folder.name not in ("encoder", "model")):
         raise ValueError(f"--which student needs a run (or its encoder/ or model/), and {folder} is none")
@@ -152,12 +157,12 @@ def student_of(folder: Path, target: Path) -> Path:
 
 def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[dict]]:
     """
-    Collect the results measured on each of the folders `sources`, or on other folders with the same weights.
+    Group the results in `files` by the folder of `sources` that they were measured on, or that has the same weights.
 
-    Results come from `files`, and for readouts and detectors also from the evaluation.json beside them.
+    A readout or detector also gets the results of the evaluation.json beside it.
 
     Raises:
-        ValueError: a file is no evaluation.json, or is of another model or of other weights.
+        ValueError: a file is not an evaluation.json, or is one of another model or other weights.
     """
     results: dict[Path, list[dict]] = {source: [] for source in sources}
     for source in sources:
@@ -189,9 +194,9 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
 
 def _twins(source: Path) -> list[Path]:
     """
-    Return the folders whose results also hold for `source`.
+    Folders whose results count for `source`: itself, and the run's model/ if `source` is the encoder/ and model/ holds nothing more.
 
-    For the encoder/ of a run without a decoder, this includes the run's model/, on which a run is measured.
+    An evaluation of a run measures its model/.
     """
     run = source.parent
     alone = source.name == "encoder" and is_run(run) and (run / "model" / "config.json").is_file() and _is_plain(run)
@@ -216,7 +221,7 @@ def _mapping(file: Path) -> dict:
 
 def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
     weights = sorted(source.glob("*.safetensors"))
-    # Evaluations of earlier versions have no digest, so the times of the files are compared.
+    # Evaluations of earlier versions have no digest: compare the files' times instead.
     if None in measured and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         raise ValueError(f"{file} was measured before the weights in {source} were written: evaluate them again")
     if measured - {None, sha256_of(weights)}:
@@ -240,17 +245,17 @@ def _results_in(file: Path) -> list[dict]:
 
 
 def _measured_on(name: str) -> Path:
-    """Return the folder that an evaluation's `--model` named; for a run, its model/."""
+    """The folder that an evaluation measured: the one named by `--model`, or the model/ of a run."""
     path = Path(name)
     return (path / "model" if (path / "model" / "config.json").is_file() else path).resolve()
 
 
 def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: bool = True) -> None:
     """
-    Write to `target` exactly the files of the folder `source` that are sent. Without `panel`, no picture is sent.
+    Write to `target` exactly the files that are sent for the folder `source`, the picture only if `panel` is True.
 
     Raises:
-        ValueError: a card or a config is missing or not valid, or a file contains the token.
+        ValueError: a card or a config is invalid or missing, a file is a link, or a file holds the Hub token.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -281,13 +286,13 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: 
 
 
 def _refuse_link(path: Path) -> None:
-    """Raise ValueError if a file to be sent is a link to another place on this machine."""
+    """Raise ValueError if a file to be sent is a link, since its target may lie anywhere on this machine."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link to {path.resolve()}: put the file itself there if it is to be sent")
 
 
 def without_local_paths(value):
-    """Return a config without the paths from which its parts were loaded."""
+    """Drop from a config the paths that its parts were loaded from."""
     if isinstance(value, dict):
         return {
             key: without_local_paths(item) for key, item in value.items() if key not in ("_name_or_path", "auto_map")
@@ -306,15 +311,15 @@ def _refuse_token(folder: Path) -> None:
 
 class BackgroundPublisher:
     """
-    Pushes a run's folders in the background, one upload at a time.
+    Send a run's folders in the background, one upload at a time.
 
-    If several exports wait, only the newest is sent. A failure is logged as a warning.
+    Only the newest step waits; it replaces one that still waits. A failed upload is logged as a warning.
 
     Args:
-        output_dir: the run's folder.
+        output_dir: folder of the run.
         repo_id: name of the encoder on the Hub.
-        private: whether new repositories are private.
-        panel: whether to send the last panel.
+        private: make new repositories private.
+        panel: send the last panel.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, private: bool, panel: bool = True):
@@ -330,14 +335,14 @@ class BackgroundPublisher:
         self.lock, self.waiting = threading.Lock(), None
 
     def submit(self, step: int) -> None:
-        """Copy the last export (1 to 2 s for a ResNet-50) and send it in the background once the previous upload is done."""
+        """Copy the folders just exported (1 to 2 s for a ResNet-50), and send the copy in the background after the current upload."""
         scratch = self.scratch / f"step-{step}"
         try:
             parts = []
             for source, repo_id in parts_of(self.output_dir, self.repo_id):
                 stage(source, scratch / source.name, repo_id, [], self.panel)
                 parts.append((scratch / source.name, repo_id))
-        except Exception as error:  # training must go on after any error
+        except Exception as error:  # whatever it is, training goes on
             shutil.rmtree(scratch, ignore_errors=True)
             logger.warning("step %d was not sent to the Hub: %s", step, error)
             return
@@ -345,7 +350,7 @@ class BackgroundPublisher:
             replaced, self.waiting = self.waiting, (step, scratch, parts)
         if replaced is None:
             self.executor.submit(self._send)
-        else:  # the waiting job sends this export instead
+        else:  # the job already queued sends this step instead
             shutil.rmtree(replaced[1], ignore_errors=True)
 
     def _send(self) -> None:
@@ -355,7 +360,7 @@ class BackgroundPublisher:
             try:
                 push(folder, repo_id, f"Step {step}", private=self.private or None)
                 logger.info("step %d was sent to %s", step, repo_id)
-            except Exception as error:  # training must go on after any error
+            except Exception as error:  # whatever it is, training goes on
                 logger.warning("step %d was not sent to the Hub (training goes on): %s", step, error)
         shutil.rmtree(scratch, ignore_errors=True)
 

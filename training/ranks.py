@@ -1,4 +1,4 @@
-"""Stop all processes of a run at the same step when one of them receives a signal."""
+"""Stop all processes of a run at the same step when one of them gets a signal."""
 
 import os
 import signal
@@ -12,19 +12,19 @@ from torch import distributed
 
 from training.stopping import SIGNALS, stop_with_the_launcher
 
-# Seconds. A SIGINT to a whole job arrives twice: from the scheduler, and sent on by torchrun.
+# Seconds. When a scheduler sends SIGINT to all processes of a job, torchrun passes it on, so each process gets it twice.
 SENT_ON_WITHIN = 5.0
 
 
 class StopSignals:
     """
-    Context manager in which SIGTERM and SIGINT ask the run to stop after the current step.
+    A context manager that turns SIGTERM and SIGINT into a request to stop after the current step.
 
-    A second SIGINT ends the process at once. torchrun sends on the signals that it gets, so under torchrun a second SIGINT counts only if it
-    comes at least SENT_ON_WITHIN seconds after the first.
+    A second SIGINT ends the process at once. Torchrun passes on the signals that it gets; under torchrun the second SIGINT therefore counts
+    only if it comes at least SENT_ON_WITHIN seconds after the first.
 
-    If any rank gets a signal, all ranks learn of it at the same step. Each step starts a reduction of one number between the hosts and reads
-    the result of the previous step, so that neither the device nor a host waits.
+    If any rank gets a signal, all ranks learn of it at the same step. Each step starts a reduction of one number between the hosts and
+    reads the result of the step before. So the device never waits, and neither does the host while the ranks keep pace.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
@@ -36,14 +36,14 @@ class StopSignals:
 
     def __enter__(self):
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
             stop_with_the_launcher()
         return self
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
-            # When one rank has ended, the launcher sends SIGTERM to the others. It stays caught, so that they can still report their errors.
+            # When one rank ends, the launcher sends SIGTERM to the others. Keep catching it after an error, so that they can report theirs.
             if not (kind is not None and self._group is not None and number == signal.SIGTERM):
                 signal.signal(number, handler)
         if self._work is not None and kind is None:
@@ -60,13 +60,13 @@ class StopSignals:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
         self.received = number
-        if self._speaks:  # not print or a logger, because this handler may have interrupted one
+        if self._speaks:  # os.write: this handler may interrupt print or a logger
             when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""
             again = f"; once more{when} ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
 
     def agreed(self) -> bool:
-        """Return whether to stop. Called once a step on all ranks; becomes True on all of them at the same step."""
+        """Return True on all ranks at the same step once any rank was asked to stop. All ranks call this once a step."""
         number = self.received
         if self._group is not None:
             number = 0

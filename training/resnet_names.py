@@ -1,5 +1,5 @@
 """
-A plain ResNet under torchvision's (and timm's) names of its parameters and under transformers'. Light: torch is not imported.
+Convert the parameter names of a plain ResNet between torchvision's (also timm's) and transformers'. This module does not import torch.
 """
 
 import re
@@ -37,21 +37,21 @@ def _renamed(key: str, source: int, shift: int) -> str:
 
 
 def to_transformers(key: str) -> str:
-    """`layer1.0.conv1.weight` -> `encoder.stages.0.layers.0.layer.0.convolution.weight`."""
+    """Rename a parameter: `layer1.0.conv1.weight` -> `encoder.stages.0.layers.0.layer.0.convolution.weight`."""
     return _renamed(key, 0, -1)
 
 
 def to_torchvision(key: str) -> str:
-    """The other way round."""
+    """Rename a parameter: the inverse of [`to_transformers`]."""
     return _renamed(key, 1, 1)
 
 
 def timm_architecture(config: dict) -> str | None:
-    """timm's name of the network of a transformers config, where it is one of the standard ResNets."""
+    """timm's name for the network of a transformers config, or `None` if it is not one of the standard ResNets."""
     layer = config.get("layer_type")
     if config.get("model_type") != "resnet" or layer not in _SIZES or config.get("hidden_sizes") != _SIZES[layer]:
         return None
-    if config.get("hidden_act", "relu") != "relu":  # timm would build its own, with ReLUs
+    if config.get("hidden_act", "relu") != "relu":  # timm would build the network with ReLUs
         return None
     if config["embedding_size"] != 64:
         return None
@@ -61,14 +61,15 @@ def timm_architecture(config: dict) -> str | None:
         config.get("dtype"),
         config.get("torch_dtype"),
     ):
-        return None  # a network under other names, and numbers that numpy lacks
+        return None  # other parameter names, or a dtype that numpy lacks
     return _DEPTHS.get((config["layer_type"], tuple(config["depths"])))
 
 
 def add_timm(folder: Path, config: dict, processor: dict) -> dict:
     """
-    Write the weights of `folder` under timm's names beside the others, and return the config that makes
-    `timm.create_model("hf-hub:org/name", pretrained=True)` find them. The Hub stores equal chunks of files once.
+    Write a second copy of the weights in `folder`, under timm's names, and return the config with timm's fields added.
+
+    With that config `timm.create_model("hf-hub:org/name", pretrained=True)` finds the copy. The Hub stores equal chunks of files only once.
     """
     weights = {to_torchvision(key): value for key, value in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / TIMM_FILE, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The number of a run's steps, and schedules over them: learning rate and teacher momentum."""
+"""The number of a run's steps, and its schedules: learning rate and teacher momentum."""
 
 import math
 
@@ -9,7 +9,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def count_steps(recipe, num_processes: int, pairs_per_epoch: int) -> int:
-    """Return the number of optimizer steps of a recipe: `max_steps`, or the steps of `num_train_epochs`."""
+    """Number of optimizer steps of a recipe: `max_steps`, or as many as `num_train_epochs` take."""
     if recipe.max_steps > 0:
         return recipe.max_steps
     pairs = recipe.per_device_train_batch_size * num_processes * recipe.gradient_accumulation_steps
@@ -21,7 +21,7 @@ def learning_rate(step: int, max_steps: int, warmup_steps: float, peak: float, f
     Linear warm-up to `peak` over `warmup_steps`, then a cosine to `floor` at `max_steps` (arXiv 2408.11208, section 3).
 
     Args:
-        step: optimizer steps already taken; the first step of a warm-up of n has peak / n, not 0.
+        step: optimizer steps already taken. With n warm-up steps, the first step has peak / n, not 0.
     """
     if step < warmup_steps:
         return peak * min(1.0, (step + 1) / warmup_steps)

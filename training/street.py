@@ -4,9 +4,9 @@ The street: a procedural drive with exact labels, instances, flow and visibility
     python -m training.street --output_dir DIR [--camera walking] [--num_videos N ...] [--labelled N]
 
 A straight street along +z (x right, y up, metres): road, pavements, grass, facades left and right, traffic, walkers, cyclists, poles,
-signs, lights and trees, seen by a pinhole camera in a car, on foot, on a pole or in the air (street_cameras.py). All surfaces are planes or
-boxes. So the surface point that a pixel shows is known, and where any other frame shows this point. Pixel (row, column) has its centre at
-(column + 0.5, row + 0.5).
+signs, lights and trees. A pinhole camera sees it from a car, on foot, from a pole or from the air (street_cameras.py). All surfaces are
+planes or boxes, so the surface point of each pixel is known exactly, and so is its place in any other frame. Pixel (row, column) has its
+centre at (column + 0.5, row + 0.5).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ VIEW_DISTANCE = 120.0
 
 @dataclass
 class Scene:
-    """A frame as it is drawn: for each pixel surface id, coordinates on the surface, depth, label, instance and colour."""
+    """What one frame shows. For each pixel: surface id, coordinates on the surface, depth, label, instance, and colour."""
 
     camera: Pose
     items: dict[int, Item]
@@ -50,17 +50,18 @@ class Scene:
 @dataclass(frozen=True)
 class Street:
     """
-    One drive. Everything depends only on these parameters and on the time, whatever was called before.
+    One drive. All results depend only on these parameters and on the time, not on the order of calls.
 
     Args:
-        seed: seed of the world and its look.
-        height, width: size of the frames in pixels.
-        camera: driving, walking, static or aerial.
-        camera_height: metres; `None`: the camera's own (`CAMERAS`), as for the next three.
+        seed: of the world and its look.
+        height: of the frames, pixels.
+        width: of the frames, pixels.
+        camera_height: metres; `None` takes the camera's default (`CAMERAS`), also for speed, pitch and sway.
         speed: metres a second.
         pitch: degrees, positive looks down.
-        sway: amount of swaying of yaw, pitch and position; 1 for a car, 0 for a tripod.
         field_of_view: horizontal, degrees.
+        sway: of yaw, pitch and position; 1 for a car, 0 for a tripod.
+        camera: driving, walking, static or aerial.
     """
 
     seed: int = 0
@@ -77,7 +78,7 @@ class Street:
         check_camera(self.camera, "Street.camera")
         for name, value in CAMERAS[self.camera].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # frozen: this is the one place that may
+                object.__setattr__(self, name, value)  # the dataclass is frozen
         for name, low in (("height", 16), ("width", 16), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -88,38 +89,38 @@ class Street:
         if not 10 <= self.field_of_view <= 150:
             raise ValueError(f"Street.field_of_view must be between 10 and 150 degrees, got {self.field_of_view!r}")
 
-    # --- what users ask for ---
+    # --- public methods ---
 
     def frame(self, t: float) -> np.ndarray:
-        """Return the RGB picture (H, W, 3) uint8 at time t (seconds)."""
+        """RGB picture at time t (seconds), (H, W, 3) uint8."""
         return (self._scene(t).colour * 255 + 0.5).astype(np.uint8)
 
     def labels(self, t: float) -> np.ndarray:
-        """Return the class of each pixel, (H, W) uint8, as an index into `STREET_CLASSES`."""
+        """Class of each pixel, (H, W) uint8, indices into `STREET_CLASSES`."""
         return self._scene(t).labels.copy()
 
     def instances(self, t: float) -> np.ndarray:
-        """Return the instance of each pixel, (H, W) int32: 0 for stuff, else an id that is the same at all times."""
+        """Instance of each pixel, (H, W) int32; 0 for stuff. An instance keeps its id at all times."""
         return self._scene(t).instances.copy()
 
     def surface(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return the surface point that each pixel shows.
+        The surface point that each pixel shows.
 
         Returns:
-            coordinates (3, H, W) float32 in metres, constant over time for each surface point (for items, in the item's own frame; for the
-            sky, the direction), and surface id (H, W) int32.
+            coordinates (3, H, W) float32, metres, which stay constant over time for a point of a surface: world coordinates, for items
+            those of the item's own frame, for the sky the direction; and surface ids (H, W) int32.
         """
         scene = self._scene(t)
         return scene.coordinates.transpose(2, 0, 1).copy(), scene.surface_id.copy()
 
     def flow(self, t0: float, t1: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Compute the exact optical flow from the frame at t0 to the frame at t1.
+        Exact optical flow from the frame at t0 to the one at t1.
 
         Returns:
-            flow (2, H, W) float32 pixels, x then y; visible (H, W) bool, True if the point lies inside the other frame and is visible there
-            (the nearest pixel shows the same surface).
+            flow (2, H, W) float32 pixels, x then y; visible (H, W) bool, True if the pixel's point lies inside the other frame and is
+            visible there (the nearest pixel shows the same surface).
         """
         source, target = self._scene(t0), self._scene(t1)
         points = source.coordinates.astype(np.float64)
@@ -139,7 +140,7 @@ class Street:
         row = np.clip(np.floor(np.where(inside, y, 0)), 0, self.height - 1).astype(np.int64)
         visible = inside & (target.surface_id[row, column] == source.surface_id)
         own_x, own_y = np.arange(self.width) + 0.5, np.arange(self.height)[:, None] + 0.5
-        limit = 10.0 * self.width  # points that pass beside or behind the camera: far, but finite
+        limit = 10.0 * self.width  # bound for points beside or behind the camera: far, but finite
         flow = np.stack([np.where(ahead, x, own_x + limit) - own_x, np.where(ahead, y, own_y + limit) - own_y])
         return np.clip(flow, -limit, limit).astype(np.float32), visible
 
@@ -151,7 +152,7 @@ class Street:
         return cls(**values)
 
     def pose(self, t: float) -> Pose:
-        """Return the position and rotation of the camera at time t."""
+        """Where the camera is at time t and where it looks."""
         return camera_pose(self, t)
 
     # --- drawing ---
@@ -160,7 +161,7 @@ class Street:
         return _draw(self, round(float(t), 9))
 
     def look(self) -> dict:
-        """Draw the light and the colours of a drive."""
+        """Light and colours of this drive."""
         rng = np.random.default_rng([self.seed, 2])
         warmth = rng.uniform(-0.08, 0.08)
         zenith = np.array([0.35, 0.5, 0.75]) * rng.uniform(0.7, 1.1) + rng.uniform(-0.08, 0.08)
@@ -171,7 +172,7 @@ class Street:
             "asphalt": rng.uniform(0.25, 0.42) + rng.uniform(-0.02, 0.02, 3),
             "pavement": rng.uniform(0.48, 0.65) + rng.uniform(-0.04, 0.04, 3),
             "grass": np.array([0.30, 0.40, 0.18]) * rng.uniform(0.7, 1.2, 3),
-            # Time of day, white balance and weather vary between drives, as in BDD100K, so that colour alone does not tell the class.
+            # Time of day, white balance and weather differ between drives, as in BDD100K, so that colour alone does not reveal the class.
             "exposure": 2.0 ** rng.uniform(-1.3, 0.2) * rng.uniform(0.88, 1.12, 3),
             "visibility": rng.uniform(80, 400),
             "fog": rng.uniform(0.3, 0.75),
@@ -179,7 +180,7 @@ class Street:
 
 
 def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return class and height (metres) of the facade's blocks by index, on side 0 (left) or 1 (right)."""
+    """Class and height (metres) of the facade's blocks with the given indices, on side 0 (left) or 1 (right)."""
     kind, size = (
         hashed(seed + 11, block, np.full_like(block, side)),
         hashed(seed + 12, block, np.full_like(block, side)),
@@ -200,7 +201,7 @@ def _draw(street: Street, t: float) -> Scene:
     height, width, look, camera = street.height, street.width, street.look(), street.pose(t)
     x = (np.arange(width) + 0.5 - width / 2) / camera.focal
     y = (np.arange(height) + 0.5 - height / 2) / camera.focal
-    # Depth 1 along each.
+    # Each ray has depth 1.
     rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T
     rays = rays.astype(np.float32)
     scene = Scene(
@@ -217,11 +218,9 @@ def _draw(street: Street, t: float) -> Scene:
     _draw_ground(street, look, rays, scene)
     for side in (0, 1):
         _draw_facade(street, look, rays, scene, side)
-        if street.camera != "driving":  # from a car, the facades hide everything behind them
+        if street.camera != "driving":  # from a car, the facades hide roofs and gables
             _draw_blocks(street, look, rays, scene, side)
-    behind = (
-        0.0 if street.camera == "driving" else camera.position[1]
-    )  # a high camera sees ground below and behind itself
+    behind = 0.0 if street.camera == "driving" else camera.position[1]  # a high camera may see items below itself
     z, distance = camera.position[2] - behind, VIEW_DISTANCE + behind
     for item in static_items(street.seed, z, distance) + moving_items(street, t, z, distance):
         scene.items[item.key] = item
@@ -243,7 +242,7 @@ def _draw_sky(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> Non
     )
     sky = look["horizon"] * (1 - up) + look["zenith"] * up
     scene.colour[:] = sky + 0.12 * cloud[..., None] * np.clip(1.2 - up, 0, 1)
-    # A distant line of trees closes the end of the street. Like the sky, it only turns with the camera.
+    # A far line of trees closes the end of the street. Like the sky, it lies at infinity.
     ridge = 0.035 + 0.015 * noise(street.seed + 22, azimuth * 25, np.zeros_like(azimuth))
     trees = elevation < ridge
     leaf = noise(street.seed + 23, azimuth * 150, elevation * 150)
@@ -304,7 +303,7 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
     green = label == CLASS["vegetation"]
     top = top + green * 0.8 * noise(street.seed + 41, pz, np.zeros_like(pz))
     standing = (py < top) & (py >= 0)
-    # A fence is transparent between its bars.
+    # One can see through a fence between its bars.
     standing &= ~((label == CLASS["fence"]) & (np.mod(pz, 0.5) > 0.35) & (d < 25) & (np.mod(py, 0.8) > 0.12))
     rows, columns = (index[standing] for index in np.nonzero(hit))
     d, points, py, pz, block, label, green = (a[standing] for a in (d, points, py, pz, block, label, green))
@@ -337,7 +336,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if label not in (CLASS["building"], CLASS["vegetation"]):
             continue
         green = label == CLASS["vegetation"]
-        # The front of a hedge ends at most 0.8 m below its mean height, so no ray enters between front and roof.
+        # A hedge's front ends at most 0.8 m below its mean height: no ray enters above the front and below the roof.
         depth, top = (3.0, top - 0.8) if green else (10.0, top)
         near, far = (FACADE, FACADE + depth) if side else (-FACADE - depth, -FACADE)
         low, high = np.array([near, 0.0, block * BLOCK]), np.array([far, top, (block + 1) * BLOCK])
@@ -359,7 +358,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if not green:  # rows of tiles
             colour[roof & (np.mod(points[:, 0], 0.8) < 0.12)] *= 0.8
         scene.depth[rows, columns] = d
-        # Ids 4 to 15 repeat after six blocks (72 m). No roof hides another one that far away.
+        # Ids 4 to 15, repeated after six blocks (72 m): no roof hides another one that far away.
         scene.surface_id[rows, columns] = RIGHT + 2 * (block % 6) + face
         scene.coordinates[rows, columns] = points
         scene.labels[rows, columns] = label

@@ -1,11 +1,11 @@
-"""The street's cameras: their position and direction over time, and the video sources that name them."""
+"""Cameras of the street: their position and direction at each time, and the video sources that name them."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-# Defaults of `Street` by camera: height in metres, speed in metres a second, pitch in degrees, and amount of sway.
+# Defaults of `Street` for each camera: metres, metres a second, degrees, and the factor on all sway.
 CAMERAS = {
     "driving": {"camera_height": 1.5, "speed": 8.0, "pitch": 0.0, "sway": 1.0},
     "walking": {"camera_height": 1.6, "speed": 1.4, "pitch": 3.0, "sway": 1.0},
@@ -16,7 +16,7 @@ CAMERAS = {
 
 @dataclass(frozen=True)
 class Pose:
-    """A camera at one time: position (3,), rotation (3, 3) from camera (x right, y down, z forward) to world, focal length in pixels."""
+    """A camera at one time: position (3,), rotation (3, 3) from camera (x right, y down, z forward) to world, focal length (pixels)."""
 
     position: np.ndarray
     rotation: np.ndarray
@@ -24,17 +24,17 @@ class Pose:
 
 
 def check_camera(name: str, field: str) -> None:
-    """Raise ValueError, naming `field` and the known cameras, if there is no such camera."""
+    """Raise ValueError if there is no such camera; the message names `field` and the known cameras."""
     if name not in CAMERAS:
         raise ValueError(f"{field} must be one of {', '.join(CAMERAS)}, got {name!r}")
 
 
 def street_camera(source: str) -> str | None:
     """
-    Return the camera of a video source: `driving` for `street`, NAME for `street:NAME`, `None` for sources that are not the street.
+    The camera of a video source: "driving" for `street`, NAME for `street:NAME`, `None` for sources other than the street.
 
     Raises:
-        ValueError: there is no such camera.
+        ValueError: there is no such camera; the message names the known ones.
     """
     name, colon, camera = source.partition(":")
     if name != "street":
@@ -45,16 +45,16 @@ def street_camera(source: str) -> str | None:
 
 
 def camera_pose(street, t: float) -> Pose:
-    """Return the pose of the camera of `street` at time t (seconds)."""
+    """The pose of the camera of `street` at time t (seconds)."""
     rng = np.random.default_rng([street.seed, 1])
     phase = rng.uniform(0, 2 * math.pi, 5)
     period = rng.uniform(5, 11, 5)
     wave = np.sin(2 * math.pi * t / period + phase) * street.sway
     start = rng.uniform(0, 500)
-    # The speed varies by a quarter; its integral is the distance.
+    # The speed varies by a quarter; the distance covered is its integral.
     way = street.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
     x, lift, yaw, tilt, roll = _PATHS[street.camera](wave, t, street.sway, rng)
-    # Never below the ground, which would then be drawn in front of everything.
+    # Keep the camera above the ground: from below, the ground's depth would be negative, and the ground would hide everything.
     position = np.array([x, max(street.camera_height + lift, 0.05), start + way])
     pitch = math.radians(street.pitch) + tilt
     right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
@@ -69,7 +69,7 @@ def camera_pose(street, t: float) -> Pose:
     return Pose(position, np.stack([right, down, forward], axis=1), focal)
 
 
-# Each function returns x (metres) and the offsets of height (metres), pitch, yaw and roll (radians).
+# Each path returns x and the change of height (metres), then the yaw, the change of pitch, and the roll (radians).
 
 
 def _driving(wave, t, sway, rng):

@@ -17,25 +17,25 @@ from training.street import STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, check_camera
 from training.street_processes import alone, over_processes
 
-FORMAT = "poodle-street-2"  # changes whenever the pictures do
-# Rendered in about 80 s on two cores.
+FORMAT = "poodle-street-2"  # change it whenever the pictures change
+# Rendering these takes about 80 s on two cores.
 DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0, "camera": "driving"}
-HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on: never those of the videos
+HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on, so they never equal a video's drive
 
 
 def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str]:
     """
-    Return the paths of the street's videos. Missing ones are rendered, so a second call is instant.
+    Paths of the street's videos. Missing videos are rendered first, so the second call is instant.
 
     Args:
-        cache_dir: folder; by default one in [`cache_root`] that is named after the parameters.
-        parameters: arguments of [`write_videos`].
+        cache_dir: folder of the videos; by default one in [`cache_root`], named after the parameters.
+        parameters: arguments of [`write_videos`] that replace `DEFAULTS`.
     """
     parameters = {**DEFAULTS, **parameters}
     if cache_dir is None:
         name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
         camera = "" if parameters["camera"] == "driving" else f"-{parameters['camera']}"
-        # Imported here only: it imports torch and transformers, which takes seconds, also in each process that renders.
+        # Imported here because it imports torch and transformers, which takes seconds, also in each rendering process.
         from modeling_poodle.recipe_files import cache_root
 
         cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
@@ -66,10 +66,10 @@ def write_videos(
     """
     Render drives to `drive-0000.mp4` … (H.264, one keyframe a second), each with a sidecar `drive-0000.json`.
 
-    From the sidecar, the exact flow between any two times of the file can be computed. Complete drives are left as they are.
+    From the sidecar, the exact flow between any two times of the video can be computed. Complete drives are left as they are.
 
     Raises:
-        ValueError: odd sizes, values that are not positive, no frame in the duration, or no such camera.
+        ValueError: odd sizes, values that are not positive, a duration without a frame, or an unknown camera.
     """
     _check(num_videos, duration, fps, height, width)
     check_camera(camera, "camera")
@@ -84,9 +84,7 @@ def write_videos(
     if not all(_is_complete(path, sidecar) for path, sidecar in drives):
         with alone(output_dir) as locked:
             begun = _begin_videos(output_dir, drive)
-            for left in (
-                output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ()
-            ):  # left by a process that was killed
+            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ():  # left by killed commands
                 left.unlink(missing_ok=True)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
             done = over_processes(write_video, jobs, num_processes) if jobs else ()
@@ -102,12 +100,13 @@ def write_videos(
 
 def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -> Path:
     """
-    Prepare a folder for rendering drives, and return the marker file that says that drives may be incomplete.
+    Prepare a folder for rendering: delete the drives of another street, since readers of the folder take all videos in it.
 
-    Drives of another street are deleted, because whoever reads the folder reads all its drives.
+    Returns:
+        The marker file, which says that the folder's drives may be incomplete.
 
     Raises:
-        ValueError: a file with the name of a drive was not written by this project.
+        ValueError: a file is named like a drive but is not one.
     """
     begun, others = output_dir / ".rendering", []
     for video in sorted(
@@ -122,9 +121,7 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
                 )
     begun.touch()
     for video in others:
-        video.with_suffix(".json").unlink(
-            missing_ok=True
-        )  # deleted first, because a drive without it counts as incomplete
+        video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without its sidecar counts as incomplete
         video.unlink(missing_ok=True)
     return begun
 
@@ -141,15 +138,15 @@ def _is_complete(path: Path, sidecar: dict) -> bool:
     try:
         stored = json.loads(path.with_suffix(".json").read_text())
         return path.is_file() and {**stored, "street": Street.from_json(stored["street"]).to_json()} == sidecar
-    except (OSError, ValueError, TypeError, KeyError):  # no file, no JSON, or another format's fields
+    except (OSError, ValueError, TypeError, KeyError):  # no file, no JSON, or the fields of another format
         return False
 
 
 def made_of_street(marker: Path) -> dict | None:
     """
-    Read from a folder's marker, which is written last, with which parameters the folder was rendered.
+    The parameters that a complete folder was rendered with, read from its marker file, which is written last.
 
-    `None` if there is no marker, or a file of that name from elsewhere. A marker without a camera means `driving`.
+    `None` if there is no marker, or if the file of that name is not the street's. A marker without a camera means the driving one.
     """
     try:
         stored = json.loads(marker.read_text())
@@ -161,10 +158,13 @@ def made_of_street(marker: Path) -> dict | None:
 
 def _begin(folder: Path, marker: Path) -> Path:
     """
-    Prepare a folder for rendering, and return the marker file that says that the folder is this project's and incomplete.
+    Prepare a folder for rendering.
+
+    Returns:
+        The file which says that the folder belongs to the street and is incomplete.
 
     Raises:
-        ValueError: the folder has files of another origin.
+        ValueError: the folder holds files of another origin.
     """
     begun = folder / ".rendering"
     if made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
@@ -173,19 +173,17 @@ def _begin(folder: Path, marker: Path) -> Path:
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
     begun.touch()
-    marker.unlink(
-        missing_ok=True
-    )  # until the folder is complete again, because it describes files that are being replaced
+    marker.unlink(missing_ok=True)  # it describes files that are about to be replaced
     return begun
 
 
 def write_video(path: str, sidecar: dict) -> None:
-    """Render one drive. Each file is written aside and renamed, the sidecar last, so that a drive with a sidecar is complete."""
+    """Render one drive. Each file is written aside and renamed, the sidecar last: a drive with a sidecar is complete."""
     street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
-    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # a name of its own, because another process may be finishing the same drive
+    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # unique: another process may be finishing the same drive
     partial = f"{path}.{aside}"
     with av.open(partial, "w", format="mp4") as container:
-        # One thread of x264, so that every run writes the same bytes.
+        # One x264 thread, so that every run writes the same bytes.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "medium", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = street.height, street.width, "yuv420p"
         stream.codec_context.gop_size = max(fps, 1)
@@ -215,10 +213,10 @@ def write_folder(
     camera: str = "driving",
 ) -> Path:
     """
-    Write a labelled data set of held-out drives, with each image from a different drive.
+    Render a labelled data set of held-out drives, each image from a different drive. A complete data set is left as it is.
 
-    The files are `images/NAME.png`, `labels/NAME.png` (indices into the classes), `annotations.json` (boxes of objects at least 4 pixels wide
-    and high, in COCO's format) and `classes.json`. A complete data set is left as it is.
+    It consists of `images/NAME.png`, `labels/NAME.png` (indices into the classes), `classes.json`, and `annotations.json` (boxes of objects
+    at least 4 pixels wide and high, in COCO's format).
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
@@ -242,9 +240,7 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
     begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
         (output_dir / name).mkdir(exist_ok=True)
-        for file in (output_dir / name).glob(
-            "[0-9]*.png"
-        ):  # left by a larger data set, and would be read as part of this one
+        for file in (output_dir / name).glob("[0-9]*.png"):  # left from a larger data set
             if file.stem.isdecimal() and int(file.stem) >= num_images:
                 file.unlink()
     streets = [
@@ -266,17 +262,17 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
     }
     (output_dir / "annotations.json").write_text(json.dumps(coco))
-    listed.write_text(json.dumps(classes, indent=1))  # last: with it the folder is complete
+    listed.write_text(json.dumps(classes, indent=1))  # last: marks the folder as complete
     begun.unlink(missing_ok=True)
 
 
 def held_out_time(number: int) -> float:
-    """Return the time in seconds at which a held-out drive is labelled; it varies between drives, which begin alike."""
+    """The time (seconds) at which a held-out drive is labelled. It differs among 20 successive drives."""
     return 1.0 + 0.37 * (number % 20)
 
 
 def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
-    """Write one labelled frame, and return its boxes in COCO's xywh format."""
+    """Write one labelled frame, and return its boxes in COCO's format (xywh)."""
     time = held_out_time(number)
     labels, instances = street.labels(time), street.instances(time)
     Image.fromarray(street.frame(time)).save(Path(output_dir, "images", f"{number:05d}.png"))
@@ -293,7 +289,7 @@ def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
     return boxes
 
 
-SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # not among the seeds of the labelled frames
+SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # so that the drives never equal those of the labelled frames
 SEQUENCE_FRAMES, SEQUENCE_FPS, MAX_OBJECTS = 12, 8, 8
 OBJECT_SHARE = 1 / 400  # least share of the first frame that an object covers
 
@@ -308,9 +304,9 @@ def write_sequences(
     camera: str = "driving",
 ) -> Path:
     """
-    Write frames and object masks of held-out drives in the layout of DAVIS 2017.
+    Render frames and object masks of held-out drives in the layout of DAVIS 2017. A complete folder is left as it is.
 
-    The objects are the largest instances of the first frame (at most 8) that the last frame still shows. A complete folder is left as it is.
+    The objects are the largest instances of the first frame, at most 8, that the last frame still shows.
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
@@ -333,7 +329,7 @@ def write_sequences(
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("\n".join(names) + "\n")
-        marker.write_text(json.dumps(made_of))  # last: with it the folder is complete
+        marker.write_text(json.dumps(made_of))  # last: marks the folder as complete
         begun.unlink(missing_ok=True)
     return output_dir
 

@@ -1,4 +1,4 @@
-"""The street's objects: where they are at a time, and how they are drawn into a frame."""
+"""Standing and moving objects of the street: where they are at a time, and how they are painted into a frame."""
 
 import math
 from collections.abc import Callable
@@ -27,14 +27,15 @@ BICYCLE = 18
 @dataclass(frozen=True)
 class Item:
     """
-    An object. Its surface ids are key * 8 + face, and its instance id is its key.
+    One object. Its surface ids are key * 8 + face; its instance id is its key.
 
     Args:
         key: at least 2, the same at all times.
-        origin: of its own coordinates at t = 0 (the middle of its foot), metres.
+        kind: one of the keys of `SIZES`.
+        origin: position of its own frame at t = 0 (the middle of its foot), metres.
         velocity: along z, metres a second.
         style: random numbers in [0, 1) for colours and shape.
-        camera_way: for objects that keep their distance to the camera, the camera's z over time, metres.
+        camera_way: for an item that moves ahead of the camera, what to add to its z at a time, metres.
     """
 
     key: int
@@ -54,12 +55,16 @@ def _style(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def _key(lane: int, number: int) -> int:
-    """Return a stable, unique key for lanes up to 32 and numbers from -2^20 to 2^20 (some 10,000 km of street)."""
+    """A stable key, distinct for lanes below 32 and numbers from -2^20 to 2^20 (some 10,000 km of street)."""
     return 2 + ((number + 2**20) * 32 + lane) % (2**27)
 
 
 def static_items(seed: int, z: float, distance: float) -> list[Item]:
-    """Return the standing objects up to `distance` metres ahead of z. They are drawn by cells of 12 m, independently of the viewpoint."""
+    """
+    Standing items from a little behind z to `distance` metres ahead.
+
+    Each cell of 12 m has its own random numbers, so that an item is the same from wherever it is seen.
+    """
     items = []
     for cell in range(math.floor((z - 6) / 12), math.floor((z + distance) / 12) + 1):
         for side in (-1, 1):
@@ -90,9 +95,9 @@ def static_items(seed: int, z: float, distance: float) -> list[Item]:
 
 def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
     """
-    Return traffic, walkers and cyclists at time t, from a little behind z to `distance` metres ahead.
+    Traffic, walkers and cyclists at time t, from a little behind z to `distance` metres ahead.
 
-    All objects of a lane have the same speed, so that none runs into another.
+    All items of a lane have the same speed, so that none runs into another.
     """
     items = []
     # lane number, kind, x, velocity, spacing, share of places taken
@@ -106,7 +111,7 @@ def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
         (22, PERSON, -8.8, 1.0, 13.0, 0.5),
     )
     if street.camera == "walking":
-        lanes = tuple(lane for lane in lanes if lane[0] != 17)  # the lane in which the camera itself moves
+        lanes = tuple(lane for lane in lanes if lane[0] != 17)  # the camera walks there
     if street.camera != "driving":
         lanes += ((24, CAR, 1.9, 8.0, 30.0, 0.6),)  # where a driving camera drives
     for lane, kind, x, velocity, spacing, share in lanes:
@@ -135,7 +140,7 @@ def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
 
 
 def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice, slice] | None:
-    """Return the pixels that may show a convex body; `None` if it is behind the camera or outside the frame."""
+    """The rows and columns that may show a convex body; `None` if it is behind the camera or outside the frame."""
     seen = (corners - camera.position) @ camera.rotation
     if (seen[:, 2] <= 0.05).all():
         return None
@@ -149,7 +154,7 @@ def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice,
 
 
 def paint_item(item: Item, t: float, rays: np.ndarray, scene, look: dict) -> None:
-    """Draw an item, wherever it is nearer than what the scene already shows."""
+    """Draw an item into the scene, in the pixels where it is nearer than what is drawn there already."""
     half_width, height, half_length = SIZES[item.kind]
     place = item.position(t)
     signs = np.array([[a, b, c] for a in (-1, 1) for b in (0, 1) for c in (-1, 1)], dtype=np.float64)
@@ -169,7 +174,7 @@ def paint_item(item: Item, t: float, rays: np.ndarray, scene, look: dict) -> Non
         rows, columns = (index[opaque] for index in np.nonzero(shown))
         rows, columns = rows + area[0].start, columns + area[1].start
         scene.depth[rows, columns] = depth[shown][opaque]
-        # Faces 0-2 belong to the body, 3-5 to the cabin; each is a separate plane.
+        # Faces 0-2 of the body, 3-5 of the cabin: each is a plane of its own.
         scene.surface_id[rows, columns] = item.key * 8 + face[shown][opaque] + 3 * part
         scene.coordinates[rows, columns] = points[opaque]
         scene.labels[rows, columns] = labels[opaque]
@@ -188,9 +193,9 @@ def _boxes(item: Item):
 
 def meet(eye: np.ndarray, rays: np.ndarray, low: np.ndarray, high: np.ndarray):
     """
-    Return the depth at which rays enter an axis-aligned box, and through which axis; inf if they miss it.
+    Depth at which each ray enters an axis-aligned box, or inf if it misses, and the axis of the face that it enters.
 
-    For a box without depth, this is where the rays cross the rectangle.
+    A box of length 0 along z is a rectangle that rays cross.
     """
     safe = np.where(np.abs(rays) < 1e-9, 1e-9, rays)
     a, b = (low - eye) / safe, (high - eye) / safe
@@ -311,7 +316,7 @@ def _paint_car(item, p, face, part):
         colour[(face == 0) & (np.hypot(np.abs(z) - 1.3, y - 0.33) < 0.16)] = 0.5
         colour[(face != 1) & (y < 0.24)] *= 0.4
         lamps = (face == 2) & (np.abs(np.abs(x) - 0.7) < 0.15) & (np.abs(y - 0.68) < 0.09)
-        # The camera sees the rear of cars in its own direction, and the front of oncoming cars.
+        # The camera sees the rear of cars that drive its way, and the front of oncoming ones.
         colour[lamps] = np.array([0.85, 0.08, 0.06]) if item.velocity >= 0 else np.array([0.98, 0.97, 0.85])
         plate = (face == 2) & (np.abs(x) < 0.27) & (np.abs(y - 0.48) < 0.07)
         colour[plate] = 0.9
