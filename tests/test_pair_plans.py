@@ -10,7 +10,7 @@ from test_video_stream import CFR, SAMPLING, VFR, WHOLE, numbered_video
 
 from training import pair_plans, video_stream, workers
 from training.pair_plans import PairSampling, _nearest, plan_pairs
-from training.recipe import MOST_PAIRS
+from training.run_recipe import MOST_PAIRS
 from training.video_files import UnreadableVideo
 from training.video_index import VideoIndex
 from training.video_stream import PairLoader, generate_pairs

@@ -26,7 +26,8 @@ from modeling_poodle.geometry_poodle import (
 )
 from modeling_poodle.recipe_files import read_recipe_file
 from training.flow_recipe import FlowRecipe
-from training.recipe import Recipe, RunRecipe
+from training.recipe import Recipe
+from training.run_recipe import RunRecipe
 from training.views import draw_subcrops
 
 

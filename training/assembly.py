@@ -16,7 +16,8 @@ from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
 from modeling_poodle.processes import log_plainly, refuse_sharding, sums_in_one_order
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
-from training.recipe import Recipe, RunRecipe, check_crop_size
+from training.recipe import Recipe, check_crop_size
+from training.run_recipe import RunRecipe
 
 logger = logging.getLogger("poodle")
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.addresses import dataset_of, hub_id, public_source
 from training.card_code import LOADING, lines_to_load
-from training.recipe import FREE_ON_RESUME
+from training.run_recipe import FREE_ON_RESUME
 from training.street_cameras import street_camera
 
 HUB_ID = "ORG/NAME"  # placeholder in a card until it is published

@@ -33,7 +33,8 @@ from training.checkpoint_files import (
     write_tensors,
     write_text,
 )
-from training.recipe import Recipe, RunRecipe
+from training.recipe import Recipe
+from training.run_recipe import RunRecipe
 from training.views import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from modeling_poodle import PoodleFlowConfig
 from modeling_poodle.recipe_files import described, is_finite
-from training.recipe import RECIPES, RunRecipe, parse
+from training.recipe import RECIPES
+from training.run_recipe import RunRecipe, parse
 
 FLOW_RECIPES = RECIPES / "flow"
 _WEIGHTS = ("coarse_weight", "smoothness_weight", "self_supervision_weight")

@@ -15,7 +15,7 @@ from modeling_poodle.processes import launched_with, need_shared, on_main, same_
 from modeling_poodle.recipe_files import read_yaml_mapping
 from training.addresses import public_value
 from training.checkpoint_files import damage, list_checkpoints, read_state
-from training.recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
+from training.run_recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
 logger = logging.getLogger("poodle")
 # Fields that may differ between the processes of a run: each machine may have its files at other paths. Videos are compared after they

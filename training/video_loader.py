@@ -14,7 +14,7 @@ from training.addresses import video_name
 from training.flow import check_sidecars
 from training.flow_files import precomputed_epochs, read_manifest
 from training.pair_plans import PairSampling, checksum
-from training.recipe import RunRecipe
+from training.run_recipe import RunRecipe
 from training.street_cameras import CAMERAS, street_camera
 from training.street_files import street_videos
 from training.video_checks import check_videos
