@@ -51,7 +51,9 @@ FREE_ON_INEXACT_RESUME = frozenset(
         "torch_compile",
     )
 )
+# Fields that belong to one flow estimator: those of a recipe file are dropped if --flow names another one.
 _OF_A_FLOW = ("flow_weights", "flow_model", "flow_dir", "flow_epochs")
+# Fields that must be integers of at least 1.
 _AT_LEAST_ONE = (
     "pairs_per_video",
     "per_device_train_batch_size",
