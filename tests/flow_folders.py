@@ -1,4 +1,4 @@
-"""Folders of precomputed flow, written in this process."""
+"""Writes folders of precomputed flow in the test's own process."""
 
 from accelerate.state import AcceleratorState
 

@@ -1,4 +1,4 @@
-"""Forks of a test's process that are waited for, or killed."""
+"""Forks of the test process, and a wait for a condition."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import time
 
 
 def in_child(action) -> int:
-    """Pid of a fork that runs `action()` and then waits for its end."""
+    """Fork a child that runs `action()` and then waits to be killed; returns its pid."""
     pid = os.fork()
     if pid == 0:
         try:

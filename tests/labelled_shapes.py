@@ -1,4 +1,4 @@
-"""Labelled images whose class can be seen, and the little ResNet that tests of evaluation read them with."""
+"""Labelled images whose classes differ in colour, and the little ResNet that the evaluation tests use on them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ RESNET = {"layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 16
 
 
 def squares(folder: Path, count: int, seed: int, size=(64, 96)) -> None:
-    """Images whose class can be seen: a red or blue square on green."""
+    """Write `count` images whose classes differ in colour: a red or blue square on green."""
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

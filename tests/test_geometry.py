@@ -1,4 +1,4 @@
-"""Grids against naive loops, and the whole alignment end to end with the street's exact flow."""
+"""Sampling grids against naive loops, and the whole alignment end to end with the exact flow of the rendered street."""
 
 import math
 
@@ -24,7 +24,7 @@ from training.street import SKY, Street
 
 
 def bilinear(image: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """Read (C, H, W) at pixel position (x, y), edges at integers, border replicated: the slow twin of all sampling."""
+    """Read a (C, H, W) image at pixel (x, y), with edges at integers and the border replicated: the slow twin of all sampling."""
     _, height, width = image.shape
     x, y = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
     i, j = min(int(y), height - 2), min(int(x), width - 2)
@@ -66,7 +66,7 @@ def test_inverse_undoes_the_view():
 
 
 def test_any_affine_map_is_applied_and_inverted():
-    """Views turn about the frame's centre; these also shift, and come as any number of maps."""
+    """Views only turn about the frame's centre; these maps also shift, and have several batch dimensions."""
     maps = torch.randn(3, 4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     square = torch.cat([maps, torch.tensor([0.0, 0, 1]).expand(3, 4, 1, 3)], dim=-2)
     torch.testing.assert_close(invert_affine(maps), torch.linalg.inv(square)[..., :2, :])
@@ -100,9 +100,9 @@ def test_see_through_equals_a_loop():
 
 
 def test_autocast_leaves_the_geometry_as_it_is():
-    """Matrix products come in bfloat16 there, and bfloat16 knows a point of a frame 1,024 pixels wide to 2 pixels only."""
+    """Under autocast, matrix products give bfloat16, which locates a point in a frame 1,024 pixels wide only to within 2 pixels."""
     height, width = 32, 1024
-    # A ramp shows where it was read: its value is the pixel's column.
+    # On a ramp, each value read tells its position: it is the pixel's column.
     images = torch.arange(width, dtype=torch.float32).expand(2, 3, height, width).contiguous()
     student, teacher = random_views(2, height, width, 1), random_views(2, height, width, 2)
     flow, mask = torch.full((2, 2, height, width), 3.7), torch.ones(2, height, width, dtype=torch.bool)
@@ -117,10 +117,10 @@ def test_autocast_leaves_the_geometry_as_it_is():
         for call, plain in zip(calls, expected):
             torch.testing.assert_close(call(), plain, atol=0, rtol=0)
         columns = torch.linspace(-1, 1, 65).bfloat16().expand(2, 3, height, 65).contiguous()
-        read = sample(columns, points)  # a prediction's map
+        read = sample(columns, points)  # as a model's prediction
         assert read.dtype == torch.float32
         torch.testing.assert_close(read, sample(columns.float(), points), atol=0, rtol=0)
-    assert see_through(images.bfloat16(), student).dtype == torch.bfloat16  # a model that is in it as a whole
+    assert see_through(images.bfloat16(), student).dtype == torch.bfloat16  # all in bfloat16
 
 
 @pytest.mark.parametrize("size", [(24, 40), (3, 5), (6, 11)])
@@ -165,7 +165,7 @@ def test_occlusion_equals_a_loop():
                 assert ours[n, row, column].item() == bool(expected)
     assert 0.05 < ours.float().mean() < 0.95
     still, one = torch.zeros(1, 2, 4, 4), torch.tensor([1.0, 0])[None, :, None, None].expand(1, 2, 4, 4)
-    assert flow_valid_mask(still, one, alpha_1=0, alpha_2=1).all()  # just as much as is allowed
+    assert flow_valid_mask(still, one, alpha_1=0, alpha_2=1).all()  # exactly at the limit
     assert not flow_valid_mask(torch.full((1, 2, 4, 4), math.nan), torch.zeros(1, 2, 4, 4)).any()
 
 
@@ -181,7 +181,7 @@ def test_crops_of_whole_pixels_equal_the_antialiased_resize_of_the_cut():
             cut = frames[b, index[b, m], :, y0:y1, x0:x1]
             expected = F.interpolate(cut[None], size=(7, 7), mode="bilinear", antialias=True)[0]
             torch.testing.assert_close(crops[b, m], expected, atol=1e-5, rtol=0)
-    # Boxes of another precision, or of none, cut the same.
+    # Boxes of another precision, or of integers, cut the same.
     for other in (boxes, boxes.float()):
         torch.testing.assert_close(
             crop_boxes(frames.double(), other, index, 7), crop_boxes(frames.double(), boxes.double(), index, 7)
@@ -189,7 +189,7 @@ def test_crops_of_whole_pixels_equal_the_antialiased_resize_of_the_cut():
 
 
 def test_crops_between_pixels_read_where_they_lie():
-    """On a ramp every antialiased read gives the value at its own centre, away from the box's edges."""
+    """On a ramp, away from the box's edges, each antialiased read gives the value at the centre of its cell."""
     y, x = torch.meshgrid(torch.arange(40.0) + 0.5, torch.arange(60.0) + 0.5, indexing="ij")
     frames = torch.stack([x, y]).expand(1, 2, 2, 40, 60)
     box = torch.tensor([[[7.3, 5.6, 47.3, 29.6]]])
@@ -218,7 +218,7 @@ def test_full_frame_box_of_its_own_size_is_the_frame():
 
 
 def test_everything_is_made_on_the_device_of_the_inputs():
-    """Where the default device is another one: what is made without a word of its device would not fit its neighbours."""
+    """With another default device, a tensor created without `device=` would not match its inputs."""
     flow, mask, views = torch.randn(1, 2, 6, 8), torch.ones(1, 6, 8, dtype=torch.bool), random_views(1, 6, 8)
     frames, boxes = torch.rand(1, 2, 3, 6, 8), torch.tensor([[[1.0, 1, 5, 4]]])
     index = torch.zeros(1, 1, dtype=torch.long)
@@ -232,7 +232,7 @@ def test_everything_is_made_on_the_device_of_the_inputs():
 
 
 def oracle(street, t):
-    """A feature map that is smooth in the image wherever the surface is: the surface point's coordinates (sky left out)."""
+    """Feature map and surface ids: the map holds each surface point's coordinates, smooth wherever the surface is (sky left out)."""
     coordinates, surface = street.surface(t)
     return torch.from_numpy(coordinates), torch.from_numpy(surface)
 
@@ -240,7 +240,7 @@ def oracle(street, t):
 def aligned_error(
     order: str = "ours", reverse: bool = False, skip_inverse: bool = False, stride: int = 1, everywhere: bool = False
 ):
-    """Error between student and teacher features after alignment, as a share of the features' range, on pure surfaces."""
+    """Mean error between aligned student and teacher features, as a share of their range; by default only within surfaces."""
     height, width, n = 96, 192, 6
     errors, counted = [], 0
     for seed in range(n):
@@ -249,7 +249,7 @@ def aligned_error(
         flow, visible = (torch.from_numpy(a)[None] for a in street.flow(1.0, 1.3))
         if reverse:
             flow = -flow
-        # Facades and ground near the camera: their coordinates run over tens of metres and are smooth.
+        # Only facades and ground near the camera: their coordinates are smooth and span tens of metres.
         near = ((surface_0 >= 1) & (surface_0 <= 3) & (source[2] - street.pose(1.0).position[2] < 25))[None]
         views = random_views(2, height, width, seed)
         maps = []
@@ -262,14 +262,14 @@ def aligned_error(
         if order == "ours":
             a, b, mask = alignment_grids(flow, visible & near, used[0], used[1], size)
             student, teacher = sample(maps[0], a, "border"), sample(maps[1], b, "border")
-        else:  # the released code: the teacher's map goes through the flow before its view is undone
+        else:  # as in the released code: the teacher's map is warped by the flow before its view is undone
             centres = cell_centres(*size)[None]
             a = apply_affine(invert_affine(views[:1]), centres)
             warped = sample(maps[1], centres + normalise_flow(flow), "border")
             b = apply_affine(invert_affine(views[1:]), centres)
             student, teacher = sample(maps[0], a, "border"), sample(warped, b, "border")
             mask = visible & near & inside(a) & inside(b)
-        # A read across the edge of two surfaces mixes their coordinates, which means nothing: such points are left out.
+        # A read across the edge between two surfaces mixes their coordinates, which is meaningless: such points are left out.
         pure = (student[:, 3:].amax(1) > 0.999) & (teacher[:, 3:].amax(1) > 0.999)
         keep = mask if everywhere else mask & pure
         span = (source[:, near[0]].amax(1) - source[:, near[0]].amin(1)).clamp(min=1e-3)
@@ -290,7 +290,7 @@ def test_student_and_teacher_meet_at_stride_8_up_to_interpolation():
 
 @pytest.mark.parametrize("wrong", [{"reverse": True}, {"skip_inverse": True}, {"order": "released"}])
 def test_a_wrong_composition_fails_clearly(wrong):
-    # All valid points on both sides, those at the edges of surfaces too: there our own reads mix two surfaces (5 %).
+    # Both errors are over all valid points, including the edges of surfaces, where our own reads mix two surfaces (5 %).
     assert aligned_error(**wrong, everywhere=True) > 4 * aligned_error(everywhere=True)
     if "order" not in wrong:
         assert aligned_error(**wrong) > 0.1
@@ -304,7 +304,7 @@ def test_sky_is_at_infinity():
 
 
 def test_flow_in_half_precision_is_used_as_in_single():
-    """Squares of 256 pixels are beyond float16, and 1/2,048 of a long displacement is part of a pixel."""
+    """In float16, the square of 256 pixels overflows, and rounding a long displacement by 1/2,048 costs a fraction of a pixel."""
     torch.manual_seed(0)
     forward = (300 * torch.randn(2, 2, 24, 1024)).half()
     backward, views = (-forward + torch.randn(2, 2, 24, 1024)).half(), random_views(2, 24, 1024)

@@ -1,8 +1,8 @@
 """
-The forward passes of training as a GPU runs them, where there is none: on tensors that have a shape, a type and a device, but no numbers.
+The forward passes of training as a GPU runs them, tested without a GPU: on fake tensors with a shape, a type and a device, but no values.
 
-On such tensors it is an error to read a number (where the host would wait for a GPU) and to mix devices, and autocast decides types by
-CUDA's own lists. What needs a driver is left out: backward passes, optimizers and generators.
+On such tensors it is an error to read a value (the host would wait for the GPU) or to mix devices, and autocast follows CUDA's own lists
+of types. Backward passes, optimizers and generators need a driver and are left out.
 """
 
 import copy
@@ -23,7 +23,7 @@ from training.flow_objectives import flow_losses
 from training.recipe import parse_recipe
 
 GPU = torch.device("cuda", 0)
-# Seen: 2.14 runs them; 2.9 asks for a driver in the first convolution, and ends the process.
+# As observed, PyTorch 2.14 runs these tests; 2.9 asks for a driver in the first convolution and ends the process.
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
     reason="tensors without numbers on a GPU need PyTorch 2.14",
@@ -32,7 +32,7 @@ SMALL = {"backbone_config": {"model_type": "resnet", **RESNET}}
 
 
 class Gpu:
-    """A device without numbers: modules are put on it, and functions run on it, in bfloat16 where autocast says so."""
+    """A fake GPU whose tensors have no values: `put` moves a module there, `run` calls a function there under bfloat16 autocast."""
 
     def __init__(self):
         self.mode = FakeTensorMode()
@@ -57,7 +57,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    # autocast asks whether there is a driver.
+    # Autocast checks for a driver.
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
     return Gpu()
@@ -65,7 +65,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def generator(monkeypatch):
-    """Of a GPU that is not there: draws have their shapes; what is drawn on the host is drawn."""
+    """Stand-in for a GPU's generator: draws on the GPU have only a shape, and draws on the host are real."""
     randperm = torch.randperm
 
     def on_the_host(*args, **kwargs):
@@ -91,7 +91,7 @@ def test_a_step_of_pretraining(gpu, generator, flow, small):
     changes = [] if small is None else ["--model", json.dumps(small)]
     recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", flow, "--bf16", *changes])
     height, width = recipe.crop_size
-    # As a loader hands it out: on the CPU.
+    # On the CPU, as from a loader.
     batch = {"frames": gpu.run(torch.zeros, 2, 2, 3, height, width, dtype=torch.uint8)}
     estimate = None
     if flow == "dis":
@@ -99,7 +99,7 @@ def test_a_step_of_pretraining(gpu, generator, flow, small):
     else:
         _, module = build_flow(flow, weights="random", num_updates=1)
         parts = [part for part in (module.raft.update_block, module.raft.mask_predictor) if part is not None]
-        # Made here: a module on this device cannot be copied.
+        # The float16 copies are made before the move: a module on the fake device cannot be copied.
         halves = [gpu.put(copy.deepcopy(part).half()) for part in parts]
         module._cast = {(id(part), torch.float16, GPU): half for part, half in zip(parts, halves)}
         estimate = gpu.put(module)
@@ -116,7 +116,7 @@ def test_a_step_of_pretraining(gpu, generator, flow, small):
         value.device for value in (*inputs.values(), output.loss, output.dense_features, output.pooled_features)
     } == {GPU}
     assert output.loss.dtype == output.dense_loss.dtype == output.pooled_loss.dtype == torch.float32
-    # The widest maps of all: in float32 they would be the most of what a step keeps.
+    # These are the widest maps: in float32 they would take most of a step's memory.
     assert seen == {torch.bfloat16}
     assert output.dense_features.dtype == torch.bfloat16
     assert output.dense_features.shape == (4, 2048 if small is None else 32, height // 8, width // 8)
@@ -140,7 +140,7 @@ def test_a_step_of_segmentation(gpu):
 
 
 def test_maps_stay_channels_last_through_student_teacher_and_heads(gpu):
-    """In float16: without a driver bfloat16 convolutions are given to another library than a GPU's, whose maps lie otherwise."""
+    """In float16: without a driver, bfloat16 convolutions go to a library whose maps have another memory layout than a GPU's."""
     recipe = parse_recipe(["--config", "bdd100k_r50", "--flow", "dis"])
     model = PoodleForPreTraining(recipe.model_config()).train().to(memory_format=torch.channels_last)
     model = gpu.put(model)

@@ -1,4 +1,4 @@
-"""Publishing with the real client: what is sent, and every fault as a sentence."""
+"""Publishing with the real Hub client: what is sent, and that every fault is reported in a sentence."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def test_what_is_sent_is_weights_configs_card_and_code_alone(shared_hub, publish
         "panel.png",
     }
     encoder, sdm = (shared_hub.repository(name).commits for name in ("org/poodle-r18", "org/poodle-r18-sdm"))
-    assert len(encoder) == len(sdm) == 2  # the first is the Hub's own
+    assert len(encoder) == len(sdm) == 2  # the first commit is the Hub's own
     assert set(encoder[-1].files) == common
     assert set(sdm[-1].files) == common | {
         "config_checks.py",
@@ -72,7 +72,7 @@ def test_publishing_again_makes_one_commit_where_something_changed(own_hub, publ
     sent = sum(
         size for (method, path), size in own_hub.received.items() if path.startswith("/lfs/") and method == "PUT"
     )
-    assert sent == (folder / "model.safetensors").stat().st_size  # once
+    assert sent == (folder / "model.safetensors").stat().st_size  # sent only once
     first = own_hub.repository("org/a").commits[-1]
     weights = load_file(folder / "model.safetensors")
     changed_weights = {name: value + 1 for name, value in weights.items()}
@@ -122,7 +122,7 @@ def test_the_student_on_request(published_run, tmp_path):
     assert not torch.equal(sent[first], checkpoint[f"teacher.{first}"])
     text = (published_run / "hub" / "model" / "README.md").read_text()
     assert "Weights of the student after 2 steps" in text and "cores" in text and "(panel.png)" in text
-    # Measured where a dry run has left it, it is known again by its weights.
+    # The folder that a dry run left was evaluated elsewhere; the figures are matched to it by the checksum of the weights.
     measured = shutil.copytree(published_run / "hub" / "model", tmp_path / "student")
     digest = sha256_of([measured / "model.safetensors"])
     file = tmp_path / "evaluation.json"
@@ -132,14 +132,14 @@ def test_the_student_on_request(published_run, tmp_path):
 
 
 def test_the_student_s_card_takes_no_path_for_a_name_on_the_hub(published_run, tmp_path):
-    """From another folder than the run was started in, a relative path is not there, and looks like org/name."""
+    """A relative path such as my/drives does not exist from another working folder than the run's, and looks like org/name."""
     run = shutil.copytree(published_run, tmp_path / "run")
     fields = yaml.safe_load((run / "config.yaml").read_text())
     fields |= {"videos": ["my/drives", "org/drives@main"], "init_encoder": "converted/encoder"}
     (run / "config.yaml").write_text(yaml.safe_dump(fields))
     checkpoint = run / "checkpoints" / "step-2"
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["hub_names"] == []  # of a run on a folder
+    assert state["hub_names"] == []  # the run read a local folder
     (checkpoint / "state.json").write_text(json.dumps({**state, "hub_names": ["org/drives@main"]}))
     names = sorted(path.name for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
     sums = [f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
@@ -197,7 +197,7 @@ def test_no_picture_is_sent_where_none_is_wanted(own_hub, published_run, tmp_pat
         assert publish(own_hub, published_run, "--repo_id", "org/p", *more).returncode == 0
         commit = own_hub.repository("org/p").commits[-1]
         assert ("panel.png" in commit.files) == (not more)
-    # A folder as others download it, with its picture, published anew.
+    # Somebody downloads the folder with its picture and publishes it again.
     publish_main([str(published_run), "--repo_id", "org/p", "--dry_run"])
     downloaded = Path(shutil.copytree(published_run / "hub" / "encoder", tmp_path / "downloaded"))
     assert (downloaded / "panel.png").exists()
@@ -254,7 +254,7 @@ def test_a_fault_is_a_sentence_and_leaves_the_earlier_revision(shared_hub, publi
 
 
 def outcome_number(outcome, pattern: str) -> float:
-    """Other weights for each case: what the Hub has already is not sent again."""
+    """A number that makes each case's weights different, because the Hub is not sent a file that it already has."""
     return float(sum(map(ord, f"{outcome}{pattern}")))
 
 
@@ -343,7 +343,7 @@ def test_incomplete_folders_are_a_sentence(as_script, published_run, tmp_path, c
     cut = copied("cut")
     (cut / "encoder" / "preprocessor_config.json").write_text('{"image_mean": [0.5')
     bare = copied("no processor", "encoder/preprocessor_config.json") / "encoder"
-    config = json.loads((bare / "config.json").read_text())  # of a ResNet that timm has
+    config = json.loads((bare / "config.json").read_text())  # changed below to a ResNet that timm has
     known = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
     (bare / "config.json").write_text(json.dumps({**config, **known}))
     half = copied("half")

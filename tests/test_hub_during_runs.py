@@ -36,7 +36,7 @@ def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, inst
     assert not (tmp_path / "run" / ".publish").exists()
     for name, folder in (("org/live", "encoder"), ("org/live-sdm", "model")):
         commits = shared_hub.repository(name).commits
-        assert commits[-1].message == "Step 3" and len(commits) <= 3  # the Hub's own, and at most steps 2 and 3
+        assert commits[-1].message == "Step 3" and len(commits) <= 3  # the Hub's own commit and at most steps 2 and 3
         weights = load_file(commits[-1].files["model.safetensors"].path)
         ours = load_file(tmp_path / "run" / folder / "model.safetensors")
         assert all(torch.equal(weights[key], ours[key]) for key in ours)
@@ -47,7 +47,7 @@ def test_a_run_sends_its_checkpoints_and_survives_a_failing_hub(shared_hub, inst
 
 @pytest.fixture
 def two_parts(monkeypatch):
-    """A run's folders `a` and `b`, of a file each, in the place of weights."""
+    """Replace a run's parts by the folders `a` and `b`, each with one file instead of weights; gives the function that writes them."""
     monkeypatch.setattr(publishing, "parts_of", lambda run, repo_id: [(run / name, f"org/{name}") for name in "ab"])
     monkeypatch.setattr(publishing, "stage", lambda source, target, *_: shutil.copytree(source, target))
 
@@ -69,7 +69,7 @@ def test_of_uploads_that_wait_the_newest_alone_is_sent(tmp_path, monkeypatch, tw
         sent.append((repo_id, message, (folder / "step").read_text(), private))
 
     monkeypatch.setattr(publishing, "push", push)
-    (tmp_path / ".publish" / "step-9").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / ".publish" / "step-9").mkdir(parents=True)  # left by a run that was killed
     publisher = BackgroundPublisher(tmp_path, "org/p", private)
     for step in (1, 2, 3):
         two_parts(tmp_path, step)
@@ -91,7 +91,7 @@ def test_whatever_an_upload_raises_is_a_warning_and_the_next_is_tried(tmp_path, 
     sent = []
     monkeypatch.setattr(publishing, "push", push)
     publisher = BackgroundPublisher(tmp_path, "org/p", False)
-    publisher.submit(1)  # nothing is exported
+    publisher.submit(1)  # nothing has been exported yet
     assert "step 1 was not sent to the Hub: [Errno 2]" in caplog.text
     stage = publishing.stage
     monkeypatch.setattr(publishing, "stage", lambda *_: [][0])
@@ -107,7 +107,7 @@ def test_whatever_an_upload_raises_is_a_warning_and_the_next_is_tried(tmp_path, 
 
 @pytest.mark.parametrize("panel", [True, False])
 def test_a_picture_is_sent_unless_the_run_writes_none(published_run, tmp_path, monkeypatch, panel):
-    """A run may have had panels before it was resumed with `panel_steps` 0."""
+    """A run that is resumed with `panel_steps` 0 may still have panels from before."""
     sent, run = [], shutil.copytree(published_run, tmp_path / "run")
     monkeypatch.setattr(publishing, "push", lambda folder, *_, **__: sent.append((folder / "panel.png").exists()))
     publisher = BackgroundPublisher(run, "org/p", False, panel=panel)
@@ -117,7 +117,7 @@ def test_a_picture_is_sent_unless_the_run_writes_none(published_run, tmp_path, m
 
 
 def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, caplog):
-    """In this process the client is offline, as all tests are: every upload fails."""
+    """The Hub client is offline in the tests' own process, so every upload fails."""
     AcceleratorState._reset_state(True)
     pretrain(
         flags(
@@ -138,7 +138,7 @@ def test_an_unreachable_hub_does_not_stop_a_run(drives, tmp_path, monkeypatch, c
 
 
 def test_a_truncated_download_is_a_sentence_and_fetched_anew(shared_hub, installed, tmp_path):
-    """Broken off again and again: a sentence, as `--init_encoder` and `--model` give it. Then the client goes on where it broke off."""
+    """A download that keeps breaking off is a sentence, as for `--init_encoder` and `--model`; the next attempt continues it."""
     script = """
 from modeling_poodle.loading_poodle import load_encoder
 for attempt in range(2):

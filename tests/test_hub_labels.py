@@ -1,4 +1,4 @@
-"""A labelled data set of the Hub, on a Hub on 127.0.0.1, read by `--dataset org/name`."""
+"""Labelled data sets read by `--dataset org/name` from a Hub on 127.0.0.1."""
 
 import io
 import json
@@ -33,7 +33,12 @@ def parquet(labels: list[np.ndarray], tmp_path) -> bytes:
 
 
 def turned(tmp_path) -> dict[str, bytes]:
-    """A picture that its EXIF turns upside down, whose label is 1 where it is bright as it is stored; and a label of two bits."""
+    """
+    Files of a data set with two traps.
+
+    The training image is turned upside down by its EXIF, and its label is 1 where the stored, unturned pixels are bright. The validation
+    label is a PNG of two bits per pixel.
+    """
     picture, exif, files = np.zeros((40, 40, 3), np.uint8), Image.Exif(), {}
     picture[:20] = 200
     exif[0x0112] = 3

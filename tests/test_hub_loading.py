@@ -1,4 +1,4 @@
-"""What was published, loaded by one line in a process without this package."""
+"""Published models load with one line in a process that does not have this package."""
 
 import json
 
@@ -14,7 +14,7 @@ from modeling_poodle.remote_code import add_code
 
 
 def test_a_clean_environment_loads_what_was_published(shared_hub, clean, published_run, tmp_path):
-    """AutoBackbone, AutoModel, processor, pipeline and three models on it; the features are training's."""
+    """AutoBackbone, AutoModel, processor, pipeline and three models with it as their backbone; the features equal those of training."""
     model = PoodleForPreTraining.from_pretrained(published_run / "checkpoints" / "step-2").eval().teacher
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():

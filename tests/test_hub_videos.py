@@ -1,4 +1,4 @@
-"""Video data sets on a Hub on 127.0.0.1: read by ranges, over broken connections, and resumed exactly though the data set goes on."""
+"""Video data sets on a Hub on 127.0.0.1: read by ranges and over broken connections, and resumed exactly after the data set changes."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_a_data_set_is_read_by_ranges_over_broken_connections(bare_hub, hub_proc
     commit = bare_hub.add_dataset("org/drives", {name: (tmp_path / file).read_bytes() for name, file in names.items()})
     size = (tmp_path / "noise.mp4").stat().st_size
     assert size > 8e6
-    # In the way of the first reads, one after the other: half a body, an answer that never comes, an error of the server.
+    # The first reads fail one after the other: with half a body, a dropped connection and a server error.
     bare_hub.fail("GET /cdn/", "truncate", 1)
     bare_hub.fail("GET /cdn/", "drop", 1)
     bare_hub.fail("GET /cdn/", 500, 1)
@@ -95,14 +95,14 @@ for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/or
     assert [fault[2] for fault in bare_hub.faults] == [0, 0, 0]
     assert "org/none" in errors[0] and "no such repository, revision or file" in errors[0]
     assert "no such repository, revision or file" in errors[1] and "0 files on the Hub, none a video" in errors[2]
-    # One pair of the large file costs a few of its blocks.
+    # One pair from the large file needs only some of its blocks.
     large = commit.files["noise.mp4"].sha256
     blocks = {span for _, path, span in bare_hub.requests if path == f"/cdn/{large}"}
     assert 0 < len(blocks) * 2**20 < size / 2
 
 
 def test_a_connection_that_stays_broken_is_a_reason_and_a_refusal_is_not_tried_again(tmp_path, monkeypatch):
-    """At a plain URL, whose fsspec backend does not reconnect by itself."""
+    """With a plain URL, whose fsspec backend does not reconnect by itself."""
     monkeypatch.setattr("training.video_files.time.sleep", lambda seconds: None)
     numbered_video(tmp_path / "a.mp4", CFR[:30])
     whole = (tmp_path / "a.mp4").read_bytes()
@@ -144,7 +144,7 @@ main(%r)
     arguments = flags("org/streets", tmp_path / "whole", "--save_steps", "3", steps=4)
     hub_process(tmp_path, script % arguments)
     assert json.loads((tmp_path / "whole" / "revisions.json").read_text()) == {"datasets/org/streets@main": first.oid}
-    # As a run that was killed after step 3; meanwhile somebody has put other videos under the same names.
+    # This run looks as if killed after step 3; meanwhile somebody has uploaded other videos under the same names.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-4")
     names = list(videos)
@@ -172,7 +172,7 @@ def test_the_checkpoint_of_another_run_brings_the_commits_that_it_began_with(tmp
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint)
     video_loader.resolve_videos(make_accelerator(recipe), recipe)
     assert seen == ['{"datasets/org/streets@main": "abc"}']
-    # "latest" is no checkpoint of another run: commits that lie where the command is given are none of its own.
+    # "latest" names no other run's checkpoint, so a revisions.json in the current folder is ignored.
     monkeypatch.chdir(tmp_path / "first")
     monkeypatch.setattr(video_loader, "videos_by_source", lambda sources, pins: seen.append(pins.exists()) or {})
     recipe = Recipe(videos=["org/streets"], output_dir=str(tmp_path / "third"), resume_from_checkpoint="latest")

@@ -1,4 +1,4 @@
-"""Images of any size: networks that read one alone, maps whose cells no config tells, and what images are resized to."""
+"""Images of any size: networks that read only one size, cell sizes that no config states, and the size that images are resized to."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_transformers_hiera_is_read_in_windows(hiera):
 
 
 def test_timm_s_swin_has_its_channels_first_in_poodle():
-    """It gives them last. The SDM and the pooled objective read them as all others'."""
+    """timm's Swin gives channels last; the SDM and the pooled objective need them first, as from all other encoders."""
     pytest.importorskip("timm")
     timm = {
         "model_type": "timm_backbone",
@@ -70,14 +70,14 @@ def test_a_cell_s_size_is_measured_where_a_config_does_not_tell(tmp_path):
 
 
 def test_cells_that_do_not_fill_a_window_are_refused():
-    """LeViT's map of 224 pixels is one of 4 x 4 cells."""
+    """LeViT gives a map of 4 x 4 cells for 224 pixels."""
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="timm/levit_128 has a map of 3x6 cells .* in windows of 224"):
         build("random:timm/levit_128", 3)
 
 
 def test_upernet_refuses_a_network_of_one_image_size(hiera):
-    """It reads whole images."""
+    """UperNet reads whole images."""
     image, label = np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)
     labelled = Example("a", lambda: image, lambda: label)
     data = LabelledImages("x", ("a", "b", "c"), (labelled,), (labelled,))
@@ -103,7 +103,7 @@ def test_an_encoder_that_fails_is_named(monkeypatch, tmp_path):
 
 
 def test_maps_of_images_off_the_patch_cover_the_whole_image(tmp_path):
-    """Readers take the map to cover the image: it is resized to whole patches, not padded."""
+    """The image is resized to whole patches, not padded, because readers assume that the map covers the image."""
     torch.manual_seed(0)
     Dinov2Model(
         Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56)
@@ -146,7 +146,7 @@ POODLE_RESNET = {"model_type": "resnet", **RESNET}
     ],
 )
 def test_images_are_resized_to_what_the_map_that_is_read_covers(backbone, values, size):
-    """To the next multiple of its stride: ConvNeXt would leave out an edge, and a ResNet's last cells reach beyond the image."""
+    """To the next multiple of the stride: else ConvNeXt would leave out an edge, and a ResNet's last cells reach beyond the image."""
     torch.manual_seed(0)
     config = PoodleConfig(backbone_config=backbone, decoder_reduction=2, **values)
     encoder = Encoder("x", PoodleForSemanticSegmentation(config).eval())
@@ -165,7 +165,7 @@ def test_images_are_resized_to_what_the_map_that_is_read_covers(backbone, values
     ("backbone", "size", "crop"), [(POODLE_RESNET, (64, 128), (64, 96)), (DINOV2, (70, 112), (42, 84))]
 )
 def test_upernet_resizes_images_and_crops_as_other_readouts_do(backbone, size, crop):
-    """A crop's labels with it."""
+    """The labels of a crop are resized with it."""
     encoder = Encoder("x", PoodleForSemanticSegmentation(PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)))
     image, label = np.zeros((60, 100, 3), np.uint8), np.zeros((60, 100), np.uint8)
     label[:, 50:] = 1

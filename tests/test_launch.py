@@ -1,4 +1,4 @@
-"""What training/launch/ starts: Accelerate's configurations, and the SLURM script with stand-ins for SLURM's commands."""
+"""The files in training/launch/: Accelerate's configurations, and the SLURM script with stand-ins for SLURM's commands."""
 
 import os
 import subprocess
@@ -22,7 +22,11 @@ def test_configurations_are_what_accelerate_reads(name, machines, processes):
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs the script as sbatch would on two machines of two GPUs, in a folder where `begun/` holds a run; gives what the second machine executes."""
+    """
+    Run the script as sbatch would on two machines with two GPUs each, in a folder where `begun/` holds a run.
+
+    The function returns the finished process; its output is the command of the second machine.
+    """
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for name, text in {
@@ -56,7 +60,7 @@ def submit(tmp_path):
 
 def test_slurm_starts_a_launcher_on_each_machine(submit):
     done = submit("--config", "street", "--output_dir", "a new")
-    assert "cpus 16" in done.stderr  # srun asks for what sbatch was given
+    assert "cpus 16" in done.stderr  # srun asks for as many cores as sbatch was given
     words = done.stdout.splitlines()
     assert words[-5:] == ["training/pretrain.py", "--config", "street", "--output_dir", "a new"]
     options = dict(zip(words[1:-5:2], words[2:-5:2]))

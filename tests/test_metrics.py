@@ -48,7 +48,7 @@ def test_equals_scikit_learn_and_torchmetrics(dtype, absent):
     assert result["accuracy"] == pytest.approx(accuracy, abs=1e-6)
     recall = MulticlassAccuracy(7, average=None, ignore_index=255)(p, t).numpy()
     assert result["mean_accuracy"] == pytest.approx(recall[present].mean(), abs=1e-6)
-    assert metric.confusion.sum() == 0  # computed, then anew
+    assert metric.confusion.sum() == 0  # compute() starts anew
 
 
 def test_a_metric_starts_anew_and_counts_with_its_own_ignored_id():
@@ -58,7 +58,7 @@ def test_a_metric_starts_anew_and_counts_with_its_own_ignored_id():
         assert result["per_class"] == {"nothing": None, "road": 0.5, "sky": 0.0} and result["accuracy"] == 0.5
     metric.add(prediction=np.uint8([[1]]), reference=np.uint8([[1]]))
     assert metric.confusion.dtype == np.int64 and metric.confusion.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
-    assert metric.compute()["groups"] == {"both": 1.0, "sky": None}  # a class that does not occur is in no mean
+    assert metric.compute()["groups"] == {"both": 1.0, "sky": None}  # means leave out a class that does not occur
     with pytest.raises(ValueError, match="shorter"):
         metric.add_batch(predictions=[np.uint8([[1]])] * 2, references=[np.uint8([[1]])])
     assert metric.features == datasets.Features(
@@ -71,9 +71,9 @@ def test_known_answers():
     perfect = scores(confusion_matrix(truth, truth, 4))
     assert perfect["miou"] == perfect["accuracy"] == perfect["mean_accuracy"] == 1.0
     constant = scores(confusion_matrix(np.zeros_like(truth), truth, 4))
-    assert constant["miou"] == pytest.approx((1 / 4 + 0 + 0 + 0) / 4)  # IoU of the constant's class is its share
+    assert constant["miou"] == pytest.approx((1 / 4 + 0 + 0 + 0) / 4)  # the IoU of the predicted class is its share
     assert constant["accuracy"] == constant["mean_accuracy"] == 0.25
-    with warnings.catch_warnings(action="error"):  # no division by zero is heard of
+    with warnings.catch_warnings(action="error"):  # a division by zero would warn
         empty = scores(confusion_matrix(truth, np.full_like(truth, 255), 4))
     assert empty["miou"] is None and empty["accuracy"] is None
     json.dumps(empty)
@@ -82,7 +82,7 @@ def test_known_answers():
 def test_a_class_that_is_only_predicted():
     truth = np.repeat(np.arange(3, dtype=np.uint8), 10)[None]
     prediction = truth.copy()
-    prediction[0, :5] = 3  # road, five pixels of it taken for a class that is nowhere
+    prediction[0, :5] = 3  # five pixels of road are predicted as a class that does not occur
     classes, groups = ["road", "car", "sky", "train"], {"large": ["car", "train"]}
     usual = MeanIoU(classes, groups=groups).compute(predictions=[prediction], references=[truth])
     assert usual["per_class"]["train"] == 0 and usual["miou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)
@@ -110,7 +110,7 @@ def test_properties(seed, height, width, classes):
 def test_large_maps_are_counted_in_parts(monkeypatch):
     prediction, truth = maps(3, (40, 50))
     whole = confusion_matrix(prediction, truth, 7)
-    monkeypatch.setattr("evaluation.metrics.CHUNK", 300)  # 6 parts and a rest
+    monkeypatch.setattr("evaluation.metrics.CHUNK", 300)  # 6 full parts and a remainder
     np.testing.assert_array_equal(confusion_matrix(prediction, truth, 7), whole)
     np.testing.assert_array_equal(confusion_matrix(prediction.T, truth.T, 7), whole)  # not contiguous
     kept = truth != 255
@@ -142,11 +142,11 @@ def test_about_as_many_classes_as_a_byte_has_values(classes):
     np.testing.assert_array_equal(confusion_matrix(prediction, truth, classes, ignore_index=-1), expected)
     small = np.uint8(truth % 250), np.uint8(prediction % 250)
     expected = sklearn_confusion(small[0].ravel(), small[1].ravel(), labels=range(classes))
-    for ignored in (254, 256):  # neither occurs
+    for ignored in (254, 256):  # neither id occurs
         np.testing.assert_array_equal(confusion_matrix(small[1], small[0], classes, ignored), expected)
 
 
-@pytest.mark.parametrize("ignored", [255, -100])  # counted by OpenCV, by NumPy
+@pytest.mark.parametrize("ignored", [255, -100])  # counted by OpenCV and by NumPy
 @pytest.mark.parametrize(("ids", "named"), [((7, 0), 7), ((7, 9), 7), ((256, 0), 256), ((-1, 0), -1)])
 def test_the_first_id_outside_the_classes_is_named(ignored, ids, named):
     inside, outside = np.zeros((2, 3), dtype=np.uint8), np.zeros((2, 3), dtype=np.int64)
@@ -177,7 +177,7 @@ def test_ids_outside_the_classes_are_named(dtype):
 
 
 def test_groups_of_bdd100k_fit_the_published_means():
-    """7 small and 12 large, 6 rare and 13 common: only then do the published group means give the published mean of 19 classes."""
+    """The published group means give the published mean of 19 classes only with 7 small and 12 large, 6 rare and 13 common classes."""
     sizes = {name: len(members) for name, members in BDD100K_GROUPS.items()}
     assert sizes == {"small": 7, "large": 12, "rare": 6, "common": 13}
     published = {
@@ -199,7 +199,7 @@ def test_groups_from_statistics():
         pixels, np.array([1, 100, 1, 0]), np.array([0.5, 0.1, 0.02, 0]), ["road", "pole", "bus", "train"]
     )
     assert groups == {"small": ["pole"], "large": ["road", "bus"], "rare": ["bus"], "common": ["road", "pole"]}
-    # Exactly 0.3 % is common, exactly 0.5 % large; a single region has its own size.
+    # A share of exactly 0.3 % is common, and a mean size of exactly 0.5 % is large; for a single region the mean is its own size.
     edges = class_groups(np.array([994, 3, 3]), np.array([2, 4, 1]), np.array([0.01, 0.016, 0.006]), ["a", "b", "c"])
     assert edges == {"small": ["b"], "large": ["a", "c"], "rare": [], "common": ["a", "b", "c"]}
     metric = MeanIoU(["road", "pole", "bus", "train"], groups=groups)

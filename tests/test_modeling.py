@@ -1,4 +1,8 @@
-"""Model, backbone and readout: a backbone's maps are the model's, the decoder's lie on the encoder's, a dilated ResNet is torchvision's."""
+"""
+Model, backbone and readout.
+
+The backbone's maps equal the model's, the decoder's maps are aligned with the encoder's, and a dilated ResNet equals torchvision's.
+"""
 
 import itertools
 
@@ -43,15 +47,15 @@ def test_a_backbone_s_maps_are_the_model_s(backbone_config, tmp_path):
     torch.manual_seed(0)
     shape = PoodleConfig(backbone_config=backbone_config, decoder_reduction=2)
     names = shape.stage_names
-    model = PoodleModel(shape, stages=names[:-1]).eval()  # the last is the decoder's
-    for parameter in model.parameters():  # some begin as the identity (layer scale)
+    model = PoodleModel(shape, stages=names[:-1]).eval()  # the last name is the decoder
+    for parameter in model.parameters():  # else some layers are the identity at first (layer scale)
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path)
     pixel_values = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model.encode(pixel_values)
         expected["decoder"] = model.decode(expected)
-        widths = [expected[name].shape[1] for name in names]  # known also of stages that are not asked for
+        widths = [expected[name].shape[1] for name in names]  # also known for stages that are not asked for
         for wanted in (names, names[1::2], names[-2:]):
             backbone = PoodleBackbone.from_pretrained(tmp_path, out_features=wanted).eval()
             maps = backbone(pixel_values).feature_maps
@@ -64,7 +68,7 @@ def test_a_backbone_s_maps_are_the_model_s(backbone_config, tmp_path):
 @pytest.mark.parametrize("image", [(256, 480), (360, 480), (720, 1280), (350, 500), (417, 609), (32, 32), (33, 65)])
 @pytest.mark.parametrize("model_type", ["resnet", "convnext"])
 def test_decoder_maps_lie_on_the_encoder_s_at_any_size(model_type, image):
-    """A ramp of pixel coordinates goes up through the blocks and is met by the laterals at its own place."""
+    """A ramp of pixel coordinates goes up through the decoder blocks and agrees with the coordinates at each lateral."""
     backbone_config = {"model_type": model_type, "depths": [1] * 4, "hidden_sizes": [4] * 4}
     model = PoodleModel(
         PoodleConfig(backbone_config=backbone_config, decoder_reduction=2, decoder_top_down=False)
@@ -85,13 +89,13 @@ def test_decoder_maps_lie_on_the_encoder_s_at_any_size(model_type, image):
         with torch.no_grad():
             hidden_state = block(torch.cat([hidden_state] * 2, 1)[:, :4], lateral)[:, :2]
         drift = (hidden_state - coordinates(name)).abs()
-        edge = 32 * 2  # where the ramp ends and interpolation repeats its last value
+        edge = 32 * 2  # there interpolation repeats the last value of the ramp
         stride = 4 * 2 ** (int(name[-1]) - 1)
         inside = drift[
             ..., edge // stride : sizes[name][0] - edge // stride, edge // stride : sizes[name][1] - edge // stride
         ]
         assert inside.numel() == 0 or inside.max() < 1e-2, name
-        assert drift.max() <= 40, name  # of a map of one cell, or the edge that ConvNeXt leaves out
+        assert drift.max() <= 40, name  # reached on maps of one cell and at the edge that ConvNeXt leaves out
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 1, 5), (3, 1, 2, 1)])

@@ -58,7 +58,7 @@ def test_pointwise_convolution_is_a_convolution(memory_format):
 
 
 def gradient_checkpointing_enable(model) -> None:
-    """Under its name of this version of transformers."""
+    """Call the method by its name in the installed version of transformers."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -92,7 +92,7 @@ def test_resnet50_has_the_methods_parameter_counts():
         model = PoodleForPreTraining(PoodleConfig())
     assert count(model.student.encoder) == 25_557_032 - (
         2048 * 1000 + 1000
-    )  # torchvision's ResNet-50 less its classifier
+    )  # torchvision's ResNet-50 without its classifier
     block = 2048 * 256 + 256 * 256 * 9 + 256 * 2048 + 2 * (256 + 256 + 2048)
     laterals = (1024 * 2048 + 2048) + (512 * 2048 + 2048)
     assert count(model.student.decoder) == 2 * block + laterals
@@ -103,7 +103,7 @@ def test_resnet50_has_the_methods_parameter_counts():
 
 
 def test_forward_equals_its_parts_one_pair_at_a_time():
-    """A slow twin in eval mode (no batch statistics): each frame, view and subcrop on its own."""
+    """A slow twin runs each frame, view and subcrop alone, in eval mode (no batch statistics)."""
     torch.manual_seed(0)
     model, batch = PoodleForPreTraining(config()).eval(), inputs()
     output = model(**batch)
@@ -160,7 +160,7 @@ def test_only_the_student_gets_gradients_and_all_of_it_does(changes):
     for name, parameter in model.named_parameters():
         if "teacher" in name:
             assert not parameter.requires_grad and parameter.grad is None, name
-        elif "mask_token" not in name:  # a ViT's, for masked image modelling
+        elif "mask_token" not in name:  # a ViT has one for masked image modelling
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
@@ -176,7 +176,7 @@ def test_without_the_dense_objective_there_is_no_decoder(tmp_path):
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(gradient is not None for gradient in trained.values())
     assert not any("dense" in name or "decoder" in name for name in trained)
-    # Whoever reads what it leaves gets the encoder's map, not that of a decoder which nothing has trained.
+    # Users of the saved model get the encoder's map, not the map of an untrained decoder.
     assert (given.num_decoder_blocks, model.config.num_decoder_blocks, model.config.out_features) == (2, 0, ["stage4"])
     model.save_pretrained(tmp_path)
     again = PoodleForPreTraining.from_pretrained(tmp_path)
@@ -222,7 +222,7 @@ def test_files_round_trip(tmp_path):
         with pytest.raises(ValueError, match=r"holds a PoodleForPreTraining.*'\)\.teacher"):
             other.from_pretrained(tmp_path / "all")
 
-    # Parts that a config given beside the file leaves out make it no other kind of checkpoint.
+    # The checkpoint still loads with a config that leaves out some of its parts.
     for change in ({"num_decoder_blocks": 1}, {"decoder_laterals": False}, {"dense_weight": 0}):
         less, info = PoodleForPreTraining.from_pretrained(tmp_path / "all", output_loading_info=True, **change)
         assert info["unexpected_keys"] and not info["missing_keys"]
@@ -254,7 +254,7 @@ def test_files_round_trip(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"pooled_weight": 0}, {"dense_weight": 0, "num_decoder_blocks": 0}], ids=str)
 def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
-    """One without any of it, one without a single tensor, and the checkpoint of a plain model."""
+    """The checkpoint has no teacher at all, lacks one tensor of it, lacks nothing, or is that of a plain model."""
     torch.manual_seed(0)
     model = PoodleForPreTraining(config(**changes))
     own = {
@@ -280,14 +280,18 @@ def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
         assert not any(p.requires_grad == name.startswith("teacher") for name, p in again.named_parameters())
 
     student = {name.removeprefix("student."): value for name, value in own.items() if name.startswith("student.")}
-    model.student.save_pretrained(tmp_path / "model", state_dict=dict(student))  # which it empties
+    model.student.save_pretrained(
+        tmp_path / "model", state_dict=dict(student)
+    )  # a copy, since save_pretrained empties it
     again = PoodleForPreTraining.from_pretrained(tmp_path / "model")
     assert all(torch.equal(value, student[name]) for name, value in again.student.state_dict().items())
     values = again.state_dict()
     assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
 
 
-@pytest.mark.parametrize("synchronised", [None, False, True])  # of several GPUs, compiled or not
+@pytest.mark.parametrize(
+    "synchronised", [None, False, True]
+)  # True and False: BatchNorm of several GPUs, compiled or not
 def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
     torch.manual_seed(0)
     plain = PoodleForPreTraining(config()).train()
@@ -300,7 +304,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
         model(**inputs()).loss.backward()
     for a, b in zip(plain.student.parameters(), saving.student.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
-    # A block is computed twice, and its BatchNorms' statistics move once.
+    # Each block is computed twice, but the statistics of its BatchNorms move only once.
     moved = dict(saving.named_buffers())
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(moved[name], buffer, msg=name)
@@ -365,12 +369,12 @@ def test_student_teacher_and_losses_compile_to_one_graph_that_is_kept(changes):
     for seed in (0, 1, 1):
         output = compiled(**inputs(seed=seed))
     output.loss.backward()
-    torch._dynamo.reset()  # or sizes that differ between tests would make other compilations dynamic
+    torch._dynamo.reset()  # else sizes that differ between tests make later compilations dynamic
     assert output.loss.item() == pytest.approx(expected, abs=1e-4) and len(graphs) == 1
 
 
 def test_what_is_weighed_and_logged_is_what_it_is_called():
-    """Weights that differ, points at a stride that does not divide the frame, and the student's features."""
+    """Checked with different weights and a dense stride that does not divide the frame; the features returned are the student's."""
     torch.manual_seed(0)
     model = PoodleForPreTraining(config(dense_weight=0.25, pooled_weight=1.5, dense_stride=10)).eval()
     batch = inputs()

@@ -1,4 +1,4 @@
-"""What the tables of a MOV or MP4 are counted for before it is opened."""
+"""How many table entries a MOV or MP4 is counted to have before it is opened."""
 
 import io
 import zlib
@@ -27,7 +27,7 @@ def counted(data: bytes, remote: bool = False, file=io.BytesIO) -> int:
 
 
 def sound(chunks: int, most: int = 1, first: int = 1, samples: int = 10**6, more: bytes = b"") -> bytes:
-    """The track of a sound whose samples all last as long, up to `most` of them in each chunk from the `first` on."""
+    """A sound track whose samples have equal durations, with up to `most` samples in each chunk from chunk `first` on."""
     parts = {b"hdlr": bytes(8) + b"soun", b"stts": numbers(0, 1, samples, 1), b"stsc": numbers(0, 1, first, most, 1)}
     parts |= {b"stsz": numbers(0, 1, samples), b"stco": numbers(0, chunks)}
     return box(b"trak", b"".join(box(*part) for part in parts.items()) + more)

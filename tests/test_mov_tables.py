@@ -1,4 +1,4 @@
-"""The index that the tables of a MOV or MP4 give is the one that reading the whole file gives; what is not in order is read."""
+"""The tables of a MOV or MP4 give the same index as reading the whole file; if they are not in order, the file is read."""
 
 import tarfile
 from fractions import Fraction
@@ -42,7 +42,7 @@ MORE = (
     Kind("intra.mov", "mjpeg", "yuvj422p"),
 )
 ALL = {kind.name: kind for kind in (*KINDS, *MORE) if kind.name.endswith((".mp4", ".mov", ".3gp"))}
-READ_THROUGH = {"h264_fragments.mp4"}  # whose times lie all over the file
+READ_THROUGH = {"h264_fragments.mp4"}  # its times are spread over the whole file
 WHOLE = ((0, 0, 64, 48), (48, 64))
 
 
@@ -72,7 +72,7 @@ def test_tables_tell_what_reading_the_file_tells(clips, monkeypatch, name):
 
 @pytest.mark.parametrize("sound", [False, True])
 def test_a_cut_without_encoding(clips, tmp_path, monkeypatch, sound):
-    """`ffmpeg -ss X -i IN -c copy OUT`: an edit list hides the first frames; beside it sound, whose track comes first."""
+    """Like `ffmpeg -ss X -i IN -c copy OUT`: an edit list hides the first frames. With sound, the sound track comes first."""
     path = str(tmp_path / "cut.mp4")
     with (
         av.open(str(clips["first.mp4"])) as reader,
@@ -121,7 +121,7 @@ def test_of_the_media_three_packets_are_read(clips, tmp_path, monkeypatch):
 
 
 def test_a_remote_movie_has_its_exact_times(clips):
-    """Others are estimated from the header: frames of uneven times would not be found."""
+    """Times estimated from the header, as for other remote videos, would not find frames at uneven times."""
     name = "uneven_b_frames.mov"
     with serve(clips[name].parent) as server:
         url = f"{server.url}/{name}"
@@ -144,7 +144,7 @@ def test_of_a_truncated_movie_the_frames_that_are_there(clips, tmp_path, monkeyp
 
 
 def with_size(data: bytes, height: int, width: int) -> bytes:
-    place = data.rindex(b"avc1") + 28  # the first one is a brand
+    place = data.rindex(b"avc1") + 28  # the first "avc1" is a brand
     return data[:place] + width.to_bytes(2, "big") + height.to_bytes(2, "big") + data[place + 4 :]
 
 
@@ -156,7 +156,7 @@ def with_matrix(data: bytes, header: bytes, *sides: int) -> bytes:
 
 
 def with_keyframes(data: bytes, numbers: list[int] | None) -> bytes:
-    """In a movie that ends with its tables, so that nothing moves."""
+    """Replace the list of keyframes, or drop it with `None`; the movie must end with its tables, so that no media data moves."""
     place = data.index(b"moov") - 4
     table = None if numbers is None else bytes(4) + b"".join(n.to_bytes(4, "big") for n in (len(numbers), *numbers))
     return data[:place] + replaced(data[place:], b"stss", table)
@@ -189,11 +189,11 @@ UNTRUE = {
         (change, name)
         for change in UNTRUE
         for name in ("h264.mp4", "h264_b_frames.mp4", "hevc.mp4", "av1.mp4")
-        if "h264" in name or "size" not in change  # which is changed in descriptions of H.264
+        if "h264" in name or "size" not in change  # with_size changes only H.264 files
     ],
 )
 def test_tables_that_are_not_true_cost_time_and_no_pair(clips, tmp_path, monkeypatch, name, change):
-    """What a file gives is what it gives where no tables are asked."""
+    """The pairs are those of the same file read without its tables."""
     path = tmp_path / "clip.mp4"
     kind = ALL.get(name, Kind(name, "libx264", options=B_FRAMES))
     data = write_clip(path, kind).read_bytes()
@@ -211,7 +211,7 @@ def test_tables_that_are_not_true_cost_time_and_no_pair(clips, tmp_path, monkeyp
     monkeypatch.setattr(video_index, "track", lambda movie, number: None)
     index_video.cache_clear()
     assert found == [pairs_of(path, epoch) for epoch in range(4)]
-    # In these FFmpeg, too, believes a table that has wrong keyframes.
+    # In these two formats FFmpeg itself relies on a table of wrong keyframes.
     believed = change.endswith(("keyframes", "none")) and name in ("hevc.mp4", "av1.mp4")
     assert all(len(pairs) == 3 for pairs in found) or believed
 
@@ -231,7 +231,7 @@ def test_a_damaged_file_with_true_tables_is_read_whole_once(clips, tmp_path, mon
 
 
 def test_turns_that_only_the_frames_tell(clips, tmp_path, monkeypatch):
-    """As messages in the stream do."""
+    """Messages in the stream can turn frames in the same way; here the turn in the tables is hidden."""
     path = str(clips["h264_turned_1.mp4"])
     whole, tables = read_index(path, whole=True), video_index.track
     monkeypatch.setattr(video_index, "track", lambda *given: tables(*given)._replace(quarter_turns=0))
@@ -253,13 +253,15 @@ def test_the_first_look_decodes_whatever_the_tables_say(clips, tmp_path):
     data, path = clips["h264.mp4"].read_bytes(), tmp_path / "noise.mp4"
     with av.open(str(clips["h264.mp4"])) as video:
         packets = [(entry.pos, entry.size) for entry in video.streams.video[0].index_entries]
-    assert sum(size for _, size in packets) == packets[-1][0] + packets[-1][1] - packets[0][0]  # one behind the other
+    assert (
+        sum(size for _, size in packets) == packets[-1][0] + packets[-1][1] - packets[0][0]
+    )  # the packets follow one another without gaps
 
     def damage(frames: int) -> None:
-        """Nothing is left of them but what tells a slice of a keyframe from others."""
+        """Zero the first `frames` frames except for the bytes that tell slices of keyframes from others."""
         noise = b"".join(data[begin : begin + 8] + bytes(size - 8) for begin, size in packets[1:frames])
         begin, length = packets[0]
-        slice_at = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")  # behind what the encoder says of itself
+        slice_at = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")  # after the encoder's note about itself
         first = data[begin : slice_at + 8] + bytes(begin + length - slice_at - 8)
         path.write_bytes(data[:begin] + first + noise + data[begin + length + len(noise) :])
 
@@ -268,7 +270,7 @@ def test_the_first_look_decodes_whatever_the_tables_say(clips, tmp_path):
     assert len(read_index(str(path)).pts) == FRAMES
     with pytest.raises(ValueError, match="no usable video"):
         check_videos([str(path)], sampling)
-    # Where only its first group of pictures is damaged, a video has others.
+    # If only the first group of pictures is damaged, the video still has others.
     damage(8)
     assert check_videos([str(path)], sampling) == []
 
@@ -291,7 +293,7 @@ def entries(*rows: tuple[int, int]) -> bytes:
 
 
 def replaced(data: bytes, name: bytes, contents: bytes | None) -> bytes:
-    """A box in another, whose sizes follow; `None` drops it."""
+    """Replace the contents of the box `name`, or drop it with `None`, and adjust the sizes of the boxes around it."""
     out, place = b"", 0
     while place < len(data):
         length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -315,7 +317,7 @@ def test_offsets_are_those_of_the_table(clips):
 
 
 def wide(movie: bytes) -> bytes:
-    """With headers of 64-bit times."""
+    """Rewrite the movie and track headers with 64-bit times."""
     for name, zeros in ((b"mvhd", (4, 8, 16)), (b"tkhd", (4, 8, 20))):
         place = movie.index(name) + 4
         header = movie[place : place - 8 + int.from_bytes(movie[place - 8 : place - 4], "big")]
@@ -357,7 +359,9 @@ def test_what_is_described_elsewhere_too_is_read_from_end_to_end(clips, tmp_path
 @pytest.mark.parametrize(
     "change",
     [
-        lambda track: track._replace(offsets=track.offsets + np.arange(FRAMES)),  # not as the first packets have them
+        lambda track: track._replace(
+            offsets=track.offsets + np.arange(FRAMES)
+        ),  # differ from those of the first packets
         lambda track: track._replace(offsets=track.offsets[:-1]),
     ],
 )

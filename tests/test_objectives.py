@@ -32,7 +32,7 @@ def test_an_image_without_valid_points_adds_nothing():
     loss.backward()
     assert loss.item() == pytest.approx(dense_loss(prediction[:1], target[:1], mask[:1]).item() / 2, abs=1e-6)
     assert prediction.grad[0].abs().sum() > 0
-    mask[1, 0, 2] = True  # a single point counts as much as a whole image
+    mask[1, 0, 2] = True  # one valid point weighs as much as all points of an image
     opposite = torch.stack([target[0], -prediction[1].detach()])
     assert dense_loss(prediction, opposite, mask).item() == pytest.approx(loss.item() + 4 / 2, abs=1e-6)
     mask[:] = False
@@ -59,7 +59,7 @@ def test_vectors_shorter_than_eps_lose_their_weight():
     points = a[:, :, None, None]
     mask = torch.ones(1, 1, 1, dtype=torch.bool)
     assert dense_loss(points, points, mask).item() == pytest.approx(2 - 2 * 0.09, abs=1e-5)
-    short = torch.tensor([[0.03, 0.04]])  # an ordinary short vector is one of length 1
+    short = torch.tensor([[0.03, 0.04]])  # above eps, a short vector is normalised to length 1
     assert pooled_loss(short, short).item() == pytest.approx(0, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Which pairs are drawn from a video, in which order videos are opened, and what a worker says while it reads."""
+"""Which pairs are drawn from a video, in which order videos are opened, and what a worker notes while it reads."""
 
 import dataclasses
 import multiprocessing
@@ -27,7 +27,7 @@ def videos(tmp_path_factory) -> list[str]:
 
 
 def test_a_crop_is_of_a_frame_of_the_size_that_is_asked_for():
-    """Frames of 300x640 at scale 0.8: the crop is 200 of 240 rows and 320 of 512 columns of the video."""
+    """Frames of 300x640 at scale 0.8 have 240x512 pixels, so the crop covers 200/240 of the video's rows and 320/512 of its columns."""
     sampling = PairSampling((200, 320), (0.8, 0.8), (300, 640), pairs_per_video=60)
     boxes = np.array([a.box for a, _ in plan_pairs(made_up(np.arange(90) / 30), sampling, 0, "a.mp4")])
     assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes.tolist()} == {(800, 600)}
@@ -53,7 +53,7 @@ def test_frames_are_those_nearest_to_times_from_the_first_frame_on():
     plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
     assert {first.number for first, _ in plans} == set(range(8))
     assert {second.number - first.number for first, second in plans} == {1, 2, 3}
-    # Of a gap shorter than half a frame's time the last frame has its neighbour before it.
+    # If the gap is shorter than half the time between frames, the last frame is paired with the one before it.
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.1, 0.2), pairs_per_video=200)
     plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
     assert {(first.number, second.number) for first, second in plans} == {(k, k + 1) for k in range(8)}
@@ -63,7 +63,9 @@ def test_gaps_end_where_the_video_does_and_one_frame_is_enough_for_none():
     index = made_up(np.arange(11) / 10)
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 10.0), pairs_per_video=300)
     gaps = [b.number - a.number for a, b in plan_pairs(index, sampling, 0, "a.mp4")]
-    assert set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100  # not all from end to end
+    assert (
+        set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100
+    )  # not all pairs span the whole video
     (pair,) = plan_pairs(made_up([0.0]), PairSampling(**WHOLE, frame_gap_seconds=(0.0, 0.0)), 0, "a.mp4")
     assert [cut.number for cut in pair] == [0, 0]
 
@@ -74,7 +76,7 @@ def test_no_pair_lies_across_a_hole():
     plans = plan_pairs(made_up(times), sampling, 0, "a.mp4")
     gaps = np.array([times[b.number] - times[a.number] for a, b in plans])
     assert 0.399 <= gaps.min() < 0.55 and 1.45 < gaps.max() <= 1.601
-    # Not from the edges of the hole alone, where most draws come to lie.
+    # First frames are not only those at the edges of the hole, where most draws land.
     assert len({a.number for a, _ in plans if a.number < 60}) > 20
     again = plan_pairs(made_up(times), dataclasses.replace(sampling, pairs_per_video=50), 0, "a.mp4")
     assert again == plans[:50]
@@ -92,14 +94,14 @@ def test_frames_further_apart_than_pairs_shall_be_are_refused(tmp_path):
 
 @pytest.mark.parametrize("times", [np.arange(30.0), np.arange(60) / 0.5, np.arange(300) / 30, VFR], ids=len)
 def test_of_ordinary_videos_no_pair_is_drawn_anew(monkeypatch, times):
-    """Or runs of earlier versions could not be resumed: frames every 2 s too give neighbours for a gap of a second."""
+    """Otherwise runs of earlier versions could not be resumed. Even frames 2 s apart give neighbours for a gap of a second."""
     monkeypatch.setattr(pair_plans, "_frames_within", None)
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 1.5), pairs_per_video=400)
     assert len(plan_pairs(made_up(times), sampling, 0, "a.mp4")) == 400
 
 
 def test_a_video_that_is_skipped_is_handed_on_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_stream, "_PENDING", [])  # of tests before
+    monkeypatch.setattr(video_stream, "_PENDING", [])  # drops what earlier tests left
     good, bad = numbered_video(tmp_path / "good.mp4", CFR[:40]), tmp_path / "bad.mp4"
     bad.write_bytes(b"")
     groups = [((epoch, str(bad)), (epoch, good)) for epoch in range(2)]
@@ -112,7 +114,7 @@ def test_each_epoch_has_an_order_of_its_own():
     openings = loader.openings(0)
     orders = [tuple(path for _, path in openings[20 * epoch : 20 * epoch + 20]) for epoch in range(10)]
     assert len(set(orders)) == 10 and all(len(set(order)) == 20 for order in orders)
-    # A span goes on where the one before ended.
+    # A span continues where the previous one ended.
     epoch, following = openings[-1][0], loader.openings(1)
     assert len(openings) % 20 and following[0][0] == epoch
     assert {path for e, path in (*openings[-20:], *following[:20]) if e == epoch} == set(orders[0])
@@ -133,7 +135,7 @@ def test_as_many_videos_take_turns_as_memory_has_room_for(videos):
     for pairs, batch_size, turns in ((2, 4, 4), (2, 64, 32), (16, 64, 4), (100, 8, 1)):
         loader = PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=pairs), batch_size)
         assert {len(shard) for shard in loader.shards(0)} == {turns}
-    # With as many pairs as a recipe may ask for.
+    # The largest number of pairs that a recipe may ask for.
     loader = PairLoader(videos, dataclasses.replace(SAMPLING, pairs_per_video=MOST_PAIRS), 16)
     assert {len(shard) for shard in loader.shards(0)} == {2} and 2 * MOST_PAIRS == video_stream.PAIRS_HELD
 

@@ -49,7 +49,9 @@ def test_a_damaged_file_is_an_error_and_one_that_is_not_there_is_said(tmp_path, 
         file.write_text(damaged)
         with pytest.raises(ValueError, match=f"^--model {source}: its preprocessor_config.json cannot be read"):
             build(source, 2)
-    file.write_text(json.dumps({**VALUES, "image_processor_type": "Unknown"}))  # a later release's; its numbers count
+    file.write_text(
+        json.dumps({**VALUES, "image_processor_type": "Unknown"})
+    )  # a class of a later release: its numbers are still used
     assert build(source, 2).mean == (0.1, 0.2, 0.3)
     os.rename(file, tmp_path / "processor_config.json")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": VALUES}))
@@ -57,7 +59,7 @@ def test_a_damaged_file_is_an_error_and_one_that_is_not_there_is_said(tmp_path, 
 
 
 def test_images_are_normalised_as_the_file_says_or_it_is_refused(tmp_path):
-    """By an encoder and by a readout that is shown."""
+    """This holds for an encoder that is evaluated and for a saved readout that is shown."""
     config = PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, num_decoder_blocks=0, num_labels=2)
     PoodleForSemanticSegmentation(config).save_pretrained(tmp_path / "readout")
 
@@ -102,7 +104,7 @@ def test_a_hub_that_does_not_answer_is_an_error_but_for_what_is_in_the_cache(own
     found = "(0.1, 0.2, 0.3) (0.4, 0.5, 0.6) preprocessor_config.json"
     missing = f"{IMAGENET[0]} {IMAGENET[1]} ImageNet"
     assert ask("org/with", "org/without") == [found, missing]
-    # As with a connection that is refused, at which the client tries for half a minute.
+    # Offline mode stands for a refused connection, which the client would retry for half a minute.
     kept, none, unknown = ask("org/with", "org/without", "org/other", HF_HUB_OFFLINE="1")
     assert (kept, none) == (found, missing)
     assert unknown.startswith("--model org/other: its preprocessor_config.json cannot be read (")

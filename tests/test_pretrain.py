@@ -43,8 +43,7 @@ def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch)
 
 def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, monkeypatch):
     """
-    Two micro-steps of two pairs: the reported loss is their mean, and the gradient that of the mean loss. Of one, no tensor stays in memory
-    beside the next one's.
+    With two micro-steps, the reported loss is the mean of theirs, and no tensor of the first stays in memory during the second.
     """
     losses, features, original = [], [], PoodleForPreTraining.forward
 
@@ -93,7 +92,7 @@ def test_bf16_follows_fp32(drives, tmp_path):
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
 
 
-# Inductor's C++ takes minutes to compile on a slow core; what a run does with a compiled model is the same with the graphs alone.
+# Inductor's C++ takes minutes to compile on a slow core; aot_eager tests the same code of the run with the graphs alone.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
     compile_module, used = torch.nn.Module.compile, []
@@ -102,7 +101,7 @@ def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
         "compile",
         lambda m, **options: used.append(m) or compile_module(m, backend=backend, **options),
     )
-    # The rest takes Dynamo three times as long.
+    # Dynamo would take three times as long for the whole model.
     model = {**MODEL, "num_decoder_blocks": 0, "pooled_weight": 0.0} if backend == "aot_eager" else MODEL
     plain = train(drives, tmp_path / "plain", model=model, steps=2)
     AcceleratorState._reset_state(True)
@@ -116,7 +115,7 @@ def test_torch_compile_follows_eager(drives, tmp_path, monkeypatch, backend):
 
 
 def test_a_gpu_s_own_generator_is_seeded_with_every_micro_step(monkeypatch):
-    """Encoders that drop paths draw from it, and checkpoints do not hold it."""
+    """Encoders that drop paths draw from the GPU's generator, whose state is not in the checkpoints."""
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
     accelerator = SimpleNamespace(device=torch.device("cuda"), process_index=1, num_processes=2)
@@ -125,7 +124,7 @@ def test_a_gpu_s_own_generator_is_seeded_with_every_micro_step(monkeypatch):
         run = SimpleNamespace(accelerator=accelerator, recipe=recipe, step=step, generator=torch.Generator())
         for micro_step in range(2):
             Run.seed(run, micro_step)
-            # Another one: whose frames are jittered would else be whose paths are dropped.
+            # The views need another seed: otherwise the jitter of a frame and its dropped paths would be correlated.
             assert run.generator.initial_seed() not in seeds
     assert seeds[:2] == seeds[4:] and len(set(seeds)) == 4
 
@@ -139,7 +138,7 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
         train(
             drives, tmp_path / "b", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"), steps=1
         )
-    # The command that began a run at another's checkpoint, given again.
+    # The command that started run b from a checkpoint of run a is given again.
     config = (tmp_path / "b" / "config.yaml").read_text()
     began = ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))
     (tmp_path / "b" / "config.yaml").write_text(
@@ -147,11 +146,13 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
     )
     with pytest.raises(ValueError, match="b holds a run already, which began at .*: go on with it by .* latest"):
         train(drives, tmp_path / "b", *began, steps=1)
-    # A link to the checkpoint hides no other values.
+    # The values are compared even if the checkpoint is given as a link.
     (tmp_path / "best").symlink_to(began[1])
     with pytest.raises(ValueError, match="another configuration .*seed: 0 in the run, 1 now"):
         train(drives, tmp_path / "c", "--seed", "1", "--resume_from_checkpoint", str(tmp_path / "best"), steps=1)
-    (tmp_path / "b" / "config.yaml").unlink()  # a copy without it, or what training.convert has written
+    (
+        tmp_path / "b" / "config.yaml"
+    ).unlink()  # a copy without config.yaml, or a folder that training.convert has written
     before = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
     for more in ((), ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))):
         AcceleratorState._reset_state(True)
@@ -176,7 +177,7 @@ def test_a_video_that_cannot_be_used_is_counted_once_and_named_at_the_end(drives
     lines = train(folder, output_dir, *arguments, steps=6)
     assert lines[-1]["skipped_videos"] == 1 and lines[-1]["epoch"] > 3  # it was met more than once
     named = f"skipped {folder / 'broken.mp4'}: cannot be opened as a video (Invalid data found when processing input)"
-    assert caplog.messages.count(named) == 2 and caplog.messages[-1] == named  # when it was met first, and at the end
+    assert caplog.messages.count(named) == 2 and caplog.messages[-1] == named  # at the first attempt and at the end
     shutil.rmtree(output_dir / "checkpoints" / "step-6")
     resumed = train(folder, output_dir, *arguments, "--resume_from_checkpoint", "latest", steps=6)
     assert [line["skipped_videos"] for line in resumed] == [line["skipped_videos"] for line in lines]
@@ -258,7 +259,7 @@ def test_no_panels_where_none_are_wanted(drives, tmp_path, caplog):
 
 
 def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture():
-    """As `--subcrop_area 0.00001 0.3` draws them in a frame of 512x1024, which the panel shows at a quarter of its size."""
+    """`--subcrop_area 0.00001 0.3` draws such subcrops in frames of 512x1024, which the panel shows at a quarter of their size."""
     boxes = torch.tensor([10.0, 10.0, 13.0, 12.0]).expand(1, 2, 1, 4)
     views = torch.eye(2, 3).expand(1, 2, 2, 3)
     inputs = {"pixel_values": torch.zeros(1, 2, 3, 512, 1024), "flow": torch.zeros(1, 2, 2, 512, 1024)}
@@ -269,8 +270,8 @@ def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture(
 
 
 def test_both_boxes_of_a_subcrop_pair_are_drawn_on_the_frames_that_they_are_cut_from():
-    """The student's solid on its own frame; the teacher's dashed, here on the other one; in one colour. And all four views are there."""
-    height, width = TILE_HEIGHT, 2 * TILE_HEIGHT  # shown as they are
+    """The student's box is solid, on its own frame; the teacher's is dashed, here on the other; both in one colour. All four views are shown."""
+    height, width = TILE_HEIGHT, 2 * TILE_HEIGHT  # the panel shows the frames unscaled
     views = torch.eye(2, 3).expand(1, 2, 2, 3)
     inputs = {"pixel_values": torch.zeros(1, 2, 3, height, width), "flow": torch.zeros(1, 2, 2, height, width)}
     inputs |= {"valid_mask": torch.ones(1, 2, height, width).bool(), "student_views": views, "teacher_views": views}
@@ -333,7 +334,7 @@ pretrain.main(sys.argv[2:])
 
 
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
-    """Gradients through the script's own accelerator; BatchNorm on fixed statistics, since each rank has its own on CPUs."""
+    """Compares gradients through the script's own accelerator, with fixed BatchNorm statistics because on CPUs each rank has its own."""
     script = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
