@@ -270,7 +270,7 @@ def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture(
 
 
 def test_both_boxes_of_a_subcrop_pair_are_drawn_on_the_frames_that_they_are_cut_from():
-    """The student's box is solid, on its own frame; the teacher's is dashed, here on the other; both in one colour. All four views are shown."""
+    """The student's box is solid, on its own frame; the teacher's is dashed, here on the other; both have one colour. All four views appear."""
     height, width = TILE_HEIGHT, 2 * TILE_HEIGHT  # the panel shows the frames unscaled
     views = torch.eye(2, 3).expand(1, 2, 2, 3)
     inputs = {"pixel_values": torch.zeros(1, 2, 3, height, width), "flow": torch.zeros(1, 2, 2, height, width)}

@@ -1,4 +1,4 @@
-"""Runs of other encoders than the recipe's, of its baselines, and from weights that are there."""
+"""Runs with other encoders than the recipe's, runs of the baselines, and runs from existing weights."""
 
 import shutil
 
@@ -70,7 +70,7 @@ def test_init_encoder_starts_from_its_weights(drives, tmp_path):
 
 
 def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
-    """The decoder reads stages for which a classifier's checkpoint has no norm."""
+    """The decoder reads stages whose norms a classifier's checkpoint does not have."""
     config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16])
     ConvNextForImageClassification(config).save_pretrained(tmp_path / "convnext")
     heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
@@ -84,7 +84,7 @@ def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
 
 
 def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, monkeypatch):
-    """All four stages of a network whose weights a download would bring."""
+    """All four stages get the pretrained weights, for which a stub of timm stands in here."""
     timm = pytest.importorskip("timm")
     original = timm.create_model
     brought = {key: value.clone() for key, value in original("resnet18", features_only=True).state_dict().items()}
@@ -107,15 +107,15 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     weights = [name for name in brought if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert weights and all(torch.equal(brought[name], state[name]) for name in weights)
 
-    # encoder/ begins another run and is measured, by its weights and not by what timm has under that name.
+    # A new run or an evaluation that loads encoder/ gets the exported weights, not timm's weights of that name.
     _, exported = load_encoder(str(tmp_path / "encoder"))
     assert exported and all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in exported.items())
     measured = build(str(tmp_path / "encoder"), 3)
     image = torch.rand(1, 3, 64, 128)
     with torch.no_grad():
-        model.to(memory_format=torch.channels_last)  # as evaluation has it
+        model.to(memory_format=torch.channels_last)  # as in an evaluation
         assert torch.equal(measured(image), model.encode(image)["stage4"])
-    # And the lines of its card, where the Hub is this folder.
+    # The code on the card loads them too; the folder stands in for the Hub.
     lines = (tmp_path / "encoder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     lines = lines.replace("ORG/NAME", str(tmp_path / "encoder"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"{repo}/{name}")
@@ -127,7 +127,7 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
 
 
 def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):
-    """Its mask token never gets a gradient, so the optimizer has no state for it."""
+    """A ViT's mask token never gets a gradient, so the optimizer has no state for it."""
     model = {**MODEL, "backbone_config": VIT}
     whole = train(drives, tmp_path / "run", "--save_steps", "1", "--save_total_limit", "9", model=model, steps=2)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
@@ -136,7 +136,7 @@ def test_a_vit_goes_on_from_its_checkpoint(drives, tmp_path):
     more = ("--save_steps", "1", "--save_total_limit", "9", "--resume_from_checkpoint", "latest")
     resumed = train(drives, tmp_path / "run", *more, model=model, steps=2)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
-    # Killed between its last checkpoint and its folders, a run writes them when it is resumed.
+    # A run that was killed after its last checkpoint, before it wrote its folders, writes them when it is resumed.
     shutil.rmtree(tmp_path / "run" / "model")
     AcceleratorState._reset_state(True)
     train(drives, tmp_path / "run", *more, model=model, steps=2)

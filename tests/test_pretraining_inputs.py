@@ -1,4 +1,4 @@
-"""What the pretraining model takes and gives: shapes, types, values that no view has, and the order of its outputs."""
+"""Inputs and outputs of the pretraining model: shapes, types, values that no view has, and the order of the outputs."""
 
 import dataclasses
 import re
@@ -71,7 +71,7 @@ def test_inputs_of_each_objective_are_asked_for(name, shape, objective):
         value[:, :, :1],
     ):
         got = "None" if wrong is None else str(tuple(wrong.shape))
-        if name == "student_boxes" and got == "(2, 2, 1, 4)":  # it says what K is
+        if name == "student_boxes" and got == "(2, 2, 1, 4)":  # K is read from this shape, so any K fits
             continue
         with pytest.raises(ValueError) as error:
             both(**{**batch, name: wrong})

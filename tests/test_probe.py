@@ -1,4 +1,4 @@
-"""The readout of a network in training, and the table of several evaluations."""
+"""The probe of a network in training, and the table that compares several evaluations."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Three classes that colour tells apart."""
+    """A folder of labelled images with three classes that differ in colour."""
     folder = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 3)):
@@ -62,7 +62,7 @@ def test_probe_gives_the_figure_of_segment_and_touches_nothing(stripes, tmp_path
         + ["--output_dir", str(tmp_path / "knn")]
     )
     assert figures["miou"] == result["miou"] and figures["accuracy"] == result["accuracy"]
-    assert 0.4 < figures["miou"] < 1  # colours: far better than one class for all, 1/9
+    assert 0.4 < figures["miou"] < 1  # colour suffices; one class for all pixels gives 1/9
 
 
 def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
@@ -76,12 +76,12 @@ def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
     pretrain([*flags, "--output_dir", str(tmp_path / "plain")])
     pretrain([*flags, "--output_dir", str(tmp_path / "probed"), "--probe", f"folder:{stripes}", "--probe_steps", "2"])
     probes = [json.loads(line) for line in (tmp_path / "probed" / "probe.jsonl").read_text().splitlines()]
-    assert [probe["step"] for probe in probes] == [2, 4, 5]  # every second, and the last
+    assert [probe["step"] for probe in probes] == [2, 4, 5]  # every second step, and the last
     (result,) = segment(
         ["--model", str(tmp_path / "probed"), "--dataset", "folder", "--data_dir", str(stripes), "--readout", "knn"]
         + ["--output_dir", str(tmp_path / "knn")]
     )
-    assert probes[-1]["miou"] == pytest.approx(result["miou"], abs=0.01)  # another memory format, other rounding
+    assert probes[-1]["miou"] == pytest.approx(result["miou"], abs=0.01)  # another memory format rounds differently
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("plain", "probed")
@@ -90,16 +90,16 @@ def test_a_run_logs_its_probe_and_is_not_changed_by_it(stripes, tmp_path):
 
 
 def test_a_network_of_one_image_size_is_probed_in_windows(stripes):
-    """As an evaluation reads it; trained on crops of that size. Its statistics do not move."""
+    """The probe reads it in windows, as an evaluation does, and leaves its statistics as they are."""
     encoder = {"model_type": "hiera", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "image_size": [32, 32]}
     model = PoodleModel(PoodleConfig(backbone_config=encoder, decoder_reduction=2)).train().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    assert Probe(f"folder:{stripes}")(Accelerator(cpu=True), model)["miou"] > 0.2  # one class for all has 1/9
+    assert Probe(f"folder:{stripes}")(Accelerator(cpu=True), model)["miou"] > 0.2  # one class for all pixels gives 1/9
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_processes_with_statistics_of_their_own_measure_the_network_of_the_first(stripes, tmp_path):
-    """Which is the one that is exported; each goes on with its own."""
+    """The first process's network is the one that is exported; each process trains on with its own statistics."""
     script = """
 import copy
 from evaluation.probe import Probe
@@ -118,7 +118,7 @@ torch.distributed.destroy_process_group()
     model = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).train()
     for rank in (0, 1):
         with torch.no_grad():
-            for _ in range(20):  # as each process of a run on CPUs sees other pairs
+            for _ in range(20):  # in a run on CPUs each process sees other pairs
                 model(torch.randn(2, 3, 64, 64) * (1 + 2 * rank) + rank)
         model.save_pretrained(tmp_path / str(rank))
     alone = [
@@ -203,7 +203,7 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
 
 
 def test_a_probe_of_one_class_alone_is_refused(tmp_path):
-    """Masks of 0 and 255: each of its figures would be 100 %."""
+    """With masks of 0 and 255, all its figures would be 100 %."""
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
     mask = np.zeros((32, 32), np.uint8)

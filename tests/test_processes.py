@@ -1,4 +1,4 @@
-"""What several processes do together, beyond what tests/test_faults_ranks.py sees of two."""
+"""What several processes do together, beyond the faults of two processes in tests/test_faults_ranks.py."""
 
 import json
 
@@ -55,7 +55,7 @@ def three_go_on(tmp_path, what: str) -> None:
 
 
 def test_three_processes_go_on_bit_for_bit(tmp_path):
-    """Of two the order of a sum is no matter; of three DistributedDataParallel must add them in one order from the first step on."""
+    """The order of a sum of three matters, unlike that of two: DistributedDataParallel must keep one order from the first step on."""
     three_go_on(tmp_path, "run")
 
 

@@ -1,4 +1,4 @@
-"""The measures of DAVIS against closed forms and a slow twin, the propagation on known answers, and the script as a user runs it."""
+"""DAVIS measures against closed forms and a slow twin, propagation against known answers, and the script as a user runs it."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def square(top: int, left: int, side: int, size=(100, 160)) -> np.ndarray:
 
 
 def write_video(folder: Path, name: str, masks, images=None) -> None:
-    """A sequence in the layout of DAVIS whose objects can be seen by their colours; palette masks as DAVIS ships them."""
+    """Write a sequence in the layout of DAVIS, with its palette masks; by default the objects differ in colour."""
     for number, mask in enumerate(masks):
         for kind, array, end in (
             ("JPEGImages", COLOURS[mask % 4] if images is None else images[number], "jpg"),
@@ -53,7 +53,9 @@ def write_video(folder: Path, name: str, masks, images=None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(np.asarray(array, np.uint8))
             if end == "png":
-                picture.putpalette(np.resize(COLOURS, (256, 3)).flatten().tolist())  # fewer colours would be packed
+                picture.putpalette(
+                    np.resize(COLOURS, (256, 3)).flatten().tolist()
+                )  # with fewer colours Pillow packs the pixels
             picture.save(path, **({"quality": 95, "subsampling": 0} if end == "jpg" else {}))
     listed = folder / "ImageSets" / "2017" / "val.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -69,13 +71,13 @@ def two_squares(shift: int, size=(96, 160)) -> np.ndarray:
 
 
 def colours(image: np.ndarray) -> torch.Tensor:
-    """An encoder that sees colours alone: unit features at stride 8."""
+    """An encoder that sees only colours; returns unit features at stride 8."""
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 110
     return F.normalize(F.adaptive_avg_pool2d(pixels, [side // 8 for side in image.shape[:2]]), dim=0)
 
 
 def textures(image: np.ndarray) -> torch.Tensor:
-    """An encoder that sees the pixels of its cell of 8 by 8 one by one."""
+    """An encoder whose features are all pixels of each cell of 8 by 8; returns unit features."""
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 127
     return F.normalize(F.pixel_unshuffle(pixels, 8), dim=0)
 
@@ -111,8 +113,8 @@ def test_contour_accuracy_closed_forms():
     assert contour_accuracy(a, a) == 1
     assert contour_accuracy(a, square(20, 100, 40, size)) == 0
     assert contour_accuracy(a, square(20, 32, 40, size)) == 1  # within reach
-    # Shifted by 3, of 160 pixels (a ring of 41 by 41) remain within reach: all but one of the two horizontal sides' 41 each, and of
-    # the right side the 2 pixels next to either end.
+    # After a shift by 3, these of the contour's 160 pixels (a ring of 41 by 41) are within reach: 40 of the 41 on each horizontal
+    # side, and the 2 pixels next to either end of the right side.
     assert np.count_nonzero(contour(a)) == 160
     assert contour_accuracy(a, square(20, 33, 40, size)) == pytest.approx((2 * 40 + 2 * 2) / 160)
     empty, full = np.zeros(size, bool), np.ones(size, bool)
@@ -121,7 +123,7 @@ def test_contour_accuracy_closed_forms():
 
 
 def naive_contour_accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """The definition in loops, and scipy's exact distances in place of the dilation."""
+    """The definition in loops, with scipy's exact distances instead of the dilation."""
 
     def edge(mask):
         height, width = mask.shape
@@ -152,17 +154,17 @@ def test_contour_accuracy_equals_its_slow_twin(seed, height, width, share):
 
 
 def test_statistics_closed_forms():
-    # 9 frames fall into quarters of 3 that share their ends: 1-3, 3-5, 5-7, 7-9.
+    # The quarters of 9 frames have 3 frames each and share their ends: 1-3, 3-5, 5-7, 7-9.
     values = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     found = statistics(values)
     assert found["mean"] == pytest.approx(0.5)
-    assert found["recall"] == pytest.approx(4 / 9)  # above 0.5, not at it
+    assert found["recall"] == pytest.approx(4 / 9)  # counts values above 0.5, not 0.5 itself
     assert found["decay"] == pytest.approx(0.8 - 0.2)
     assert statistics(np.full(20, 0.7)) == pytest.approx({"mean": 0.7, "recall": 1, "decay": 0})
     assert statistics(np.array([0.2])) == pytest.approx({"mean": 0.2, "recall": 0, "decay": 0})
-    # 10 frames: the ends fall on 1, 3.25, 5.5, 7.75, 10, rounded to 1, 3, 6 (half up), 8, 10.
+    # With 10 frames, the ends are at 1, 3.25, 5.5, 7.75, 10, rounded to 1, 3, 6 (half up), 8, 10.
     assert statistics(np.arange(10) / 10)["decay"] == pytest.approx(0.1 - 0.8)
-    # 300 frames: more than the 256 that the toolkit's 8 bit frame numbers can hold.
+    # 300 frames are more than the 256 that the toolkit's 8-bit frame numbers can hold.
     assert statistics(np.arange(300) / 300)["decay"] == pytest.approx(-(262 - 37.5) / 300, abs=0.01)
 
 
@@ -170,7 +172,7 @@ def test_statistics_closed_forms():
 
 
 def naive_propagate(target, context, labels, top_k, radius, temperature):
-    """Cell by cell, over lists."""
+    """Propagate the labels cell by cell, with lists."""
     _, height, width = target.shape
     result = torch.zeros(labels.shape[1:])
     for y in range(height):
@@ -214,7 +216,7 @@ def test_a_static_video_keeps_its_masks(tmp_path):
     recipe = PropagationRecipe(model=["-"])
     measures, strip = measure_sequence(sequence, textures, recipe)
     assert sorted(measures) == ["1", "2"]
-    for values in measures.values():  # both lie on the grid of cells: only the corners are rounded
+    for values in measures.values():  # both objects fill whole cells, so only the corners are rounded
         assert values["j_mean"] > 0.95 and values["f_mean"] > 0.97 and values["j_recall"] == 1
         assert values["j_decay"] == pytest.approx(0, abs=0.01)
         assert values["j_and_f"] == pytest.approx((values["j_mean"] + values["f_mean"]) / 2)
@@ -225,7 +227,7 @@ def test_moving_objects_are_followed_by_their_features(tmp_path):
     masks = [two_squares(8 * number) for number in range(6)]
     measures, _ = measure_sequence(sequence_of(tmp_path, masks), colours, PropagationRecipe(model=["-"], top_k=1))
     assert all(values["j_mean"] > 0.95 for values in measures.values())
-    # Features without information: the labels stay where they were, or vanish.
+    # With features that carry no information, the labels stay in place or vanish.
     blind, _ = measure_sequence(
         load_sequences("davis", str(tmp_path))[0],
         lambda image: torch.full((4, image.shape[0] // 8, image.shape[1] // 8), 0.5),
@@ -235,7 +237,7 @@ def test_moving_objects_are_followed_by_their_features(tmp_path):
 
 
 def test_an_object_out_of_the_window_is_lost(tmp_path):
-    """Two cells wide, it jumps by 6 cells: a radius of 6 finds all of it, one of 4 nothing."""
+    """An object two cells wide jumps by 6 cells: a radius of 6 finds all of it, and a radius of 4 finds nothing."""
     masks = [np.zeros((64, 160), np.uint8) for _ in range(3)]
     for mask, left in zip(masks, (8, 56, 56)):
         mask[24:40, left : left + 16] = 1
@@ -395,7 +397,7 @@ def test_script_on_the_street(tmp_path, encoder):
         assert result["protocol"] == {"stride": 8, "top_k": 5, "context_frames": 7, "radius": 12, "temperature": 0.1}
     report = (tmp_path / "run/report.html").read_text()
     assert report.count("<img") == 6 and "drive-0001" in report and "<script" not in report
-    # The same again, bit for bit, from what is rendered already; one model alone is the file itself.
+    # Existing renderings give the same figures, bit for bit; with one model the file holds its result without a list.
     alone = ["--model", str(encoder), "--dataset", "davis", "--data_dir", str(tmp_path / "street-sequences-2")]
     with pytest.raises(ValueError, match=r"holds a finished evaluation of other values \(model, dataset, "):
         main([*alone, "--features", "stage1", "--output_dir", str(tmp_path / "run")])

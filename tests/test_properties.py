@@ -1,4 +1,4 @@
-"""Properties that hold of any input: grids and boxes against loops in double precision, recipes against any mapping, the metric."""
+"""Properties that hold for any input: grids and boxes against loops in double precision, recipes from any mapping, and the metric."""
 
 import math
 import re
@@ -32,7 +32,7 @@ from training.views import draw_subcrops
 
 
 def examples(count: int):
-    """The same examples in every run; what fails once fails always."""
+    """Settings that draw the same examples in every run, so that a failure is always reproducible."""
     return settings(
         max_examples=count, derandomize=True, deadline=None, database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -52,7 +52,7 @@ def view_of(values, height: int, width: int) -> torch.Tensor:
 
 
 def matrix_of(values, height: int, width: int) -> np.ndarray:
-    """The same view as a product of its meanings: mirror, turn and shrink in pixels, between normalised coordinates."""
+    """The view's matrix in normalised coordinates, composed of its parts: mirror, shrink and turn, all in pixels."""
     angle, scale, flip = values
     pixels = np.diag([width / 2, height / 2, 1])
     turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
@@ -61,7 +61,7 @@ def matrix_of(values, height: int, width: int) -> np.ndarray:
 
 
 def read(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """(C, H, W) at a pixel position, edges at integers, border replicated."""
+    """Read a (C, H, W) image at pixel (x, y), with edges at integers and the border replicated."""
     _, height, width = image.shape
     x, y = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
     j, i = int(x), int(y)
@@ -157,7 +157,7 @@ def test_crops_equal_the_library_s_resize_and_stay_within_the_box(seed, height, 
         cut = frames[:, index[0, m], :, y0:y1, x0:x1]
         expected = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True)[0]
         torch.testing.assert_close(crops[0, m], expected, atol=1e-9, rtol=0)
-        # A box within this one reads a mean of these pixels, whatever it is.
+        # Any box within this one reads weighted means of these pixels.
         least, most = cut[0].amin(dim=(1, 2))[:, None, None], cut[0].amax(dim=(1, 2))[:, None, None]
         assert ((inner[0, m] >= least - 1e-9) & (inner[0, m] <= most + 1e-9)).all()
 
@@ -173,7 +173,7 @@ def test_crops_equal_the_library_s_resize_and_stay_within_the_box(seed, height, 
 )  # fmt: skip
 def test_boxes_lie_inside_have_their_size_and_follow_the_flow(seed, height, width, count, area, jitter, motion):
     frame = torch.tensor([width, height])
-    shift = torch.tensor(motion)[None, :] * frame * torch.tensor([[1], [-1]])  # pixels, of both directions
+    shift = torch.tensor(motion)[None, :] * frame * torch.tensor([[1], [-1]])  # pixels, in both directions
     flow = shift[None, :, :, None, None].expand(2, 2, 2, height, width)
     drawn = draw_subcrops(flow, count, torch.Generator().manual_seed(seed), area, jitter)
     own = torch.arange(2)[None, :, None].expand(2, 2, count)
@@ -195,7 +195,7 @@ def test_boxes_lie_inside_have_their_size_and_follow_the_flow(seed, height, widt
     away = (centres["teacher"] - followed).abs()
     seen = free["student"] & free["teacher"]
     assert (~seen[..., None] | (away <= jitter * frame + 0.01)).all()
-    # Nothing can be matched whose flow leaves the frame by more than the jitter.
+    # A subcrop cannot be matched if its flow leaves the frame by more than the jitter.
     target = centres["student"] + shift[None, :, None]
     outside = ((target < -jitter * frame - 0.01) | (target > frame * (1 + jitter) + 0.01)).any(dim=-1)
     assert not (drawn["matched"] & outside & free["student"]).any()
@@ -234,7 +234,7 @@ def any_mapping(kind):
     if not issubclass(kind, RunRecipe):
         return mappings.map(lambda values: {"model": ["org/x"], **values})
     models = networks
-    if kind is FlowRecipe:  # its border is of larger frames than the crop that all runs begin with
+    if kind is FlowRecipe:  # its default border leaves nothing of the default crop
         models = fields_of(PoodleFlowConfig)
         mappings = mappings.map(lambda values: {"crop_border": 16, **values})
     return mappings | st.builds(lambda values, model: {**values, "model": model}, mappings, models)
@@ -303,7 +303,7 @@ def test_confusion_matrix_equals_a_loop_over_the_pixels(seed, height, width, cla
     assert counts.sum() == (truth != ignored).sum()
     split = zip(np.array_split(prediction, parts), np.array_split(truth, parts))
     np.testing.assert_array_equal(sum(confusion_matrix(p, t, classes, ignored) for p, t in split), naive)
-    # Other numbers for the same classes: the same counts at other places, the same means.
+    # Renumbering the classes moves the counts and leaves the means as they are.
     order = rng.permutation(classes)
     renamed = np.where(truth == ignored, ignored, order[np.clip(truth, 0, classes - 1)])
     permuted = confusion_matrix(order[prediction], renamed, classes, ignored)

@@ -24,7 +24,7 @@ def test_pyramid_and_lookups_equal_torchvision(levels, radius, size):
     for a, b in zip(ours, theirs.corr_pyramid, strict=True):
         torch.testing.assert_close(a[:, None, 1:-1, 1:-1], b, rtol=1e-4, atol=1e-5)
         assert torch.equal(a, F.pad(a[:, 1:-1, 1:-1], (1, 1, 1, 1)))  # a border of zeros
-    # Everywhere, half of it outside, some of it far away.
+    # The points lie everywhere: half of them outside the map, some far away.
     points = torch.rand(2, 2, *size) * 60 - 15
     points[:, :, 0] *= 100
     expected = theirs.index_pyramid(points)
@@ -34,7 +34,7 @@ def test_pyramid_and_lookups_equal_torchvision(levels, radius, size):
 
 
 def test_lookups_find_cells_by_one_index():
-    """Of several a GPU first writes each out for every cell, three of eight bytes where there is one to read of two."""
+    """With several indices, a GPU first writes each one out for every cell: three of 8 bytes to read one value of 2 bytes."""
     counts = []
 
     class Indices(TorchDispatchMode):
@@ -69,12 +69,12 @@ def test_reduced_precision_stays_near(monkeypatch):
     frames = (F.interpolate(coarse.flatten(0, 1), (128, 128), mode="bicubic").clamp(0, 1) * 255).byte()[None]
     full = raft(frames)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(raft(frames), full)  # on a CPU float16 is slower
+        assert torch.equal(raft(frames), full)  # on CPUs autocast is ignored: float16 is slower there
         monkeypatch.setattr("training.flow.in_float16", torch.is_autocast_enabled)
         reduced = raft(frames)
     assert full.dtype == reduced.dtype == torch.float32
     assert 0 < (full - reduced).norm(dim=2).mean() < 0.05 < full.norm(dim=2).mean()
-    # The float32 path is as it was before, and what was cast is no part of the checkpoint.
+    # The float32 path still works as before, and the float16 copies are not part of the checkpoint.
     assert torch.equal(raft(frames), full)
     assert all(value.dtype != torch.float16 for value in raft.state_dict().values())
 

@@ -49,7 +49,7 @@ def test_the_points_loss_is_the_cross_entropy_of_the_upsampled_logits(shapes, po
 
 @pytest.mark.parametrize("kind", [LinearReadout, UperNetReadout])
 def test_a_batch_without_a_labelled_pixel_counts_nothing_and_others_as_ever(shapes, poodle, kind):
-    """An image of void alone ends no fit; the loss of others is torch's own mean, bit for bit."""
+    """A batch of void alone does not end the fit; the loss of other batches is torch's own mean, bit for bit."""
     data = load_dataset("folder", str(shapes))
     void = dataclasses.replace(data.train[0], label=lambda: np.full((64, 96), 255, np.uint8))
     readout = kind(build(str(poodle), 3), data, recipe(crop_size=[32, 32]))
@@ -118,7 +118,7 @@ accelerator.end_training()
 
 
 def knn_of_odd_images(shapes, poodle) -> KnnReadout:
-    """Five images, of which two have no labelled pixel and one is of half the size: processes have unequal shares."""
+    """A k-NN readout of five images: two have no labelled pixel and one has half the size, so the processes get unequal shares."""
     data = load_dataset("folder", str(shapes)).limit(5, 1)
     void = [dataclasses.replace(e, label=lambda: np.full((64, 96), 255, np.uint8)) for e in data.train[1:3]]
     image, label = data.both(data.train[3])
@@ -136,8 +136,8 @@ def test_processes_share_the_images_of_k_nn_and_have_all_its_cells(shapes, poodl
     done = forked(tmp_path / "script.py", shapes, poodle, tmp_path, ranks=2, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    images = [[[64, 96]] * 3, [[64, 96], [32, 96]]]  # of the first, third and fifth, and of the others
-    # An image that one process cannot use is the error of both.
+    images = [[[64, 96]] * 3, [[64, 96], [32, 96]]]  # first, third and fifth on one process, the others on the other
+    # If one process cannot use an image, both raise its error.
     assert all(len(of_rank["told"]) == 2 and of_rank["told"][1] == "no image" for of_rank in found)
     assert all("image (64, 96) and label (64, 90) differ in size" in of_rank["told"][0] for of_rank in found)
     assert [of_rank["images"][-len(own) :] for of_rank, own in zip(found, images)] == images
@@ -172,7 +172,7 @@ def test_k_nn_refuses_a_training_label_of_another_size(shapes, poodle):
 @pytest.mark.parametrize("kind", [LinearReadout, UperNetReadout])
 @pytest.mark.parametrize("cache", [1.0, 0.0])
 def test_a_fit_refuses_a_training_label_of_another_size(shapes, poodle, kind, cache):
-    """Of a data set of the Hub, in the middle: crops of both would fit, and show different places."""
+    """Such a label may stand anywhere in a data set of the Hub. Crops of both would fit, but show different places."""
     data = load_dataset("folder", str(shapes))
     large = dataclasses.replace(data.train[1], label=lambda: np.zeros((128, 192), np.uint8))
     data = dataclasses.replace(data, train=(data.train[0], large, data.train[2]))
@@ -199,7 +199,7 @@ def test_a_fit_goes_on_over_images_of_void_alone(shapes, poodle, tmp_path):
 
 
 def test_upernet_refuses_one_image_a_step_before_anything_is_read():
-    """Its pooling to one cell leaves BatchNorm one value a channel."""
+    """With one image, UperNet's pooling to one cell leaves BatchNorm one value per channel."""
     with pytest.raises(ValueError, match="per_device_train_batch_size must be at least 2 with readout upernet, got 1"):
         recipe(readout="upernet", per_device_train_batch_size=1)
 
@@ -225,7 +225,7 @@ def test_saved_linear_readout_predicts_alike_and_leaves_the_encoder(shapes, pood
 
 def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle):
     data = load_dataset("folder", str(shapes))
-    size = 32 * 8 * 12 * 2  # bytes of an image's features
+    size = 32 * 8 * 12 * 2  # bytes of one image's features
     kept, some, anew = (
         LinearReadout(build(str(poodle), 3), data, recipe(feature_cache_gb=gb)) for gb in (1.0, 4.5e-9 * size, 1e-9)
     )
@@ -243,7 +243,7 @@ def test_feature_cache_holds_what_is_computed_and_keeps_its_limit(shapes, poodle
 
 
 def test_a_disk_that_is_full_costs_the_cache_and_not_the_readout(shapes, poodle, tmp_path, caplog, monkeypatch):
-    """On a disk that says it has room and then has none, everything is computed anew, and what was written is given back."""
+    """If a disk reports room and then has none, all features are computed anew and the space already written is freed."""
     import resource
 
     data = load_dataset("folder", str(shapes))
@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_costs_the_cache_and_not_the_readout(shapes, poodle,
 
 
 def test_a_killed_process_leaves_no_features_on_the_disk(tmp_path, monkeypatch):
-    """Nothing of a process that is killed could remove a file with a name."""
+    """The cache file has no name, because a process that is killed could not remove a named file."""
     monkeypatch.setenv("POODLE_SCRATCH", str(tmp_path))
     store = FeatureStore(1e6)
     assert store.fill([("a", torch.ones(2, 3, 4)), ("b", torch.zeros(2, 3, 4))]) == 2
@@ -278,7 +278,7 @@ def test_the_processes_of_a_machine_share_the_room_on_its_disk(monkeypatch):
 
 
 def test_what_half_precision_cannot_hold_is_kept_as_its_largest_number():
-    """A channel that hardly varies in the images that the deviation is of gives such numbers in another."""
+    """Such numbers occur when a channel hardly varies in the images that its deviation was measured on, but does in another image."""
     store = FeatureStore(1e6)
     assert store.fill([("a", torch.tensor([1e6, -1e6, 60000.0, 0.5])[:, None, None])]) == 1
     assert store["a"].flatten().tolist() == [65504, -65504, 60000, 0.5]
@@ -295,7 +295,7 @@ def test_knn_finds_the_training_images_themselves(shapes, poodle):
 
 
 def test_knn_votes_are_those_of_a_naive_twin(shapes, poodle):
-    """Cell by cell in numpy and float64: the nearest by cosine, weighted by exp(cosine / 0.07), then upsampled."""
+    """The twin votes cell by cell in float64: the nearest references by cosine, weighted by exp(cosine / 0.07), then upsampled."""
     data = load_dataset("folder", str(shapes))
     readout = KnnReadout(build(str(poodle), 3), data, recipe(num_neighbours=7, max_reference_cells=300))
     readout.prepare()

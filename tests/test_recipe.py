@@ -30,7 +30,7 @@ def test_every_recipe_reads_and_says_how_to_launch_it():
 
 
 def test_folders_named_as_recipes_are_no_recipes(tmp_path, monkeypatch):
-    """Clips in `own_videos/`, and a street rendered to `street/`, beside which the commands are given."""
+    """The working folder may hold clips in `own_videos/` and a street rendered to `street/`."""
     found = [parse_recipe(flags) for flags in ([], ["--config", "street"], ["--videos", "own_videos"])]
     for name in ("street", "own_videos"):
         (tmp_path / name).mkdir()
@@ -38,7 +38,7 @@ def test_folders_named_as_recipes_are_no_recipes(tmp_path, monkeypatch):
     again = [parse_recipe(flags) for flags in ([], ["--config", "street"], ["--videos", "own_videos"])]
     assert again == found
     (tmp_path / "street").rmdir()
-    (tmp_path / "street").write_text("notes: of mine")  # which no one has asked for
+    (tmp_path / "street").write_text("notes: of mine")  # a file that no flag names
     assert parse_recipe([]) == found[0]
 
 
@@ -53,7 +53,7 @@ def test_the_encoder_to_start_from_goes_before_that_of_a_recipe_file(config):
 
 
 def test_fields_of_the_model_that_are_given_leave_the_others_of_the_recipe():
-    """All others at PoodleConfig's own values would be a ResNet-50 with wide heads, and nothing would say so."""
+    """If the other fields fell back to PoodleConfig's defaults, the run would silently train a ResNet-50 with wide heads."""
     plain = parse_recipe([]).model
     changed = parse_recipe(["--model", '{"projection_size": 32}']).model
     assert changed == {**plain, "projection_size": 32} and plain["projection_size"] != 32
@@ -104,18 +104,18 @@ def test_what_goes_with_the_file_s_flow_does_not_outlive_a_flag_for_another(tmp_
     assert parse_recipe([*config, "--flow", "dis"]).flow_weights is None
     assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
     assert parse_recipe([*config, "--flow", "raft_small", "--flow_weights", "small.pth"]).flow_weights == "small.pth"
-    # FlowE's bound goes with any estimator, but the exact flow's mask is its own.
+    # FlowE's error bound applies to any estimator, but the exact flow comes with its own mask.
     flowe = ["--config", "flowe_r50", "--videos", "street", "--output_dir", "x"]
     assert parse_recipe([*flowe, "--flow", "dis"]).flow_max_error == 3.54
     assert parse_recipe([*flowe, "--flow", "exact"]).flow_max_error is None
     with pytest.raises(ValueError, match="flow_max_error must be unset with flow exact"):
         parse_recipe(["--flow", "exact", "--flow_max_error", "3"])
-    (tmp_path / "r.yaml").write_text("flow_weights: raft.pth\ncrop_size: [128, 256]\n")  # which names no flow
+    (tmp_path / "r.yaml").write_text("flow_weights: raft.pth\ncrop_size: [128, 256]\n")  # this file names no flow
     assert parse_recipe([*config, "--flow", "raft_large"]).flow_weights == "raft.pth"
 
 
 def test_files_are_read_the_same_before_and_after_a_command_line_is(tmp_path):
-    """In a process that has read none yet: HfArgumentParser changes the types that dataclasses.fields tell."""
+    """Needs a process that has parsed no command line: HfArgumentParser changes the types that dataclasses.fields reports."""
     (tmp_path / "r.yaml").write_text("flow_max_error: 1e0\nflow_weights: null\n")
     (tmp_path / "script.py").write_text(
         """

@@ -1,4 +1,4 @@
-"""The benchmarks' baseline: it and our step agree where their definitions do."""
+"""The benchmarks' reference model agrees with our step wherever their definitions agree."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ TINY = {"backbone_config": RESNET, "projection_hidden_size": 32, "projection_siz
 
 
 def twins() -> tuple[PoodleForPreTraining, ReferenceModel]:
-    """Ours at dense stride 1 and the reference with the same weights; the teacher is not the student."""
+    """Our model at dense stride 1 and the reference with the same weights; the teacher differs from the student."""
     torch.manual_seed(0)
     ours = PoodleForPreTraining(PoodleConfig(**TINY, dense_stride=1)).train()
     with torch.no_grad():
@@ -31,7 +31,7 @@ def twins() -> tuple[PoodleForPreTraining, ReferenceModel]:
 
 
 def odd_inputs(height: int = 64, width: int = 96, whole: bool = False, seed: int = 0) -> dict:
-    """Identity views, smooth flow that also leaves the frame, masks with holes, subcrops of whole pixels at their own size."""
+    """Inputs with identity views, smooth flow that also leaves the frame, masks with holes, and unscaled subcrops of whole pixels."""
     b, k, size = 2, 3, 32
     g = torch.Generator().manual_seed(seed)
     coarse = 12 * torch.randn(2 * b, 2, 3, 4, generator=g)
@@ -128,7 +128,7 @@ def test_an_image_without_valid_points_adds_nothing():
 def test_reference_geometry_against_ours():
     views = torch.tensor([draw_view(64, 96) for _ in range(20)])
     torch.testing.assert_close(invert(views), invert_affine(views), rtol=1e-4, atol=1e-5)
-    # A drawn view is one of affine_view's: its angle and scale, read back, give it again.
+    # affine_view gives each drawn view again from the angle and scale read back from it.
     cos, sin, flip = views[:, 1, 1], views[:, 1, 0] * 64 / 96, torch.sign(views[:, 0, 0])
     angle, scale = torch.atan2(sin * flip, cos), 1 / torch.hypot(cos, sin)
     torch.testing.assert_close(affine_view(angle, scale, flip < 0, 64, 96), views, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Videos on a server that stalls, breaks off, refuses or changes them, and tars that lie: skipped and counted, in bounded time."""
+"""Videos on a server that stalls, breaks off, refuses or changes them, and false tars: they are skipped and counted, in bounded time."""
 
 import dataclasses
 import io
@@ -37,7 +37,7 @@ def web(tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Seconds that all attempts at one request may take, pauses included."""
+    """Shorten the time limits; gives the seconds that all attempts at one request may take, including pauses."""
     monkeypatch.setattr(video_files, "REQUEST_SECONDS", 0.3)
     monkeypatch.setattr(video_files, "BACK_OFF", 0.02)
     return ATTEMPTS * 0.3 + 0.02 * (2 ** (ATTEMPTS - 1) - 1)
@@ -67,7 +67,7 @@ def test_a_loader_goes_on_with_the_videos_that_can_be_read(web, hasty):
     }
     epochs = len(skipped) / 3
     assert 2 <= epochs <= 4 and elapsed < epochs * hasty + 10
-    # Refused and missing files are asked for once an epoch (a HEAD, and a GET where that fails); a stall is tried ATTEMPTS times.
+    # Refused and missing files are requested once per epoch (a HEAD, and a GET if that fails); a stall is tried ATTEMPTS times.
     asked = {name: sum(path == f"/{name}.mp4" for _, path, _ in web.requests) for name in bad}
     assert asked["refused"] <= 2 * 4 and asked["gone"] <= 2 * 4 and asked["stalls"] >= 2 * ATTEMPTS
 
@@ -90,7 +90,7 @@ def test_a_stall_or_a_broken_connection_that_passes_is_survived(web, hasty):
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_failing_server_is_asked_again_and_then_given_up(web, hasty, status):
     whole = (web.folder / "good.mp4").read_bytes()
-    web.statuses["/good.mp4"] = failing = [status, 2 * ATTEMPTS - 1]  # a HEAD and a GET an attempt
+    web.statuses["/good.mp4"] = failing = [status, 2 * ATTEMPTS - 1]  # a HEAD and a GET per attempt
     assert RemoteFile(f"{web.url}/good.mp4").read() == whole and failing[1] == 0
     failing[1] = 100
     with pytest.raises(OSError, match=f"{status}.*, tried {ATTEMPTS} times"):
@@ -107,8 +107,8 @@ def test_a_refusal_is_not_asked_again(web, status):
 
 @pytest.mark.parametrize("header", [None, "none"])
 def test_a_server_without_ranges_is_named_and_not_asked_again(web, monkeypatch, header):
-    """As `python -m http.server`, which says nothing of ranges and sends whole files; others say that they give none."""
-    clip = BY_NAME["raw.avi"]  # of more than one block
+    """`python -m http.server` has no Accept-Ranges header and sends whole files; other servers state "none"."""
+    clip = BY_NAME["raw.avi"]  # larger than one block
     write_clip(web.folder / "large.avi", dataclasses.replace(clip, size=(240, 320)))
     assert (web.folder / "large.avi").stat().st_size > 2 * video_files.REMOTE_BLOCK
     web.ranges = header
@@ -131,7 +131,7 @@ def test_a_run_s_log_has_no_line_of_each_request(web):
 
 
 def test_an_opening_as_a_whole_has_a_time_limit(web, monkeypatch):
-    """However many attempts would be left."""
+    """The limit holds however many attempts are left."""
     monkeypatch.setattr(video_files, "REQUEST_SECONDS", 0.3)
     monkeypatch.setattr(video_files, "REMOTE_SECONDS", 1.0)
     web.stalled.add("/good.mp4")
@@ -148,14 +148,14 @@ def test_a_file_that_changes_on_its_server_is_left_out(web, hasty):
     index = index_video(url)
     pictures, times = decode_cuts(url, index, [Cut(7, *WHOLE)])
     assert number_of(pictures[0]) == 7 and times == [pytest.approx(7 / RATE)]
-    # While it is read, seen where a connection must be made anew: not even the last bytes are mixed with the first.
+    # A change during a read is seen when the connection is made anew, so that old and new bytes are never mixed.
     file = RemoteFile(url)
     assert len(file.read(1000)) == 1000
     write_clip(web.folder / "changes.mp4", BY_NAME["h264_444.mp4"])
     file.file = None
     with pytest.raises(OSError, match="has changed on its server while it was read$"):
         file.read(1000)
-    # Between two openings.
+    # The file changes between two openings.
     with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
         decode_cuts(url, index, [Cut(7, *WHOLE)])
 
@@ -178,7 +178,7 @@ def test_each_sign_of_a_change_alone_is_one(web, hasty, sign):
         file.read(1000)
     with pytest.raises(UnreadableVideo, match="has changed since it was first read"):
         decode_cuts(url, index, [Cut(7, *WHOLE)])
-    # Told as before, it is the same file again.
+    # With the old contents and headers, it is the same file again.
     (web.folder / "changes.mp4").write_bytes(whole)
     told |= {"Last-Modified": "Wed, 25 Nov 2026 08:00:00 GMT"} | ({"ETag": '"one"'} if sign == "ETag" else {})
     pictures, _ = decode_cuts(url, index, [Cut(7, *WHOLE)])
@@ -189,7 +189,7 @@ def test_each_sign_of_a_change_alone_is_one(web, hasty, sign):
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
-    """A header that may declare any size, below 0 too."""
+    """A tar header that may declare any size, also a negative one."""
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = max(size, 0), kind, link
     block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
@@ -233,7 +233,7 @@ def test_names_and_links_in_a_tar_lead_nowhere(tmp_path, clip, monkeypatch):
     ):
         blocks.insert(2, header("link.mp4", 0, kind, "../secret.mp4"))
     tar.write_bytes(b"".join(blocks) + bytes(1024))
-    secret.unlink()  # whoever follows a name finds nothing
+    secret.unlink()  # a reader that follows a name finds nothing
     members = find_videos(["a.tar"])
     assert sorted(member.split(":", 4)[4] for member in members) == sorted(names)
     for member in members:
@@ -245,7 +245,7 @@ def test_names_and_links_in_a_tar_lead_nowhere(tmp_path, clip, monkeypatch):
 
 @pytest.mark.parametrize("size", [-512, -2048, 10**15, 10**6])
 def test_a_tar_that_lies_of_its_sizes_gives_what_is_whole(tmp_path, clip, size, caplog):
-    """By itself tarfile goes around for ever at -512 (CVE-2025-8194), and raises others than TarError at other sizes."""
+    """tarfile alone loops for ever at a size of -512 (CVE-2025-8194) and raises other errors than TarError at other sizes."""
     tar = tmp_path / "lies.tar"
     tar.write_bytes(header("a.mp4", len(clip)) + padded(clip) + header("b.mp4", size) + padded(clip) + bytes(1024))
     members = find_videos([str(tar)])
@@ -289,10 +289,10 @@ def test_a_remote_member_is_read_by_ranges(web, clip):
 
 
 def noisy(path, times, codec="libx264", gop=250, sound: float = 0.0) -> str:
-    """Frames at `times`, seconds, whose bytes take their time on the way; with some seconds of sound."""
+    """Write a video of noise, which takes many bytes, with frames at `times` (seconds) and `sound` seconds of silence."""
     rng, size = np.random.default_rng(0), (48, 64, 3)
     with av.open(str(path), "w") as container:
-        # Not "ultrafast", which makes no B frames.
+        # The preset "ultrafast" makes no B frames.
         stream = container.add_stream(codec, rate=25, options={"preset": "veryfast"} if codec == "libx264" else {})
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         stream.codec_context.gop_size = gop
@@ -323,7 +323,11 @@ def noisy(path, times, codec="libx264", gop=250, sound: float = 0.0) -> str:
     ],
 )
 def test_frames_of_streams_without_an_index_are_those_that_were_asked_for(tmp_path, monkeypatch, name, codec, gop):
-    """FFmpeg seeks any packet of MPEG-TS and PS, and the next keyframe may be seconds later. Nor is more read for it than some groups of pictures."""
+    """
+    In MPEG-TS and PS, FFmpeg seeks to any packet, and the next keyframe may be seconds later.
+
+    Each frame must be the right one, and a read may not cover more than some groups of pictures.
+    """
     passes, original = [], video_decoding._packets_up_to
 
     def counted(*arguments):
@@ -346,12 +350,12 @@ def test_frames_of_streams_without_an_index_are_those_that_were_asked_for(tmp_pa
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.ts"])
 def test_pairs_of_a_remote_video_with_a_hole_are_as_far_apart_as_was_asked_for(tmp_path, monkeypatch, name):
-    """Its header tells nothing of the hole: of estimated times some mean one and the same frame, or frames on both sides of it."""
+    """The header does not tell of the hole, so two estimated times may mean the same frame, or frames on both sides of the hole."""
     times = [number / 25 for number in (*range(100), *range(200, 300))]
     noisy(tmp_path / name, times, "libvpx" if name.endswith("webm") else "libx264", gop=25)
     sampling, gaps, left_out = PairSampling(**{**SAMPLING_FIELDS, "pairs_per_video": 8}), [], 0
     with serve(tmp_path) as server:
-        for epoch in range(4):  # which pairs are drawn depends on the server's port
+        for epoch in range(4):  # several, because the pairs drawn depend on the server's port
             pairs = list(video_pairs(f"{server.url}/{name}", sampling, epoch))
             assert [pair["repeat"] for pair in pairs] == list(range(len(pairs)))
             gaps += [float(np.diff(pair["times"])[0]) for pair in pairs]
@@ -364,7 +368,7 @@ def test_pairs_of_a_remote_video_with_a_hole_are_as_far_apart_as_was_asked_for(t
 
 @pytest.mark.parametrize(("name", "sound"), [("a.mkv", 11.0), ("a.webm", 12.0), ("a.flv", 0.0)])
 def test_pairs_beyond_the_end_of_a_remote_video_are_left_out_alone(tmp_path, name, sound):
-    """Its header tells how long its sound is."""
+    """The duration in the header is that of the sound, which may be longer than the video."""
     noisy(
         tmp_path / name,
         [number / 25 for number in range(250)],

@@ -16,7 +16,7 @@ from evaluation.report import bars, curve, palette, picture
     [
         ((60, 90), (60, 90)),
         ((200, 3200), (100, 1600)),
-        ((1, 16_000), (1, 1600)),  # four images of one row
+        ((1, 16_000), (1, 1600)),  # images of one row side by side
         ((70_000, 8), (65_500, 7)),
     ],
 )

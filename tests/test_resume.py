@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it may, and which lines of its log stay."""
+"""Which checkpoint a run resumes from, when it is refused, and which lines of its log are kept."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from training.resume import _refuse_other_ranks, cut_metrics, find_checkpoint
 
 
 def begun(output_dir: Path, **values) -> Recipe:
-    """A run's recipe, which lies in its folder."""
+    """Write a run's recipe to its folder, as a run does when it begins; returns the recipe."""
     recipe = Recipe(videos=["a.mp4"], output_dir=str(output_dir), **values)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(recipe.to_yaml())
@@ -73,14 +73,14 @@ def test_whatever_a_new_run_would_write_over_is_named(tmp_path, name):
 
 
 def test_a_run_without_a_checkpoint_begins_again_only_where_it_had_saved_none(tmp_path):
-    """A save every ten steps, and a run that began at step 25 of another."""
+    """Tested with a save every ten steps, for a run from step 0 and for one that began at step 25 of another."""
     origin, run = tmp_path / "first" / "checkpoints" / "step-25", tmp_path / "run"
     made_up(tmp_path / "first", 25)
     for began in (None, "latest", str(origin)):
         begun(run, save_steps=10, resume_from_checkpoint=began)
         first = 26 if began == str(origin) else 1
         recipe = Recipe(videos=["a.mp4"], output_dir=str(run), save_steps=1000, resume_from_checkpoint="latest")
-        logged(run, *range(first, first // 10 * 10 + 11))  # the save of the last of them had not ended
+        logged(run, *range(first, first // 10 * 10 + 11))  # the save at the last step had not ended
         assert find_checkpoint(recipe) == (origin if first == 26 else None)
         assert recipe.resume_from_checkpoint == (str(origin) if first == 26 else "latest")
         logged(run, *range(first, first // 10 * 10 + 12))
@@ -89,7 +89,7 @@ def test_a_run_without_a_checkpoint_begins_again_only_where_it_had_saved_none(tm
             ValueError, match=rf"no checkpoint in .*, but metrics.jsonl up to step {first // 10 + 1}1 of"
         ):
             find_checkpoint(recipe)
-    logged(run, 30, 35)  # a line each five steps: step 30 was saved
+    logged(run, 30, 35)  # one line per five steps: step 30 was saved
     with pytest.raises(ValueError, match="but metrics.jsonl up to step 35 of"):
         find_checkpoint(recipe)
     logged(run, 26)
@@ -111,7 +111,7 @@ def test_the_word_for_other_pairs_is_offered_where_it_would_do_and_excuses_nothi
     with pytest.raises(ValueError, match="dataloader_num_workers: .* 7 now.*or add --resume_inexact true"):
         found(**other)
     assert found(**other, resume_inexact=True) == tmp_path / "run" / "checkpoints" / "step-1"
-    # A run that has gone wrong goes on with other values of these.
+    # These values may be changed to continue a run that has gone wrong.
     lower = {"learning_rate": 1e-5, "teacher_momentum": 0.999, "bf16": True, "gradient_checkpointing": True}
     with pytest.raises(ValueError, match="or add --resume_inexact true"):
         found(**lower)

@@ -1,4 +1,4 @@
-"""Checkpoints, configs, recipes and data sets made to do harm: refused by a sentence or made harmless, and nothing in them is run."""
+"""Malicious checkpoints, configs, recipes and data sets are refused by a sentence or made harmless; no code in them is run."""
 
 import json
 import os
@@ -46,7 +46,7 @@ NASTY = "</pre></code><script>alert(1)</script><img src=x onerror=alert(1)>|`[x]
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that makes the folder `target` when it is unpickled."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -57,7 +57,7 @@ class Payload:
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch) -> Path:
-    """What a payload makes if it is run. Who is asked whether to run it says yes."""
+    """The path that a payload makes if it is run. Any question whether to run code is answered with yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
     return tmp_path / "ran"
 
@@ -91,7 +91,7 @@ def test_a_pickle_is_read_without_running_it(ran, encoder, tmp_path):
             load(str(encoder))
     assert not ran.exists()
     torch.load(tmp_path / "released.pth", weights_only=False)
-    assert ran.exists()  # the payload is one
+    assert ran.exists()  # the payload does work
 
 
 def test_code_beside_a_model_is_not_run(ran, encoder, shapes):
@@ -99,12 +99,12 @@ def test_code_beside_a_model_is_not_run(ran, encoder, shapes):
     names = ("AutoModel", "AutoBackbone", "AutoModelForSemanticSegmentation", "AutoImageProcessor")
     code = {"AutoConfig": "evil.Config", **dict.fromkeys(names, "evil.Model")}
     (encoder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Evil", "auto_map": code}))
-    # An architecture that transformers has itself needs no code: its own class reads the weights.
+    # transformers has this architecture, so its own class reads the weights and no code is needed.
     expected = AutoBackbone.from_config(ResNetConfig(**RESNET)).state_dict().keys()
     assert load_encoder(str(change(encoder, auto_map=code)))[1].keys() == expected
     assert build(str(encoder), 2).mean == (0.485, 0.456, 0.406)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        Readout(str(encoder), torch.device("cpu"))  # no segmentation model but for the code
+        Readout(str(encoder), torch.device("cpu"))  # a segmentation model only by the code
     change(encoder, model_type="evil")
     for load in (load_encoder, lambda name: build(name, 2), lambda name: Readout(name, torch.device("cpu"))):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -112,7 +112,7 @@ def test_code_beside_a_model_is_not_run(ran, encoder, shapes):
     assert not ran.exists()
     with pytest.raises(
         AttributeError, match="has no attribute .register_for_auto_class"
-    ):  # given by its user, it is run
+    ):  # with the user's permission it is run
         AutoConfig.from_pretrained(encoder, trust_remote_code=True)
     assert ran.exists()
 
@@ -193,7 +193,7 @@ def test_numbers_that_no_network_has_are_refused_before_it_is_built(values, mess
 
 
 def test_networks_larger_than_any_are_refused_before_memory_is_asked_for(encoder, tmp_path):
-    """Each number alone is one that a network has."""
+    """Each number alone is within bounds; only the whole network is too large."""
     giant = {"depths": [1] * 4, "hidden_sizes": [1 << 18] * 4}
     with pytest.raises(ValueError, match="'resnet' network of .* parameters; at most 2e[+]10 are built"):
         PoodleModel(PoodleConfig(backbone_config={"model_type": "resnet", **RESNET, **giant}))
@@ -248,7 +248,7 @@ def test_images_that_are_bombs_or_programs(ran, tmp_path, monkeypatch):
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\nmkdir -p {ran}\n")  # stands for Ghostscript
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\nmkdir -p {ran}\n")  # stands in for Ghostscript
     (tmp_path / "bin" / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     for read in (read_image, read_label, file_size, lambda path: read_clip(str(path), 0, 0, 1, 64)):
@@ -256,7 +256,7 @@ def test_images_that_are_bombs_or_programs(ran, tmp_path, monkeypatch):
             read(tmp_path / "bomb.png")
         with pytest.raises(ValueError, match="program.png .*read"):
             read(tmp_path / "program.png")
-    with pytest.raises(OSError, match="Ghostscript"):  # nor where a library opens it
+    with pytest.raises(OSError, match="Ghostscript"):  # not even if Pillow alone opens the file
         Image.open(tmp_path / "program.png").load()
     assert not ran.exists()
 
@@ -306,7 +306,7 @@ def test_files_from_elsewhere_are_not_published(name, encoder, tmp_path):
 
 
 def elements(page: str) -> tuple[set[str], set[str]]:
-    """Names of the elements, and of their attributes, that a browser would make of a page."""
+    """Names of the elements that a browser would see in a page, and names of their attributes."""
     tags, attributes = set(), set()
 
     class Parser(HTMLParser):
@@ -341,7 +341,7 @@ def test_names_in_reports_are_text():
         tags, attributes = elements(page)
         assert "script" not in tags and "h2" in tags and "img" in tags
         assert not {name for name in attributes if name.startswith("on")}
-        assert "alert(1)" in page  # shown, as text
+        assert "alert(1)" in page  # it is shown as text
 
 
 def test_names_in_cards_are_text(tmp_path):
@@ -367,8 +367,8 @@ def test_names_in_cards_are_text(tmp_path):
     for text in texts:
         body = ModelCard(text).text
         assert "\n# Title" not in body and body.count("```") % 2 == 0 and "alert(1)" in body
-        assert "&#124;" not in "".join(re.findall("`[^`\n]+`", body))  # in code entities are shown as they are
-        # What is left of blocks and lines of code, which show their text as it is.
+        assert "&#124;" not in "".join(re.findall("`[^`\n]+`", body))  # Markdown code shows entities literally
+        # The text outside of code blocks and inline code, which show markup literally.
         prose = re.sub("`[^`\n]*`", "", "".join(body.split("```")[::2]))
         assert not any(piece in prose for piece in ("<script", "<img", "</pre", "[x]("))
         yaml.safe_load(text.split("---")[1])
@@ -398,5 +398,5 @@ def test_a_token_is_in_nothing_that_an_evaluation_leaves(shapes, poodle, tmp_pat
 
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_BACKBONE_MAPPING_NAMES))
 def test_no_backbone_of_transformers_is_taken_for_a_giant(kind):
-    """Lists of widths are named by their stage or block as well."""
+    """In some configs, lists that are named by stages or blocks hold widths."""
     check_config(AutoConfig.for_model(kind).to_dict(), kind)

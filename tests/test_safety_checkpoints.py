@@ -1,4 +1,4 @@
-"""Checkpoints to resume from that were made to do harm: nothing outside of their folder is opened, and what is wrong is named."""
+"""Malicious checkpoints to resume from: nothing outside their folder is opened, and the fault is named."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from training.resume import prepare_output_dir
 
 
 def reseal(checkpoint: Path) -> None:
-    """Checksums that fit, as whoever makes a checkpoint to do harm would write them."""
+    """Write new checksums that fit, as the author of a malicious checkpoint would."""
     (checkpoint / "SHA256SUMS").unlink()
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.iterdir()}
     (checkpoint / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
@@ -48,7 +48,7 @@ def test_links_and_devices_in_a_checkpoint_are_not_opened(whole, tmp_path, name,
     if name != "SHA256SUMS":
         reseal(checkpoint)
     assert damage(checkpoint) == f"{name!r} is not a regular file"
-    if name != "SHA256SUMS":  # nor what no checksum names
+    if name != "SHA256SUMS":  # a file that SHA256SUMS does not name is refused too
         (checkpoint / name).unlink()
         (checkpoint / name).touch()
         lines = (checkpoint / "SHA256SUMS").read_text().splitlines(keepends=True)
@@ -65,7 +65,7 @@ def test_what_file_browsers_and_servers_leave_in_a_checkpoint_is_none_of_its_fil
 
 
 def fields_of(path: Path, *keys: str, **values) -> None:
-    """Change fields of a JSON file, within `keys`; `None` takes one away."""
+    """Change fields of a JSON file, in the mapping below `keys`; `None` removes a field."""
     content = inner = json.loads(path.read_text())
     for key in keys:
         inner = inner[key]

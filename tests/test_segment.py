@@ -1,4 +1,4 @@
-"""evaluation/segment.py as a user runs it: figures, files, interruptions, processes, and wrong input."""
+"""evaluation/segment.py as a user runs it: figures, files, interruptions, several processes, and wrong input."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     assert first["miou"] > 0.5 and first["features"] == "decoder" and first["steps"] == 45
     saved = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert saved["miou"] == first["miou"] and set(saved["versions"]) == {"python", "torch", "transformers"}
-    config = json.loads((tmp_path / "a" / "readout" / "config.json").read_text())  # loads without this package too
+    config = json.loads((tmp_path / "a" / "readout" / "config.json").read_text())  # also loads without this package
     code = config["auto_map"]["AutoModelForSemanticSegmentation"]
     assert code == "modeling_poodle.PoodleForSemanticSegmentation"
     assert (tmp_path / "a" / "readout" / "modeling_poodle.py").is_file()
@@ -80,7 +80,7 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     assert "red &lt;b&gt;" in report and "red <b>" not in report and report.count("<img") == 3 and "polyline" in report
     (second,) = main(flags(shapes, tmp_path / "b", poodle, **options))
     assert second["per_class"] == first["per_class"]
-    # Interrupted after a save, then resumed.
+    # The evaluation is interrupted after a save, then resumed.
     from evaluation import engine
 
     model = shutil.copytree(poodle, tmp_path / "model")
@@ -112,18 +112,18 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
     starts = []
     load = engine.FitState.load
     monkeypatch.setattr(engine.FitState, "load", lambda state: (starts.append(load(state)), starts[-1])[1])
-    free = {"feature_cache_gb": 0, "save_steps": 100}  # a disk may be full meanwhile
+    free = {"feature_cache_gb": 0, "save_steps": 100}  # these may change: the disk may be full by now
     (third,) = main(flags(shapes, tmp_path / "c", model, **{**options, **free}, resume_from_checkpoint="latest"))
     assert starts[0][0] == 21 and third["per_class"] == first["per_class"]
     assert not (tmp_path / "c" / "fit.safetensors").exists()
     capsys.readouterr()
-    # A job that always resumes finds what is finished, and does nothing.
+    # A job that always resumes finds the finished evaluation and does nothing,
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
     (fourth,) = main(flags(shapes, tmp_path / "c", model, **options, resume_from_checkpoint="latest"))
     assert fourth == json.loads(json.dumps(third)) and len(starts) == 1
     assert "holds this evaluation, finished: evaluation.json, report.html, readout/" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
-    # Unless the weights are others than those that were measured.
+    # unless the weights have changed since they were measured.
     weights = model / "model" / "model.safetensors"
     state = load_file(weights)
     save_file(
@@ -138,7 +138,7 @@ def test_linear_learns_is_reproducible_and_resumes(shapes, poodle, tmp_path, mon
 
 
 def test_accelerates_own_settings_do_not_change_the_arithmetic(monkeypatch):
-    """`accelerate config` may have asked for bf16: a fit in it would give other figures, and say nothing of it."""
+    """`accelerate config` may have set bf16; a fit in bf16 would silently give other figures."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(True)
     try:
@@ -155,7 +155,7 @@ def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_
         return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     main(flags(shapes, run, model, **values))
-    other = run / "other"  # somebody else's, below
+    other = run / "other"  # another evaluation, in a folder below
     main(flags(shapes, other, poodle, readout="knn"))
     kept = files()
     with pytest.raises(ValueError, match=r"run holds a finished evaluation of other values \(model\); choose another"):
@@ -167,7 +167,9 @@ def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_
         main(flags(shapes, run, model, **values))
     moved.rename(model)
     assert files() == kept
-    os.link(run / "evaluation.json", tmp_path / "before")  # or a file system may give its number to the next file
+    os.link(
+        run / "evaluation.json", tmp_path / "before"
+    )  # keeps the inode in use, so that no new file gets its number
     before = (run / "evaluation.json").stat().st_ino
     (run / "readout" / "left").touch()
     (again,) = main(flags(shapes, run, model, **values))
@@ -187,7 +189,7 @@ def test_an_evaluation_writes_over_no_other_run_and_no_other_files(shapes, poodl
         check_output_dir(values)
     (run / "readout").rmdir()
     check_output_dir(values)
-    (run / "config.yaml").write_text("videos: [clips]\nflow: dis\n")  # of a pretraining run
+    (run / "config.yaml").write_text("videos: [clips]\nflow: dis\n")  # the recipe of a pretraining run
     propagation = PropagationRecipe(model=[str(poodle)], output_dir=str(run))
     for kind in (values, propagation):
         with pytest.raises(
@@ -237,7 +239,7 @@ def test_the_fit_of_other_weights_is_not_gone_on_with(shapes, poodle, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         main(flags(shapes, tmp_path / "run", folder, max_steps=2))
     assert (tmp_path / "run" / "fit.safetensors").is_file()  # the last step is saved too
-    PoodleModel(config).save_pretrained(folder)  # trained on in between
+    PoodleModel(config).save_pretrained(folder)  # stands for training in between
     with pytest.raises(ValueError, match="is the fit of other weights"):
         main(flags(shapes, tmp_path / "run", folder, max_steps=2, resume_from_checkpoint="latest"))
 
@@ -259,7 +261,7 @@ def test_readout_runs_in_a_pipeline(shapes, poodle, tmp_path):
     assert np.asarray(found[0]["mask"]).shape == (64, 96)
 
 
-# The script, then in the same processes an UperNet, of which each says with which network it predicts.
+# The processes run the script, then fit an UperNet; each notes a fingerprint of the network that it predicts with.
 TWO_EVALUATIONS = """
 import pathlib, runpy, sys
 from accelerate import Accelerator
@@ -288,7 +290,7 @@ def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tm
     two = (flags(shapes, tmp_path / "two", poodle, random, readout="knn"), [*upernet, "--crop_size", "64", "96"])
     done = forked(tmp_path / "two.py", *("|".join(arguments) for arguments in two), ranks=2)
     assert done.returncode == 0, done.stderr
-    # BatchNorm's statistics too, of which each process has computed its own in the last step.
+    # The networks agree, including BatchNorm's statistics, which each process has computed for itself in the last step.
     networks = [(tmp_path / f"network-{rank}").read_text() for rank in (0, 1)]
     assert len(networks[0]) == 64 and networks[0] == networks[1]
     results = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"]
@@ -298,7 +300,7 @@ def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tm
 
 
 def test_more_processes_than_training_images_are_refused_before_the_folder_is_begun(shapes, poodle, tmp_path):
-    """Else it would hold an interrupted evaluation, and refuse the next command."""
+    """Otherwise the folder would hold an interrupted evaluation, and the next command would be refused."""
     values = flags(shapes, tmp_path / "run", poodle, readout="knn", max_train_images=1)
     done = forked("evaluation/segment.py", *values, ranks=2)
     assert (
@@ -312,7 +314,7 @@ def test_upernet_overfits_four_street_images(tmp_path):
     write_folder(folder / "train", 4, 64, 128, seed=3, num_processes=2)
     os.symlink(folder / "train", folder / "val")
     (folder / "classes.json").write_text((folder / "train" / "classes.json").read_text())
-    for name in ("train",):  # the four largest classes: a wall of three pixels proves nothing
+    for name in ("train",):  # only the four largest classes: a wall of three pixels proves nothing
         for path in (folder / name / "labels").iterdir():
             label = np.asarray(Image.open(path)).copy()
             label[~np.isin(label, [0, 2, 8, 10])] = 255
@@ -331,7 +333,7 @@ def test_upernet_overfits_four_street_images(tmp_path):
 
 @pytest.mark.parametrize("kind", ["resnet", "timm", "swin"])
 def test_upernet_reads_four_stages_and_trains_all_that_they_depend_on(shapes, tmp_path, kind):
-    """DistributedDataParallel waits for a gradient of every parameter that requires one."""
+    """DistributedDataParallel waits for the gradients of all parameters that require one."""
     if kind == "timm":
         pytest.importorskip("timm")
         encoder_config = {"backbone": "resnet18", "model_type": "timm_backbone"}
@@ -356,7 +358,7 @@ def test_upernet_reads_four_stages_and_trains_all_that_they_depend_on(shapes, tm
 
 @pytest.mark.parametrize("kind", ["resnet", "swin"])
 def test_an_interrupted_upernet_goes_on_bit_for_bit(shapes, tmp_path, monkeypatch, kind):
-    """BatchNorm's statistics are part of what a fit changes, and Swin leaves out blocks at random."""
+    """The state of a fit includes BatchNorm's statistics and the random draws by which Swin leaves out blocks."""
     if kind == "resnet":
         model = ResNetForImageClassification(ResNetConfig(**RESNET))
     else:
@@ -390,7 +392,7 @@ def test_an_interrupted_upernet_goes_on_bit_for_bit(shapes, tmp_path, monkeypatc
 
 
 def test_how_images_were_read_is_said_of_the_readout(shapes, tmp_path):
-    """UperNet reads the whole image also of encoders that others read in windows."""
+    """UperNet reads whole images, even with encoders that other readouts read in windows."""
     sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = BeitConfig(**sizes, intermediate_size=32, out_indices=[1, 2, 3, 4], use_absolute_position_embeddings=True)
     BeitModel(config).save_pretrained(tmp_path / "beit")
@@ -418,7 +420,7 @@ def test_wrong_input_ends_the_script_with_a_sentence(shapes, poodle, tmp_path, a
     ],
 )
 def test_wrong_input_is_a_sentence(shapes, poodle, tmp_path, change, message):
-    """As the script runs it, in this process: to start one takes seconds."""
+    """Runs the script's code in the test's own process, because starting a new one takes seconds."""
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: main([*flags(shapes, tmp_path / "run", poodle), *change]))
     assert ended.value.code.startswith("error: ") and re.search(message, ended.value.code)
