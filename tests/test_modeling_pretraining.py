@@ -280,18 +280,16 @@ def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
         assert not any(p.requires_grad == name.startswith("teacher") for name, p in again.named_parameters())
 
     student = {name.removeprefix("student."): value for name, value in own.items() if name.startswith("student.")}
-    model.student.save_pretrained(
-        tmp_path / "model", state_dict=dict(student)
-    )  # a copy, since save_pretrained empties it
+    # save_pretrained empties the dict, so it gets a copy.
+    model.student.save_pretrained(tmp_path / "model", state_dict=dict(student))
     again = PoodleForPreTraining.from_pretrained(tmp_path / "model")
     assert all(torch.equal(value, student[name]) for name, value in again.student.state_dict().items())
     values = again.state_dict()
     assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
 
 
-@pytest.mark.parametrize(
-    "synchronised", [None, False, True]
-)  # True and False: BatchNorm of several GPUs, compiled or not
+# True and False: BatchNorm of several GPUs, compiled or not.
+@pytest.mark.parametrize("synchronised", [None, False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
     torch.manual_seed(0)
     plain = PoodleForPreTraining(config()).train()

@@ -253,9 +253,8 @@ def test_the_first_look_decodes_whatever_the_tables_say(clips, tmp_path):
     data, path = clips["h264.mp4"].read_bytes(), tmp_path / "noise.mp4"
     with av.open(str(clips["h264.mp4"])) as video:
         packets = [(entry.pos, entry.size) for entry in video.streams.video[0].index_entries]
-    assert (
-        sum(size for _, size in packets) == packets[-1][0] + packets[-1][1] - packets[0][0]
-    )  # the packets follow one another without gaps
+    # The packets follow one another without gaps.
+    assert sum(size for _, size in packets) == packets[-1][0] + packets[-1][1] - packets[0][0]
 
     def damage(frames: int) -> None:
         """Zero the first `frames` frames except for the bytes that tell slices of keyframes from others."""
@@ -356,12 +355,11 @@ def test_what_is_described_elsewhere_too_is_read_from_end_to_end(clips, tmp_path
     assert tables_of(path) is None and len(read_index(str(path)).pts) == FRAMES
 
 
+# The offsets differ from those of the first packets, or one is missing.
 @pytest.mark.parametrize(
     "change",
     [
-        lambda track: track._replace(
-            offsets=track.offsets + np.arange(FRAMES)
-        ),  # differ from those of the first packets
+        lambda track: track._replace(offsets=track.offsets + np.arange(FRAMES)),
         lambda track: track._replace(offsets=track.offsets[:-1]),
     ],
 )

@@ -63,9 +63,8 @@ def test_gaps_end_where_the_video_does_and_one_frame_is_enough_for_none():
     index = made_up(np.arange(11) / 10)
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.5, 10.0), pairs_per_video=300)
     gaps = [b.number - a.number for a, b in plan_pairs(index, sampling, 0, "a.mp4")]
-    assert (
-        set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100
-    )  # not all pairs span the whole video
+    # Not all pairs span the whole video.
+    assert set(gaps) == {5, 6, 7, 8, 9, 10} and max(map(gaps.count, set(gaps))) < 100
     (pair,) = plan_pairs(made_up([0.0]), PairSampling(**WHOLE, frame_gap_seconds=(0.0, 0.0)), 0, "a.mp4")
     assert [cut.number for cut in pair] == [0, 0]
 

@@ -49,9 +49,8 @@ def test_a_damaged_file_is_an_error_and_one_that_is_not_there_is_said(tmp_path, 
         file.write_text(damaged)
         with pytest.raises(ValueError, match=f"^--model {source}: its preprocessor_config.json cannot be read"):
             build(source, 2)
-    file.write_text(
-        json.dumps({**VALUES, "image_processor_type": "Unknown"})
-    )  # a class of a later release: its numbers are still used
+    # The numbers of a processor class from a later release are still used.
+    file.write_text(json.dumps({**VALUES, "image_processor_type": "Unknown"}))
     assert build(source, 2).mean == (0.1, 0.2, 0.3)
     os.rename(file, tmp_path / "processor_config.json")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": VALUES}))

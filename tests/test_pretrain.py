@@ -36,9 +36,8 @@ def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch)
     )
     lines = train(drives, tmp_path / "run", "--gradient_accumulation_steps", "3")
     assert momenta == [teacher_momentum(step, 3, 0.96) for step in range(3)]
-    assert [line["epoch"] for line in lines] == [
-        step * 6 / 8 for step in (1, 2, 3)
-    ]  # 2 x 3 pairs a step, 8 in an epoch
+    # A step has 2 x 3 pairs, an epoch has 8.
+    assert [line["epoch"] for line in lines] == [step * 6 / 8 for step in (1, 2, 3)]
 
 
 def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, monkeypatch):
@@ -150,9 +149,8 @@ def test_a_checkpoint_s_path_does_not_overwrite_another_run(drives, tmp_path):
     (tmp_path / "best").symlink_to(began[1])
     with pytest.raises(ValueError, match="another configuration .*seed: 0 in the run, 1 now"):
         train(drives, tmp_path / "c", "--seed", "1", "--resume_from_checkpoint", str(tmp_path / "best"), steps=1)
-    (
-        tmp_path / "b" / "config.yaml"
-    ).unlink()  # a copy without config.yaml, or a folder that training.convert has written
+    # Like a copy without config.yaml, or a folder that training.convert has written.
+    (tmp_path / "b" / "config.yaml").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
     for more in ((), ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoints" / "step-1"))):
         AcceleratorState._reset_state(True)
@@ -200,9 +198,8 @@ def test_a_skipped_video_is_named_once_by_workers_of_many_spans(drives, tmp_path
         f"skipped {folder / name}: cannot be opened as a video (Invalid data found when processing input)"
         for name in ("a.mp4", "b.mp4")
     ]
-    assert [caplog.messages.count(line) for line in named] == [2, 2] and caplog.messages[
-        -2:
-    ] == named  # and at the end
+    # Each is named at the first attempt and at the end.
+    assert [caplog.messages.count(line) for line in named] == [2, 2] and caplog.messages[-2:] == named
     AcceleratorState._reset_state(True)
     caplog.clear()
     shutil.rmtree(output_dir / "checkpoints" / "step-12")
@@ -270,7 +267,7 @@ def test_subcrops_of_less_than_a_pixel_of_the_panel_end_no_run_by_their_picture(
 
 
 def test_both_boxes_of_a_subcrop_pair_are_drawn_on_the_frames_that_they_are_cut_from():
-    """The student's box is solid, on its own frame; the teacher's is dashed, here on the other; both have one colour. All four views appear."""
+    """The student's box is solid, on its own frame; the teacher's is dashed, here on the other; in one colour. All four views appear."""
     height, width = TILE_HEIGHT, 2 * TILE_HEIGHT  # the panel shows the frames unscaled
     views = torch.eye(2, 3).expand(1, 2, 2, 3)
     inputs = {"pixel_values": torch.zeros(1, 2, 3, height, width), "flow": torch.zeros(1, 2, 2, height, width)}

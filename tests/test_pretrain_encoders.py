@@ -59,9 +59,8 @@ def test_init_encoder_starts_from_its_weights(drives, tmp_path):
     train(drives, tmp_path / "first", steps=1)
     AcceleratorState._reset_state(True)
     first = load_file(tmp_path / "first" / "encoder" / "model.safetensors")
-    heads = {
-        name: value for name, value in MODEL.items() if name != "backbone_config"
-    }  # the encoder brings its config
+    # The encoder brings its config.
+    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
     more = ("--init_encoder", str(tmp_path / "first" / "encoder"), "--teacher_momentum", "1.0", "--seed", "3")
     train(drives, tmp_path / "second", *more, model=heads, steps=1)
     second = load_file(tmp_path / "second" / "encoder" / "model.safetensors")  # the teacher, which stood still

@@ -53,9 +53,8 @@ def write_video(folder: Path, name: str, masks, images=None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(np.asarray(array, np.uint8))
             if end == "png":
-                picture.putpalette(
-                    np.resize(COLOURS, (256, 3)).flatten().tolist()
-                )  # with fewer colours Pillow packs the pixels
+                # With fewer colours Pillow packs the pixels.
+                picture.putpalette(np.resize(COLOURS, (256, 3)).flatten().tolist())
             picture.save(path, **({"quality": 95, "subsampling": 0} if end == "jpg" else {}))
     listed = folder / "ImageSets" / "2017" / "val.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +88,8 @@ def test_region_similarity_closed_forms():
     a = square(20, 30, 40)
     assert region_similarity(a, a) == 1
     assert region_similarity(a, square(20, 90, 40)) == 0
-    assert region_similarity(a, square(20, 40, 40)) == pytest.approx(
-        30 / 50
-    )  # shifted by 10 of 40: 30 * 40 of 50 * 40
+    # A shift by 10 of 40 pixels leaves an intersection of 30 * 40 and a union of 50 * 40.
+    assert region_similarity(a, square(20, 40, 40)) == pytest.approx(30 / 50)
     empty = np.zeros_like(a)
     assert region_similarity(empty, empty) == 1  # the toolkit's convention
     assert region_similarity(a, empty) == region_similarity(empty, a) == 0

@@ -136,9 +136,8 @@ def test_an_opening_as_a_whole_has_a_time_limit(web, monkeypatch):
     monkeypatch.setattr(video_files, "REMOTE_SECONDS", 1.0)
     web.stalled.add("/good.mp4")
     start = time.monotonic()
-    with pytest.raises(
-        UnreadableVideo, match=r"no answer in time, tried 2 times"
-    ):  # 0.3 + 0.5 + 0.3, and the next pause is 1 s
+    # Two attempts take 0.3 + 0.5 + 0.3 s, and the next pause would be 1 s.
+    with pytest.raises(UnreadableVideo, match=r"no answer in time, tried 2 times"):
         index_video(f"{web.url}/good.mp4")
     assert time.monotonic() - start < 4
 

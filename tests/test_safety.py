@@ -110,9 +110,8 @@ def test_code_beside_a_model_is_not_run(ran, encoder, shapes):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             load(str(encoder))
     assert not ran.exists()
-    with pytest.raises(
-        AttributeError, match="has no attribute .register_for_auto_class"
-    ):  # with the user's permission it is run
+    # With the user's permission the code is run.
+    with pytest.raises(AttributeError, match="has no attribute .register_for_auto_class"):
         AutoConfig.from_pretrained(encoder, trust_remote_code=True)
     assert ran.exists()
 
@@ -398,5 +397,5 @@ def test_a_token_is_in_nothing_that_an_evaluation_leaves(shapes, poodle, tmp_pat
 
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_BACKBONE_MAPPING_NAMES))
 def test_no_backbone_of_transformers_is_taken_for_a_giant(kind):
-    """In some configs, lists that are named by stages or blocks hold widths."""
+    """Some configs name lists of widths by stage or block, which must not be taken for numbers of layers."""
     check_config(AutoConfig.for_model(kind).to_dict(), kind)

@@ -167,9 +167,8 @@ def test_a_finished_evaluation_is_replaced_by_its_like_alone_and_once_the_input_
         main(flags(shapes, run, model, **values))
     moved.rename(model)
     assert files() == kept
-    os.link(
-        run / "evaluation.json", tmp_path / "before"
-    )  # keeps the inode in use, so that no new file gets its number
+    # The link keeps the inode in use, so that no new file gets its number.
+    os.link(run / "evaluation.json", tmp_path / "before")
     before = (run / "evaluation.json").stat().st_ino
     (run / "readout" / "left").touch()
     (again,) = main(flags(shapes, run, model, **values))

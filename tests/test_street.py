@@ -22,8 +22,8 @@ def test_frames_depend_on_seed_and_time_alone():
 
 
 def test_a_driving_camera_shows_what_it_always_did():
-    # Means over 32x32 pixels and pixels of road, sky and car, from before there were other cameras; not bytes, since another numpy may
-    # round the last bit of a sine otherwise.
+    # Means over 32x32 pixels and counts of road, sky and car, taken before there were other cameras. They are not compared byte by byte,
+    # since another numpy may round the last bit of a sine differently.
     for seed, means, counts in PINNED:
         street = Street(seed, 64, 128)
         np.testing.assert_allclose(street.frame(2.3).reshape(2, 32, 4, 32, 3).mean((1, 3, 4)), means, atol=0.05)
@@ -44,7 +44,7 @@ def test_flow_leads_to_the_same_surface_point(camera):
         )
         assert (surface_1[row, column] == surface_0[visible]).all()
         assert np.median(np.abs(there[:, row, column] - here[:, y, x]).max(0)) < 0.1  # metres
-        # Each class of surface by itself, roofs and gables (ids 4 to 15) too: a wrong one would hide in the median of all.
+        # Each class of surface alone, also roofs and gables (ids 4 to 15): the median of all would hide a wrong class.
         for first, last in ((1, 1), (2, 3), (4, 15)):
             chosen = (surface_0[visible] >= first) & (surface_0[visible] <= last)
             if chosen.sum() > 20:
@@ -56,7 +56,7 @@ def test_flow_leads_to_the_same_surface_point(camera):
 
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_what_is_visible_is_the_same_thing(camera):
-    """The flow's end shows the same class and instance; what is not visible is hidden by something nearer, or left the frame."""
+    """A visible point shows the same class and instance at the end of its flow; a point whose flow leaves the frame is not visible."""
     street = Street(4, 96, 192, camera=camera)
     flow, visible = street.flow(2.0, 2.5)
     y, x = np.nonzero(np.ones_like(visible))
@@ -67,9 +67,8 @@ def test_what_is_visible_is_the_same_thing(camera):
     before, after = street.instances(2.0), street.instances(2.5)
     assert np.array_equal(before.ravel()[seen], after[row[seen], column[seen]])
     same_class = street.labels(2.0).ravel()[seen] == street.labels(2.5)[row[seen], column[seen]]
-    assert (
-        same_class.mean() > 0.985
-    )  # a pixel's neighbour may lie over the edge of road and pavement, of rider and bicycle
+    # Rounding may cross the edge between road and pavement, or between rider and bicycle.
+    assert same_class.mean() > 0.985
     assert 0.3 < visible.mean() < 1
 
 
@@ -77,11 +76,11 @@ def test_cameras_move_as_they_should():
     times = np.arange(0, 20, 0.05)
     poses = {name: [Street(3, 64, 128, camera=name).pose(t) for t in times] for name in CAMERAS}
     x, y, z = np.stack([pose.position for pose in poses["walking"]]).T
-    assert (np.abs(x - 8.1) < 1.1).all()  # on the pavement, which runs from 7 to 9.2 m
+    assert (np.abs(x - 8.1) < 1.1).all()  # on the pavement, from 7 to 9.2 m
     assert (np.abs(y - 1.6) < 0.05).all()
     assert (np.diff(z) > 0).all() and 1.1 < (z[-1] - z[0]) / times[-1] < 1.7
     spectrum = np.abs(np.fft.rfft(y - y.mean()))
-    assert 1.75 < spectrum.argmax() / 20 < 2.25  # steps a second
+    assert 1.75 < spectrum.argmax() / 20 < 2.25  # steps per second
     first = poses["static"][0]
     assert first.position[1] == 5
     assert all(
@@ -96,12 +95,12 @@ def test_cameras_move_as_they_should():
     for name in CAMERAS:
         for pose in poses[name][::50]:
             np.testing.assert_allclose(pose.rotation.T @ pose.rotation, np.eye(3), atol=1e-12)
-            assert np.linalg.det(pose.rotation) == pytest.approx(-1)  # the world's y points up, the camera's down
+            assert np.linalg.det(pose.rotation) == pytest.approx(-1)  # y points up in the world and down in the camera
 
 
 @pytest.mark.parametrize(("camera", "height", "sway"), [("driving", 0.1, 10), ("aerial", 2.0, 1)])
 def test_a_low_camera_that_sways_stays_above_the_ground(camera, height, sway):
-    """Below it the ground had a negative depth, and hid everything, also the sky."""
+    """From below, the ground would have a negative depth and hide everything, even the sky."""
     for seed in range(6):
         for t in (0.0, 2.0, 4.0):
             street = Street(seed, 32, 64, camera=camera, camera_height=height, sway=sway)

@@ -1,4 +1,4 @@
-"""The street on the disk: videos, labelled folders and sequences, made once and never over other files."""
+"""The street on disk: videos, labelled folders and sequences are made once, and never over other files."""
 
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ def test_files_hold_the_frames_and_are_made_once(tmp_path):
     (tmp_path / "drive-0000.json").unlink()
     (tmp_path / "drive-0000.mp4").unlink()
     write_videos(tmp_path, num_videos=1, duration=1.0, fps=5, height=64, width=128, seed=4, num_processes=1)
-    assert open(paths[0], "rb").read() == before  # the same bytes when rendered anew
+    assert open(paths[0], "rb").read() == before  # rendering again gives the same bytes
 
 
 def test_drives_are_never_rendered_over_other_files_and_leave_nothing_of_another_street(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_drives_are_never_rendered_over_other_files_and_leave_nothing_of_another
         "drive-home.mp4": "mine too",
     }.items():
         (own / name).write_text(text)
-    for name in ("drive-0000.json", "drive-0000.mp4"):  # without a sidecar, too, it is nobody's but theirs
+    for name in ("drive-0000.json", "drive-0000.mp4"):  # it is the user's own file, with or without a sidecar
         with pytest.raises(
             ValueError, match="drive-0000.mp4 is no drive of the street, and rendering could replace it"
         ):
@@ -73,7 +73,7 @@ def test_drives_are_never_rendered_over_other_files_and_leave_nothing_of_another
 
     folder = tmp_path / "street"
     kept = write_videos(folder, num_videos=3, **size)
-    write_videos(folder, num_videos=1, **size)  # the same street: nothing is rendered, and nothing goes
+    write_videos(folder, num_videos=1, **size)  # the same street: nothing is rendered or deleted
     assert sorted(map(str, folder.glob("*.mp4"))) == kept
     write_videos(folder, num_videos=1, seed=5, **size)
     assert sorted(path.name for path in folder.iterdir()) == ["drive-0000.json", "drive-0000.mp4"]
@@ -115,7 +115,7 @@ def test_sidecars_carry_the_camera(tmp_path):
     sidecar = tmp_path / "drive-0000.json"
     stored = json.loads(sidecar.read_text())
     assert stored["street"]["camera"] == "driving"
-    del stored["street"]["camera"]  # as written before there were others: not rendered again
+    del stored["street"]["camera"]  # as written before there were other cameras; it is not rendered again
     sidecar.write_text(json.dumps(stored))
     assert Street.from_json(stored["street"]) == Street(0, 32, 64)
     made = (tmp_path / "drive-0000.mp4").stat().st_mtime_ns
@@ -136,7 +136,7 @@ def test_a_camera_is_a_source_of_videos_with_a_cache_of_its_own(tmp_path, monkey
     for name, value in {"num_videos": 1, "duration": 2.0, "height": 64, "width": 128}.items():
         monkeypatch.setitem(DEFAULTS, name, value)
     recipe = parse_recipe(["--videos", "street:walking", "street", "--output_dir", str(tmp_path / "run")])
-    assert recipe.crop_size == [128, 256]  # the recipe of the street, not that of own videos
+    assert recipe.crop_size == [128, 256]  # from the recipe of the street, not of own videos
     paths = resolve_videos(Accelerator(cpu=True), recipe)
     assert [path.removeprefix(str(tmp_path)) for path in paths] == [
         "/poodle-street-2-1-2.0-8-64-128-0/drive-0000.mp4",
@@ -200,7 +200,7 @@ def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
         ValueError, match="dataset must be one of street, street:walking, .*did you mean 'street:walking'"
     ):
         EvaluationRecipe(model=["a"], dataset="street:walkin")
-    # A folder from before there were other cameras is whole as it is.
+    # A folder from before there were other cameras counts as complete.
     listed = write_folder(tmp_path / "old", 1, 32, 64, num_processes=1) / "classes.json"
     classes = json.loads(listed.read_text())
     del classes["street"]["camera"]
@@ -289,7 +289,7 @@ def test_who_renders_for_a_process_that_was_killed_ends_with_it(tmp_path):
     parent.kill()
     parent.wait()
     wait_for(lambda: not any(map(alive, children)), seconds=30)
-    # Half files of theirs are in nobody's way.
+    # Their unfinished files are in nobody's way.
     write_videos(tmp_path, 2, 0.5, 8, 32, 64, num_processes=1)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".mp4", ".mp4"]
 
@@ -306,7 +306,7 @@ def test_labelled_folder(tmp_path):
 
     write_folder(tmp_path, 2, 64, 128, num_processes=1)
     classes = json.loads((tmp_path / "classes.json").read_text())
-    made_of = classes.pop("street")  # by which a second call knows that the folder is whole
+    made_of = classes.pop("street")  # tells a second call that the folder is complete
     assert classes == {"classes": list(STREET_CLASSES), "ignore_index": 255}
     assert (made_of["num_images"], made_of["height"], made_of["width"], made_of["seed"]) == (2, 64, 128, 0)
     labels = np.array(Image.open(tmp_path / "labels" / "00001.png"))
@@ -337,7 +337,7 @@ def test_wrong_parameters(tmp_path, capsys):
 
 
 def test_who_renders_needs_neither_torch_nor_transformers(tmp_path):
-    """They take seconds to import, in the command and in each process that it renders with."""
+    """Both take seconds to import, in the command and in each of its rendering processes."""
     words = ["--labelled", "2", "--height", "32", "--width", "64", "--output_dir", str(tmp_path / "out")]
     code = f"""
 import sys
@@ -351,7 +351,7 @@ if __name__ == "__main__":
 
 
 def test_a_script_without_a_main_guard_ends(tmp_path):
-    """Its processes import it, and so would render in it; they waited for the folder that their parent holds, and it for them."""
+    """Its worker processes import the script and call it again: they would wait for their parent's lock on the folder, and it for them."""
     script = tmp_path / "render.py"
     script.write_text(
         f"from training.street_files import write_videos\nwrite_videos({str(tmp_path / 'out')!r}, 2, 0.5, 4, 64, 128, num_processes=2)\n"

@@ -1,4 +1,4 @@
-"""Studies: recipes that fit, results that are found again, and a page that says what the results say."""
+"""Studies: their recipes are valid, results are found again, and the page agrees with the results."""
 
 import json
 import multiprocessing
@@ -37,9 +37,8 @@ def test_what_studies_have_in_common_is_one_run():
     }
     assert keys["main"]["PooDLe"] == keys["ablation"]["PooDLe"] == keys["depth"]["2 blocks"]
     assert keys["ablation"]["dense + pooled"] == keys["depth"]["0 blocks"] != keys["main"]["PooDLe"]
-    assert (
-        len({run.key for run in Study.read("main").runs("cpu", [0, 1])}) == 2 * 4
-    )  # the untrained one shares PooDLe's config
+    # The untrained variant shares PooDLe's config.
+    assert len({run.key for run in Study.read("main").runs("cpu", [0, 1])}) == 2 * 4
 
 
 def test_an_untrained_variant_has_the_changes_of_its_twin_and_its_own(tmp_path, monkeypatch):
@@ -79,7 +78,7 @@ def test_what_is_not_measured_is_named_with_the_measure_that_lacks_it():
         "b (1 of 2 seeds)", "c", "d in street, k-NN", "e in street, linear (1 of 2 seeds)"
     ]  # fmt: skip
     assert not_measured({"street, linear": first}, seeds=2) == ["b (1 of 2 seeds)", "c", "e (1 of 2 seeds)"]
-    # On the page, also where only the last measure of the recipe lacks an entry.
+    # The page names it, even if only the last measure of the recipe lacks an entry.
     results, study = read_results(), Study.read("main")
     last = list(study.measures)[-1]
     run = next(run for run in study.runs("cpu", study.seeds) if run.variant == "PooDLe")
@@ -186,7 +185,7 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     begun, launch = [], script.launch
 
     def launch_once(words, log):
-        """Each script once as a study starts it, then in this process: to start one takes longer than what it does here."""
+        """Launch each script's first call as a study does, and run later calls in this process, which is faster than starting another."""
         begun.append(words[0])
         if begun.count(words[0]) == 1:
             return launch(words, log)
@@ -209,7 +208,7 @@ def test_a_study_is_run_once_and_its_results_are_kept(tmp_path, monkeypatch, sha
     measured = [json.loads(p.read_text()) for p in (tmp_path / "runs/measured").rglob("evaluation.json")]
     assert {round(result["miou"], 4) for result in measured} == {entry["miou"] for entry in entries.values()}
     assert {entry["commit"] for entry in entries.values()} == {script.where()["commit"]}
-    # Nothing is done again: without the launcher the second call changes nothing.
+    # A second call repeats nothing: it needs no launcher and leaves the results as they are.
     monkeypatch.setattr(script, "launch", None)
     before = (tmp_path / "results/tiny.json").read_bytes()
     assert "has been measured" not in caplog.text
@@ -238,7 +237,7 @@ def test_an_unset_variable_is_an_error_before_the_first_run(tmp_path, monkeypatc
 
 
 def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog):
-    """What `${NAME}` points to, and a command's words, are no part of a key: entries are compared with them."""
+    """What `${NAME}` points to and a command's words are not part of an entry's key; they are compared with the entry."""
     caplog.set_level("INFO", "poodle")
     flow = Study.read("flow")
     (run,) = (run for run in flow.runs("cpu", [0]) if run.variant == "unflow")
@@ -265,7 +264,7 @@ def test_other_weights_or_words_are_other_figures(tmp_path, monkeypatch, caplog)
     assert again() == []
     monkeypatch.setenv("POODLE_FLOW", str(tmp_path / "a"))
     assert again() == ["{json}", "unflow", "unflow"]
-    monkeypatch.delenv("POODLE_FLOW")  # what was measured stands; only what was not needs the variable
+    monkeypatch.delenv("POODLE_FLOW")  # existing figures stand; only new ones need the variable
     assert again() == [] and "not compared with what was measured: unflow:${POODLE_FLOW} needs" in caplog.text
     with pytest.raises(ValueError, match="needs the environment variable POODLE_FLOW"):
         script.run_study(flow, "cpu", [0], None, tmp_path, tmp_path / "elsewhere")

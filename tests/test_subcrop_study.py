@@ -1,4 +1,4 @@
-"""The rules of the subcrop study against loops over pixels, and its numbers where they are known."""
+"""The rules of the subcrop study against loops over pixels, and its numbers in known cases."""
 
 import json
 
@@ -10,7 +10,7 @@ from evaluation.studies.study import read_results
 from training import subcrop_study
 from training.subcrop_study import NO_JITTER, OTHERS, Tally, alone, covered, find_objects, hits, main, same_instance
 
-# A road (0) that a car (1, instance 7) parts in two, a car (instance 9) that touches the first, a speck of a sign (2), and void.
+# A road (0) is split in two by a car (1, instance 7), which touches another car (instance 9). There are also a speck of a sign (2) and void.
 LABELS = np.zeros((12, 20), np.uint8)
 LABELS[:, 6:12] = 1
 LABELS[0, 18], LABELS[11, :3] = 2, 255
@@ -54,15 +54,15 @@ def test_the_same_instance_by_hand():
     later = find_objects(
         np.roll(LABELS, 5, axis=1), np.where(np.roll(INSTANCES, 5, axis=1) == 9, 0, np.roll(INSTANCES, 5, axis=1))
     )
-    hit = hit_by(objects, [[6.0, 0, 12, 12]] * 2)  # both cars, instances 7 and 9
-    teacher = hit_by(later, [[11.0, 0, 14, 12], [0.0, 0, 6, 12]])  # on instance 7 where it went; on the road
+    hit = hit_by(objects, [[6.0, 0, 12, 12]] * 2)  # hits both cars, instances 7 and 9
+    teacher = hit_by(later, [[11.0, 0, 14, 12], [0.0, 0, 6, 12]])  # on the moved instance 7, and on the road
     shown, held = same_instance(hit, objects, teacher, later)
-    assert shown.tolist() == [[False, False, False, True, False]] * 2  # 9 is gone; the road has no identity
+    assert shown.tolist() == [[False, False, False, True, False]] * 2  # car 9 is gone; the road has no identity
     assert held.tolist() == [[False, False, False, True, False], [False] * 5]
     assert [part.sum(1).tolist() for part in same_instance(hit, objects, hit, objects)] == [[2, 2], [2, 2]]
 
 
-# A rider (1) on his bicycle (2), one instance of 100 + 60 pixels; a person (3) of 12 and one of 40 pixels.
+# A rider (1) with a bicycle (2) is one instance of 100 + 60 pixels; there are persons (3) of 12 and of 40 pixels.
 CYCLIST = np.zeros((40, 40), np.uint8)
 CYCLIST[:10, :10], CYCLIST[10:16, :10], CYCLIST[20:23, :4], CYCLIST[20:30, 30:34] = 1, 2, 3, 3
 CYCLIST_INSTANCES = np.where(np.isin(CYCLIST, (1, 2)), 4, np.where(CYCLIST == 3, 5 + np.arange(40) // 20, 0))
@@ -81,9 +81,9 @@ def test_alone_counts_by_instance_and_by_the_size_of_the_others():
         expected = [
             [bool(pixels) and not any(p and p >= least * whole and p != pixels for p in row) for pixels in row]
             for row, whole in zip(shares, area)
-        ]  # the sizes of the instances tell them apart
+        ]  # instances are told apart by their sizes
         assert alone(objects, hit, inside, least).tolist() == expected, least
-    without = find_objects(CYCLIST)  # a rider and his bicycle are two where nothing says that they belong together
+    without = find_objects(CYCLIST)  # without instances, the rider and the bicycle are two objects
     inside = covered(without, boxes[:1])
     assert not alone(without, hits(without, inside) & (without.classes > 0), inside, 0).any()
 
@@ -91,7 +91,7 @@ def test_alone_counts_by_instance_and_by_the_size_of_the_others():
 def test_tally_counts_single_objects_and_pixels():
     objects = find_objects(LABELS, INSTANCES)
     tally = Tally(("road", "car", "sign"), ("car", "sign"), num_subcrops=2)
-    # A set of two: one car and road, both cars; a second set: road alone, one car alone.
+    # Two sets of two subcrops: one car with road, then both cars; and only road, then only one car.
     boxes = np.array([[0.0, 0, 9, 12], [6.0, 0, 12, 12], [0.0, 0, 6, 12], [6.0, 0, 9, 12]])
     inside = covered(objects, boxes)
     tally.add_frame(LABELS, objects, inside)
@@ -101,10 +101,11 @@ def test_tally_counts_single_objects_and_pixels():
     assert road["pixel_share"] == round((240 - 72 - 3 - 1) / 240, 5) and car["pixel_share"] == 0.3
     assert (road["hit"], road["hit_in_frame"], road["single"], road["held_of_shown"]) == (0.5, 1, None, None)
     assert (car["hit"], car["hit_in_frame"], car["lift"]) == (0.75, 1, 2.5)
-    assert car["single"] == [round(2 / 3, 5)] * len(OTHERS)  # the other car is half of the subcrop that hits both
-    # The chance of a random pixel is exact, with no draw.
+    assert car["single"] == [round(2 / 3, 5)] * len(OTHERS)  # the other car fills half of the subcrop that hits both
+    # The chance of a random pixel is computed exactly, without draws.
     assert car["random_pixel_in_frame"] == 1 - 0.7**2 and result["all_things"] is None
-    assert result["classes"]["sign"]["hit"] == 0  # a speck is no object, but has its share of pixels
+    # A speck is too small to be an object, but counts in the share of pixels.
+    assert result["classes"]["sign"]["hit"] == 0
 
 
 def test_pairs_within_a_frame_are_left_out():
@@ -112,13 +113,14 @@ def test_pairs_within_a_frame_are_left_out():
     gone = find_objects(LABELS, np.where(INSTANCES == 9, 0, INSTANCES))
     tally = Tally(("road", "car", "sign"), ("car", "sign"), num_subcrops=1)
     boxes = [[6.0, 0, 12, 12]] * 4
-    hit = hit_by(objects, boxes)  # both cars, four times
+    hit = hit_by(objects, boxes)  # four boxes that each hit both cars
     teacher = hit_by(gone, [[6.0, 0, 9, 12], [0.0, 0, 5, 12], [6.0, 0, 9, 12], [6.0, 0, 9, 12]])
     tally.add_frame(LABELS, objects, covered(objects, np.array(boxes)))
     across, same = np.array([True, True, True, False]), np.array([True, True, False, False])
     tally.add_pairs("dis", "0.5", objects, hit, *same_instance(hit, objects, teacher, gone), across, same)
     result = tally.result()
-    # Three pairs across: car 7 is shown in all and held in two; of the same pairs in one of two; with car 9, gone, two of six.
+    # In the three pairs across frames, car 7 is shown in all and held in two, and in one of the two "same" pairs. Both cars make six hits,
+    # of which two are held, because car 9 is gone.
     assert result["all_things"]["dis"]["0.5"] == {
         "held_of_shown": round(2 / 3, 5), "held_of_shown_same_pairs": 0.5, "held_of_hit": round(2 / 6, 5), "own_frame": 0.25,
     }  # fmt: skip
@@ -135,11 +137,12 @@ def test_on_the_street(tmp_path, capsys):
     assert result["num_subcrops"] == 3 * 2 * 2 * 10 * 6  # drives, gaps, frames of a pair, sets, subcrops
     assert sum(result["subcrops_with_things"].values()) == pytest.approx(1, abs=1e-4)
     assert sum(values["pixel_share"] for values in result["classes"].values()) == pytest.approx(1, abs=1e-3)
+    # The paper's argument: small things are hit far more often than their pixel share suggests.
     for name in (
         "car",
         "person",
         "pole",
-    ):  # the paper's argument: small things are hit far more often than their share of pixels
+    ):
         assert result["classes"][name]["hit"] > 3 * result["classes"][name]["pixel_share"]
         assert result["classes"][name]["lift"] > 3 and sorted(result["classes"][name]["single"])[0] > 0
     pairs = result["all_things"]
@@ -183,7 +186,7 @@ def test_on_labels_alone(tmp_path):
     assert "no instances" in result["held_note"] and result["notes"][0].startswith(
         "40 subcrops in 2 frames of 60x80. Of all"
     )
-    # Each hit holds the car, or nothing that is a thing.
+    # The car is the only thing, so a subcrop hits one thing or none.
     one, none = (100 * result["subcrops_with_things"][name] for name in ("one", "none"))
     assert f"{one:.1f} % hit one thing alone, 0.0 % several, {none:.1f} % none" in result["notes"][0]
     scatter = result["scatter"]
@@ -191,7 +194,7 @@ def test_on_labels_alone(tmp_path):
     assert scatter["series"]["a random pixel"][car] == scatter["x"][car] == round(100 * 400 / 4800, 2)
     assert scatter["series"]["a subcrop"][car] == round(100 * result["classes"]["car"]["hit"], 2)
     assert result["classes"]["car"]["pixel_share"] == round(400 / 4800, 5)
-    assert result["classes"]["road"]["pixel_share"] == round((4800 - 400 - 600) / 4800, 5)  # void is of no class
+    assert result["classes"]["road"]["pixel_share"] == round((4800 - 400 - 600) / 4800, 5)  # void belongs to no class
     assert result["classes"]["car"]["single"] == [1, 1, 1] and [len(line) for line in result["table"]] == [10, 10, 10]
     assert set(result["classes"]) == {"car", "road"}
 

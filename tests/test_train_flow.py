@@ -1,4 +1,4 @@
-"""training/train_flow.py as a whole: it learns, resumes, is published, and feeds pretraining; and the measure of flow."""
+"""training/train_flow.py as a whole: a run learns, resumes, is published and feeds pretraining; and the measure of flow."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def flow_flags(videos, output_dir, *more) -> list[str]:
-    """Every phase once: a known motion at half size, two photometric ones, then occlusion, then self-supervision."""
+    """Flags of a run through every phase: one step of known motion at half size, two photometric, then occlusion, then self-supervision."""
     return [
         "--config", "flow_street", "--videos", str(videos), "--output_dir", str(output_dir), "--model", json.dumps(TINY),
         "--crop_size", "48", "96", "--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--crop_border", "8",
@@ -38,7 +38,7 @@ def flow_flags(videos, output_dir, *more) -> list[str]:
 
 
 def train(drives, output_dir, *more) -> None:
-    """Pairs are drawn by the videos' names and the seed: by names as here, which do not differ each time as those of test folders do."""
+    """Train inside the videos' folder: pairs depend on the videos' names, and full paths of test folders differ each time."""
     AcceleratorState._reset_state(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(drives)
@@ -114,7 +114,7 @@ def test_recipes_read_and_say_how_to_launch_them():
         assert "Launch:" in head and "Hardware:" in head
     assert parse_flow_recipe([]) == parse_flow_recipe(["--config", "flow_street"])
     ours = parse_flow_recipe(["--videos", "clips"])
-    # UFlow's figures (arXiv 2006.04902) where the size of the frames lets them be.
+    # UFlow's values (arXiv 2006.04902), as far as the size of the frames allows.
     assert (ours.crop_size, ours.learning_rate, ours.smoothness_weight, ours.self_supervision_weight) == (
         [256, 512],
         1e-4,
@@ -146,7 +146,7 @@ def test_wrong_values_name_their_field(values, message):
 
 
 def test_pretraining_takes_the_flow(flow_run, drives, tmp_path):
-    # A network of five steps may agree with itself nowhere, one whose weights are zero does everywhere: its flow is zero.
+    # After five steps the two directions may agree nowhere; with zero weights the flow is zero and agrees everywhere.
     model = PoodleFlowModel.from_pretrained(flow_run / "model")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,7 +154,7 @@ def test_pretraining_takes_the_flow(flow_run, drives, tmp_path):
     model.save_pretrained(tmp_path / "still")
     pretrain(flags(drives, tmp_path / "run", "--flow", "unflow", "--flow_model", str(tmp_path / "still"), steps=1))
     (line,) = lines_of(tmp_path / "run")
-    assert line["dense_loss"] > 0 and 0.5 <= line["valid_fraction"] <= 1  # what is left out lies outside the views
+    assert line["dense_loss"] > 0 and 0.5 <= line["valid_fraction"] <= 1  # only points outside the views are left out
 
 
 def test_measure_of_known_flows():
@@ -173,12 +173,12 @@ def test_measure_of_known_flows():
     assert zero["kept"] == 1 and zero["wrong"] == pytest.approx((lengths > 3).mean())
     assert zero["hidden"] == pytest.approx(1 - visible.mean())
     assert zero["wrong_seen"] == pytest.approx((lengths[visible] > 3).mean()) and zero["wrong_seen"] != zero["wrong"]
-    # Wrong where the point is hidden, and nowhere else: occlusion alone.
+    # The flow is wrong only at hidden points: all its errors are occlusion.
     there_and_back = np.zeros_like(exact)
     there_and_back[:, 0] = np.float32([[[4]], [[-4]]])
     occluded = measure(lambda _: there_and_back, [(frames, there_and_back * visible[:, None], visible)])
     assert occluded["wrong"] == occluded["hidden"] > 0 and occluded["wrong_seen"] == 0
-    # Flow that no pixel agrees with: of none kept, no share is wrong.
+    # No pixel of this flow is kept, so there is no share of wrong ones.
     none = measure(lambda frames: np.full((2, 2, *frames.shape[-2:]), 1e4, np.float32), pairs)
     assert none["kept"] == 0 and none["wrong"] is none["hidden"] is none["wrong_seen"] is None
     assert occluded["motion"] == pytest.approx(4) and occluded["not_affine"] < 1e-5
@@ -208,7 +208,7 @@ def test_quality_of_several_flows_in_one_table(flow_run, tmp_path, capsys):
 
 
 def test_others_load_the_flow_from_the_hub(flow_run, bare_hub, tmp_path):
-    """With the code of the repository where the package is not, and without any once it is imported."""
+    """Without the package, the repository's code loads it; once the package is imported, no code of the repository is needed."""
     done = publish(bare_hub, flow_run, "--repo_id", "org/flow")
     assert done.returncode == 0, done.stderr
     code = {"config_checks.py", "configuration_poodle.py", "configuration_poodle_flow.py", "geometry_poodle.py"}

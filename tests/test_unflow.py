@@ -23,13 +23,13 @@ TINY = {"num_levels": 3, "stem_size": 4, "hidden_size": 6, "decoder_sizes": [8],
 def model() -> PoodleFlowModel:
     torch.manual_seed(0)
     model = PoodleFlowModel(PoodleFlowConfig(**TINY))
-    torch.nn.init.normal_(model.decoder.head.weight, std=0.02)  # as built it is near zero flow
+    torch.nn.init.normal_(model.decoder.head.weight, std=0.02)  # a new network's flow is near zero
     return model
 
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    """A run's folder with the network in model/."""
+    """A folder like a run's, with the network in model/."""
     folder = tmp_path_factory.mktemp("run")
     model.save_pretrained(folder / "model")
     return folder
@@ -77,13 +77,13 @@ def test_frames_in_turned_order_give_the_flows_in_turned_order(model):
         output, turned = model(frames), model(frames.flip(1))
         first_alone = model(frames[:1])
     hook.remove()
-    assert encoded == [4, 4] * 2 + [2, 2]  # each image once a level
+    assert encoded == [4, 4] * 2 + [2, 2]  # each image once per level
     assert output.flow.shape == (2, 2, 2, 32, 48) and output.flow.dtype == torch.float32
     assert [tuple(flow.shape) for flow in output.level_flows] == [(2, 2, 2, 8, 12), (2, 2, 2, 4, 6)]
     torch.testing.assert_close(turned.flow, output.flow.flip(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first_alone.flow, output.flow[:1], rtol=1e-4, atol=1e-4)
     assert (output.flow[:, 0] - output.flow[:, 1]).abs().max() > 0.1
-    # The flow of the finest level, four times as large and as long: bilinear reads keep the mean.
+    # The flow is that of the finest level, upsampled by four and scaled by four: bilinear reads keep the mean.
     mean = output.level_flows[0].mean(dim=(-1, -2))
     torch.testing.assert_close(output.flow.mean(dim=(-1, -2)), 4 * mean, rtol=1e-4, atol=1e-4)
 
@@ -94,7 +94,8 @@ def test_frames_of_half_size_pass_all_levels_but_the_finest(model):
     images = torch.rand(1, 3, 32, 48)
     large = torch.nn.functional.interpolate(images, scale_factor=2, mode="nearest")
     torch.testing.assert_close(model.pyramid(large)[1], model.pyramid(images)[0])
-    assert [tuple(f.shape[2:]) for f in model.pyramid(torch.zeros(1, 3, 24, 64))] == [(6, 16)]  # else 3 cells high
+    # The next level would be 3 cells high.
+    assert [tuple(f.shape[2:]) for f in model.pyramid(torch.zeros(1, 3, 24, 64))] == [(6, 16)]
 
 
 def test_frames_that_do_not_fit_are_refused(model):
@@ -119,7 +120,7 @@ def test_the_losses_together_are_their_weighted_sum_and_reach_every_weight(model
     visible = visible_mask(output.flow)
     assert 0 < visible.float().mean() < 1 and losses.valid_fraction == visible.float().mean()
     expected = torch.zeros(5)
-    for earlier, later in ((0, 1), (1, 0)):  # a direction at a time, where there they are one batch
+    for earlier, later in ((0, 1), (1, 0)):  # one direction at a time; flow_losses takes both as one batch
         pair, flow, mask = (frames[:, earlier], frames[:, later]), output.flow[:, earlier], visible[:, earlier].float()
         assert mask.sum() > 0
         small = [torch.nn.functional.avg_pool2d(frame, 8) for frame in pair]
@@ -139,7 +140,7 @@ def test_the_losses_together_are_their_weighted_sum_and_reach_every_weight(model
     )
     assert learned.any() and losses.self_supervision_loss.item() == pytest.approx(expected[3].item(), rel=1e-4)
     assert losses.smoothness_loss.item() == pytest.approx(expected[2].item(), rel=1e-4)
-    # A mean over both directions weighs each by its pixels; the two have nearly as many.
+    # The loss weighs the directions by their visible pixels, the twin equally; the counts are nearly the same.
     assert losses.photometric_loss.item() == pytest.approx(expected[0].item(), rel=0.03)
     total = losses.photometric_loss + 0.7 * expected[1] + 2.0 * expected[2] + 0.6 * expected[3]
     assert losses.loss.item() == pytest.approx(total.item(), rel=0.03)

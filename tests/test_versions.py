@@ -1,4 +1,4 @@
-"""The versions that setup.cfg admits are those that CI tries."""
+"""CI tests the versions that setup.cfg admits."""
 
 import configparser
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The look at videos before a run: sources without a usable one, and what a video does to its reader."""
+"""The first look at videos before a run: sources without a usable video, and videos that crash or block their reader."""
 
 import ctypes
 import multiprocessing
@@ -36,10 +36,10 @@ def test_a_source_without_a_usable_video_is_refused_by_its_name(tmp_path, videos
         resolve_videos(Accelerator(cpu=True), recipe)
     assert str(good) not in str(error.value)
     by_source = videos_by_source(recipe.videos)
-    # A file that is named itself is one of many, as where a shell expands a pattern: it is skipped as in a folder.
+    # Files may be named one by one, as when a shell expands a pattern: a bad one is skipped, as in a folder.
     alone = by_source[str(bad)][0]
     assert len(check_videos([alone, *videos], SAMPLING, videos_by_source([alone, *videos]))) == 1
-    # What is seen first of a source may be what is bad in it; the others of it are looked at then.
+    # If the first video seen of a source is bad, its other videos are looked at.
     sources = {"g": by_source[str(good)], "v": videos}
     (skipped,) = check_videos(merged(sources), SAMPLING, sources, limit=3)
     assert skipped.startswith(f"{good}/a.mp4: ")
@@ -71,7 +71,7 @@ def test_the_first_look_is_bounded_whatever_the_number_of_sources(monkeypatch, c
         "372 of the 500 folders, patterns, tars and data sets are not looked at before the run; what of them cannot be used is skipped"
     ]
     caplog.clear(), looked_at.clear()
-    # A folder of many beside sources of one: each is looked at.
+    # Beside a folder of many videos, each source of one video is looked at.
     by_source = {"many": paths[:490]} | {f"folder of {path}": [path] for path in paths[490:]}
     assert check_videos(paths, SAMPLING, by_source) == [] and set(paths[490:]) < set(looked_at)
     assert len(looked_at) < 80 and not caplog.messages
@@ -82,7 +82,7 @@ def segfault():
 
 
 def spin():
-    ctypes.PyDLL(None).sleep(60)  # as a decoder that never comes back: no thread of Python goes on
+    ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the GIL: like a decoder that never returns, no Python thread runs
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_first_look_ends_without_a_word_where_its_run_is_gone(videos):
     receiver.close()
     sender.close()
     reader.join(60)
-    assert reader.exitcode == 0  # 1 after a stack trace
+    assert reader.exitcode == 0  # it would be 1 after a stack trace
 
 
 def test_the_first_look_is_not_taken_twice(videos):

@@ -1,4 +1,4 @@
-"""Frames of MOVs and MP4s, by themselves and in passes, of files that are new and that are known."""
+"""Frames of MOV and MP4 files, decoded alone and in passes, from new files and from files already indexed."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monke
     monkeypatch.setattr(video_files.av, "open", lambda file, **how: opened.append(file) or open_container(file, **how))
     sampling = PairSampling(crop_size=(48, 64), frame_gap_seconds=(0.2, 0.5), pairs_per_video=3)
     stated = read_index(path).stated
-    once = len(opened)  # of MPEG-4 Part 2 twice
+    once = len(opened)  # 2 for MPEG-4 Part 2, else 1
     index_video.cache_clear()
     first = list(video_pairs(path, sampling, 0))
     assert len(opened) == once + (once if stated else 2 * once)
@@ -52,7 +52,7 @@ def test_a_new_file_is_opened_once_and_gives_what_a_known_one_gives(clips, monke
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
 def test_frames_between_intra_refreshes_are_found(tmp_path, container):
-    """What is marked as a keyframe there gives no picture before each part of it has come anew: at the next mark, 8 frames later."""
+    """A marked keyframe gives no whole picture until every part has been refreshed, at the next mark 8 frames later."""
     options = {**FAST, "x264-params": "intra-refresh=1:bframes=0"}
     path = str(write_clip(tmp_path / f"clip.{container}", Kind("", "libx264", size=(144, 176), options=options)))
     whole = (0, 0, 176, 144), (144, 176)
@@ -82,7 +82,7 @@ def test_a_frame_that_is_not_there_is_looked_for_a_bounded_number_of_times(clips
 
 @pytest.mark.parametrize("sides", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0), (0, 1, -1, 0)])
 def test_mirrored_frames_are_shown_as_their_matrix_says(clips, tmp_path, sides):
-    """x' = a x + c y, y' = b x + d y, with y down (ISO 14496-12)."""
+    """The matrix is x' = a x + c y, y' = b x + d y, with y down (ISO 14496-12)."""
     data, path = clips["h264.mp4"].read_bytes(), tmp_path / "clip.mp4"
     path.write_bytes(with_matrix(data, b"tkhd", *sides))
     plain, (a, b, c, d) = str(clips["h264.mp4"]), sides
@@ -100,9 +100,7 @@ def test_mirrored_frames_are_shown_as_their_matrix_says(clips, tmp_path, sides):
     cuts = [Cut(5, (0, 0, index.width, index.height), expected.shape[1:]), Cut(5, (8, 6, 40, 42), (36, 32))]
     (whole, part), _ = decode_cuts(str(path), index, cuts)
     assert np.array_equal(whole, expected)
-    assert (
-        np.abs(part.astype(int) - expected[:, 6:42, 8:40]).max() < 5
-    )  # colours at a crop's edges are a little other ones
+    assert np.abs(part.astype(int) - expected[:, 6:42, 8:40]).max() < 5  # colours differ slightly at a crop's edges
     of_page, plain_of_page = (
         read_clip(file, 5 / RATE, 1, 1, 64).frames[0].transpose(2, 0, 1) for file in (str(path), plain)
     )

@@ -1,4 +1,4 @@
-"""An index by tables and one of the whole file: what a process has read before changes no pair."""
+"""Indices from tables and from whole files: the pairs do not depend on what a process has read before."""
 
 import io
 from fractions import Fraction
@@ -20,7 +20,7 @@ from training.video_index import _estimate_pts, index_video, read_index
 
 
 def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monkeypatch):
-    """Of a clip whose size changes, where the header has the later one: pairs of the first frames, of the last, and of both."""
+    """The clip changes its size and the header has the later one; pairs lie in the first part, in the last, or in both."""
     monkeypatch.chdir(tmp_path)
     path = Path("changes.mp4")  # pairs are drawn by the name
     small, large = (
@@ -46,11 +46,11 @@ def test_what_a_file_gives_does_not_hang_on_what_was_read_before(tmp_path, monke
     index_video.cache_clear()
     check_videos([str(path)], PairSampling((40, 56), frame_gap_seconds=(0.3, 0.6)))
     assert in_turn == alone == [pairs_of(path, epoch) for epoch in range(12)]
-    assert {len(pairs) for pairs in alone} == {1, 3}  # left out, and read
+    assert {len(pairs) for pairs in alone} == {1, 3}  # an error, or three pairs
 
 
 def test_an_flv_whose_video_begins_later_than_zero_is_read(tmp_path):
-    """As FFmpeg writes those with sound. It seeks to no time before the first keyframe of an FLV of Sorenson video."""
+    """FFmpeg writes such files with sound; in FLVs of Sorenson video it cannot seek to a time before the first keyframe."""
     path = tmp_path / "late.flv"
     with av.open(str(path), "w") as writer:
         stream = writer.add_stream("flv", rate=25)
@@ -71,7 +71,7 @@ def test_an_flv_whose_video_begins_later_than_zero_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4_b_frames.mp4"])
 def test_a_cover_picture_is_not_the_video(tmp_path, monkeypatch, name):
-    """FFmpeg makes a stream of one, the first where it stands before the tracks."""
+    """FFmpeg makes a stream of a cover picture, which is the first stream if the picture stands before the tracks."""
     monkeypatch.chdir(tmp_path)
     index_video.cache_clear()
     path = write_clip(Path("clip.mp4"), BY_NAME[name])  # pairs are drawn by the name
@@ -79,7 +79,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path, monkeypatch, name):
     data, cover = path.read_bytes(), io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(cover, "PNG")
     place = data.index(b"mvhd") - 4
-    place += int.from_bytes(data[place : place + 4])  # behind it; media data stands before all tables
+    place += int.from_bytes(data[place : place + 4])  # after mvhd; the media data stands before all tables
     picture = box(b"covr", box(b"data", bytes([0, 0, 0, 14, 0, 0, 0, 0]) + cover.getvalue()))
     handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
     tags = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", picture)))
@@ -102,7 +102,7 @@ JOINED = ["h264_b_frames.ts", "mpeg2_b_frames.mpg", "vp9.webm", "h264_b_frames.m
 
 @pytest.mark.parametrize("name", JOINED)
 def test_files_joined_end_to_end_are_refused(tmp_path, name):
-    """One time is that of two frames in them, of scenes that have nothing to do with one another."""
+    """In such a file, two frames of unrelated scenes have the same time."""
     path = write_clip(tmp_path / name, BY_NAME[name])
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(
@@ -112,7 +112,7 @@ def test_files_joined_end_to_end_are_refused(tmp_path, name):
 
 
 def test_a_clock_may_run_over_and_be_a_little_unordered(tmp_path):
-    """The clock of MPEG-TS has 33 bits, 26.5 hours; and what follows begins 0.2 s before the end of what it follows."""
+    """The clock of MPEG-TS overflows after 33 bits, 26.5 hours; here the second part begins 0.2 s before the end of the first."""
     clip, joined = write_clip(tmp_path / "clip.ts", BY_NAME["h264_b_frames.ts"]), b""
     for offset in (2**33 - 2**18, 2**33 - 2**18 + 90000 * (FRAMES / RATE - 0.2)):
         with av.open(str(clip)) as reader, av.open(str(tmp_path / "part.ts"), "w") as writer:

@@ -1,4 +1,4 @@
-"""Bounds of one opening of a video, files that change, names of any kind, and files that are no videos."""
+"""Time limits of one opening of a video, files that change, names of any kind, and files that are not videos."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ class Stuck(torch.utils.data.Dataset):
 
 
 def test_a_decoder_that_never_comes_back_ends_its_worker_and_is_named(capfd):
-    with ended_if_stuck("here.mp4", 0.01):  # not a worker: nothing is ended
+    with ended_if_stuck("here.mp4", 0.01):  # this process is not a worker, so nothing is ended
         time.sleep(0.05)
     errors = logging.StreamHandler(os.fdopen(os.dup(2), "w"))
     logging.getLogger("poodle").addHandler(errors)
@@ -96,7 +96,7 @@ def test_an_empty_file_in_the_place_of_a_video_changes_no_pair_of_the_others(tmp
             for batch in loader:
                 (path,), epoch = batch["video"], int(batch["epoch"])
                 skipped |= {path for path, _ in batch["skipped"]}
-                if epoch > 5:  # a worker may be some ahead of the other
+                if epoch > 5:  # one worker may be ahead of the other
                     return pairs, skipped
                 if epoch < 2:
                     pairs[path, epoch] = batch["frames"].numpy().tobytes()
@@ -122,7 +122,7 @@ def test_a_file_that_was_replaced_after_it_was_indexed_is_left_out_once(tmp_path
 
 
 def test_lists_of_other_files_are_no_videos(tmp_path, clips):
-    """FFmpeg by itself opens what a script names."""
+    """FFmpeg alone would open the files that a list names."""
     (tmp_path / "secret.mp4").write_bytes(clips["h264.mp4"].read_bytes())
     script = tmp_path / "video.mp4"
     script.write_text("ffconcat version 1.0\nfile secret.mp4\n")

@@ -1,4 +1,4 @@
-"""Folders, patterns, tars and names as sources of videos: what is found, and what is named that is not."""
+"""Folders, patterns, tars and names as sources of videos: which videos are found, and how missing ones are named."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def test_sources(tmp_path, videos, caplog):
     for member, path in zip(members, videos):
         a, b = next(video_pairs(member, SAMPLING, 0)), index_video(path)
         assert index_video(member).pts == b.pts and a["frames"].shape == (2, 3, 32, 64)
-    # A folder that is linked is searched too: once, and a link back to where it is ends no search.
+    # Linked folders are searched too, each once; a link back to a parent does not make the search endless.
     (tmp_path / "drives").mkdir()
     for link, target in (("a", folder), ("b", folder), ("loop", tmp_path / "drives"), ("up", tmp_path)):
         (tmp_path / "drives" / link).symlink_to(target)
@@ -38,13 +38,13 @@ def test_sources(tmp_path, videos, caplog):
         ValueError, match=r"(?s)no videos found; tried.*nowhere: no such file.*\*\.xyz: a pattern that matches 0"
     ):
         find_videos([str(tmp_path / "nowhere"), str(tmp_path / "*.xyz")])
-    # A path of two parts may be misspelt or the name of a data set: the error tells of both.
+    # "clips/cut.mp4" may be a misspelt path or the name of a data set: the error mentions both.
     with pytest.raises(
         ValueError,
         match=r"clips/cut.mp4: no such file or folder here, and as a data set: .*OFFLINE is set: unset it\n",
     ):
         find_videos(["clips/cut.mp4"])
-    # One that is misspelt beside others would be a run on fewer videos than was meant.
+    # One misspelt source is refused even beside good ones, or the run would use fewer videos than meant.
     with pytest.raises(
         ValueError, match=r"(?s)in some sources; tried\n  .*shard.tar: 2 videos\n  .*nowhere: no such file"
     ):
@@ -70,7 +70,7 @@ def test_what_often_means_videos_is_refused_with_what_to_do(tmp_path):
 
 
 def test_what_is_not_there_is_named_and_what_is_hidden_left_out(tmp_path, videos, monkeypatch, caplog):
-    """A disk that is not mounted would cost its videos without a word; a trash and a snapshot are none of the run's."""
+    """Without a warning, nobody would miss the videos of an unmounted disk. Trash and snapshot folders are left out on purpose."""
     folder = tmp_path / "drives"
     for inner in ("seen", ".Trash-1000/files", ".snapshot/hourly.0", "closed"):
         (folder / inner).mkdir(parents=True)

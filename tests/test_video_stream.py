@@ -27,7 +27,7 @@ HEIGHT, WIDTH = 64, 128
 
 
 def numbered_video(path, times, codec="libx264", options=None, offset=0, gop=12):
-    """Frames show their number in eight blocks, bright for 1; pts in milliseconds."""
+    """Write a video whose frames show their number as eight blocks, bright for 1; pts are in milliseconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
@@ -46,7 +46,7 @@ def numbered_video(path, times, codec="libx264", options=None, offset=0, gop=12)
 
 
 def number_of(frame):
-    """(3, H, W) -> the number it shows."""
+    """Read the number that a (3, H, W) frame shows."""
     bright = frame.mean(axis=(0, 1)).reshape(8, -1)[:, 4:12].mean(axis=1) > 125
     return sum(int(bit) << k for k, bit in enumerate(bright))
 
@@ -85,7 +85,7 @@ def test_the_frames_of_a_pair_are_those_asked_for(tmp_path, name, times, kwargs)
 
 @pytest.mark.parametrize("gop", [12, 250])
 def test_frames_before_a_cut_without_encoding_are_never_asked_for(tmp_path, gop):
-    """`ffmpeg -ss X -i IN -c copy OUT` keeps the frames from the keyframe before X, and an edit list that hides them."""
+    """`ffmpeg -ss X -i IN -c copy OUT` keeps the frames from the keyframe before X on, and adds an edit list that hides them."""
     whole, path, hidden = numbered_video(tmp_path / "whole.mp4", CFR, gop=gop), str(tmp_path / "cut.mp4"), 40
     with (
         av.open(whole) as reader,
@@ -101,7 +101,7 @@ def test_frames_before_a_cut_without_encoding_are_never_asked_for(tmp_path, gop)
     assert len(index.pts) == len(CFR) - hidden and index.times[0] == 0
     sampling = PairSampling(**WHOLE, frame_gap_seconds=(0.3, 0.9), pairs_per_video=40)
     plans = plan_pairs(index, sampling, 0, path)
-    assert min(cut.number for plan in plans for cut in plan) < 10  # these follow from hidden ones
+    assert min(cut.number for plan in plans for cut in plan) < 10  # these are decoded from hidden frames
     for sample, plan in zip(video_pairs(path, sampling, 0), plans, strict=True):
         assert [number_of(frame) for frame in sample["frames"]] == [hidden + cut.number for cut in plan]
 
@@ -127,7 +127,7 @@ def test_crop_first_equals_convert_turn_crop_resize(turns, mirrored):
 
 
 def test_a_cut_with_odd_sides_is_whole():
-    """Flow that is computed for the box (`exact`) must fit the picture to its edge."""
+    """The `exact` flow is computed for the box, so the picture must fill the box to its edge."""
     column = (3 * np.arange(80)).astype(np.uint8)
     frame = av.VideoFrame.from_ndarray(np.broadcast_to(column[None, :, None], (96, 80, 3)).copy(), format="rgb24")
     for x1 in (71, 72):
@@ -147,7 +147,7 @@ SAMPLING = PairSampling(
 
 
 def test_a_cut_starts_no_threads(monkeypatch):
-    """libavfilter would start one for each core at every cut, in each of the loader's workers."""
+    """By default libavfilter would start a thread per core for every cut, in each of the loader's workers."""
     made, graph = [], av.filter.Graph
     monkeypatch.setattr(av.filter, "Graph", lambda: made.append(graph()) or made[-1])
     frame = av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8), format="rgb24")
@@ -156,7 +156,7 @@ def test_a_cut_starts_no_threads(monkeypatch):
 
 
 def test_which_pairs_are_drawn_is_the_same_everywhere_and_next_year():
-    """These numbers were drawn once: a change of them makes runs of earlier versions impossible to repeat or resume."""
+    """These numbers are pinned: if they change, runs of earlier versions can no longer be repeated or resumed."""
     index = VideoIndex(tuple(range(300)), np.arange(300) / 30, (0,), (0,), True, 720, 1280, 0, ())
     sampling = PairSampling(
         crop_size=(512, 1024), frame_scale=(1.0, 1.5), frame_gap_seconds=(0.5, 1.5), pairs_per_video=2, seed=5
@@ -167,7 +167,7 @@ def test_which_pairs_are_drawn_is_the_same_everywhere_and_next_year():
         (162, 201, (50, 82, 1274, 694)),
     ]
     assert all(first.box == second.box and first.size == second.size == (512, 1024) for first, second in pairs)
-    # Seed, epoch, name and number of the pair each make it another.
+    # Another seed, epoch, name or number gives another pair.
     for other in [
         plan_pairs(index, dataclasses.replace(sampling, seed=6), 3, "videos/a.mp4"),
         plan_pairs(index, sampling, 4, "videos/a.mp4"),
@@ -204,7 +204,7 @@ def test_no_pair_is_seen_by_two_ranks_and_every_epoch_is_whole(videos):
             batch = next(stream)
             seen += list(zip(batch["video"], batch["epoch"].tolist(), batch["repeat"].tolist()))
     assert len(seen) == 80 == len(set(seen))
-    for epoch in range(8):  # 10 pairs an epoch, two ranks in step
+    for epoch in range(8):  # 10 pairs per epoch, two ranks in step
         assert {s for s in seen if s[1] == epoch} == {(v, epoch, r) for v in videos for r in range(2)}
 
 
@@ -216,13 +216,12 @@ def test_the_pairs_of_a_batch_come_from_different_videos(videos):
         opened = list(zip(batch["video"], batch["epoch"].tolist()))
         assert len(set(opened)) == 4
         openings += opened
-    assert openings[:4] == openings[4:8] and not set(openings[:8]) & set(
-        openings[8:]
-    )  # both pairs of an opening, then the next
+    # Both pairs of each opening come first, then the next openings.
+    assert openings[:4] == openings[4:8] and not set(openings[:8]) & set(openings[8:])
 
 
 def test_a_span_grows_with_the_workers(videos):
-    """At its end workers are forked anew and nothing is read ahead: with 64 of them 2,048 openings would be 32 of each."""
+    """At the end of a span, workers are forked anew and nothing is read ahead; of 2,048 openings, 64 workers would get only 32 each."""
     few, many = PairLoader(videos, SAMPLING, 4, 2), PairLoader(videos, SAMPLING, 4, 8, world_size=8)
     assert len(few.openings(0)) == 2048 and len(many.openings(0)) >= 64 * 512
     state = {**many.state_dict(), "openings": 2048}
@@ -230,9 +229,9 @@ def test_a_span_grows_with_the_workers(videos):
         ValueError, match="the run is one of an earlier version, whose workers were given other shares"
     ):
         many.load_state_dict(state)
-    many.load_state_dict(state, inexact=True)  # as the error says
+    many.load_state_dict(state, inexact=True)  # as the error advises
     assert many.span == 1 and 2048 <= len(many.openings(0))
-    # So too where another rank of the same run is spans ahead: its `openings` are then this rank's.
+    # The same holds if another rank of the run is spans ahead: this rank then gets that rank's `openings`.
     many.load_state_dict({**many.state_dict(), "span": 1, "openings": 4 * len(many.openings(0))}, inexact=True)
     assert many.span == 4
 
@@ -246,7 +245,7 @@ def test_another_stream_is_not_resumed(videos):
     )
     with pytest.raises(ValueError, match=f"videos was {others}"):
         PairLoader(videos[:4], SAMPLING, 4, 2).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"videos was a list that begins with a\\nb, now"):  # of one line
+    with pytest.raises(ValueError, match=r"videos was a list that begins with a\\nb, now"):  # on one line
         PairLoader(videos, SAMPLING, 4, 2).load_state_dict({**state, "first_path": "a\nb", "paths": 0})
 
 
@@ -292,7 +291,7 @@ def test_real_clips(poodle_data):
 
 @pytest.mark.parametrize("clockwise", [0, 1, 2, 3])
 def test_rotation_metadata_of_a_phone(tmp_path, clockwise):
-    """The track's display matrix (ISO 14496-12): x' = a x + c y, y' = b x + d y, with y down."""
+    """The track's display matrix (ISO 14496-12) is x' = a x + c y, y' = b x + d y, with y down."""
     path = tmp_path / "phone.mp4"
     numbered_video(path, CFR[:30])
     data = bytearray(path.read_bytes())
@@ -309,7 +308,7 @@ def test_rotation_metadata_of_a_phone(tmp_path, clockwise):
         video_pairs(str(path), sampling, 0), plan_pairs(index, sampling, 0, str(path)), strict=True
     ):
         for frame, cut in zip(sample["frames"], plan):
-            upright = np.rot90(frame, clockwise, axes=(1, 2))  # counter-clockwise: back to the coded picture
+            upright = np.rot90(frame, clockwise, axes=(1, 2))  # turns counter-clockwise, back to the coded picture
             assert number_of(upright) == cut.number
 
 
@@ -343,10 +342,11 @@ def test_reading_on_leaves_no_file_open(videos):
 
 @pytest.mark.parametrize(("batch_size", "workers", "batches"), [(2, 0, 5), (4, 0, 7), (3, 2, 6), (12, 0, 2)])
 def test_epochs_seen_are_those_of_the_pairs(videos, batch_size, workers, batches):
-    """No pair of a later epoch comes, and with one epoch less some would be missing."""
+    """The batches hold no pair of a later epoch, and one epoch fewer would not cover them."""
     loader = PairLoader(videos, SAMPLING, batch_size, workers)
     shards, lanes = loader.shards(0), max(workers, 1)
-    taken = -(-(-(-batches // lanes) * batch_size) // (len(shards[0]) * SAMPLING.pairs_per_video))  # shards of a lane
+    # The number of shards that each lane has read.
+    taken = -(-(-(-batches // lanes) * batch_size) // (len(shards[0]) * SAMPLING.pairs_per_video))
     epochs = {epoch for lane in range(lanes) for shard in shards[lane::lanes][:taken] for epoch, _ in shard}
     assert loader.epochs_seen(batches) == max(epochs) + 1
 

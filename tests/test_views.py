@@ -1,4 +1,4 @@
-"""Random draws against torchvision, naive twins and the method's statistics."""
+"""Random views and subcrops against torchvision, naive twins and the method's statistics."""
 
 import colorsys
 import dataclasses
@@ -20,7 +20,7 @@ def generator(seed=0):
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_colour_adjustments_equal_torchvision_image_by_image(name):
     images = torch.rand(5, 3, 13, 17, generator=generator())
-    images[1] = 0.4  # grey: hue and saturation are undefined there
+    images[1] = 0.4  # grey, for which hue and saturation are undefined
     factor = torch.tensor([0.2, 1.8, 0.9, 1.0, 1.3]) if name != "hue" else torch.tensor([-0.2, 0.2, 0.05, 0.0, -0.11])
     ours = getattr(views, f"adjust_{name}")(images, factor)
     theirs = torch.stack([getattr(TF, f"adjust_{name}")(image, f.item()) for image, f in zip(images, factor)])
@@ -58,19 +58,19 @@ def test_augmentation_rates_match_the_method():
     grey = (out.amax(1) - out.amin(1)).amax(dim=(1, 2)) < 1e-4
     assert grey.float().mean().item() == pytest.approx(0.2, abs=0.03)
     untouched = (out - images).abs().amax(dim=(1, 2, 3)) < 1e-4
-    # no jitter (0.2), no grey (0.8), no blur (0.5); a blur of sigma under 0.2 changes nothing visible (0.05 of all blurs)
+    # No jitter (0.2), no grey (0.8), and no blur (0.5) or one of sigma under about 0.21, which changes nothing visible (0.06 of all blurs).
     assert untouched.float().mean().item() == pytest.approx(0.2 * 0.8 * (0.5 + 0.5 * 0.06), abs=0.02)
     assert 0 <= out.min() and out.max() <= 1 + 1e-6
 
 
 def test_augmentation_ranges_match_the_method():
     n = 1000
-    # Grey and constant: only brightness changes it.
+    # Only brightness changes a constant grey image.
     factor = views.photometric_augmentation(torch.full((n, 3, 8, 8), 0.4), generator(1))[:, 0, 4, 4] / 0.4
     assert ((factor - 1).abs() > 1e-3).float().mean().item() == pytest.approx(0.8, abs=0.04)
     assert factor.min().item() == pytest.approx(0.2, abs=0.01) and factor.max().item() == pytest.approx(1.8, abs=0.01)
     assert factor.mean().item() == pytest.approx(1, abs=0.05)
-    # Constant and a little red, hue 0: only the shift of the hue changes that.
+    # A constant, slightly red image has hue 0, which only the hue shift changes.
     red = torch.tensor([0.45, 0.4, 0.4])[:, None, None].expand(n, 3, 8, 8).contiguous()
     colours = views.photometric_augmentation(red, generator(2))[:, :, 4, 4]
     coloured = colours.amax(1) - colours.amin(1) > 1e-4  # not greyscale
@@ -78,12 +78,12 @@ def test_augmentation_ranges_match_the_method():
     hue = (hue + 0.5) % 1 - 0.5
     assert (hue.abs() > 1e-3).float().mean().item() == pytest.approx(0.8, abs=0.04)
     assert hue.min().item() == pytest.approx(-0.2, abs=0.01) and hue.max().item() == pytest.approx(0.2, abs=0.01)
-    # A grey point on grey: beside it a blur leaves exp(-1 / (2 sigma^2)) of what it leaves at the point, whatever the jitter.
+    # For a grey point on grey, the ratio of the blurred values beside and at the point is exp(-1 / (2 sigma^2)), whatever the jitter.
     point = torch.full((n, 3, 12, 12), 0.2)
     point[:, :, 6, 6] = 0.3
     out = views.photometric_augmentation(point, generator(3))[:, 0]
     ratio = (out[:, 6, 7] - out[:, 1, 1]) / (out[:, 6, 6] - out[:, 1, 1])
-    sigma = (-0.5 / ratio[ratio > 0.01].log()).sqrt()  # those above 0.33
+    sigma = (-0.5 / ratio[ratio > 0.01].log()).sqrt()  # only sigmas above 0.33
     assert len(sigma) / n == pytest.approx(0.5 * (2 - 0.33) / (2 - 0.1), abs=0.05)
     assert sigma.min().item() == pytest.approx(0.33, abs=0.02) and sigma.max().item() == pytest.approx(2, abs=0.02)
 
@@ -113,7 +113,7 @@ def test_views_have_the_methods_angles_scales_and_flips():
     )
     angle = torch.rad2deg(torch.asin(matrix[:, 0, 1] * scale))
     assert angle.abs().max() <= 10 + 1e-3 and angle.std().item() == pytest.approx(20 / math.sqrt(12), abs=0.2)
-    # a rotation in pixels, up to scale and flip: orthogonal columns of equal length
+    # In pixels, up to scale and flip, the matrix is a rotation: orthogonal columns of equal length.
     gram = matrix.transpose(1, 2) @ matrix * scale[:, None, None] ** 2
     torch.testing.assert_close(gram, torch.eye(2).expand_as(gram), atol=1e-4, rtol=0)
 
@@ -193,7 +193,7 @@ def test_matched_subcrops_follow_the_flow_with_jitter():
 
 
 def test_subcrops_start_from_cells_as_large_as_a_mean_subcrop():
-    # Cells of sqrt(0.04) * 100 = 20 pixels: 50 of them. A box moved inside stays with its centre in its cell.
+    # There are 50 cells with sides of sqrt(0.04) * 100 = 20 pixels. A box that is moved inside keeps its centre in its cell.
     out = views.draw_subcrops(torch.zeros(4, 2, 2, 100, 200), 50, generator(), area=(0.03, 0.05))
     centre = (out["student_boxes"][..., :2] + out["student_boxes"][..., 2:]) / 2
     cells = (centre[..., 1] // 20) * 10 + centre[..., 0] // 20
@@ -243,7 +243,7 @@ def test_subcrops_that_do_not_follow_the_flow_lie_anywhere_in_the_other_frame():
 
 
 def test_the_number_of_tries_gives_the_expected_matched_fraction():
-    # The point is moved exactly onto the right edge: each try lands inside with probability 1/2.
+    # The flow leads exactly to the right edge, so the jitter of each try lands inside with probability 1/2.
     height, width = 40, 80
     x = torch.arange(width) + 0.5
     flow = torch.zeros(2000, 2, 2, height, width)
@@ -265,7 +265,7 @@ def test_model_inputs_are_the_parts_in_their_order(paper):
         affine_views=paper, subcrops_follow_flow=paper,
     )  # fmt: skip
     frames = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8, generator=generator())
-    flow = frames[:, :, :2] / 127.5 - 1  # up to a pixel each way, so that the check keeps a part
+    flow = frames[:, :, :2] / 127.5 - 1  # up to a pixel each way, so that the consistency check keeps a part
     made = views.model_inputs({"frames": frames}, recipe, generator(5), lambda frames: frames[:, :, :2] / 127.5 - 1)
 
     draws = generator(5)
@@ -284,7 +284,7 @@ def test_model_inputs_are_the_parts_in_their_order(paper):
     for name, value in expected.items():
         torch.testing.assert_close(made[name], value, msg=name)
 
-    # FlowE's bound is the same everywhere.
+    # FlowE's error bound is the same for all flow lengths.
     made = views.model_inputs(
         {"frames": frames, "flow": flow}, dataclasses.replace(recipe, flow_max_error=0.9), generator(5)
     )
@@ -294,7 +294,7 @@ def test_model_inputs_are_the_parts_in_their_order(paper):
         made["valid_mask"], expected["valid_mask"]
     )
 
-    # The loader's flow, in half the bytes, and its mask take the place of what would be estimated.
+    # The loader's flow, in half precision, and its mask replace the estimates.
     mask = torch.rand(2, 2, 64, 96, generator=generator(1)) < 0.5
     given = {"frames": frames, "flow": flow.half(), "valid_mask": mask}
     made = views.model_inputs(given, recipe, generator(5))
@@ -319,7 +319,7 @@ def test_flow_that_is_not_finite_is_zero_invalid_and_followed_by_no_subcrop():
 
 
 def test_everything_is_made_on_the_device_of_the_generator():
-    """Where the default device is another one: what is made without a word of its device would not fit its neighbours."""
+    """With another default device, a tensor created without `device=` would not match the others."""
     frames, flow = torch.zeros(1, 2, 3, 64, 96, dtype=torch.uint8), torch.zeros(1, 2, 2, 64, 96)
     recipes = [
         Recipe(crop_size=[64, 96], num_subcrops=3, subcrop_size=32, affine_views=affine, subcrops_follow_flow=affine)
