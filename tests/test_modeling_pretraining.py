@@ -288,7 +288,7 @@ def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
     assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
 
 
-# True and False: BatchNorm of several GPUs, compiled or not.
+# False and True: synchronised BatchNorm, as on several GPUs, without and with torch.compile.
 @pytest.mark.parametrize("synchronised", [None, False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(synchronised):
     torch.manual_seed(0)

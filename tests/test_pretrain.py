@@ -41,9 +41,7 @@ def test_the_teacher_moves_once_an_optimizer_step(drives, tmp_path, monkeypatch)
 
 
 def test_accumulated_gradients_are_the_mean_of_their_parts(drives, tmp_path, monkeypatch):
-    """
-    With two micro-steps, the reported loss is the mean of theirs, and no tensor of the first stays in memory during the second.
-    """
+    """With two micro-steps of two pairs, the loss reported is their mean, and no tensor of the first stays in memory for the second."""
     losses, features, original = [], [], PoodleForPreTraining.forward
 
     def forward(self, *args, **kwargs):

@@ -10,7 +10,7 @@ from evaluation.studies.study import read_results
 from training import subcrop_study
 from training.subcrop_study import NO_JITTER, OTHERS, Tally, alone, covered, find_objects, hits, main, same_instance
 
-# A road (0) is split in two by a car (1, instance 7), which touches another car (instance 9). There are also a speck of a sign (2) and void.
+# A road (0) is split in two by a car (1, instance 7), which touches another car (instance 9); there are a speck of a sign (2) and void.
 LABELS = np.zeros((12, 20), np.uint8)
 LABELS[:, 6:12] = 1
 LABELS[0, 18], LABELS[11, :3] = 2, 255
