@@ -1,4 +1,4 @@
-"""URLs with a password or a signature: read as they are given, and known, shown and kept without either."""
+"""URLs with a password or a signature: read as given, but identified, shown and stored without either."""
 
 import base64
 import logging
@@ -25,12 +25,12 @@ from training.video_sources import find_videos
 from training.video_stream import PairLoader
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SECRETS = ("hunter2-hunter2", "signed-yesterday", "signed-today")  # the password, and signatures of two days
+SECRETS = ("hunter2-hunter2", "signed-yesterday", "signed-today")  # the password, and the signatures of two days
 SAMPLING = PairSampling(crop_size=(64, 128), frame_gap_seconds=(0.2, 0.8), pairs_per_video=2)
 
 
 class Guarded(FileHandler):
-    """Answers who has the password and a signature."""
+    """Answers only requests with the password and one of the two signatures."""
 
     def answer(self, body: bool) -> None:
         allowed = f"Basic {base64.b64encode(b'me:hunter2-hunter2').decode()}"
@@ -163,7 +163,7 @@ def test_another_signature_draws_the_same_pairs_and_goes_on(guarded, workers, ta
     next(stream)
     state = before.state_dict()
     expected = next(stream)
-    reading = [note.value for note in before.workers._notes]  # what is named where a worker crashes
+    reading = [note.value for note in before.workers._notes]  # the video to name if a worker crashes
     assert len(reading) == workers and all(note.startswith(guarded.url.encode()) for note in reading)
     assert not holds_secret(repr(reading).encode())
     before.close()

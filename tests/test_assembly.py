@@ -1,4 +1,4 @@
-"""What a run is assembled from, before its first step."""
+"""The parts of a run, as they are built before its first step."""
 
 import pytest
 import torch
@@ -24,7 +24,11 @@ from training.recipe import Recipe, check_crop_size
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 @pytest.mark.parametrize("make", [lambda: make_accelerator(Recipe()), outputs.make_accelerator])
 def test_sharded_models_are_refused_before_the_first_step(monkeypatch, kind, make):
-    """Else the first checkpoint would fail, of tensors of which each process has a part. (Accelerate takes the setting on GPUs alone.)"""
+    """
+    Otherwise the first checkpoint would fail, because each process holds only a part of each tensor.
+
+    The distributed type is patched, since Accelerate accepts these settings only on GPUs.
+    """
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
     with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}; here each process has the whole"):
         make()
@@ -53,7 +57,7 @@ def test_what_is_compiled_keeps_the_batch_norm_that_compiles():
 
 
 def test_what_a_step_keeps_is_not_copied_to_float32(fresh_accelerator):
-    """As Accelerate does with all outputs under bf16."""
+    """Under bf16, Accelerate converts all outputs to float32."""
 
     class Halved(nn.Module):
         def forward(self, images):

@@ -1,4 +1,4 @@
-"""The benchmarks: every script runs, and counts what it says. No test asserts a time. (Their baseline is tested in test_reference.py.)"""
+"""The benchmarks: every script runs and counts what it claims to. No test asserts a time. Their baseline is tested in test_reference.py."""
 
 import json
 import re
@@ -35,7 +35,7 @@ SMALL = [
 
 
 def test_what_runs_on_a_gpu_needs_no_video_library():
-    """Machines with a GPU are often offline, with torch, transformers and OpenCV alone."""
+    """Machines with a GPU are often offline and have only torch, transformers and OpenCV."""
     needed = "step cost raft processes memory"
     script = f"""
 import sys
@@ -71,7 +71,7 @@ def test_flops_are_counted_by_part():
 
 
 def test_counting_flops_leaves_what_is_compiled_compiled():
-    """torch 2.11 skips it for good once it has run below a FlopCounterMode."""
+    """torch 2.11 never uses a compiled module again once it has run below a FlopCounterMode."""
     runs = []
 
     def backend(graph, _):
@@ -114,7 +114,7 @@ def test_flows_that_a_step_cannot_estimate_are_refused(capsys, flow, reference, 
 
 
 def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fresh_accelerator):
-    """A gradient that is not finite changes no weight."""
+    """As in a run, a gradient that is not finite changes no weight."""
     PoodleFlowModel(PoodleFlowConfig(**FLOW_NETWORK)).save_pretrained(tmp_path / "model")
     flags, threads = ["--flow", "unflow", "--flow_model", str(tmp_path / "model"), *SMALL], torch.get_num_threads()
     step = OurStep(step_recipe(benchmark_parser(""), flags))
@@ -131,7 +131,11 @@ def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fre
 
 
 def test_a_step_does_not_wait_for_the_copy_of_a_loader_s_frames():
-    """As a run does not: the copy waits for the step before it, and the host with it, which would then start nothing ahead."""
+    """
+    The copy must not block, as in a run.
+
+    It waits for the step before it. A host that waited too could not start work ahead of the device.
+    """
     step, device, copies = object.__new__(OurStep), torch.device("meta"), []
     step.device, step.clock = device, Clock(device)
 
@@ -141,7 +145,7 @@ def test_a_step_does_not_wait_for_the_copy_of_a_loader_s_frames():
                 copies.append(kwargs.get("non_blocking", False))
             return function(*args, **(kwargs or {}))
 
-    # The flow, which comes next, is refused.
+    # The call ends at the flow, which follows the copy and is refused.
     step.recipe, step.flow_module, step.pair_flow = None, None, DisFlow()
     with Copies(), pytest.raises(ValueError, match="frames must be"):
         step({"frames": torch.zeros(1, 2, 3, 64, 64)})
@@ -149,7 +153,7 @@ def test_a_step_does_not_wait_for_the_copy_of_a_loader_s_frames():
 
 
 def run(script: str, *arguments: str) -> str:
-    """Output of a benchmark run as a user runs it."""
+    """Return the output of a benchmark that is run as a user runs it."""
     result = forked(REPOSITORY / "benchmarks" / script, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -173,7 +177,7 @@ def test_step_beside_the_reference(tmp_path):
     assert all(value > 0 for value in parts.values())
     kernels = figures["ours"]["kernels_ms"]
     assert kernels.pop("compiled") == 0 and all(value > 0 for value in kernels.values())
-    tflops = 2 * figures["ours"]["model_gflops_a_pair"] / 1000  # of two pairs
+    tflops = 2 * figures["ours"]["model_gflops_a_pair"] / 1000  # a step has two pairs
     took = figures["ours"]["kernels_ms"]["convolutions"] / 1000
     assert figures["ours"]["convolutions_tflops_per_second"] == pytest.approx(tflops / took, rel=1e-6)
     assert figures["ours"]["model_tflops_per_second"] > 0
@@ -194,7 +198,7 @@ def test_a_reference_that_does_not_fit_leaves_our_figures(tmp_path):
 
 @pytest.mark.parametrize("building", [True, False])
 def test_the_largest_batch_is_found_and_other_errors_are_none_of_its_size(monkeypatch, building):
-    """A step that three pairs fit: what is too large is told from what is wrong."""
+    """At most three pairs fit in a step. Too little memory must be told apart from other errors."""
 
     class Step:
         device = torch.device("cpu")
@@ -259,7 +263,8 @@ def test_clips_have_the_groups_of_pictures_that_they_are_named_by(tmp_path):
 
 def test_raft_beside_torchvision(tmp_path, monkeypatch):
     small = ["--variant", "raft_small", "--crop_size", "128", "128", "--updates", "3", "--repeats", "1"]
-    # In this process, which the script leaves as it is but for these; others fork, and must not from one whose threads have run.
+    # The script runs in this process and changes only what is restored here. Other benchmarks run in forks, but a process whose threads
+    # have run must not fork.
     monkeypatch.setattr(sys, "argv", ["raft.py", *small, "--overfit", "3", "--json", str(tmp_path / "f.json")])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
@@ -272,7 +277,7 @@ def test_raft_beside_torchvision(tmp_path, monkeypatch):
 def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
     benchmark = runpy.run_path(str(REPOSITORY / "benchmarks" / "precomputed.py"))
     row = benchmark["paying"]({"decode_ms": 9.0, "compute_ms": 8.0, "write_ms": 1.0, "read_ms": 2.0, "kib": 60.0})
-    assert row["passes"] == 3  # 9 + 8 + 1 to write, then 2 a pass against 8: equal after three
+    assert row["passes"] == 3  # 9 + 8 + 1 to write, then 2 a pass instead of 8: even after three passes
     assert row["mb_a_second"] == pytest.approx(60 * 1024 / 0.006 / 1e6)
     assert (
         benchmark["paying"]({"decode_ms": 9.0, "compute_ms": 1.0, "write_ms": 1.0, "read_ms": 2.0, "kib": 60.0})[
@@ -288,16 +293,16 @@ def test_precomputed_flow_says_when_it_pays(tmp_path, monkeypatch):
     row, raft = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert (row["size"], row["flow"]) == ("128x128", "dis")
     assert min(row["decode_ms"], row["compute_ms"], row["read_ms"]) > 0
-    assert 1 < row["kib"] < 4 * 128 * 128 * 2 / 1024  # packed: less than the 16-bit numbers
+    assert 1 < row["kib"] < 4 * 128 * 128 * 2 / 1024  # packed: fewer bytes than as 16-bit numbers
     assert raft["flow"] == "raft_small, 2 updates, 7 pair(s) at once, bf16"
     assert (
         raft["compute_ms"] > 0 and raft["decode_ms"] == row["decode_ms"]
-    )  # with random weights the rest is that of DIS
+    )  # the weights are random, and the other figures are those of DIS
 
 
 def test_memory_over_time_is_told_of_batches_and_steps(drives, tmp_path):
     counts = ("--batches", "10", "--steps", "10", "--json", tmp_path / "f.json")
-    # Not a fork: what a user starts has no path but the script's own folder, and imports what it needs.
+    # Not a fork: a script that a user starts has only its own folder on the path and imports everything itself.
     command = [sys.executable, REPOSITORY / "benchmarks" / "memory.py", *counts, "--videos", drives, *SMALL]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -310,7 +315,7 @@ def test_memory_over_time_is_told_of_batches_and_steps(drives, tmp_path):
 
 
 def test_every_benchmark_finds_the_repository_by_itself():
-    """The packages are installed, benchmarks/ is not."""
+    """The packages are installed, but benchmarks/ is not."""
     scripts = [
         path for path in (REPOSITORY / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
     ]
@@ -340,9 +345,9 @@ def test_cost_names_what_it_changes(tmp_path):
     run("cost.py", "--only", "dense_stride", *figures, *SMALL)
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert [row["to"] for row in rows] == ["as it is", "4", "1"]
-    # More points at which the loss is taken cost no products.
+    # More points in the loss cost no further products.
     assert rows[2]["gflops_a_pair"] == rows[1]["gflops_a_pair"] == rows[0]["gflops_a_pair"] > 0
-    # Counted alone: the same without times.
+    # With --count_only, the counts are the same and the times are missing.
     run("cost.py", "--only", "dense_stride", "--count_only", "--json", str(tmp_path / "g.json"), *SMALL)
     counted = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert [row["gflops_a_pair"] for row in counted] == [row["gflops_a_pair"] for row in rows]

@@ -1,4 +1,4 @@
-"""COCO's figures and the layouts of data sets with boxes."""
+"""COCO's metrics, and the layouts of data sets with boxes."""
 
 import dataclasses
 import json
@@ -35,23 +35,23 @@ def test_coco_scores_equal_closed_forms():
     truth = [example([SMALL, MEDIUM, LARGE], [0, 0, 1]), example([])]
     perfect = [predicted([SMALL, MEDIUM, LARGE], [0.9, 0.8, 0.7], [0, 0, 1]), predicted([], [])]
     scores = coco_scores(truth, perfect, ("a", "b", "c"))
-    assert scores["per_class"] == {"a": pytest.approx(1), "b": pytest.approx(1), "c": None}  # c is nowhere
+    assert scores["per_class"] == {"a": pytest.approx(1), "b": pytest.approx(1), "c": None}  # no image shows c
     assert [scores[k] for k in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")] == pytest.approx([1] * 6)
     assert coco_scores(truth, [predicted([], [])] * 2, ("a", "b", "c"))["ap"] == 0
-    # Shifted by a fifth of its width: IoU 2/3, right at the thresholds 0.50, 0.55, 0.60 and 0.65 of ten.
+    # Shifted by a fifth of its width, the box has IoU 2/3. It counts at 0.50, 0.55, 0.60 and 0.65, four of the ten thresholds.
     scores = coco_scores([example([LARGE])], [predicted([[130, 100, 280, 250]], [0.9])], ("a",))
     assert (scores["ap"], scores["ap50"], scores["ap75"]) == pytest.approx((0.4, 1, 0))
     assert (scores["ap_small"], scores["ap_medium"], scores["ap_large"]) == (None, None, pytest.approx(0.4))
-    # One of two found: precision 1 at the recalls 0, 0.01, ..., 0.50 of 101.
+    # One of two boxes is found: precision 1 at the recalls 0, 0.01, ..., 0.50, which are 51 of 101.
     assert coco_scores([example([SMALL, LARGE])], [predicted([LARGE], [0.9])], ("a",))["ap"] == pytest.approx(51 / 101)
-    # A wrong box above the right one: precision 1/2 at all recalls; below it, or of another class: no harm.
+    # A wrong box ranked above the right one gives precision 1/2 at all recalls. Ranked below, or of another class, it does no harm.
     for score, label, expected in ((0.95, 0, 0.5), (0.5, 0, 1.0), (0.95, 1, 1.0)):
         found = predicted([LARGE, SMALL], [0.9, score], [0, label])
         assert coco_scores([example([LARGE])], [found], ("a", "b"))["ap"] == pytest.approx(expected)
-    # What is found in a crowd counts neither way.
+    # A box found in a crowd counts as neither right nor wrong.
     found = predicted([LARGE, MEDIUM], [0.9, 0.95])
     assert coco_scores([example([LARGE, MEDIUM], crowd=[False, True])], [found], ("a",))["ap"] == pytest.approx(1)
-    # Size is told by the given area: a mask's where there is one.
+    # The given area decides on the size; if the object has a mask, it is the mask's area.
     thin = coco_scores([example([MEDIUM], areas=np.array([900.0]))], [predicted([MEDIUM], [1.0])], ("a",))
     assert (thin["ap_small"], thin["ap_medium"]) == (pytest.approx(1), None)
     with pytest.raises(ValueError, match="2 images, but predictions for 1"):
@@ -59,7 +59,11 @@ def test_coco_scores_equal_closed_forms():
 
 
 def naive_ap(examples, predictions, label: int, threshold: float) -> float:
-    """One class at one threshold: boxes by falling score take the best free true box; 101 points of interpolated precision."""
+    """
+    AP of one class at one threshold, by loops.
+
+    In order of falling score, each box takes the best true box that is still free. Precision is interpolated at 101 points.
+    """
     ranked = sorted(
         (
             (s, n, b)
@@ -120,7 +124,7 @@ def test_coco_folder(street_boxes):
 
 
 def write_coco(folder: Path, **changes) -> None:
-    """train/ and val/ of one black image, 20x10, with one box; `changes` replace parts of val's annotations."""
+    """Write train/ and val/ with one black image of 20x10 and one box each; `changes` replace parts of the annotations."""
     for split in ("train", "val"):
         (folder / split / "images").mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(folder / split / "images" / "a.png")
@@ -177,7 +181,7 @@ def test_an_image_that_is_listed_twice_is_named(tmp_path):
 
 
 def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, caplog):
-    """As two of COCO's train2017."""
+    """Two boxes in COCO's train2017 are like this."""
     write_coco(tmp_path)
     annotations = tmp_path / "train" / "annotations.json"
     coco = json.loads(annotations.read_text())
@@ -190,12 +194,16 @@ def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path, caplog
 
 
 def test_boxes_of_which_nothing_is_left_in_the_image_are_left_out(tmp_path, caplog):
-    """Once they are cut at the border and in single precision, where a detector would refuse them in the middle of a fit."""
+    """
+    Boxes that are empty once they are cut at the border and stored in single precision.
+
+    A detector would refuse such a box in the middle of a fit.
+    """
     write_coco(tmp_path)
     annotations = tmp_path / "train" / "annotations.json"
     coco = json.loads(annotations.read_text())
     thin = [-0.5, 2, 0.4, 5], [-0.6, 2, 0.6, 5], [19, 2, 1e-7, 5], [2, 9.9999999, 5, 0.5], [19.99999999, 2, 0.5, 5]
-    # One step of float32 wide; mirrored in the image it would be none.
+    # One step of float32 wide. Mirrored in the image, it would have no width at all.
     thin = *thin, [1 - 2**-24, 2, 2**-24, 5]
     coco["annotations"] = [
         {**coco["annotations"][0], "id": 10 + number, "bbox": bbox, "area": number}
@@ -217,7 +225,7 @@ def test_boxes_of_which_nothing_is_left_in_the_image_are_left_out(tmp_path, capl
 
 
 def test_missing_files_are_explained(tmp_path):
-    write_coco(tmp_path, annotation={"bbox": [-0.5, 2, 20.9, 5]})  # less than a pixel outside is cut
+    write_coco(tmp_path, annotation={"bbox": [-0.5, 2, 20.9, 5]})  # boxes less than a pixel outside are cut
     assert load_boxes("coco_folder", str(tmp_path)).test[0].boxes.tolist() == [[0, 2, 20, 7]]
     (tmp_path / "val" / "annotations.json").write_text("{")
     with pytest.raises(ValueError, match=r"annotations.json cannot be read"):

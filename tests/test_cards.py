@@ -1,4 +1,4 @@
-"""Model cards: what was done and measured, and nothing else."""
+"""Model cards: they state what was done and measured, and nothing else."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ def test_the_card_holds_what_was_done_and_measured(own_hub, published_run, tmp_p
     evaluation = tmp_path / "evaluation.json"
     evaluation.write_text(
         json.dumps({**EVALUATION, "model": str(published_run)})
-    )  # a run's name stands for its model/
+    )  # the folder of a run stands for its model/
     done = publish(own_hub, published_run, "--repo_id", "org/p", "--evaluation", evaluation)
     assert done.returncode == 0, done.stderr
     texts = {
@@ -57,10 +57,10 @@ def test_the_card_holds_what_was_done_and_measured(own_hub, published_run, tmp_p
     script = "import sys; from huggingface_hub import ModelCard; [ModelCard(open(p).read()).validate() for p in sys.argv[1:]]"
     for name, text in texts.items():
         (tmp_path / f"{name.replace('/', '-')}.md").write_text(text)
-    asked = 2  # by the two pushes
+    asked = 2  # one request for each of the two pushes
     if Version(huggingface_hub.__version__) >= Version(
         "2.4"
-    ):  # older clients ask the Hub of the internet, whatever HF_ENDPOINT says
+    ):  # older clients ask the public Hub, whatever HF_ENDPOINT says
         assert python(own_hub, tmp_path, script, *sorted(tmp_path.glob("org-*.md"))).returncode == 0
         asked = 4
     assert sum(path == "/api/validate-yaml" for _, path, _ in own_hub.requests) >= asked
@@ -73,14 +73,14 @@ def test_sources_and_carbon_in_a_card(tmp_path):
     }  # fmt: skip
     (tmp_path / "emissions.csv").write_text("project_name,emissions\na,0.5\nb,0.25\n")
     assert cards._emissions(tmp_path / "emissions.csv")["emissions"] == 750
-    # Written while it was measured: each line of a run has the one before in it.
+    # With a run_id, the lines are snapshots of a run in progress: each line includes the one before it.
     (tmp_path / "emissions.csv").write_text("run_id,emissions\nx,0.125\nx,0.5\ny,0.25\n")
     lines = [
         {"step": 10, "pairs_per_second": 4.0},
         {"step": 20, "pairs_per_second": 8.0},
         {"step": 30, "pairs_per_second": 1.0},
     ]
-    # The last line is half written, as a kill leaves it.
+    # The last line is incomplete, as after a kill.
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"step": 40, "pairs_per']))
     config = {
         "backbone_config": {"model_type": "resnet"},
@@ -91,7 +91,7 @@ def test_sources_and_carbon_in_a_card(tmp_path):
     card = ModelCard(cards.run_card("encoder", config, recipe, cards.Facts(20, "teacher", "2 x GPU", 2, tmp_path)))
     assert card.data.datasets == ["org/drives"] and card.data.base_model == "microsoft/resnet-50"
     assert card.data.co2_eq_emissions["emissions"] == 750  # grams
-    # 10 steps of 16 pairs at 4 pairs a second, then at 8; what came after the step of these weights does not count.
+    # 10 steps of 16 pairs at 4 pairs a second, then 10 at 8. Steps after the one of these weights do not count.
     assert "| Time | 1.0 minutes |" in card.text
     assert "https://example.com/a.mp4`, 1 local source |" in card.text and "dilated to stride 8" in card.text
     assert 'out_features=["stage1", "stage3"]' in card.text
@@ -103,7 +103,11 @@ TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads":
 
 @pytest.mark.parametrize("kind", ["resnet", "dinov2", "vit", "deit"])
 def test_an_encoder_s_lines_give_the_trained_features_of_an_image_of_any_size(tmp_path, monkeypatch, kind):
-    """A grey one, too. DINOv2's own pooled output is its class token, and a ViT's has weights that nothing trained."""
+    """
+    The code in the card must work for grey images too.
+
+    It cannot use the encoder's own pooled output: DINOv2's is its class token, and a ViT's has weights that nothing trained.
+    """
     torch.manual_seed(0)
     backbone = RESNET if kind == "resnet" else {"model_type": kind, **TRANSFORMER}
     model = PoodleModel(PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)).eval()
@@ -111,7 +115,7 @@ def test_an_encoder_s_lines_give_the_trained_features_of_an_image_of_any_size(tm
     facts = cards.Facts(2, "teacher", "2 x GPU", 2, tmp_path)
     write_folders(model, tmp_path, lambda part: cards.run_card(part, model.config.to_dict(), recipe, facts))
     code = re.search(r"```python\n(.*?)```", (tmp_path / "encoder" / "README.md").read_text(), re.DOTALL).group(1)
-    if kind in ("resnet", "dinov2"):  # the Auto class takes no local folder
+    if kind in ("resnet", "dinov2"):  # the Auto class accepts no local folder
         own = type(model.encoder)
         monkeypatch.setattr(AutoBackbone, "from_pretrained", own.from_pretrained)
     scope = {"image": Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 72), dtype=np.uint8))}
@@ -149,7 +153,11 @@ def test_no_pipeline_is_offered_where_it_cannot_load_the_encoder(tmp_path):
 
 @pytest.mark.parametrize("stride", [8, None])
 def test_a_network_without_decoder_is_shown_and_measured_as_what_it_is(tmp_path, monkeypatch, stride):
-    """Dilated, it goes to the Hub beside its encoder, with code that loads it; else it is its encoder, and a run's figures are that one's."""
+    """
+    A dilated network is published beside its encoder, with code that loads it.
+
+    Without dilation the network is its encoder, and the run's figures belong to the encoder.
+    """
     torch.manual_seed(0)
     run, said = tmp_path / "run", {}
     config = PoodleConfig(backbone_config=RESNET, num_decoder_blocks=0, output_stride=stride)
@@ -189,7 +197,7 @@ def test_a_card_names_the_last_stage_of_its_own_encoder(tmp_path):
 
 
 def test_a_readout_of_a_folder_names_no_base_model_of_the_hub():
-    """`runs/mine` looks like an id: a folder's weights have a digest in the result."""
+    """`runs/mine` looks like a Hub id, but only results of a local folder hold a digest of the weights."""
     config = {"architectures": ["UperNetForSemanticSegmentation"], "model_type": "upernet"}
     result = {"readout": "upernet", "dataset": "camvid", "model": "runs/mine"}
     assert ModelCard(cards.folder_card(config, [result])).data.base_model == "runs/mine"
@@ -198,7 +206,7 @@ def test_a_readout_of_a_folder_names_no_base_model_of_the_hub():
 
 
 def test_each_result_is_an_entry_of_its_own():
-    """The Hub's client merges what has one task, data set and config, whatever their names."""
+    """The Hub's client merges results that share task, data set and config, whatever their names."""
     boxes = {"ap": 0.1, "ap50": 0.2, "dataset": "street", "num_train_images": 9, "num_test_images": 5, "seed": 0}
     changes = (
         {},
@@ -261,7 +269,7 @@ def test_what_was_not_measured_is_refused(as_script, published_run, tmp_path, ch
 
 
 def test_no_field_of_a_recipe_that_can_hold_a_path_is_in_a_card():
-    """Whoever adds one says here that it holds none, or leaves it out of cards."""
+    """Whoever adds such a field either keeps it out of cards or states here that it holds no path."""
     fields = {name: str(kind) for of in (Recipe, FlowRecipe) for name, kind in get_type_hints(of).items()}
     texts = {name for name, kind in fields.items() if "str" in kind or "dict" in kind}
     assert texts - set(cards._PRIVATE_FIELDS) == {"model", "flow"}

@@ -42,11 +42,11 @@ def drives(tmp_path_factory) -> Path:
     return folder
 
 
-THREADS = "2"  # a 1 is heeded without a launcher alone, and runs on other numbers of threads differ
+THREADS = "2"  # not 1, which is ignored under a launcher; runs with different numbers of threads differ
 
 
 def command(drives, output_dir, *flags, processes=1, workers=2, launcher=True):
-    # On CPUs `accelerate launch` starts one process (more only under MPI); torchrun starts what Accelerate then finds.
+    # On CPUs `accelerate launch` starts more than one process only under MPI. torchrun starts two, which Accelerate then detects.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     if not launcher:
         launch = [sys.executable]
@@ -72,7 +72,7 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
 
 
 def refusal(drives, output_dir, *flags) -> str:
-    """What the script ends with, run in this process: to start one takes seconds."""
+    """Run the script in this process and return its error message. Starting another process would take seconds."""
     words = command(drives, output_dir, *flags, launcher=False)
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: main(words[2:]))
@@ -97,7 +97,9 @@ def whole_run(drives, tmp_path_factory) -> Path:
 def whole_run_of_two(drives, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("runs") / "two"
     words = command(drives, output_dir, "--max_steps", "8", "--save_steps", "3", launcher=False)
-    done = forked(*words[1:], ranks=2, OMP_NUM_THREADS=THREADS)  # the run that is compared with it is torchrun's
+    done = forked(
+        *words[1:], ranks=2, OMP_NUM_THREADS=THREADS
+    )  # torchrun starts the run that is compared with this one
     assert done.returncode == 0, done.stderr
     assert "on 2 process(es)" in done.stdout + done.stderr
     return output_dir
@@ -117,7 +119,7 @@ def test_a_run_leaves_what_the_documents_promise(whole_run):
     assert not any("flow" in name or "raft" in name for name in checkpoint)
     model = PoodleModel.from_pretrained(whole_run / "model").eval()
     for name, value in model.state_dict().items():
-        assert torch.equal(value, checkpoint[f"teacher.{name}"]), name  # the teacher is what is saved
+        assert torch.equal(value, checkpoint[f"teacher.{name}"]), name  # the exported model is the teacher
     image = torch.rand(1, 3, 64, 96)
     encoder = ResNetBackbone.from_pretrained(whole_run / "encoder").eval()
     backbone = PoodleBackbone.from_pretrained(whole_run / "model", out_features=["stage4", "decoder"]).eval()
@@ -131,7 +133,7 @@ def test_a_run_leaves_what_the_documents_promise(whole_run):
 
 
 def kill_run(output_dir) -> None:
-    """SIGKILL to all processes of a run: launcher, ranks and workers."""
+    """Send SIGKILL to all processes of a run: launcher, ranks and workers."""
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and str(output_dir).encode() in (entry / "cmdline").read_bytes():
@@ -151,8 +153,9 @@ def kill_run(output_dir) -> None:
 )
 def test_killed_and_resumed_equals_the_whole_run(drives, whole_run, whole_run_of_two, tmp_path, moment, processes):
     """
-    SIGKILL in the middle of a step after the first checkpoint, and while the second is being written. One process is started without
-    the launcher, which the whole run had, and all go on in forks: imports take as long as the run.
+    SIGKILL comes in the middle of a step after the first checkpoint, or while the second checkpoint is written.
+
+    A single process starts without the launcher of the whole run. All runs resume in forks, because imports take as long as the run.
     """
     output_dir, whole = tmp_path / "killed", whole_run if processes == 1 else whole_run_of_two
     flags = ("--max_steps", "8", "--save_steps", "3")
@@ -193,7 +196,7 @@ def test_wrong_input_ends_the_script_with_a_sentence(drives, tmp_path):
     done = run(drives, tmp_path / "run", "--max_steps", "1", "--videos", "/nowhere/at/all", launcher=False)
     assert done.returncode == 1 and "error: no videos found; tried" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "leaked" not in done.stderr  # by triton 3.9, of what is still there as Python ends
+    assert "leaked" not in done.stderr  # triton 3.9 reports objects that still exist when Python ends
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -1,4 +1,4 @@
-"""What PoodleConfig takes, and what it refuses with the name of the field."""
+"""What PoodleConfig accepts, and what it refuses with an error that names the field."""
 
 import json
 
@@ -107,7 +107,7 @@ from modeling_poodle.configuration_poodle import PLAIN_VITS
     ids=str,
 )
 def test_config_refuses_wrong_values(changes, message, tmp_path):
-    """Also where they are given beside a file, to the config or to a model."""
+    """Also if the values are passed to `from_pretrained` of a config or a model, beside a file."""
     with pytest.raises(ValueError, match=message):
         config(**changes)
     if "backbone_config" in changes and "model_type" not in changes["backbone_config"]:
@@ -135,7 +135,7 @@ def test_fields_beside_a_file_change_the_config_as_a_whole(tmp_path):
         PoodleConfig.from_pretrained(tmp_path, num_decoder_blocks=0, out_features=["stage4", "decoder"])
     read = PoodleConfig.from_pretrained(tmp_path, backbone_config={"depths": [2, 1, 1, 1]})
     assert read.backbone_config.depths == [2, 1, 1, 1] and read.backbone_config.hidden_sizes == RESNET["hidden_sizes"]
-    with pytest.raises(ValueError, match="decoder"):  # the file's own stages, which the network would not have
+    with pytest.raises(ValueError, match="decoder"):  # the stages are the file's, and the network would not have them
         PoodleConfig.from_dict({**config(out_features=["decoder"]).to_dict(), "num_decoder_blocks": 0})
     read, unused = PoodleConfig.from_pretrained(tmp_path, dense_weight=0.25, foo=1, return_unused_kwargs=True)
     assert read.dense_weight == 0.25 and unused == {"foo": 1}
@@ -181,7 +181,7 @@ def test_a_timm_encoder_returns_as_many_stages_as_the_decoder_reads():
 
 
 def test_a_config_that_is_saved_anew_names_no_code(tmp_path):
-    """Nor does that of a network of which it is a part: what is written by hand is beside no code."""
+    """Nor does the config of a network that contains it. Files saved this way have no code beside them."""
     values = {**config().to_dict(), "auto_map": {"AutoModel": "modeling_poodle.PoodleModel"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = PoodleConfig.from_pretrained(tmp_path)
@@ -195,7 +195,12 @@ def test_a_bottleneck_without_channels_is_refused():
     assert PoodleModel(config(decoder_reduction=64)).decoder[0].conv1.out_channels == 1
     with pytest.raises(ValueError, match="PoodleConfig.decoder_reduction must be at most 64, the channels .*, got 65"):
         config(decoder_reduction=65)
-    swin = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}  # no hidden_sizes
+    swin = {
+        "model_type": "swin",
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 1, 1],
+    }  # has no hidden_sizes
     with pytest.raises(ValueError, match="PoodleConfig.decoder_reduction must be at most 64, the channels .*, got 65"):
         PoodleModel(config(decoder_reduction=65, backbone_config=swin))
     PoodleModel(config(decoder_reduction=65, decoder_top_down=False))
@@ -220,7 +225,7 @@ def test_stages_and_labels_are_looked_at_when_they_are_set_later(tmp_path):
 
 @pytest.mark.parametrize("model_type", [*sorted({*MODEL_FOR_BACKBONE_MAPPING_NAMES} - {"tipsv2"}), *PLAIN_VITS])
 def test_configs_that_transformers_writes_are_taken(model_type):
-    """Whole, as JSON, and as another config holds them: without `transformers_version`. (The config of tipsv2 has no stages.)"""
+    """As an object, as JSON, and without `transformers_version`, as inside another config. (The config of tipsv2 has no stages.)"""
     backbone = AutoConfig.for_model(model_type)
     for given in (backbone, backbone.to_dict(), json.loads(backbone.to_json_string())):
         taken = PoodleConfig(backbone_config=given, num_decoder_blocks=0)
@@ -235,7 +240,7 @@ def test_configs_that_transformers_writes_are_taken(model_type):
 
 
 def test_keys_of_other_versions_and_synonyms_are_taken(tmp_path):
-    """`path_norm` is in checkpoints of Swin, and no field; the others were in every config, or stand for fields."""
+    """`path_norm` is in checkpoints of Swin but is no field. The other keys once were in every config, or are synonyms of fields."""
     swin = {
         "model_type": "swin",
         "embed_dim": 8,
@@ -271,7 +276,7 @@ def test_config_round_trip(tmp_path):
 
 
 def test_a_config_that_is_changed_once_it_is_made_is_that_of_its_network(tmp_path):
-    """`config.num_decoder_blocks = 0` is how transformers' configs are changed; what was saved then could not be loaded."""
+    """Configs of transformers are changed by assignment (`config.num_decoder_blocks = 0`). The model saved then could not be loaded."""
     changed = config()
     changed.num_decoder_blocks = 0
     assert changed.out_features == ["stage4"] and changed.to_dict() == config(num_decoder_blocks=0).to_dict()

@@ -1,4 +1,4 @@
-"""Released checkpoints, built here from torchvision's and timm's parts, against what they are converted to."""
+"""Released checkpoints, rebuilt from parts of torchvision and timm, compared with their conversions."""
 
 import argparse
 import pickle
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Released(nn.Module):
-    """The published network from torchvision's parts: a ResNet, two bottlenecks with x2, two laterals, heads, and the flow model."""
+    """The published network in parts of torchvision: a ResNet, two upsampling bottlenecks (x2), two laterals, heads, flow model."""
 
     def __init__(self, block=Bottleneck, layers=(1, 2, 1, 1)):
         super().__init__()
@@ -31,7 +31,7 @@ class Released(nn.Module):
             backbone = torchvision.models.ResNet(block, list(layers))
             width = backbone.fc.in_features
             stages = [width // 2, width // 4]
-            # 2048 -> 256 -> 2048: torchvision's bottleneck is planes * base_width / 64 wide inside.
+            # 2048 -> 256 -> 2048: the inner width of torchvision's bottleneck is planes * base_width / 64.
             blocks = nn.ModuleList(Bottleneck(width, width // 4, base_width=32) for _ in stages)
             laterals = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in stages)
             setattr(self, f"{prefix}backbone", backbone)
@@ -48,7 +48,7 @@ class Released(nn.Module):
         self.flow_model = nn.Conv2d(6, 2, 3)
 
     def features(self, image, prefix):
-        """Stages 1 to 4 and the decoder's map."""
+        """Return the maps of stages 1 to 4, and the decoder's map."""
         backbone = getattr(self, f"{prefix}backbone")
         x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(image))))
         stages = []
@@ -62,7 +62,7 @@ class Released(nn.Module):
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Statistics and affine parameters as after a training, so that none is the identity."""
+    """Give the BatchNorms statistics and affine parameters as after a training, so that none is the identity."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -187,19 +187,23 @@ def test_no_key_goes_by_unnoticed(released, change, message):
 def test_keys_dropped_on_request_are_counted(released):
     _, notes = convert(small(released) | {"memory.queue": torch.zeros(2)}, drop=["memory."])
     assert notes["dropped: as asked for by --drop"] == 1
-    # Also of the network that is converted: a layer beside those of a ResNet.
+    # Keys of the converted network can be dropped too, here of a layer that a ResNet lacks.
     beside = small(released) | {"teacher_backbone.attnpool.weight": torch.zeros(2)}
     assert convert(beside, drop=["teacher_backbone.attnpool."])[1] == notes
 
 
 def test_timm_has_no_name_for_a_resnet_without_relus():
-    """It would load the weights into a network of its own, with ReLUs, and give other features without a word."""
+    """timm would load the weights into a network with ReLUs and silently give other features."""
     assert timm_architecture(ResNetConfig().to_dict()) == "resnet50"
     assert timm_architecture(ResNetConfig(hidden_act="gelu").to_dict()) is None
 
 
 def test_timm_has_no_name_for_what_its_file_cannot_hold():
-    """Numbers that numpy lacks, and a classifier's names; a config of an earlier transformers lacks fields, and is one all the same."""
+    """
+    Such as bfloat16, which numpy lacks, and the names of a classifier.
+
+    A config of an earlier transformers lacks some fields and still has a name.
+    """
     plain = {"architectures": ["ResNetBackbone"], **ResNetConfig().to_dict()}
     for field in ("downsample_in_bottleneck", "downsample_in_first_stage"):
         del plain[field]

@@ -15,7 +15,7 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining
 def test_live_bytes_of_a_known_sequence():
     with LiveBytes() as counted:
         a = torch.zeros(1000)  # 4,000 bytes
-        b = a.view(10, 100).t()  # none
+        b = a.view(10, 100).t()  # a view: no bytes
         c = a + 1  # 4,000 more
         del c
         a.add_(1)
@@ -26,7 +26,7 @@ def test_live_bytes_of_a_known_sequence():
 
 
 def test_attention_on_a_cpu_is_counted():
-    """Two products forward; backward the scores once more, and the gradients of values, weights, queries and keys."""
+    """Two products forward. Backward computes the scores again, and the gradients of values, weights, queries and keys."""
     query, key, value = (torch.randn(1, 4, length, 3, requires_grad=True) for length in (5, 7, 7))
     product = 2 * 4 * 5 * 7 * 3
     with FlopCounterMode(display=False) as counter:
@@ -44,7 +44,7 @@ def test_counted_memory_of_a_step(tmp_path):
         bytes_of["trained"] += parameter.nbytes * parameter.requires_grad
     for name in ("ours", "reference"):
         found = figures[name]
-        # Weights and two moments; gradients too where the optimizer's own update is the peak.
+        # Weights and two moments. Gradients count too if memory peaks in the optimizer's update.
         assert found["fixed"] > (bytes_of["all"] + 2 * bytes_of["trained"]) / 2**30
         assert found["pair"] > 0
         assert found["H100"] == int((79 - found["fixed"]) / found["pair"])
@@ -60,13 +60,13 @@ def test_counted_work_of_a_known_sequence():
         torch.nn.functional.conv2d(a, weight)
         a.bfloat16().view(64, -1).t() @ weight.bfloat16().view(64, 64)
         a.relu_()
-        rows.gather(1, index)  # of 100 numbers, whatever the rows hold
+        rows.gather(1, index)  # moves 100 numbers, however long the rows are
     pixels, weights = a.nbytes, weight.nbytes
     flops = 2 * 64 * 64 * 32 * 32
     products, copies = counted.kinds["products"], counted.kinds["other"]
     assert (products["operations"], products["flops"]) == (2, 2 * flops)
     assert products["bytes"] == 1.5 * (2 * pixels + weights)
-    assert counted.kinds["ReLU and pooling"]["bytes"] == pixels  # in place: read and written, one after the other
+    assert counted.kinds["ReLU and pooling"]["bytes"] == pixels  # a tensor changed in place counts once
     assert copies["operations"] == 3 and copies["bytes"] == 1.5 * (pixels + weights) + 100 * (4 + 8 + 4)
     for gpu, bandwidth in BANDWIDTH.items():
         first = max(flops / TF32_PEAK, (2 * pixels + weights) / bandwidth)

@@ -1,4 +1,4 @@
-"""The processor as the device that computes."""
+"""Runs that compute on the CPU."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def count_page_faults(connection, keep: bool) -> None:
     if keep:
         share_cpu(2)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a child by fork has not its parent's threads, and would wait for them
+    torch.set_num_threads(1)  # a forked child lacks its parent's threads and would wait for them
     for number in range(20):
         if number == 16:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,7 +31,7 @@ def count_page_faults(connection, keep: bool) -> None:
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Threads that one of `processes` takes of a number of cores in an environment; afterwards all is as it was."""
+    """Return a function that gives the threads of one of `processes` on so many cores. Afterwards the old number is restored."""
     before = torch.get_num_threads()
 
     def shared(cores: int, processes: int, **environment: str) -> int:
@@ -62,7 +62,7 @@ def test_threads_are_shared_among_the_processes_of_this_machine(threads, launche
         ({}, "64", 8),
         ({}, "0", 1),
         ({}, "four", 8),
-        # A launcher's 1 is its own; on CPUs torchrun alone starts several processes, and each has its share at most.
+        # Under a launcher, a 1 is the launcher's. On CPUs only torchrun starts several processes; each gets at most its share.
         ({"ACCELERATE_MIXED_PRECISION": "2"}, "1", 8),
         ({"ACCELERATE_MIXED_PRECISION": "2"}, "3", 3),
         ({"LOCAL_WORLD_SIZE": "2"}, "1", 4),
@@ -94,7 +94,11 @@ def test_memory_that_a_step_frees_is_kept_for_the_next(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("count", [24, 512, 640, 4096, 4099])
 def test_products_as_convolutions_are_the_same_products(monkeypatch, count, threads):
-    """With gradients, of rows as they lie in a map and in columns; few rows, another type and autocast are left to PyTorch's own."""
+    """
+    Results and gradients are compared, for points in rows and in columns as they lie in a map.
+
+    PyTorch's own product is used for few rows, for other types and under autocast.
+    """
     convolved, convolution = [], F.conv2d
     monkeypatch.setattr(cpu, "_CONVOLVES", True)
     monkeypatch.setattr(F, "conv2d", lambda *inputs: convolved.append(len(inputs[0])) or convolution(*inputs))

@@ -1,4 +1,4 @@
-"""Layouts of labelled data sets, and what a layout that is wrong is told."""
+"""Layouts of labelled data sets, and the errors for wrong layouts."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def test_folder_layouts(tmp_path, shapes):
     squares(tmp_path, 7, 0)
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
     flat = load_dataset("folder", str(tmp_path))
-    # One block: neighbours in a drive look alike.
+    # The test images are one block, because neighbours in a drive look alike.
     assert [e.name for e in flat.test] == ["5", "6"] and [e.name for e in flat.train] == ["0", "1", "2", "3", "4"]
     assert len(flat.limit(3, 1).train) == 3 and len(flat.limit(3, 1).test) == 1
     label = np.asarray(Image.open(tmp_path / "labels" / "3.png")).copy()
@@ -55,14 +55,14 @@ def of_labels(labels: list[np.ndarray], classes: tuple[str, ...]) -> LabelledIma
 
 
 def test_the_rarest_classes_are_in_a_group_too():
-    """Groups are made from 200 labels, evenly spread; a class in none of them is looked for in the others."""
+    """Groups are made from 200 evenly spread labels. A class that is in none of these is searched for in the other labels."""
     labels = [np.zeros((20, 30), np.uint8) for _ in range(401)]
     for index in (1, 3, 7):
         labels[index][4, 5] = 1
     labels[399][5:15] = 2
     data = of_labels(labels, ("road", "bike", "water", "never")).with_groups()
     groups = {name: list(members) for name, members in data.groups.items()}
-    # 300 of 240,000 pixels are water: less than 0.3 %, in one region of half an image.
+    # Water has 300 of 240,000 pixels, less than 0.3 % of all. They are one region of half an image.
     assert groups == {
         "small": ["bike"], "large": ["road", "water"], "rare": ["bike", "water"], "common": ["road"]
     }  # fmt: skip
@@ -70,7 +70,7 @@ def test_the_rarest_classes_are_in_a_group_too():
 
 
 def test_classes_without_a_pixel_are_named_and_one_class_alone_is_refused(caplog):
-    """Masks of 0 and 255, as programs for drawing write them: 255 is not counted, and all else would be right."""
+    """Drawing programs write masks of 0 and 255. The 255 is not counted, and nothing else would look wrong."""
     mask = np.zeros((8, 8), np.uint8)
     mask[2:4] = 255
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_one_class_is_none_to_measure():
 
 
 def test_a_test_split_of_void_alone_is_refused():
-    """Nothing could be measured; after the fit the figures would be None."""
+    """Nothing could be measured, and after the fit the figures would be None."""
     mask = np.zeros((8, 8), np.uint8)
     mask[2:4] = 1
     data = of_labels([np.full_like(mask, 255), mask], ("bg", "fg"))
@@ -180,7 +180,7 @@ def test_hidden_folders_are_passed_over_and_labels_without_images_are_told(tmp_p
 
 
 def test_sixteen_bits_of_grey_are_no_white(tmp_path):
-    """PIL's own conversion makes white of all that is above 255."""
+    """PIL's own conversion turns every value above 255 into white."""
     grey = np.arange(64 * 1024, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(grey).save(tmp_path / "a.png")
     read = read_image(tmp_path / "a.png")
@@ -191,7 +191,7 @@ def test_sixteen_bits_of_grey_are_no_white(tmp_path):
 
 
 def test_images_in_linked_folders_are_found(tmp_path):
-    """Each folder once, by its own path, also where links lead around in a circle."""
+    """Each folder is read once, by its own path, even if links lead around in a circle."""
     squares(tmp_path / "elsewhere", 4, 0)
     squares(tmp_path / "own", 3, 1)
     for kind in ("images", "labels"):
@@ -248,7 +248,7 @@ def test_shipped_layouts_and_their_label_conventions(tmp_path):
     write(tmp_path / "wt/annotations/val/venice/1.png", [[0, 1, 2, 3, 0, 1]] * 4)
     with pytest.raises(ValueError, match=r"1.png has the label 3 \(class 2\), but there are classes 0 to 1"):
         load_dataset("wt_sem", str(tmp_path / "wt")).check()
-    # The labels of 32 classes, whose ids mean other things.
+    # The variant of CamVid with 32 classes, where ids have other meanings.
     write(tmp_path / "cam/val/labels/a.png", [[0, 10, 11, 12, 31, 3]] * 4)
     with pytest.raises(ValueError, match="a.png has the label 12, but there are classes 0 to 10"):
         load_dataset("camvid", str(tmp_path / "cam")).check()

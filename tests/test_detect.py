@@ -1,4 +1,4 @@
-"""Boxes, COCO's figures, the detectors, and the script as a user runs it."""
+"""The detectors, drawn boxes, and the script as a user runs it."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_detectors_take_encoders_with_stages(street_boxes, tmp_path, name, detec
     readout = DetectionReadout(encoder, data, recipe(detector=detector))
     loss = readout.train()(**readout.batch(list(map(readout.read, data.train[:1])), torch.Generator().manual_seed(0)))
     loss.backward()
-    # DistributedDataParallel needs each trained parameter to have a part in the loss.
+    # DistributedDataParallel needs every trained parameter to contribute to the loss.
     assert all(p.grad is not None for p in readout.trained())
     idle = [n for n, p in readout.named_parameters() if p.grad is None]
     assert idle == [f"model.backbone.encoder.swin.layernorm.{w}" for w in ("weight", "bias") if name == "swin"]
@@ -130,17 +130,17 @@ def test_c4_splits_the_pretrained_resnet(street_boxes, resnet):
         assert torch.equal(stage3, states[3]) and torch.equal(
             readout.model.roi_heads.box_head.stage(stage3), states[4]
         )
-    # Anchors of 32 to 512 pixels at a shorter side of 800, here of 96: 4 to 61.
+    # Anchors of 32 to 512 pixels for a shorter side of 800 become 4 to 61 pixels for 96.
     sides = readout.model.rpn.anchor_generator.cell_anchors[0].diff(dim=0)
     assert readout.model.config.short_side == 96 and len(sides) == 14
     anchors = readout.model.rpn.anchor_generator.cell_anchors[0]
-    square = anchors[5:10]  # the ratio 1
+    square = anchors[5:10]  # those with the aspect ratio 1
     assert ((square[:, 2] - square[:, 0]) - torch.tensor([3.84, 7.68, 15.36, 30.72, 61.44])).abs().max() <= 1
 
 
 @pytest.mark.parametrize("detector", ["fpn", "c4"])
 def test_small_images_have_anchors_of_some_size(tmp_path, resnet, detector):
-    """Of 10 pixels the smallest would be 0.4 pixels wide, rounded 0: the box that it should become is infinitely larger."""
+    """For a side of 10 pixels, the smallest anchor would be 0.4 pixels wide, rounded to 0. Every box would be infinitely larger."""
     write_coco(tmp_path)
     readout = DetectionReadout(
         build(str(resnet), 1), load_boxes("coco_folder", str(tmp_path)), recipe(detector=detector)
@@ -199,7 +199,7 @@ def test_drawn_boxes_are_where_they_are():
 @pytest.fixture(scope="module")
 def overfitted(street_boxes, resnet, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("overfitted")
-    # AP50 with seeds 0 to 2 on one thread: 0.95, 0.99, 0.99 (with a rate of 1e-3 0.85, 1.00, 0.98).
+    # AP50 with the seeds 0 to 2 on one thread: 0.95, 0.99, 0.99. With a learning rate of 1e-3: 0.85, 1.00, 0.98.
     options = {"max_steps": 120, "learning_rate": 6e-4, "weight_decay": 0, "per_device_train_batch_size": 2}
     options |= {"max_train_images": 2, "max_test_images": 2, "image_size": [128, 256], "boxes_per_image": 64}
     options["logging_steps"] = 30
@@ -216,7 +216,7 @@ def test_faster_rcnn_overfits_two_street_images(overfitted, street_boxes):
     report = (folder / "report.html").read_text()
     assert report.count("<img") == 2 and "polyline" in report and "00000.png" in report
     assert not (folder / "fit.safetensors").exists()
-    # What was saved detects what was measured.
+    # The saved detector gives the measured figures.
     model = load_detector(folder / "detector")
     data = load_boxes("coco_folder", str(street_boxes / "four")).limit(None, 2)
     assert tuple(model.config.classes) == data.classes
@@ -261,9 +261,7 @@ main(flags)
 
 def test_two_processes_give_the_figures_of_one(overfitted, street_boxes, resnet, tmp_path):
     model = load_detector(overfitted[0] / "detector")
-    data = load_boxes("coco_folder", str(street_boxes / "four")).limit(
-        None, 3
-    )  # two that it was trained on, and another
+    data = load_boxes("coco_folder", str(street_boxes / "four")).limit(None, 3)  # two training images and another
     found = [detect(model, data.image(e)) for e in data.test]
     ours = coco_scores(data.test, found, data.classes)
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
@@ -275,10 +273,10 @@ def test_two_processes_give_the_figures_of_one(overfitted, street_boxes, resnet,
         json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1)
     )
     assert (seen0, seen1) == (2, 1) and counts0 == counts1 == [len(f["scores"]) for f in found]
-    assert ours["ap50"] > 0.2 and scores0 == scores1  # the third image has boxes that were not learned, of all scores
+    assert ours["ap50"] > 0.2 and scores0 == scores1  # boxes of the third image were not learned, so scores vary
     for key in ("ap", "ap50", "ap75", "ap_small"):
         assert scores0[key] == pytest.approx(ours[key], abs=1e-3)
-    # The whole script, fit included.
+    # The whole script, including the fit.
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (result["num_test_images"], result["train_images_seen"]) == (5, 8)
     assert done.stdout.count("AP75") == 1 and (tmp_path / "run" / "detector" / "model.safetensors").is_file()
@@ -309,7 +307,7 @@ def test_same_seed_same_bytes_also_when_resumed(street_boxes, resnet, tmp_path, 
     resumed = flags(both[0], street_boxes / "four", tmp_path / "b", **options, resume_from_checkpoint="latest")
     calls.extend([1] * 10)
     main([*resumed, *both[1:]])
-    assert len(calls) == 4 + 10 + 2 + 4  # the last two steps of the first model, all four of the second
+    assert len(calls) == 4 + 10 + 2 + 4  # after resuming: two steps of the first model, four of the second
     for folder in folders:
         ours, theirs = (load_file(tmp_path / run / folder / "detector" / "model.safetensors") for run in "ab")
         assert all(torch.equal(ours[key], theirs[key]) for key in ours) and len(ours) > 60

@@ -1,4 +1,4 @@
-"""What the documents name is there: tests, files, and each other."""
+"""The tests, files and pages that the documents name exist."""
 
 import re
 import runpy
@@ -97,7 +97,7 @@ TOOL = re.compile(
 
 
 def commands_of(page: str) -> list[tuple[str, str]]:
-    """Tool and arguments of each command of a page; lines that end in a backslash are joined to the next."""
+    """Return the tool and the arguments of each command of a page. A line that ends in a backslash continues on the next."""
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"\\\n[# ]*", " ", text)
     return [
@@ -113,7 +113,7 @@ def help_of(tool: str, monkeypatch, capsys) -> str:
         runpy.run_module(tool, run_name="__main__", alter_sys=True)
     assert end.value.code in (0, None)
     text = capsys.readouterr().out
-    # These hand what they do not know on to the recipe.
+    # These tools pass options that they do not know to the recipe.
     return text + (
         help_of("training.pretrain", monkeypatch, capsys)
         if tool.startswith("benchmarks") or tool in ("training.flow", "training.flow_writer")

@@ -1,4 +1,4 @@
-"""The models as others use them: loaded in each other's place, fine-tuned, replicated, saved anew by who has only the code beside the weights."""
+"""The models as others use them: loaded as each other's classes, fine-tuned, replicated, and saved with only the code beside the weights."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ DINOV2 = {
     "image_size": 56,
 }
 
-# transformers 5.24 has renamed it.
+# transformers 5.24 has renamed the argument.
 GRADIENT_CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
@@ -59,13 +59,13 @@ def test_a_readout_is_loaded_as_the_network_and_the_backbone_below_it(tmp_path):
     plain = PoodleForSemanticSegmentation.from_pretrained(tmp_path, num_decoder_blocks=0, ignore_mismatched_sizes=True)
     assert equal(plain.poodle.encoder, readout.poodle.encoder)
     assert equal(PoodleModel.from_pretrained(tmp_path, num_decoder_blocks=0).encoder, readout.poodle.encoder)
-    # No folder, but what transformers takes in its place.
+    # Without a folder, transformers takes a config and a state dict.
     given = PoodleModel.from_pretrained(None, config=readout.config, state_dict=readout.poodle.state_dict())
     assert equal(given, readout.poodle)
 
 
 def test_a_plain_encoder_is_not_taken_for_the_model_around_it(tmp_path):
-    """As in `PoodleModel.from_pretrained("runs/mine/encoder")`: a ResNet-50 with random weights would come."""
+    """Otherwise `PoodleModel.from_pretrained("runs/mine/encoder")` would return a ResNet-50 with random weights."""
     ResNetBackbone(config().backbone_config).save_pretrained(tmp_path)
     for kind in (PoodleModel, PoodleBackbone, PoodleConfig):
         with pytest.raises(
@@ -91,7 +91,7 @@ def test_stages_of_a_backbone_are_chosen_also_once_it_is_built():
 
 @pytest.mark.parametrize("encoder", [None, DINOV2])
 def test_trainer_s_gradient_checkpointing(encoder, tmp_path):
-    """The same weights after two steps, of less kept; and off again afterwards."""
+    """With checkpointing, two steps give the same weights and store less. It can be turned off again."""
     torch.manual_seed(0)
     plain = PoodleForSemanticSegmentation(config(num_labels=3, **({"backbone_config": encoder} if encoder else {})))
     saving = copy.deepcopy(plain)
@@ -153,7 +153,7 @@ def test_attention_is_implemented_as_it_is_asked_for(tmp_path):
     for asked in ("eager", "sdpa"):
         model = PoodleModel.from_pretrained(tmp_path, attn_implementation=asked)
         assert model.encoder.config._attn_implementation == asked
-    # Also where the config is made anew without a decoder, which a readout may have named.
+    # Also if the model makes a new config without the decoder, which `readout_stage` may name.
     given = config(backbone_config=DINOV2, dense_weight=0, readout_stage="decoder")
     given._attn_implementation = given.backbone_config._attn_implementation = "eager"
     pooled = PoodleForPreTraining(given)
@@ -161,7 +161,7 @@ def test_attention_is_implemented_as_it_is_asked_for(tmp_path):
 
 
 def test_replicas_do_not_read_each_other_s_weights():
-    """As of `nn.DataParallel`, which Trainer takes by itself on a machine of several GPUs."""
+    """Replicas as in `nn.DataParallel`, which Trainer uses by default on a machine with several GPUs."""
     torch.manual_seed(0)
     backbone = PoodleBackbone(config(out_features=["stage4", "decoder"])).eval()
     other = copy.deepcopy(backbone)
@@ -297,7 +297,11 @@ def test_who_has_only_the_code_beside_the_weights_fine_tunes_saves_and_loads_aga
 
 
 def test_vitmatte_is_built_on_the_decoder_s_map():
-    """It asks the backbone's config for the images' channels, of which it has four: the trimap is one. Its stride is 16: one block."""
+    """
+    ViTMatte reads the number of image channels from the backbone's config: four, as the trimap is one of them.
+
+    Its stride is 16, so the decoder has one block.
+    """
     encoder = {"model_type": "resnet", "layer_type": "basic", "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}  # fmt: skip
     backbone = PoodleConfig(
         backbone_config={**encoder, "num_channels": 4},

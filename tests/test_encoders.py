@@ -1,4 +1,4 @@
-"""Any encoder read in one way."""
+"""Encoders of any kind, read in the same way."""
 
 import hashlib
 import os
@@ -46,8 +46,9 @@ from training.flow import UnFlow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_are_measured_in_single(tmp_path, dtype):
     """
-    Also as the encoder of a PooDLe model, whose config then has the type of the checkpoint that it began with, and by
-    the readouts that rebuild the encoder.
+    Also inside a PooDLe model, whose config then has the dtype of the checkpoint it began with.
+
+    The readouts that rebuild the encoder do the same.
     """
     resnet = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
     resnet.save_pretrained(tmp_path / "half")
@@ -154,11 +155,11 @@ def test_vits_are_read_by_sliding_windows(tmp_path):
             total[..., left // 16 : left // 16 + 4] += tokens.transpose(1, 2).unflatten(2, (4, 4))
             count[left // 16 : left // 16 + 4] += 1
     torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
-    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (3, 4)  # smaller than a window: padded
+    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (3, 4)  # images smaller than a window are padded
 
 
 def test_a_vit_of_poodle_s_is_read_whole_as_it_was_pretrained_or_by_windows(tmp_path):
-    """The SDM's map is finer than the patches."""
+    """The decoder's map is finer than the patches."""
     torch.manual_seed(0)
     vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
     model = PoodleModel(PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=1)).eval()
@@ -177,11 +178,11 @@ def test_a_vit_of_poodle_s_is_read_whole_as_it_was_pretrained_or_by_windows(tmp_
             total[..., left // 8 : left // 8 + 8] += encoder.model.features(image[..., left : left + 64])
             count[left // 8 : left // 8 + 8] += 1
     torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
-    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # of the 48x64 that whole patches take
+    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # padded to 48x64, which are whole patches
 
 
 def test_the_exported_encoder_of_a_run_is_read_as_the_run_is(tmp_path, monkeypatch):
-    """By where it lies: its own config is any ViT's."""
+    """It is recognised by its place in the run, because its own config is that of any ViT."""
     vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
     model = PoodleModel(PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=0)).eval()
     write_folders(model, tmp_path / "run", lambda part: "")
@@ -192,7 +193,7 @@ def test_the_exported_encoder_of_a_run_is_read_as_the_run_is(tmp_path, monkeypat
         assert torch.equal(encoder(image), run(image))
     monkeypatch.chdir(tmp_path / "run" / "encoder")
     assert build(".", 3).inference == build("random:../encoder", 3).inference == "whole image"
-    # Elsewhere, or beside another kind of model, it may be anybody's.
+    # In another place, or beside another kind of model, the encoder may come from anywhere.
     (tmp_path / "run" / "encoder").rename(tmp_path / "run" / "vit")
     assert build(str(tmp_path / "run" / "vit"), 3).inference.startswith("sliding window of 64")
     for name in ("encoder", "model"):
@@ -217,7 +218,7 @@ def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch)
     timm = pytest.importorskip("timm")
     original, made = timm.create_model, []
 
-    def create(name, pretrained=False, **kwargs):  # what a download would bring
+    def create(name, pretrained=False, **kwargs):  # stands for a download
         model = original(name, pretrained=False, **kwargs)
         if pretrained:
             made.append(model)
@@ -240,7 +241,7 @@ def test_timm_s_pretrained_weights_are_read_and_its_vits_in_windows(monkeypatch)
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_50x1_bit", "resnet18"])
 def test_timm_s_encoders_see_images_as_in_their_pretraining(tmp_path, name):
-    """Its own numbers, also in the processor that is saved with a readout; ImageNet's are those of some names only."""
+    """Mean and std come from the pretraining, also in the processor saved with a readout. Only some encoders use those of ImageNet."""
     timm = pytest.importorskip("timm")
     noted = timm.get_pretrained_cfg(name)
     encoder = build(f"random:timm/{name}", 4)
@@ -253,14 +254,14 @@ def test_timm_s_encoders_see_images_as_in_their_pretraining(tmp_path, name):
 
 
 def test_earlier_stages_of_encoders_with_norms_for_each_map(tmp_path):
-    """ConvNeXt's checkpoint has a norm for the maps that were read; those of others begin as the identity."""
+    """A checkpoint of ConvNeXt has norms only for the maps that were read. The norms of other maps begin as the identity."""
     config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
     ConvNextForImageClassification(config).save_pretrained(tmp_path)
     assert build(str(tmp_path), 3, features="stage2")(torch.rand(1, 3, 64, 96)).shape == (1, 16, 8, 12)
 
 
 def test_what_leaves_out_the_dilation_says_so(monkeypatch, tmp_path):
-    """UperNet and the detectors build the encoder from its own config."""
+    """UperNet and the detectors build the encoder from its own config, which has no dilation."""
     flowe = {"backbone_config": {"model_type": "resnet", **RESNET}, "num_decoder_blocks": 0, "output_stride": 8}
     PoodleModel(PoodleConfig(**flowe)).save_pretrained(tmp_path / "flowe")
     PoodleModel(PoodleConfig(**{**flowe, "output_stride": 32})).save_pretrained(tmp_path / "plain")
@@ -292,7 +293,7 @@ def test_what_leaves_out_the_dilation_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["normalization.weight", "normalization.running_var"])
 def test_a_batch_norm_is_part_of_the_weights_that_must_fit(tmp_path, monkeypatch, key):
-    """Its name has "norm" in it as those of the norms have that a checkpoint may lack."""
+    """Its name contains "norm", like the names of the norms that a checkpoint may lack."""
     ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path)
     encoder = build(str(tmp_path), 3)
     network = encoder.model.poodle.encoder
@@ -310,7 +311,9 @@ def test_a_batch_norm_is_part_of_the_weights_that_must_fit(tmp_path, monkeypatch
 def test_wrong_models_are_named(tmp_path, poodle):
     with pytest.raises(ValueError, match="no such map|must be one of stem, stage1"):
         build(str(poodle), 3, features="stage9")
-    with pytest.raises(ValueError, match="there is no folder runs/none/model"):  # no id of the Hub, which is not asked
+    with pytest.raises(
+        ValueError, match="there is no folder runs/none/model"
+    ):  # this cannot be a Hub id, so the Hub is not asked
         build("runs/none/model", 3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no model"):
@@ -322,7 +325,7 @@ def test_wrong_models_are_named(tmp_path, poodle):
     assert look_up(f"random:{tmp_path / 'resnet' / 'config.json'}") == (str(tmp_path / "resnet"), "resnet")
     ResNetForImageClassification(ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
     other = ResNetConfig(**{**RESNET, "depths": [2, 1, 1, 1]})
-    other.save_pretrained(tmp_path / "resnet")  # the config of one, the weights of another
+    other.save_pretrained(tmp_path / "resnet")  # the config no longer fits the weights
     with pytest.raises(ValueError, match="another architecture"):
         build(str(tmp_path / "resnet"), 3)
     from transformers import BertConfig, BertModel
@@ -367,7 +370,7 @@ def test_a_model_with_a_decoder_is_no_encoder_to_start_from(poodle):
 
 
 def test_a_network_whose_features_are_not_finite_is_refused(tmp_path):
-    """Their largest class would be class 0 everywhere, with figures like any others'."""
+    """The largest class would be class 0 everywhere, and the figures would look like any others."""
     model = PoodleModel(PoodleConfig(backbone_config={"model_type": "resnet", **RESNET}, decoder_reduction=2))
     with torch.no_grad():
         next(model.decoder.parameters())[0] = float("nan")

@@ -1,4 +1,4 @@
-"""The fit, its state, and the loop over test images, of any readout."""
+"""The fit of a readout, the state of the fit, and the loop over the test images."""
 
 import dataclasses
 from pathlib import Path
@@ -38,13 +38,13 @@ def test_another_seed_draws_in_another_order():
 
 
 class Weight(FittedReadout):
-    """A readout of one weight, of which its loss does not depend: the examples are the losses. It notes the seeds of its steps."""
+    """A readout whose examples are its losses; they do not depend on its one weight. It records the seed of each step."""
 
     def __init__(self, losses):
         super().__init__()
         self.weight, self.data, self.seeds = torch.nn.Parameter(torch.ones(1)), SimpleNamespace(train=losses), []
 
-    predict = save = None  # not asked for
+    predict = save = None  # not used here
 
     def trained(self):
         return [self.weight]
@@ -136,7 +136,7 @@ def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, mon
 def test_a_damaged_fit_is_named(tmp_path):
     state = FitState(tmp_path / "fit.safetensors", "x", 4, 1, [], {}, None)
     state.save(1, [])
-    for content in (b"", state.path.read_bytes()[:40]):  # a power cut can leave a file of no bytes
+    for content in (b"", state.path.read_bytes()[:40]):  # a power cut can leave an empty file
         state.path.write_bytes(content)
         with pytest.raises(ValueError, match="fit.safetensors is damaged .*; remove it, and the fit begins anew"):
             state.load()

@@ -1,4 +1,4 @@
-"""What the page of features shows: files, colours and similarities against closed forms."""
+"""The page of features: the frames of files, and colours and similarities compared with closed forms."""
 
 import json
 import threading
@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def write_video(path: Path, frames, rate: int = 10, keyframes: int = 7, **options) -> None:
-    """options: of the container."""
+    """Write `frames` as a video. The options are those of the container."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "5", "threads": "1", "g": str(keyframes)})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
@@ -58,7 +58,7 @@ def grey(value: int, size=(64, 96)) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory) -> Path:
-    """3 s; the frame at t seconds is grey of 40 + 60 t."""
+    """A video of 3 s. The frame at t seconds is grey with the value 40 + 60 t."""
     path = tmp_path_factory.mktemp("video") / "levels.mp4"
     write_video(path, [grey(40 + 6 * number) for number in range(30)])
     return path
@@ -81,7 +81,11 @@ def test_frames_of_a_video_at_their_times(video, start, gap, count, times):
 
 @pytest.mark.parametrize("keyframes", [7, 100])
 def test_frames_of_mpeg_ts_at_their_times(tmp_path, keyframes):
-    """It is sought by time alone: the next keyframe lay up to a second late, and a recording with one keyframe had no frame at all."""
+    """
+    In MPEG-TS, FFmpeg can only seek by time.
+
+    It used to end at the next keyframe, up to a second late. A recording with a single keyframe had no frame at all.
+    """
     write_video(tmp_path / "camera.ts", [grey(40 + 6 * number) for number in range(30)], keyframes=keyframes)
     for start in (0.1, 0.5, 1.3, 2.1, 2.9):
         clip = read_clip(str(tmp_path / "camera.ts"), start, 0.1, 1, 512)
@@ -89,7 +93,7 @@ def test_frames_of_mpeg_ts_at_their_times(tmp_path, keyframes):
 
 
 def test_a_recording_that_does_not_say_how_long_it_is_has_a_length(tmp_path):
-    """As browsers write them: 0 is a picture's, which has no slider and no next frames."""
+    """Browsers write such recordings. The length 0 would mean a picture, which has no slider and no next frames."""
     write_video(tmp_path / "live.mkv", [grey(40 + 6 * number) for number in range(30)], live="1")
     with av.open(str(tmp_path / "live.mkv")) as container:
         assert container.duration is None and container.streams.video[0].duration is None
@@ -99,7 +103,7 @@ def test_a_recording_that_does_not_say_how_long_it_is_has_a_length(tmp_path):
 
 
 def test_closing_a_video_does_not_wait_for_ever(tmp_path):
-    """As it does where threads still decode later frames: within a few readings. In a process that can be ended."""
+    """Frame threads that still decode would block it within a few readings. A process of its own can be ended if it hangs."""
     y, x = np.mgrid[:240, :320]
     frames = [np.stack([x + 3 * number, 2 * y + number, x + y], axis=-1).astype(np.uint8) for number in range(12)]
     write_video(tmp_path / "a.mp4", frames)
@@ -115,7 +119,7 @@ def test_pictures_and_videos_are_shrunk_and_upright(tmp_path, video):
     picture = np.zeros((40, 80, 3), np.uint8)
     picture[:, :40] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned: its left is shown at the top
+    exif[0x0112] = 6  # rotated: the left side is shown at the top
     Image.fromarray(picture).save(tmp_path / "phone.jpg", exif=exif)
     clip = read_clip(str(tmp_path / "phone.jpg"), 0, 0.5, 6, 40)
     (frame,) = clip.frames
@@ -145,8 +149,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path, video):
 
 
 def test_frames_beyond_the_limit_are_not_decoded(tmp_path):
-    """Uploads to a Space come from anybody; the limit is that of videos to train on."""
-    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more
+    """Uploads to a Space can come from anybody. The limit is the same as for training videos."""
+    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # one row of macroblocks too many
     write_video(tmp_path / "large.mp4", [np.zeros((beyond, 8192, 3), np.uint8)])
     with pytest.raises(ValueError, match=r"^large.mp4 is no picture or video that can be read"):
         read_clip(str(tmp_path / "large.mp4"), 0, 0.5, 1, 512)
@@ -194,7 +198,7 @@ def test_similarity_is_the_cosine():
 
 
 def test_cells_of_pictures_off_the_patch_cover_the_picture(tmp_path):
-    """A ViT of patch 16 reads 40x70 pixels as 48x80: 3x5 cells of 40/3 x 14 pixels of the picture."""
+    """A ViT with patches of 16 reads 40x70 pixels as 48x80. This gives 3x5 cells, each of 40/3 x 14 pixels of the picture."""
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=80, patch_size=16
@@ -213,7 +217,7 @@ def test_cells_of_pictures_off_the_patch_cover_the_picture(tmp_path):
 
 @pytest.mark.parametrize("blocks, beside", [(1, None), (0, "whole image"), (0, "sliding window of 64")])
 def test_a_readout_of_a_vit_is_read_as_it_was_measured(tmp_path, blocks, beside):
-    """Whole where PooDLe pretrained it on its crops, by windows where another's table of positions has one size."""
+    """The whole image for a ViT that PooDLe pretrained on its crops; windows for another ViT, whose position table has one size."""
     torch.manual_seed(0)
     vit = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=64)
     config = PoodleConfig(backbone_config=vit.to_dict(), num_decoder_blocks=blocks, num_labels=3)
@@ -268,7 +272,7 @@ def test_principal_components_are_those_of_the_exact_decomposition():
     assert all(axis[axis.abs().argmax()] > 0 for axis in basis.axes.t())
     again = principal_basis(features)
     assert torch.equal(basis.axes, again.axes)
-    # 2 % of the cells lie below no colour and 2 % above full colour.
+    # The colour range leaves out 2 % of the cells at either end.
     scaled = ((samples - basis.mean) @ basis.axes - basis.low) / (basis.high - basis.low)
     assert (
         ((scaled < 0).sum(dim=0) <= 5).all()
@@ -285,8 +289,8 @@ def test_colours_of_two_halves_and_of_nothing():
     shown = pca_colours(features, basis)
     left, right = shown[:, :24], shown[:, 40:]
     assert set(np.unique(left[..., 0])) | set(np.unique(right[..., 0])) == {0, 255} and left[0, 0, 0] != right[0, 0, 0]
-    assert (shown[..., 1:] == 128).all()  # nothing varies along the other axes
-    # The other frame is seen through this one's basis: where it is like the left half, it has the left half's colour.
+    assert (shown[..., 1:] == 128).all()  # the features vary along the first axis only
+    # The other frame is shown in the basis of this one. Features like those of the left half have its colour.
     other = features_of(values[:, :, :4].repeat(1, 1, 2))
     assert (pca_colours(other, basis) == left[0, 0]).all()
 
@@ -296,7 +300,7 @@ def test_heat_is_dark_at_the_floor_and_bright_at_one():
     assert floor_of(cosines) == pytest.approx(0.2) and floor_of(torch.full((2, 2), 0.999)) == pytest.approx(0.9)
     heat = heat_picture(grey(100, (32, 32)), cosines, 0.2).astype(int)
     dark, bright = heat[16, 2], heat[16, 30]
-    assert dark.tolist() == [30, 30, 32] and (bright - dark > 100).all()  # 0.3 of the grey, and inferno's first colour
+    assert dark.tolist() == [30, 30, 32] and (bright - dark > 100).all()  # 0.3 of the grey plus inferno's first colour
 
 
 def test_cache_computes_once_and_forgets_what_was_used_longest_ago():
@@ -307,7 +311,7 @@ def test_cache_computes_once_and_forgets_what_was_used_longest_ago():
 
     assert [get(key) for key in "abab"] == ["A", "B", "A", "B"] and computed == ["a", "b"]
     get("a")
-    get("c")  # 30 bytes: b goes
+    get("c")  # 30 bytes exceed the limit: b goes
     get("a")
     get("b")
     assert computed == ["a", "b", "c", "b"] and cache.size == 20
