@@ -1,4 +1,4 @@
-"""The models as others use them: loaded as each other's classes, fine-tuned, replicated, and saved with only the code beside the weights."""
+"""The models as others use them: loaded as each other's classes, fine-tuned, replicated, saved with only the code beside the weights."""
 
 import copy
 import json

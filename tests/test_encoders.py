@@ -178,7 +178,7 @@ def test_a_vit_of_poodle_s_is_read_whole_as_it_was_pretrained_or_by_windows(tmp_
             total[..., left // 8 : left // 8 + 8] += encoder.model.features(image[..., left : left + 64])
             count[left // 8 : left // 8 + 8] += 1
     torch.testing.assert_close(ours, total / count, rtol=1e-5, atol=1e-5)
-    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # padded to 48x64, which are whole patches
+    assert encoder(torch.rand(1, 3, 40, 50)).shape[2:] == (6, 8)  # as for 48x64, the size in whole patches
 
 
 def test_the_exported_encoder_of_a_run_is_read_as_the_run_is(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_frames_of_mpeg_ts_at_their_times(tmp_path, keyframes):
     """
     In MPEG-TS, FFmpeg can only seek by time.
 
-    It used to end at the next keyframe, up to a second late. A recording with a single keyframe had no frame at all.
+    Decoding used to start at the next keyframe, up to a second late. A recording with a single keyframe had no frame at all.
     """
     write_video(tmp_path / "camera.ts", [grey(40 + 6 * number) for number in range(30)], keyframes=keyframes)
     for start in (0.1, 0.5, 1.3, 2.1, 2.9):

@@ -1,4 +1,4 @@
-"""The page of features: what it asks for, its flags, the Space, and the page itself in a headless Chromium."""
+"""The page of features: its requests, its flags, the Space, and the page itself in a headless Chromium."""
 
 import importlib.metadata
 import os
@@ -28,7 +28,7 @@ from evaluation.explore_features import (
 from evaluation.explore_views import Explorer, short_name
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
 
-HTML = "<b onclick=x>&"  # a name that would break a page that does not escape it
+HTML = "<b onclick=x>&"  # this name would break a page that does not escape names
 
 
 # --- what the page asks for ---
@@ -46,7 +46,7 @@ def models(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def readout(tmp_path_factory) -> str:
-    """A linear readout that finds its second class, of a nasty name, everywhere."""
+    """A linear readout that predicts its second class everywhere. The class has the name above."""
     folder = tmp_path_factory.mktemp("readout")
     encoder = ResNetConfig(layer_type="basic", depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 24, 32], embedding_size=16)
     labels = {0: "road", 1: HTML, 2: "sky"}
@@ -60,7 +60,7 @@ def readout(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """A video whose coloured squares move, and a picture."""
+    """A folder with a video of a moving coloured square, and a picture."""
     folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
     ground = rng.integers(60, 120, (96, 160, 3), dtype=np.uint8)
     frames = []
@@ -93,16 +93,14 @@ def test_panels_are_those_of_the_features(models, media, readout):
     still = explorer.clip(explorer.media[1][1], 0.0, 0.5)
     assert explorer.panel(models[0], explorer.media[1][1], still, (0.5, 0.5), 1).strip == ""
     shown = clip.frames[0].copy()
-    assert np.array_equal(
-        shown, read_clip(path, 0, 0.5, 1, 512).frames[0]
-    )  # no mark is left on the frames that are kept
-    # Features are computed once: another point needs no forward pass.
+    assert np.array_equal(shown, read_clip(path, 0, 0.5, 1, 512).frames[0])  # the cached frames stay without marks
+    # Features are computed once. Another point needs no forward pass.
     explorer.encoders[models[0]].forward = None
     assert not np.array_equal(explorer.panel(models[0], path, clip, (0.9, 0.9), 6).heat, panel.heat)
 
 
 def test_a_model_may_be_called_readout_too(readout, media, tmp_path, monkeypatch):
-    """As in the folder of an evaluation, where `readout` is a model as well: its features were taken for the readout's classes."""
+    """In the folder of an evaluation, `readout` is a model too. Its features were once mistaken for the readout's classes."""
     monkeypatch.chdir(shutil.copytree(readout, tmp_path / "readout").parent)
     explorer = Explorer(["readout"], str(media), "readout", None, 512)
     path = explorer.media[0][1]
@@ -163,7 +161,10 @@ def test_wrong_models_files_and_readouts_end_with_a_sentence(models, media, tmp_
         (["--model", str(tmp_path)], "the folder holds no model"),
         (["--model", models[0], "--images", str(tmp_path / "gone")], "no such file or folder"),
         (["--model", models[0], "--images", str(tmp_path)], "fake.png is no picture or video"),
-        (["--model", str(tmp_path), "--images", str(tmp_path)], "fake.png is no picture or video"),  # before models
+        (
+            ["--model", str(tmp_path), "--images", str(tmp_path)],
+            "fake.png is no picture or video",
+        ),  # checked before the models
         (["--model", models[0], "--readout", models[0]], "readout .* cannot be loaded; expected the readout/ folder"),
         (["--model", models[0], "--features", "stage9"], "--features stage9"),
     ):
@@ -200,7 +201,7 @@ def test_space_is_whole(models, media, tmp_path):
     assert (folder / "images/still.png").is_file()
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
         main(["--model", "org/poodle", "--space", str(folder)])
-    # There it runs without flags and from its own files; offline, it gets as far as the model of the Hub.
+    # A Space runs without flags and from its own files. Offline, it fails only at the model from the Hub.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "POODLE_TRACEBACK": "1"}
     done = subprocess.run(
         [sys.executable, "app.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -262,7 +263,7 @@ def changed(page, element: str, old: str) -> None:
 
 
 def click(page, element: str, x: float, y: float) -> None:
-    """Click at shares of an element's picture."""
+    """Click on an element's picture; x and y are shares of its width and height."""
     picture = page.locator(f"#{element} img")
     picture.scroll_into_view_if_needed()
     box = picture.bounding_box()
@@ -276,7 +277,7 @@ def test_page_in_a_browser(browser, address, tmp_path):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(address, wait_until="domcontentloaded")
 
-    # Load: both models, the next frames, the readout; the point is the centre.
+    # Once loaded, the page shows both models, the next frames and the readout. The point is the centre.
     page.wait_for_selector("#right-strip figure")
     assert page.locator("#left-strip figure").count() == page.locator("#right-strip figure").count() == 5
     assert page.inner_text("#left-title .here") == page.inner_text("#right-title .here") == "1.00"
@@ -284,7 +285,7 @@ def test_page_in_a_browser(browser, address, tmp_path):
     assert HTML in page.inner_text("#right-title") and page.inner_text("#legend").split("\n")[0].startswith(HTML)
     assert source(page, "left-heat") != source(page, "right-heat")
 
-    # Click on the square: everything answers, and it is found where it has gone.
+    # After a click on the square, all panels change and the square is found again in the next frames.
     old = {element: source(page, element) for element in ("frame", "left-heat", "right-heat")}
     strip = page.inner_html("#left-strip")
     click(page, "frame", 24 / 160, 48 / 96)
@@ -295,12 +296,12 @@ def test_page_in_a_browser(browser, address, tmp_path):
     assert re.search(r"point (23|24|25), (47|48|49):", page.inner_text("#said"))
     best = [float(text) for text in re.findall(r"best (\d\.\d\d)", page.inner_text("#left-strip"))]
     assert len(best) == 5 and min(best) > 0.9
-    # A model's own pictures can be clicked, too.
+    # The pictures of a model can be clicked too.
     was = source(page, "left-heat")
     click(page, "right-colours", 0.8, 0.9)
     changed(page, "left-heat", was)
 
-    # Later in the video; then one model alone.
+    # Move to a later frame, then show only one model.
     was = source(page, "frame")
     number = page.locator("#start input[type=number]")
     number.fill("1.5")
@@ -314,7 +315,7 @@ def test_page_in_a_browser(browser, address, tmp_path):
     page.wait_for_selector("#right-heat", state="hidden")
     assert page.is_visible("#left-heat")
 
-    # Uploads: what is no picture is said, and the page stays; a picture is shown without slider and next frames.
+    # An upload that is no picture gives a message and changes nothing else. A picture has no slider and no next frames.
     (tmp_path / f"{HTML}.png").write_text("hello")
     was = source(page, "frame")
     page.set_input_files("input[type=file]", str(tmp_path / f"{HTML}.png"))
@@ -330,7 +331,9 @@ def test_page_in_a_browser(browser, address, tmp_path):
         "mine.png, point 128, 256: answered in" in page.inner_text("#said")
         and page.inner_text("#left-strip").strip() == ""
     )
-    assert "32x64 cells" in page.inner_text("#left-title")  # of the 256x512 pixels that max_side leaves, at stride 8
+    assert "32x64 cells" in page.inner_text(
+        "#left-title"
+    )  # max_side reduces the picture to 256x512, and the stride is 8
 
     assert wrong == [] and all(url.startswith((address, "data:", "blob:")) for url in asked)
     page.close()
@@ -345,7 +348,7 @@ def test_page_on_a_phone(browser, address):
     for element in ("frame", "left-heat", "right-heat", "segmentation"):
         box = page.locator(f"#{element} img").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 375 and box["width"] > 280
-    # The strip is scrolled inside the page.
+    # The strip scrolls inside the page.
     assert page.evaluate("(s => s.scrollWidth > s.clientWidth)(document.querySelector('#left-strip div.strip'))")
     was = source(page, "left-heat")
     page.locator("#frame img").tap(position={"x": 40, "y": 60})

@@ -1,4 +1,4 @@
-"""Faults of the run itself, in this process: signals, locks, damaged files, disks."""
+"""Faults of a run in this process: signals, locks, damaged files, disks."""
 
 import ctypes
 import json
@@ -53,7 +53,7 @@ def test_a_second_sigint_ends_the_process_at_once():
     def interrupted() -> None:
         with StopSignals(Accelerator(cpu=True), timedelta(seconds=1)) as signals:
             signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # however often: it is the system that sends it
+            signal.raise_signal(signal.SIGTERM)  # any number of times, because the system sends it
             signal.raise_signal(signal.SIGINT)
             assert signals.agreed() and signals.name == "SIGINT"
             signal.raise_signal(signal.SIGINT)
@@ -78,7 +78,7 @@ def test_a_sigint_that_torchrun_sends_on_is_not_a_second_one(monkeypatch):
 
 
 def test_the_run_is_asked_to_stop_when_accelerate_launch_ends(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher leaves in the environment
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the launcher sets this
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
     def launch() -> None:
@@ -104,7 +104,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path)
 
     def hold() -> None:
         lock_output_dir(output_dir)
-        if os.fork() == 0:  # a loader worker, which outlives its killed parent by some seconds
+        if os.fork() == 0:  # stands for a loader worker, which lives some seconds longer than its killed parent
             time.sleep(2)
             os._exit(0)
         (tmp_path / "held").touch()
@@ -117,7 +117,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path)
     os.waitpid(pid, 0)
     lock_output_dir(output_dir)
     assert json.loads((output_dir / ".lock").read_text())["pid"] == os.getpid()
-    lock_output_dir(output_dir)  # one after the other in one process
+    lock_output_dir(output_dir)  # a process may lock the folder again for its next run
 
 
 def test_a_folder_that_was_removed_is_locked_again_unless_another_run_has_begun_in_it(tmp_path, caplog):
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     tmp_path.chmod(0o555)
     libc = ctypes.CDLL(None)
-    if os.geteuid() == 0:  # root may write anywhere: be nobody for the files
+    if os.geteuid() == 0:  # root may write anywhere, so access files as nobody
         libc.setfsuid(65534)
     try:
         with pytest.raises(ValueError, match=r"cannot be written \(.*ermission denied.*choose another --output_dir"):
@@ -219,7 +219,7 @@ def test_a_checkpoint_without_its_state_is_named_too(drives, whole, tmp_path, ca
     assert "step-3 is damaged: SHA256SUMS cannot be read (No such file" in caplog.text
 
 
-@pytest.mark.parametrize("unmounted", [False, True])  # a mount point stays, empty
+@pytest.mark.parametrize("unmounted", [False, True])  # an unmounted folder stays as an empty mount point
 def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(drives, whole, tmp_path, caplog, unmounted):
     run = copy_of(whole, tmp_path)
     shutil.rmtree(run / "checkpoints")
@@ -238,7 +238,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(drives, whole, tmp
     shutil.rmtree(run / "model")
     with pytest.raises(ValueError, match="but metrics.jsonl up to step 4 of"):
         find_checkpoint(recipe)
-    # Killed before the checkpoint of step 1 had its name: nothing was saved.
+    # The log of a run that was killed before the checkpoint of step 1 had its name: nothing was saved.
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[0] + lines[1][:9])
     assert find_checkpoint(recipe) is None and "starting from the beginning" in caplog.text
@@ -300,7 +300,11 @@ def test_a_run_from_before_the_damage_writes_the_same_again(drives, whole, tmp_p
 def test_a_run_that_was_sent_back_has_no_panels_and_no_latest_checkpoint_of_the_future_it_left(
     drives, whole, tmp_path, monkeypatch
 ):
-    """As it has no lines of it; the last panel is sent with the weights. Its checkpoints can be named until it saves one itself."""
+    """
+    Panels are removed like the lines of the log, because the last panel is published with the weights.
+
+    Later checkpoints are renamed and can still be named until the run saves its next one.
+    """
 
     def kill():
         raise KeyError("as if killed, with nothing saved yet")
@@ -330,7 +334,7 @@ def test_lines_of_all_logs_outlive_a_power_cut_as_their_checkpoint_does(drives, 
 
 
 def made_up(output_dir: Path, *steps: int, size: int = 10) -> None:
-    """Checkpoints without a model in them."""
+    """Write checkpoints that hold no model."""
     for step in steps:
         partial = output_dir / "checkpoints" / f".step-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -361,7 +365,7 @@ def test_rotation_of_a_run_that_was_sent_back_keeps_none_of_the_future_it_left(t
 
 
 def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_path):
-    """Twenty SIGKILLs while checkpoints are written, sealed, replaced and rotated, as fast as they can be."""
+    """Twenty SIGKILLs hit a process that writes, seals, replaces and rotates checkpoints without pause."""
     rng, made = random.Random(0), 0
 
     def write_on() -> None:
@@ -374,7 +378,7 @@ def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_pa
 
     began = time.monotonic()
     made_up(tmp_path / "timed", 1, size=20_000)
-    seconds = time.monotonic() - began  # of one, on this disk and beside what else it does
+    seconds = time.monotonic() - began  # for one checkpoint on this disk under its present load
     for _ in range(20):
         pid = in_child(write_on)
         time.sleep(rng.uniform(0.02, 0.15) + rng.uniform(0, 3) * seconds)
@@ -393,7 +397,7 @@ def test_killed_at_any_moment_no_half_checkpoint_is_taken_for_a_whole_one(tmp_pa
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_what_to_do(drives, whole, tmp_path, monkeypatch):
-    """A limit on file sizes stands for the full disk: writing fails at the same calls."""
+    """A limit on file sizes stands for the full disk, because the same calls fail."""
     original, before = run.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(accelerator, recipe, step, *args, **kwargs):

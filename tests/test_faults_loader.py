@@ -1,4 +1,4 @@
-"""Workers of the loader that die, and torch's messages of such faults in words."""
+"""Loader workers that die, and torch's error messages reworded for users."""
 
 import errno
 import multiprocessing
@@ -33,7 +33,7 @@ def crash(sample: dict) -> None:
 
 
 def fill_memory(sample: dict) -> None:
-    if sample["repeat"] == 1:  # as a full /dev/shm: no file of shared memory can grow
+    if sample["repeat"] == 1:  # as with a full /dev/shm, no file of shared memory can grow
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
@@ -43,7 +43,7 @@ def stand_still(sample: dict) -> None:
 
 
 def test_a_worker_ends_with_its_run_in_the_midst_of_a_batch():
-    """After a second Ctrl-C, or a SIGKILL: torch's own workers look for their parent between batches alone."""
+    """The run may end by a second Ctrl-C or a SIGKILL. torch's own workers check for their parent only between batches."""
 
     def work(sender):
         Workers(1).start(0)
@@ -92,7 +92,7 @@ def test_a_worker_that_crashes_is_named_with_its_video(drives):
 def test_a_death_that_torch_reports_while_workers_are_ended_is_named_too(drives, monkeypatch):
     loader, said, wait = loader_of(drives, crash), [], multiprocessing.connection.wait
 
-    def interrupted(*arguments, **options):  # as by torch's handler of SIGCHLD, which raises wherever the process is
+    def interrupted(*arguments, **options):  # as torch's handler of SIGCHLD, which raises at any point of the code
         if sys._getframe(1).f_code.co_name == "_end" and not said:
             said.append(True)
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
@@ -113,13 +113,13 @@ def test_workers_that_cannot_be_found_are_an_error_rather_than_left_running(driv
     loader = loader_of(drives)
     next(iter(loader))
     (worker,), kept = multiprocessing.active_children(), loader._iterator
-    loader._iterator = iter([])  # as torch's would be, had it another name for its workers
+    loader._iterator = iter([])  # as if torch kept its workers under another name
     with pytest.raises(AttributeError, match="_workers"):
         loader.close()
     loader._iterator = kept
     loader.close()
     assert not worker.is_alive() and not multiprocessing.active_children()
-    loader.close()  # a second time there is nothing to end
+    loader.close()  # a second call has nothing to end
     loader_of(drives, workers=0).close()
 
 
@@ -133,7 +133,7 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
     time.sleep(0.1)
     assert worker.is_alive()
     began = time.monotonic()
-    loader.close()  # though it ignores SIGTERM, and reads for an hour
+    loader.close()  # although the worker ignores SIGTERM and would read for an hour
     assert not worker.is_alive() and time.monotonic() - began < 15
 
 

@@ -1,4 +1,4 @@
-"""Faults that take minutes: `make test-long`. Figures of one run of each stand in docs/reliability.md."""
+"""Faults that take minutes to test: `make test-long`. docs/reliability.md has the figures of one run of each test."""
 
 import json
 import os
@@ -22,13 +22,14 @@ pytestmark = pytest.mark.long
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 TINY = {
     "backbone_config": {
-        # Not fewer than 8: on processors without AVX-512 oneDNN's backward pass of a strided 1x1 convolution writes beyond its memory (torch 2.14.1).
+        # At least 8 channels. On processors without AVX-512, oneDNN's backward pass of a strided 1x1 convolution writes beyond its memory
+        # with fewer (torch 2.14.1).
         "model_type": "resnet", "layer_type": "basic", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "embedding_size": 8,
     },
     "num_decoder_blocks": 1, "decoder_reduction": 2, "projection_hidden_size": 4, "projection_size": 4,
 }  # fmt: skip
 
-# Imports once, then forks a run for each line of its input; answers with the pid, at `wait` with the exit status.
+# Imports once, then forks a run for each line of input and prints its pid. A line `wait PID` prints the exit status instead.
 ZYGOTE = """
 import os, sys, json
 from training.pretrain import main
@@ -53,7 +54,7 @@ for line in sys.stdin:
 
 
 class Zygote:
-    """Starts runs of one command line without importing torch for each."""
+    """Starts runs of one command line without importing torch again for each."""
 
     def __init__(self, arguments: list[str], log: Path):
         self.log = log
@@ -73,7 +74,7 @@ class Zygote:
 
 
 def test_killed_at_twenty_random_moments_the_run_is_the_same(drives, tmp_path):
-    """A checkpoint each second step, so that many moments fall into one; in the end every line and every weight is the same."""
+    """A checkpoint every second step lets many kills fall into one. In the end every line and every weight is the same."""
     steps, killed, inside = 120, 0, 0
     ends = []
     for name in ("whole", "killed"):
@@ -106,7 +107,7 @@ def test_killed_at_twenty_random_moments_the_run_is_the_same(drives, tmp_path):
 
 
 def wait_for_a_moment(kind: int, pid: int, run: Path, rng: random.Random) -> None:
-    """A random one while the run starts (kind 0), takes its steps (1), or writes or deletes a checkpoint (2 and 3)."""
+    """Wait for a random moment while the run starts (kind 0), takes steps (1), or writes or deletes a checkpoint (2 and 3)."""
     size, left = metrics_size(run), unfinished(run)
     if kind == 0:
         sleep_while_no_line_is_added(run, size, rng.uniform(0, 2))
@@ -121,7 +122,7 @@ def wait_for_a_moment(kind: int, pid: int, run: Path, rng: random.Random) -> Non
 
 
 def sleep_while_no_line_is_added(run: Path, size: int, seconds: float) -> None:
-    """On a fast machine the run would else be over before its twenty kills are."""
+    """Sleep, but end early at a new line. Otherwise a run on a fast machine would be over before its twenty kills."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and metrics_size(run) <= size:
         time.sleep(0.001)
@@ -148,8 +149,9 @@ def last_step(run: Path) -> int:
 
 def footprint(pid: int) -> tuple[int, int, int, tuple[str, ...]]:
     """
-    KiB of its own, open files and threads of a process and its children, and who these are; pages of files are left out, which other
-    processes share.
+    Return the memory in KiB, the open files and the threads of a process with its children, and the ids of the children.
+
+    The memory leaves out pages of files, which other processes share.
     """
     memory = files = threads = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -161,7 +163,7 @@ def footprint(pid: int) -> tuple[int, int, int, tuple[str, ...]]:
     return memory, files, threads, tuple(children)
 
 
-# A span of the loader ends after 24 openings, and its workers with it.
+# Here a span of the loader ends after 24 openings, and its workers end with it.
 SHORT_SPANS = """
 import sys
 from modeling_poodle.recipe_files import run_script
@@ -192,18 +194,18 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
         while process.poll() is None:
             time.sleep(1)
             if not 0 < last_step(tmp_path / "run") < steps:
-                continue  # it is starting, or ending
+                continue  # the run is starting or ending
             try:
                 *figures, workers = footprint(process.pid)
-            except (FileNotFoundError, ProcessLookupError, IndexError):  # it is ending
+            except (FileNotFoundError, ProcessLookupError, IndexError):  # the run is ending
                 continue
-            if workers:  # or it is between two spans
+            if workers:  # otherwise the loader is between two spans
                 samples.append(figures)
                 seen.update(workers)
     assert process.returncode == 0, (tmp_path / "log.txt").read_text()[-3000:]
     quarter = len(samples) // 4
-    # Of files and threads few, but not the fewest: each batch on its way from the worker is some open files more, and a worker that has
-    # just begun has not all of them.
+    # For files and threads, take the lower quintile. Each batch on its way from a worker adds some open files, so the median is too high.
+    # A worker that has just begun has fewer than usual, so the minimum is too low.
     (early, late) = (
         [statistics.median(memory), *(sorted(counts)[len(counts) // 5] for counts in (files, threads))]
         for memory, files, threads in (zip(*part) for part in (samples[quarter : 2 * quarter], samples[-quarter:]))
@@ -213,9 +215,9 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
         f"{len(seen)} workers"
     )
     assert late[0] <= 1.02 * early[0]
-    # A file or thread that each of the spans left behind would be some 26 more.
+    # If each span left a file or a thread behind, there would be some 26 more.
     assert all(abs(there - before) <= 2 for there, before in zip(late[1:], early[1:]))
-    assert len(seen) > 50  # one after the other: a span is 24 x 16 steps
+    assert len(seen) > 50  # one worker per span, which has 24 x 16 steps
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, steps + 1, 10))
     assert all(0 < line["loss"] < 4 and line["skipped_updates"] == 0 for line in lines)
@@ -223,7 +225,7 @@ def test_twenty_thousand_steps_stay_flat(drives, tmp_path):
 
 
 def test_a_disk_that_is_really_full(drives, tmp_path):
-    """A small file system of its own: the run ends with a sentence, and goes on where there is room again."""
+    """The run has a small file system of its own. It ends with an error message, and resumes when there is room again."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
@@ -267,7 +269,7 @@ def test_a_small_shared_memory_is_named(drives, tmp_path):
 
 
 def test_a_rank_that_stands_still_ends_the_run(drives, tmp_path):
-    """ddp_timeout 20 s, then torchrun's 30 s from SIGTERM to SIGKILL."""
+    """The run waits for ddp_timeout, 20 s. torchrun then waits 30 s from SIGTERM to SIGKILL."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import os, sys, time\n"

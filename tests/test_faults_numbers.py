@@ -1,4 +1,4 @@
-"""Numbers that are not finite, collapse, and resumption with other numbers of processes or workers."""
+"""Values that are not finite, collapse, and resumption with other numbers of processes or workers."""
 
 import gc
 import json
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
-    """Five updates of which the third is NaN leave what the four others leave, on the host as on the device: bit for bit."""
+    """Five updates, of which the third is NaN, give bit for bit the weights, moments and step count of the other four."""
     torch.manual_seed(0)
     start, gradients = torch.randn(7, 5), torch.randn(5, 7, 5)
     guard, ends = health.Health(Accelerator(cpu=True)), []
@@ -107,14 +107,14 @@ def test_skipped_updates_are_counted_and_ten_running_stop_the_run(drives, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_never_saved(drives, tmp_path):
-    """The loss of step 1 is finite, its update overflows: step 1's checkpoint is not written."""
+    """The loss of step 1 is finite, but its update overflows. The checkpoint of step 1 is not written."""
     with pytest.raises(FloatingPointError, match=r"student\..* is not finite, so no checkpoint is written"):
         train(drives, tmp_path / "run", "--learning_rate", "1e38", "--warmup_steps", "0", *EACH_STEP, steps=3)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_flow_that_is_not_finite_is_no_flow():
-    """NaN and infinite flow in an image's corner: the same loss and gradient as if that corner were marked invalid."""
+    """NaN or infinite flow in a corner of an image gives the loss and the gradient of a corner that is marked invalid."""
     torch.manual_seed(0)
     model = PoodleForPreTraining(PoodleConfig(**{**MODEL, "pooled_weight": 0.0, "dense_weight": 1.0}))
     frames = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
@@ -147,7 +147,7 @@ def test_collapse_stops_the_run_and_keeps_the_checkpoints_from_before(drives, tm
         FloatingPointError, match=r"collapsed to one direction \(feature_std 0.0010\) in the last 3 lines"
     ):
         train(drives, run, "--save_steps", "1", "--save_total_limit", "1", steps=9)
-    assert names(run) == ["step-2", "step-3", "step-4"]  # without the doubt only the last
+    assert names(run) == ["step-2", "step-3", "step-4"]  # without suspected collapse, only the last one is kept
     assert [line["feature_std"] for line in metrics(run)] == pytest.approx([0.5, 0.5, 0.001, 0.001, 0.001])
 
 
@@ -193,7 +193,7 @@ def test_another_batch_needs_the_word_and_as_many_pairs_a_step(drives, whole, tm
     assert lines[3]["loss"] != before[3]["loss"]  # other pairs
     for same in ("step", "epoch", "lr", "momentum"):
         assert lines[3][same] == before[3][same]
-    # The run now has this configuration: from here on it is exact again.
+    # This is now the configuration of the run, so it can be resumed exactly again.
     assert "resume_inexact" not in str(find_checkpoint(recipe(*halved)))
 
 
@@ -212,7 +212,7 @@ def test_a_finished_run_is_made_longer_by_the_word(drives, whole, tmp_path, monk
 
 
 def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_path, monkeypatch):
-    """Rank 1 skipped videos, so that its openings are two spans further than those of rank 0."""
+    """Rank 1 has skipped videos, so it is two spans ahead of rank 0."""
     run = copy_of(whole, tmp_path)
     checkpoint, partial = run / "checkpoints" / "step-3", run / "checkpoints" / ".step-3.partial"
     shutil.rmtree(checkpoint.with_name("step-4"))
@@ -220,7 +220,7 @@ def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_pa
     (partial / "SHA256SUMS").unlink()
     shutil.copy(partial / "rank-0.safetensors", partial / "rank-1.safetensors")
     rank = json.loads((partial / "rank-0.json").read_text())
-    size = rank["loader"]["openings"]  # of a span of one process
+    size = rank["loader"]["openings"]  # openings of a span on one process
     for number, span in enumerate((1, 3)):
         rank["loader"].update(span=span, openings=(span + 1) * 2 * size, world_size=2)
         (partial / f"rank-{number}.json").write_text(json.dumps(rank))
@@ -230,7 +230,7 @@ def test_ranks_in_different_spans_go_on_behind_all_of_them(drives, whole, tmp_pa
     held = opened(monkeypatch)
     train(drives, run, *EACH_STEP, "--resume_from_checkpoint", "latest", "--resume_inexact", "true", steps=4)
     assert held["span"] == 8
-    # Two ranks with other workers go on at one place too, and an exact resumption of each where it was.
+    # Two ranks with another number of workers also go on at a common place. In an exact resumption each goes on where it was.
     places = [
         [read_rank_state(checkpoint, 2, rank, 2, {}, inexact)["loader"] for rank in (0, 1)]
         for inexact in (True, False)
@@ -252,9 +252,9 @@ def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives
     seen = {shard for span in range(6) for shard in before.openings(span)}
     assert len(seen) == 72 and not seen & set(after.openings(after.span))
     other = PairLoader(paths[:1], sampling, batch_size=3)
-    with pytest.raises(ValueError, match="videos was"):  # the words do not cover another data set
+    with pytest.raises(ValueError, match="videos was"):  # resume_inexact does not allow another data set
         other.load_state_dict(state, inexact=True)
-    # As many ranks, of which another is two spans further: with another learning rate alone this one goes on behind it.
+    # The number of ranks is the same, but another rank is two spans ahead. After an inexact resumption this rank goes on behind it.
     state = {**before.state_dict(), "openings": (7 + 1) * 12}
     again = PairLoader(paths, sampling, batch_size=4, num_workers=0, world_size=3)
     again._openings_per_span = 12
@@ -265,7 +265,7 @@ def test_an_inexact_resumption_reads_only_pairs_that_the_run_has_not_seen(drives
 
 
 def test_a_log_window_and_counts_go_on_where_they_were(drives, tmp_path, monkeypatch):
-    """Resumed from step 3, in the middle of a window of two steps; the update of step 1 was skipped."""
+    """The run resumes from step 3, in the middle of a window of two steps. The update of step 1 was skipped."""
     accumulate = Run.accumulate
 
     def poisoned(run, *args, **kwargs):
@@ -292,7 +292,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_named_with_its_own_videos(fr
     ):
         watcher.stop_if_not_finite()
     watcher.judge({"valid_fraction": 1.0})
-    assert watcher.videos == []  # those of a run would fill the memory
+    assert watcher.videos == []  # the videos of a whole run would fill the memory
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_an_error_without_words_is_named(monkeypatch):
 
     with pytest.raises(SystemExit, match="^error: MemoryError$"):
         run_script(out_of_memory)
-    with pytest.raises(ZeroDivisionError, match="division"):  # a mistake of the code, which a stack trace finds
+    with pytest.raises(ZeroDivisionError, match="division"):  # a bug in the code needs its stack trace
         run_script(lambda: 1 // 0)
 
 

@@ -1,4 +1,4 @@
-"""Faults of runs on two processes, one of them started by torchrun: all of them end, in bounded time, with the reason."""
+"""Faults of runs on two processes, started by torchrun or forked: every process ends in bounded time and gives the reason."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from small_runs import assert_goes_on_exactly, flags, metrics, names, opened, tr
 
 from training.checkpoint_files import damage, finish, list_checkpoints
 
-# What a rank does at its own time, and what it was told.
+# Lets each rank act at its own steps, and record the results and errors it gets.
 SCRIPT = """
 import dataclasses, json, os, resource, signal, sys, time
 import torch
@@ -57,7 +57,7 @@ pretrain.Run.next_batch = next_batch
 
 
 def two_ranks(tmp_path, script: str) -> Path:
-    """A script for two ranks, which can note and fail."""
+    """Write a script for two ranks that can use `note`, `fail` and `at_step` above."""
     file = tmp_path / "two_ranks.py"
     file.write_text(SCRIPT + script)
     return file
@@ -72,7 +72,7 @@ def torchrun(file: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_ranks_share_errors_and_stop_at_the_same_step(drives, tmp_path, monkeypatch):
-    """One video for two ranks of two workers; rank 1 is slow, and gets the SIGTERM; one process goes on with the rest."""
+    """Two ranks of two workers share one video. Rank 1 is slow and gets the SIGTERM. A single process resumes the run."""
     script = """
 accelerator = Accelerator(cpu=True)
 note("main", lambda: on_main(accelerator, lambda: rank + 7))
@@ -184,12 +184,12 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         "latest": "True",
     }
     assert done.returncode == 75 and "SIGTERM: saved at step" in done.stderr, done.stderr
-    # The signal came in step 3: of it is the regular checkpoint, in the middle of a log window.
+    # The signal came in step 3. Step 3 also has a regular checkpoint, in the middle of a log window.
     stopped = int(names(run)[-1].removeprefix("step-"))
     assert 3 <= stopped <= 5 and names(run) == [f"step-{step}" for step in sorted({3, stopped})]
     assert [line["step"] for line in metrics(run)] == list(range(2, stopped + 1, 2))
     checkpoint = run / "checkpoints" / "step-3"
-    # One that lacks the files of a rank is none, though its checksums are those of what is there.
+    # A checkpoint without the files of a rank is damaged, even if its checksums fit the files it has.
     partial = tmp_path / "partial"
     shutil.copytree(checkpoint, partial / "step-3")
     for path in (*(partial / "step-3").glob("rank-1.*"), partial / "step-3" / "SHA256SUMS"):
@@ -206,7 +206,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
         train(video, run, *third, *workers, "--per_device_train_batch_size", "1", steps=7)
     AcceleratorState._reset_state(True)
     held = opened(monkeypatch)
-    # Two pairs on one process are as many as one on each of two.
+    # Two pairs on one process are as many as one pair on each of two processes.
     more = ("--resume_inexact", "true", "--per_device_train_batch_size", "2")
     after = train(video, run, *third, *common, *more, steps=7)
     assert [line["step"] for line in after] == [2, 4, 6, 7] and without_timings(after)[:1] == before
@@ -217,7 +217,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     own, other = (load_file(run / f"buffers-3-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(held["model"][name], buffer) for name, buffer in own.items())
     means = [name for name in own if name.endswith("running_mean")]
-    assert means and not any(torch.equal(own[name], other[name]) for name in means)  # each rank's own
+    assert means and not any(torch.equal(own[name], other[name]) for name in means)  # each rank has its own
 
 
 def test_a_killed_rank_ends_the_other_with_the_reason(drives, tmp_path):
@@ -233,7 +233,7 @@ run_script(lambda: pretrain.main(sys.argv[2:]))
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's own summary
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert damage(checkpoint) is None
-    # Where a rank cannot read its part of the checkpoint, nothing is taken back that lies behind it.
+    # If a rank cannot read its part of the checkpoint, the run removes none of the later lines of the log.
     log = tmp_path / "run" / "metrics.jsonl"
     with log.open("a") as file:
         file.write('{"step": 9}\n')
@@ -249,7 +249,7 @@ run_script(lambda: pretrain.main(sys.argv[1:]))
     done = forked(script, *arguments, "--resume_from_checkpoint", "latest", ranks=2, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 1 and done.stderr.count("[Errno 5] Input/output error") == 2, done.stderr
     assert log.read_text() == before
-    # Nor do they go on from two checkpoints.
+    # Ranks with different checkpoints do not start either.
     other = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoints" / checkpoint.name)
     with (other / "SHA256SUMS").open("a") as file:
         file.write("\n")

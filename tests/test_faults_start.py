@@ -1,6 +1,7 @@
 """
-Before the first step: what is wrong with a command is found before the street is rendered; signals while the script imports or prepares the
-run, and while it closes.
+Faults before the first step.
+
+Errors in a command are found before the street is rendered. Signals can come while the script imports, prepares the run or closes.
 """
 
 import os
@@ -31,7 +32,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def signalled(arguments: list[str], moment, number: int) -> tuple[int, str]:
-    """Exit code of the script that gets the signal at its moment, `moment(pid)`, and what it has said."""
+    """Send the signal to the script once `moment(pid)` is true, and return its exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "training/pretrain.py", *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
@@ -86,13 +87,13 @@ def test_a_signal_while_the_script_imports(drives, tmp_path):
 
 
 def test_a_signal_while_the_run_is_prepared(drives, tmp_path):
-    """The folder is locked first; indices of the videos, the network and the checkpoint follow."""
+    """Preparation locks the folder first. The indices of the videos, the network and the checkpoint follow."""
     run = tmp_path / "run"
     code, said = signalled(flags(drives, run), lambda pid: (run / ".lock").exists(), signal.SIGTERM)
     assert code == 75 and "Traceback" not in said
     assert said.endswith("\nSIGTERM: the run stops outside of its steps; nothing is done yet, repeat the command\n")
     assert not (run / "config.yaml").exists()
-    for more in ((), ("--resume_from_checkpoint", "latest")):  # both commands start it
+    for more in ((), ("--resume_from_checkpoint", "latest")):  # both commands start the run
         assert prepare_output_dir(Accelerator(cpu=True), parse_recipe(flags(drives, run, *more))) is None
 
 
@@ -115,7 +116,7 @@ def test_a_signal_once_the_run_has_its_folder(capfd, monkeypatch, rank):
         stopping.end_on_signals()
         stopping.mark_begun()
         child = os.fork()
-        if child == 0:  # a process of its own, for which the handler is not meant
+        if child == 0:  # the handler is not meant for a child process
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(9)
         _, status = os.waitpid(child, 0)

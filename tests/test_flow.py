@@ -14,7 +14,7 @@ from training.street import Street
 
 
 def smooth_frames(height, width, shift, seed=0):
-    """A textured picture and the same moved by `shift` pixels to the right."""
+    """Return a textured picture, and the same picture moved by `shift` pixels to the right, uint8 (2, 3, H, W)."""
     noise = np.random.default_rng(seed).random((height // 4, width // 4, 3)).astype(np.float32)
     wide = cv2.resize(noise, (width + 64, height), interpolation=cv2.INTER_CUBIC)
     pair = [wide[:, 32:-32], wide[:, 32 - shift : width + 32 - shift]]
@@ -156,7 +156,9 @@ def test_exact_flow_through_a_crop(tmp_path):
     assert np.array_equal(whole["valid_mask"][0], visible)
     part = {**whole, "crop": np.array([32.0, 16, 96, 48]), "frames": np.zeros((2, 3, 96, 192), np.uint8)}
     ExactFlow()(part)
-    centre = part["flow"][0][:, 1::3, 1::3].astype(np.float32)  # a factor of 3: every third centre is a pixel's own
+    centre = part["flow"][0][:, 1::3, 1::3].astype(
+        np.float32
+    )  # at a scale of 3, every third centre is that of a source pixel
     np.testing.assert_allclose(centre, 3 * flow[:, 16:48, 32:96], rtol=2e-3, atol=0.05)
     with pytest.raises(RuntimeError, match="only for the street"):
         ExactFlow()({**whole, "video": str(tmp_path / "other.mp4")})
@@ -170,7 +172,7 @@ def test_flow_colours_do_not_follow_one_outlier():
 
 
 def test_exact_flow_of_a_crop_that_is_stretched_stays_in_it(tmp_path):
-    """64x32 pixels at their own width and three times their height: every third row of centres is the pixels' own."""
+    """The crop keeps its width of 64 and has three times its height of 32. Every third row of centres is that of source pixels."""
     street = Street(3, 64, 128)
     (tmp_path / "drive.json").write_text(json.dumps({"street": street.to_json()}))
     flow, visible = street.flow(1.0, 1.2)

@@ -1,4 +1,4 @@
-"""Precomputed flow: what is written is what a run reads, and what is of other pairs is refused before the first step."""
+"""Precomputed flow: a run reads what was written, and refuses the flow of other pairs before the first step."""
 
 import dataclasses
 import json
@@ -54,10 +54,10 @@ def test_a_flow_comes_back_in_steps_of_a_sixteenth():
         assert np.array_equal(back, (np.rint(flow * 16) / 16).astype(np.float16))
         near = np.abs(flow) < 127
         assert np.abs(back - flow)[near].max() <= 1 / 32
-    # Differences of these overflow 16 bits.
+    # The differences of these values overflow 16 bits.
     wild = np.array([-2047, 2047, 0, 1e9, -1e9, 0.03], np.float32).reshape(1, 1, 2, 3).repeat(2, 0).repeat(2, 1)
     kept = decode_flow(encode_flow(wild), 2, 3)[1, 1].ravel()
-    assert kept.tolist() == [-2047, 2047, 0, 2048, -2048, 0]  # the longest step, 2047.94, as half precision has it
+    assert kept.tolist() == [-2047, 2047, 0, 2048, -2048, 0]  # the largest value, 2047.94, is 2048 in half precision
     with pytest.raises(UnreadableVideo, match="not finite"):
         encode_flow(np.full((2, 2, 4, 4), np.nan, np.float32))
 
@@ -78,7 +78,7 @@ def test_what_is_read_is_what_would_be_computed(drives, written, workers):
     assert module is None
     loaders = [PairLoader(paths, sampling, 2, workers, pair_flow=f) for f in (pair_flow, DisFlow())]
     for loader in loaders:
-        loader.epochs = 2  # what was written: behind it workers would search for more
+        loader.epochs = 2  # only two were written, and workers prefetch beyond what is read
     read, computed = map(iter, loaders)
     for _ in range(6):  # both epochs
         ours, theirs = next(read), next(computed)
@@ -120,7 +120,7 @@ def test_device_estimators_write_what_they_compute(drives, tmp_path):
     ]
     write(drives, tmp_path / "raft", "--epochs", "1", "--per_device_train_batch_size", "4", *raft)
     sampling = PairSampling.of(parse_recipe(["--crop_size", "128", "160", "--pairs_per_video", "3", "--seed", "5"]))
-    torch.manual_seed(5)  # what the script's own seed makes of random weights
+    torch.manual_seed(5)  # gives the random weights that the script's seed gives
     module = RaftFlow("raft_small", "random", num_updates=1)
     for path in videos(drives):
         pairs = list(video_pairs(path, sampling, 0))
@@ -131,7 +131,7 @@ def test_device_estimators_write_what_they_compute(drives, tmp_path):
 
 
 def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, written, monkeypatch):
-    """Two videos of three pairs: 8 steps of two pairs are nearly three epochs, of which two were written."""
+    """With two videos of three pairs, 8 steps of two pairs are nearly three epochs. Two epochs were written."""
 
     def losses(name, *more):
         AcceleratorState._reset_state(True)
@@ -144,7 +144,7 @@ def test_a_run_trains_on_it_and_goes_through_its_epochs_again(drives, tmp_path, 
         DisFlow, "estimate", lambda self, frames: np.rint(np.float32(np.float16(estimate(self, frames))) * 16) / 16
     )
     live = losses("live")
-    assert ours[:6] == live[:6]  # bit for bit: the same pairs, and the flow that was computed, in steps of 1/16 px
+    assert ours[:6] == live[:6]  # bit for bit: the same pairs, and the computed flow in steps of 1/16 px
     assert ours[6] != live[6]
     paths, sampling = videos(drives), PairSampling.of(recipe_of(drives, written))
     again = PairLoader(paths, sampling, 2)
@@ -172,7 +172,7 @@ def test_a_worker_that_dies_is_named_with_its_video(drives, tmp_path, monkeypatc
 
 
 def test_a_death_that_torch_reports_while_flow_is_written_is_named_too(drives, tmp_path, monkeypatch):
-    def interrupted(*_):  # as by torch's handler of SIGCHLD, which raises wherever the process is
+    def interrupted(*_):  # as torch's handler of SIGCHLD, which raises at any point of the code
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
 
     monkeypatch.setattr(flow_writer, "write_opening", interrupted)
@@ -190,14 +190,16 @@ def test_it_lies_beside_the_videos_unless_it_is_said(drives, tmp_path, monkeypat
     assert sorted(path.name for path in (tmp_path / "mine" / "flow").iterdir()) == ["epoch-0000", "flow.json"]
     recipe = parse_recipe([*given[:at], *given[at + 2 :], "--flow", "precomputed"])
     assert recipe.flow_folder == str(tmp_path / "mine" / "flow")
-    (tmp_path / "kept.yaml").write_text(recipe.to_yaml())  # nobody has said it: other flow and other videos may be
+    (tmp_path / "kept.yaml").write_text(
+        recipe.to_yaml()
+    )  # no flow folder was given, so it follows a change of flow or videos
     again = parse_recipe(["--config", str(tmp_path / "kept.yaml"), "--videos", str(drives)])
     assert again.flow_folder == str(drives / "flow")
     assert parse_recipe(["--config", str(tmp_path / "kept.yaml"), "--flow", "dis"]).flow_folder is None
     loader = PairLoader(videos(tmp_path / "mine"), PairSampling.of(recipe), 4)
     assert precomputed_epochs(dataclasses.replace(recipe, flow_epochs=1), loader) == 1
     monkeypatch.chdir(tmp_path)
-    Path("street").mkdir()  # the source of this name is no folder
+    Path("street").mkdir()  # the name `street` stays a source of videos, even if there is such a folder
     for several in (["street"], ["mine", "mine/flow"], ["mine/*.mp4"], ["gone"]):
         with pytest.raises(ValueError, match="flow_dir must be the folder"):
             parse_recipe(["--flow", "precomputed", "--videos", *several])
@@ -212,7 +214,7 @@ def test_the_folder_of_the_flow_has_a_flag_of_its_own(drives, flag):
 
 
 def test_an_opening_s_file_keeps_its_name():
-    """Or what was written is not found again; videos of one name in two folders have a file each."""
+    """Otherwise written flow would not be found again. Videos of the same name in two folders have a file each."""
     assert opening_file("flow", 3, "/data/My drive (1).mp4") == Path(
         "flow/epoch-0003/My-drive-1-c22dc59e0815cf92.safetensors"
     )
@@ -252,7 +254,7 @@ def test_the_flow_of_another_pair_is_not_taken(drives, written, change, said):
 
 
 def epochs_of(drives, out, *more) -> int | None:
-    """Epochs of pairs of a run of these flags, on one process."""
+    """Return the number of precomputed epochs for a run with these flags on one process."""
     recipe = recipe_of(drives, out, *more)
     loader = PairLoader(videos(drives), PairSampling.of(recipe), recipe.per_device_train_batch_size)
     return precomputed_epochs(recipe, loader)
@@ -318,12 +320,12 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     first.write_bytes(whole + b"\0")
     assert f"the video had {len(whole)} bytes, it has {len(whole) + 1}" in refused(own, out, *enough)
     first.write_bytes(whole)
-    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))  # the very file that was indexed
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))  # again the file that was indexed
     file = opening_file(out, 0, str(first))
     good = file.read_bytes()
     file.write_bytes(good[:-7])
     assert "is damaged" in refused(own, out, *enough)
-    # Of a file that was not looked at, when it is read: the video is skipped, named and counted.
+    # Damage that is found only when a pair is read: the video is skipped, named and counted.
     flipped = bytearray(good)
     flipped[-7] ^= 1
     file.write_bytes(flipped)
@@ -333,7 +335,7 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
     assert [entry for sample in found for entry in sample["skipped"]] == [
         (str(first), f"its flow in {file} is damaged: delete it, and training.flow writes it anew")
     ]
-    # safetensors files of others, with and without metadata, and one whose flow is shorter than its frames.
+    # safetensors files of other programs, with and without metadata, and a file whose flow is too short for its frames.
     about = read_about_of(good)
     short = {"flow.0": np.zeros(8, np.uint8), "flow.1": np.zeros(8, np.uint8)}
     lies = json.dumps({**about, "crc32": [zlib.crc32(bytes(8))] * len(about["crops"])})
@@ -365,7 +367,7 @@ def test_a_changed_video_and_a_damaged_file_are_refused(drives, tmp_path):
 
 
 def read_about_of(opening: bytes) -> dict:
-    """The metadata in a safetensors file's header, which follows its length in 8 bytes."""
+    """Return the metadata from the header of a safetensors file. The length of the header, 8 bytes, comes first."""
     return json.loads(json.loads(opening[8 : 8 + int.from_bytes(opening[:8], "little")])["__metadata__"]["opening"])
 
 
@@ -407,7 +409,7 @@ def test_every_video_is_compared_with_what_was_written(drives, tmp_path):
 
 
 def test_pairs_that_a_remote_video_lacks_are_lacking_in_its_flow_too(tmp_path):
-    """Of a video with a hole, whose times are estimated, some pairs are left out once they are decoded."""
+    """The times of a remote video are estimated. If the video has a gap, some pairs are left out once they are decoded."""
     (tmp_path / "web").mkdir()
     noisy(tmp_path / "web" / "a.mkv", [number / 25 for number in (*range(100), *range(200, 300))], gop=25)
     with serve(tmp_path / "web") as server:

@@ -1,4 +1,4 @@
-"""The losses of unsupervised flow against loops, and the cost volume against its definition."""
+"""The losses of unsupervised flow compared with loops, and the cost volume compared with its definition."""
 
 import math
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def test_ssim_distance_equals_loops():
     expected = naive_ssim_distance(first, second)
     np.testing.assert_allclose(ssim_distance(*map(torch.tensor, (first, second))), expected, atol=1e-9)
     assert ssim_distance(torch.tensor(first), torch.tensor(first)).max() < 1e-6
-    assert ssim_distance(torch.tensor(first), 1 - torch.tensor(first)).mean() > 0.8  # all edges reversed
+    assert ssim_distance(torch.tensor(first), 1 - torch.tensor(first)).mean() > 0.8  # all edges are reversed
 
 
 def test_photometric_loss_is_zero_for_the_true_motion_and_leaves_out_what_does_not_count():
@@ -78,7 +78,7 @@ def test_photometric_loss_is_zero_for_the_true_motion_and_leaves_out_what_does_n
     moving = flow.clone().requires_grad_()
     photometric_loss(first, second, moving - 0.3, everywhere).backward()
     assert moving.grad[:, 0, 1:-1, 1:-3].mean() < 0  # further to the right is better
-    assert torch.equal(moving.grad[..., -1], torch.zeros(1, 2, 8))  # outside
+    assert torch.equal(moving.grad[..., -1], torch.zeros(1, 2, 8))  # the last column leaves the frame
 
 
 def test_smoothness_equals_loops():
@@ -117,12 +117,12 @@ def test_visible_mask_is_of_each_frame_and_takes_no_gradient():
     flow = torch.zeros(1, 2, 2, 4, 8, requires_grad=True)
     with torch.no_grad():
         flow[0, 0, 0], flow[0, 1, 0] = 2.0, -2.0
-        flow[0, 1, 0, :, 6:] = 3.0  # wrong, and outside
+        flow[0, 1, 0, :, 6:] = 3.0  # wrong, and points outside the frame
     mask = visible_mask(flow)
     assert not mask.requires_grad
     assert (
         mask[0, 0].tolist() == [[True] * 4 + [False] * 4] * 4
-    )  # two that point at what is wrong, two that leave the frame
+    )  # two columns point at wrong flow, two leave the frame
     assert mask[0, 1].tolist() == [[False] * 2 + [True] * 4 + [False] * 2] * 4
 
 
@@ -134,7 +134,7 @@ def test_known_flow_between_two_views_brings_one_onto_the_other():
     flow, mask = view_flow(*views, 48, 80)
     assert 0.4 < mask.float().mean() < 1 and flow.norm(dim=1).mean() > 3
     first, second = (see_through(images, view) for view in views)
-    # Near the frame's edge a bilinear read mixes in the zeros outside.
+    # Near the edge of the frame, bilinear sampling mixes in the zeros outside.
     inner = -F.max_pool2d(-mask[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
     assert (warp(second, flow) - first).abs().mean(dim=1)[inner].mean() < 0.01
     assert (second - first).abs().mean(dim=1)[inner].mean() > 0.05
@@ -144,9 +144,9 @@ def test_visible_mask_allows_an_error_of_a_tenth_of_the_motion():
     flow = torch.zeros(1, 2, 2, 4, 96)
     flow[0, 0, 0], flow[0, 1, 0] = 20.0, -20.0
     assert visible_mask(flow)[0, 0, :, :76].all()
-    flow[0, 1, 0] = -17.5  # 6.25 of at most 0.01 (20^2 + 17.5^2) + 0.5 = 7.6
+    flow[0, 1, 0] = -17.5  # squared error 6.25, limit 0.01 (20^2 + 17.5^2) + 0.5 = 7.6
     assert visible_mask(flow)[0, 0, :, :76].all()
-    flow[0, 1, 0] = -17.0  # 9 of at most 7.4
+    flow[0, 1, 0] = -17.0  # squared error 9, limit 7.4
     assert not visible_mask(flow).any()
 
 
@@ -169,4 +169,4 @@ def test_the_known_motion_of_both_directions_has_no_loss():
         return SimpleNamespace(flow=known[0], level_flows=known)
 
     losses = known_motion_loss(network, frames, torch.Generator().manual_seed(3))
-    assert asked == [(4, 2, 3, 32, 48)] and 0 < losses.loss <= 2 * 1e-3  # the charbonnier of 0, at two levels
+    assert asked == [(4, 2, 3, 32, 48)] and 0 < losses.loss <= 2 * 1e-3  # the Charbonnier loss of 0 at two levels

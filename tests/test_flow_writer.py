@@ -1,4 +1,4 @@
-"""What `python -m training.flow` writes, refuses to mix, and leaves where it fails."""
+"""What `python -m training.flow` writes, which flow it refuses to mix, and what it leaves after a failure."""
 
 import resource
 import shutil
@@ -42,21 +42,21 @@ def test_an_estimator_is_known_by_the_contents_of_its_weights(tmp_path, monkeypa
         file.write_bytes(b"one")
         assert known(**values) == before
     assert known(flow="unflow", flow_model=str(model)) == before
-    # Networks compute another flow in another type; DIS has no types, weights or updates.
+    # The flow of a network depends on its dtype and its updates. DIS has no dtype, weights or updates.
     assert known(flow="unflow", flow_model=str(model), bf16=True) != before
     for name, values in (("bf16", (False, True)), ("flow_updates", (1, 2))):
         some, others = ({"flow": "raft_small", name: value} for value in values)
         assert known(**some) != known(**others)
         assert known(**{**some, "flow": "dis"}) == known(**{**others, "flow": "dis"}) == {"flow": "dis"}
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").rename("unflow")  # which is no estimator's name here, but a folder
+    (tmp_path / "run").rename("unflow")  # `flow_model unflow` names this folder, not the estimator
     assert known(flow="unflow", flow_model="unflow") == before
 
 
 def test_a_flow_that_is_not_finite_is_written_down_as_a_reason(tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(save({"other": np.zeros(1)}))
-    assert not flow_writer.is_written(file)  # of something else: written anew
+    assert not flow_writer.is_written(file)  # a file of another kind is written anew
     sample = {"video": "a.mp4", "flow": np.full((2, 2, 4, 4), np.inf, np.float32)}
     assert flow_writer.write_opening(file, "a.mp4", [sample]) == 0
     assert not file.exists() and file.with_suffix(".skipped").read_text() == "gives a flow that is not finite"
@@ -84,7 +84,7 @@ def test_a_video_without_pairs_is_written_down_and_tried_again(drives, tmp_path)
     assert not file.exists() and "cannot be opened" in file.with_suffix(".skipped").read_text()
     recipe = recipe_of(own, out, "--max_steps", "1", "--per_device_train_batch_size", "2")
     assert precomputed_epochs(recipe, PairLoader(videos(own), PairSampling.of(recipe), 2)) == 1
-    late.write_bytes(whole)  # readable again, but its flow is not there
+    late.write_bytes(whole)  # readable again, but without flow
     with pytest.raises(UnreadableVideo, match="has no flow: cannot be opened"):
         FlowFiles(out)(next(video_pairs(str(late), PairSampling.of(recipe), 0)))
     write(own, out, "--epochs", "1")
@@ -92,7 +92,7 @@ def test_a_video_without_pairs_is_written_down_and_tried_again(drives, tmp_path)
 
 
 def test_a_write_that_fails_leaves_whole_files_and_a_sentence(drives, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
+    """A limit on file sizes stands for the full disk."""
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import os
 
@@ -24,7 +24,7 @@ def test_a_write_that_is_killed_leaves_the_file_before_and_what_is_swept_away(tm
         with pytest.raises(KeyboardInterrupt):
             write_aside(file, b"after")
     assert file.read_text() == "before" and len(names(tmp_path)) == 2
-    (tmp_path / ".model.partial").mkdir()  # a folder, which its own writer takes away
+    (tmp_path / ".model.partial").mkdir()  # a folder, which its writer removes itself
     sweep_aside(tmp_path)
     assert names(tmp_path) == [".model.partial", "a.json"]
 
@@ -55,7 +55,7 @@ def test_a_folder_takes_its_name_once_it_is_filled(tmp_path):
         partial.mkdir()
         raise ValueError
     assert names(final) == ["second"]
-    os.rename(final, tmp_path / "other")  # by whoever does not wait
+    os.rename(final, tmp_path / "other")  # as by a user who renames the folder meanwhile
     with folder_aside(final) as partial:
         partial.mkdir()
     assert names(tmp_path) == ["model", "other"]

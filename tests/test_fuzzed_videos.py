@@ -1,4 +1,4 @@
-"""Videos of every kind give the frames asked for; damaged and hostile ones are skipped with a reason, within bounds of time and memory."""
+"""Videos of every kind give the requested frames. Damaged and hostile ones are skipped with a reason, in bounded time and memory."""
 
 import contextlib
 import json
@@ -64,10 +64,10 @@ def test_frames_times_and_colours_of_every_kind(clips, name):
     whole = [Cut(number, (0, 0, width, height), (height, width)) for number in range(FRAMES)]
     pictures, shown = decode_cuts(path, index, whole)
     np.testing.assert_allclose(shown, index.times, atol=1e-6)
-    for cut in whole:  # by a seek of its own
+    for cut in whole:  # with a separate seek for each frame
         pictures += decode_cuts(path, index, [cut])[0]
         assert np.array_equal(pictures[-1], pictures[cut.number])
-    # A player turns the coded picture counter-clockwise by `turns`; here it is turned back.
+    # A player turns the coded picture counter-clockwise by `turns`. The test turns it back.
     numbers = [number_of(np.rot90(picture, -(kind.turns or 0), axes=(1, 2))) for picture in pictures]
     assert numbers == [*range(FRAMES), *range(FRAMES)]
 
@@ -81,7 +81,7 @@ def test_a_movie_is_opened_without_decoding_unless_its_header_has_no_size(clips,
     with video_files.open_video(str(clips[name])) as video:
         context = video.container.streams.video[0].codec_context
         assert (context.height, context.width) == BY_NAME[name].size
-    # FFmpeg knows the size of MPEG-4 Part 2 from a frame alone.
+    # FFmpeg gets the size of MPEG-4 Part 2 only from a frame.
     decoders = [options.get("codec_whitelist") for options in asked]
     assert decoders == (["none", None] if name == "mpeg4_b_frames.mp4" else ["none"])
 
@@ -92,11 +92,15 @@ def test_files_without_time_stamps_are_refused_rather_than_guessed(clips, name):
         index_video(str(clips[name]))
 
 
-# --- damage, in a process of its own ---
+# --- damaged files, read in a separate process ---
 
 
 class Reader:
-    """A loader's worker to be broken: `read` gives what it tells of a video, or fails naming the file that ended or stopped it."""
+    """
+    A process that reads videos like a loader worker, and may crash or hang.
+
+    `read` returns its report on a video. If the process ends or takes too long, `read` fails and names the file.
+    """
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -127,7 +131,7 @@ def reading():
 
 
 def fuzz(folder: Path, clips: dict[str, Path], count: int):
-    """`count` damaged clips, each kind in turn: (name of the damage, path). Same bytes each time."""
+    """Yield (name of the damage, path) for `count` damaged clips, each kind in turn. Every call writes the same bytes."""
     names = list(clips)
     for number in range(count):
         rng = np.random.default_rng([11, number])
@@ -139,7 +143,7 @@ def fuzz(folder: Path, clips: dict[str, Path], count: int):
 
 
 def skipped(report: dict, source: Path | str) -> bool:
-    """Whether a video was skipped, after checking that this has a reason, and that all its pairs are there where it was not."""
+    """Return whether the video was skipped. Checks that each skip has a reason, and that otherwise all pairs are there."""
     found = report["skipped"]
     assert 2 * len(found) + report["pairs"] == 4, report  # two pairs in each of two epochs
     assert all(path == str(source) and len(reason) > 8 for path, reason in found), report
@@ -155,11 +159,11 @@ def test_damaged_clips_are_skipped_with_a_reason_or_read(tmp_path, clips):
             report = reader.read(path, 30)
             left_out += skipped(report, path)
             assert report["mib"] < 64, (damage, report)
-        assert 15 <= left_out <= 55  # the damage is neither none nor total
+        assert 15 <= left_out <= 55  # some clips are damaged too much, some are not
 
 
 def test_damaged_clips_on_a_server(tmp_path, clips):
-    """Of remote files the frames' times are estimated from the header, whatever that says."""
+    """The frame times of remote files are estimated from the header, which may say anything."""
     damages = [path for _, path in fuzz(tmp_path, clips, 24)]
     giant = bytearray(clips["vp9.webm"].read_bytes())
     place = giant.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in ms
@@ -175,7 +179,9 @@ def test_damaged_clips_on_a_server(tmp_path, clips):
         assert 6 <= left_out <= 21
         for number in range(3):
             report = reader.read(f"{server.url}/giant_{number}.webm", 60)
-            assert report["mib"] < 100 and report["seconds"] < 30, report  # the third in the place of the first
+            assert report["mib"] < 100 and report["seconds"] < 30, (
+                report
+            )  # the third index replaces the first one in memory
 
 
 def test_estimated_times_are_those_of_fractions_and_end_at_the_deadline():
@@ -208,9 +214,9 @@ def test_indices_are_kept_by_their_frames(clips, monkeypatch):
 
 
 def test_declared_and_edge_sizes(tmp_path, clips):
-    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # a row of macroblocks more than the limit
+    beyond = (MAX_PIXELS // 8192 + 16) // 16 * 16  # one row of macroblocks above the limit
     large = f"has frames of 8192x{beyond}, larger than 8192x4352 in all"
-    sized = "cannot be decoded (Invalid data found"  # FFmpeg's word for a size over the limit inside the stream
+    sized = "cannot be decoded (Invalid data found"  # FFmpeg's message for a size over the limit inside the stream
     of_all = "frames and samples of all its tracks, the most is 10000000"
     header = bytearray(write_clip(tmp_path / "header.mov", Kind("", "rawvideo", "rgb24", (16, 16))).read_bytes())
     place = header.index(b"raw ", header.index(b"stsd")) + 28
@@ -237,7 +243,9 @@ def test_declared_and_edge_sizes(tmp_path, clips):
     usable = {
         write_clip(tmp_path / "8k.mov", eight_k): 400,
         write_clip(tmp_path / "2x2.mkv", Kind("", "ffv1", size=(2, 2))): 64,
-        write_clip(tmp_path / "raw.avi", Kind("", "rawvideo", "bgr24", (720, 1280))): 48,  # of 66 MB: not held whole
+        write_clip(
+            tmp_path / "raw.avi", Kind("", "rawvideo", "bgr24", (720, 1280))
+        ): 48,  # its 66 MB are not held in memory as a whole
     }
     with reading() as reader:
         for path, reason in hostile.items():
@@ -250,7 +258,11 @@ def test_declared_and_edge_sizes(tmp_path, clips):
 
 
 def test_giant_indices_are_found_wherever_they_are_declared(tmp_path):
-    """In a tar, on a server, in a compressed header, behind a head of 64 bits, in a box that FFmpeg looks into for a lost movie."""
+    """
+    Declared in a tar, on a server, in a compressed header, or in a box with a 64-bit size.
+
+    Also in other boxes in which FFmpeg looks for a lost movie header.
+    """
     path = declared_samples(tmp_path / "tracks.mov", 6_000_000, 2)
     data, told = path.read_bytes(), "declares 12000000 frames and samples of all its tracks"
     begin = data.index(b"moov") - 4
@@ -281,7 +293,7 @@ def test_giant_indices_are_found_wherever_they_are_declared(tmp_path):
 
 
 def test_hours_of_plain_sound_are_no_giant_index(tmp_path):
-    """More samples than the limit, which FFmpeg indexes a thousand at once: only where nothing says that they could be frames."""
+    """These have more samples than the limit, but FFmpeg indexes a thousand at once. Samples that could be frames are still refused."""
     for name, codec in (("a.mov", "pcm_u8"), ("b.mp4", "pcm_s16le"), ("c.mov", "adpcm_ima_qt")):
         path = with_sound(tmp_path / name, codec, 220)
         assert 220 * 48000 > MAX_ENTRIES and len(index_video(str(path)).pts) == FRAMES
@@ -297,14 +309,14 @@ def test_hours_of_plain_sound_are_no_giant_index(tmp_path):
 
 @pytest.mark.long
 def test_five_hundred_damaged_clips_and_the_largest_declared_sizes(tmp_path, clips):
-    """Prints the table of docs/reliability.md (pytest -s)."""
+    """Print the table in docs/reliability.md (with pytest -s)."""
     groups: dict[str, list[dict]] = {}
     with reading() as reader:
         for damage, path in fuzz(tmp_path, clips, 500):
             report = reader.read(path, 30)
             skipped(report, path)
             groups.setdefault(damage, []).append(report)
-        # Within the limits, and so decoded: as slow and as large as a file of a few KB can be.
+        # Sizes within the limits are decoded. These are the slowest and largest cases that a file of a few KB can cause.
         for references in (1, 16):
             for name in ("within.ts", "within.mkv", "within.flv"):
                 path = declared_h264(tmp_path / f"{references}_{name}", 4352, 8192, references)
