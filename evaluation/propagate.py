@@ -62,9 +62,9 @@ class PropagationRecipe(CheckedRecipe):
     output_dir: str = described("runs/propagation", "Folder for evaluation.json and report.html.")
     max_sequences: int | None = described(None, "Use at most this many sequences, evenly spread.")
     stride: int = described(8, "Size in pixels of the cells at which features and labels are read.")
-    top_k: int = described(5, "Number of most similar cells whose labels a cell gets.")
+    top_k: int = described(5, "Number of most similar cells that vote on a cell's label.")
     context_frames: int = described(7, "Previous frames to look at, besides the first.")
-    radius: int = described(12, "Cells to look at in each direction.")
+    radius: int = described(12, "Search radius, in cells.")
     temperature: float = described(0.1, "Weights are exp(cosine / temperature).")
     seed: int = described(0, "Seed of an untrained model's weights.")
 

@@ -335,14 +335,14 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         norms = getattr(self.encoder, "hidden_states_norms", None)
         if isinstance(norms, nn.ModuleDict) and (missing := wanted - {*norms}):
             raise ValueError(
-                f"a {self.config.backbone_config.model_type!r} encoder has norms for the stages that were chosen when it was built, {[*norms]}, "
+                f"a {self.config.backbone_config.model_type!r} encoder has norms only for the stages chosen when it was built, {[*norms]}, "
                 f"not for {sorted(missing)[0]!r}: give out_features to from_pretrained or to the config"
             )
         if self.config.backbone_config.model_type != "timm_backbone":
             self.encoder.out_features = [name for name in self.stage_names if name in wanted]
         elif missing := wanted - {*self.encoder_stages}:
             raise ValueError(
-                f"timm fixes the stages of an encoder as it is built: {sorted(missing)[0]!r} is none of {self.encoder_stages}"
+                f"timm fixes an encoder's stages when it is built: {sorted(missing)[0]!r} is none of {self.encoder_stages}"
             )
 
     def post_init(self) -> None:

@@ -376,7 +376,7 @@ def test_epochs_that_are_missing_are_written_by_the_command_that_is_named(drives
     write(drives, out, "--epochs", "1")
     more = ("--max_steps", "6", "--per_device_train_batch_size", "3")
     message = refused(drives, out, *more)
-    assert "has 1 whole epoch(s), the run needs 3: 4 openings are missing" in message
+    assert "has 1 complete epoch(s), the run needs 3: 4 openings are missing" in message
     assert message.endswith("or go through those again and again by --flow_epochs 1")
     assert epochs_of(drives, out, *more, "--flow_epochs", "1") == 1
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
@@ -393,7 +393,7 @@ def test_an_epoch_behind_a_gap_is_not_offered(drives, written, tmp_path):
     out = Path(shutil.copytree(written, tmp_path / "flow"))
     opening_file(out, 0, videos(drives)[1]).unlink()
     message = refused(drives, out, "--max_steps", "3", "--per_device_train_batch_size", "4")
-    assert "has 0 whole epoch(s)" in message and "1 openings are missing, the first that of" in message
+    assert "has 0 complete epoch(s)" in message and "1 openings are missing, the first that of" in message
     assert "drive-0001.mp4 in epoch 0" in message and "--flow_epochs" not in message
 
 

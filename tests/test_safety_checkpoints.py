@@ -113,7 +113,7 @@ def tensors_of(path: Path, **values) -> None:
         ("rank-0.json", lambda path: fields_of(path, streaks={}), "rank-0.json: streaks: feature_std is missing"),
         ("rank-0.json", lambda path: fields_of(path, "loader", span=0.5), "rank-0.json: loader: span must be an integer"),
         ("rank-0.json", lambda path: fields_of(path, "loader", loader=[]), "loader: loader must be a mapping or unset"),
-        ("rank-0.json", lambda path: fields_of(path, "loader", loader={"x": 1}), "loader.loader is no state of one"),
+        ("rank-0.json", lambda path: fields_of(path, "loader", loader={"x": 1}), "loader.loader is not a loader state"),
         ("rank-0.safetensors", lambda path: tensors_of(path, sums=torch.ones(2)), r"sums must be torch.float32 \(5,\), got .*\(2,\)"),
         ("rank-0.safetensors", lambda path: tensors_of(path, rng=torch.zeros(3)), "rank-0.safetensors: rng must be torch.uint8"),
         ("rank-0.safetensors", lambda path: tensors_of(path, rng=torch.zeros_like(torch.get_rng_state())), "rng is no state of torch's generator"),

@@ -217,11 +217,9 @@ def test_a_folder_of_other_files_is_not_rendered_into(tmp_path):
     (own / "val" / "images").mkdir(parents=True)
     (own / "val" / "annotations.json").write_text("[1]")
     (own / "val" / "classes.json").write_text('["a", "b"]')
-    with pytest.raises(
-        ValueError, match=r"val holds files that the street is not made of.*dataset names data of your own"
-    ):
+    with pytest.raises(ValueError, match=r"val holds files that are not the street's.*dataset names data of your own"):
         write_folder(own / "val", 1, 32, 64, num_processes=1)
-    with pytest.raises(ValueError, match="own holds files that the street is not made of"):
+    with pytest.raises(ValueError, match="own holds files that are not the street's"):
         write_sequences(own, 1, 96, 192, num_processes=1)
     for text in ('["a", "street"]', '{"classes": ["street"], "street": 1}', "{"):
         (own / "classes.json").write_text(text)

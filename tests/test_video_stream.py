@@ -226,7 +226,7 @@ def test_a_span_grows_with_the_workers(videos):
     assert len(few.openings(0)) == 2048 and len(many.openings(0)) >= 64 * 512
     state = {**many.state_dict(), "openings": 2048}
     with pytest.raises(
-        ValueError, match="the run is one of an earlier version, whose workers were given other shares"
+        ValueError, match="the run is of an earlier version, which divided the videos differently among workers"
     ):
         many.load_state_dict(state)
     many.load_state_dict(state, inexact=True)  # as the error advises

@@ -149,7 +149,7 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
     missing = [key for key in report.missing_keys if not key.endswith("num_batches_tracked")]
     if missing or report.unexpected_keys:
         raise ValueError(
-            f"the {which}'s weights are no whole ResNet with decoder as transformers has it: "
+            f"the {which}'s weights are not a complete ResNet with decoder in transformers' layout: "
             + "; ".join(
                 f"{what} {', '.join(keys[:4])}"
                 for what, keys in (("missing", missing), ("too many", report.unexpected_keys))

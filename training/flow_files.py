@@ -288,7 +288,7 @@ def _refuse_missing(folder: Path, paths: Sequence[str], epochs: int, why: str, a
     if missing:
         again = f", or go through those again and again by --flow_epochs {complete}" if complete else ""
         raise ValueError(
-            f"flow_dir {folder} has {complete} whole epoch(s), {why}: {len(missing)} openings are missing, the first that of {video_name(missing[0][1])} "
+            f"flow_dir {folder} has {complete} complete epoch(s), {why}: {len(missing)} openings are missing, the first that of {video_name(missing[0][1])} "
             f"in epoch {missing[0][0]}. Write them by `{about['command']} --epochs {epochs}`{again}"
         )
 
@@ -315,7 +315,7 @@ def _refuse_other_videos(folder: Path, sampling: PairSampling, paths: Sequence[s
             continue
         if not index.exact and not all(is_within(times, index, sampling) for times in opening["times"]):
             raise ValueError(
-                f"the flow of {video_name(path)} in {file} is of frames that are no pairs: an earlier version found others in such files. "
+                f"the flow of {video_name(path)} in {file} is of frames that are not valid pairs: an earlier version chose them. "
                 f"Delete {folder} and write it anew by `{about['command']}`"
             )
         for repeat, pair in enumerate(pairs):

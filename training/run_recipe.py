@@ -113,8 +113,8 @@ class RunRecipe(CheckedRecipe):
         100,
         "Epochs; in one, each video gives pairs_per_video pairs. As a flag it overrides a recipe file's max_steps.",
     )
-    per_device_train_batch_size: int = described(16, "Pairs a process and micro-step.")
-    gradient_accumulation_steps: int = described(1, "Micro-steps an optimizer step.")
+    per_device_train_batch_size: int = described(16, "Pairs per process and micro-step.")
+    gradient_accumulation_steps: int = described(1, "Micro-steps per optimizer step.")
     learning_rate: float = described(5e-4, "Peak learning rate.")
     min_learning_rate: float = described(0.0, "Learning rate at the end of the cosine.")
     warmup_steps: float = described(0.02, "Steps of linear warm-up; below 1 a share of all steps.")
@@ -140,7 +140,7 @@ class RunRecipe(CheckedRecipe):
     resume_from_checkpoint: str | None = described(None, "'latest' or the path of a checkpoint.")
     resume_inexact: bool = described(
         False,
-        "Allow to resume with another number of processes or workers, batch size or accumulation (a step has as many pairs, but other ones than "
+        "Allow resuming with another number of processes or workers, batch size or accumulation (a step has as many pairs, but other ones than "
         "without the stop), or with another flow_epochs, max_steps, num_train_epochs, learning_rate, min_learning_rate, teacher_momentum, bf16, gradient_checkpointing or torch_compile.",
     )
     ddp_timeout: int = described(

@@ -169,7 +169,7 @@ def _begin(folder: Path, marker: Path) -> Path:
     begun = folder / ".rendering"
     if made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} holds files that the street is not made of, and that rendering could replace: give a new or an empty folder (an "
+            f"{folder} holds files that are not the street's and could be overwritten: give a new or an empty folder (an "
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
     begun.touch()

@@ -20,7 +20,7 @@ def alone(folder: Path) -> Iterator[bool]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # This is a worker that is importing the caller's script. If the import rendered too, worker and caller would wait for each other.
         raise RuntimeError(
-            "the script that renders the street does so again when it is imported by the processes that it starts: "
+            "the script would render the street again in each process that it starts: "
             'put what it does under `if __name__ == "__main__":`'
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,7 @@ class PairLoader:
                 if not resumed:
                     raise
                 raise ValueError(
-                    f"cannot resume the stream: the checkpoint's loader.loader is no state of one ({error!r})"
+                    f"cannot resume the stream: the checkpoint's loader.loader is not a loader state ({error!r})"
                 ) from error
             for batch in self._iterator:
                 count += 1
@@ -314,7 +314,7 @@ class PairLoader:
                 self.span = behind
                 return
             raise ValueError(
-                "cannot resume the stream exactly: the run is one of an earlier version, whose workers were given other shares; go on with "
+                "cannot resume the stream exactly: the run is of an earlier version, which divided the videos differently among workers; go on with "
                 "--resume_inexact true"
             )
         self.span, self._restored = state["span"], state["loader"]
