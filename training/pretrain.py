@@ -3,8 +3,8 @@ Pretrain PooDLe on video.
 
     accelerate launch training/pretrain.py [--config RECIPE] [--videos SOURCE ...] [--output_dir DIR] [--FIELD VALUE ...]
 
-A step follows section 3 of the paper (arXiv 2408.11208): pairs of frames, their flow, photometric augmentation, views and subcrops,
-both objectives, the optimizer's update of the student, then the momentum update of the teacher.
+Each step follows section 3 of the paper (arXiv 2408.11208). It draws pairs of frames, their flow, photometric augmentation, views and
+subcrops, and computes both objectives. The optimizer then updates the student, and a momentum update moves the teacher.
 """
 
 import gc
@@ -16,15 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-# `accelerate launch training/pretrain.py` puts training/ on the path, but the packages lie one folder up.
+# `accelerate launch training/pretrain.py` puts training/ on sys.path, but the packages are in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training import stopping
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    # How long idle threads spin; read while torch is imported. See modeling_poodle/cpu.py.
+    # How long idle threads spin. Importing torch reads this variable; see share_cpu in modeling_poodle/cpu.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # Imports leave no garbage, and collecting takes a seventh of their time. run_script enables it again.
+    # Garbage collection would take a seventh of the import time and find nothing. run_script enables it again.
     gc.disable()
     stopping.end_on_signals()
 
@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
-    # Build flow, model and probe before looking for the videos, so that their errors appear early: rendering the street or listing
-    # thousands of files takes time.
+    # Build flow, model and probe first, so that their errors appear early: rendering the street or listing thousands of videos takes time.
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
@@ -68,10 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_probe(accelerator: Accelerator, recipe: Recipe):
-    """Build the readout of the recipe's field `probe`, if set. It is imported by name: see evaluation/probe.py for why."""
+    """Build the readout that the recipe's field `probe` names, or return `None`. Imported by name; evaluation/probe.py says why."""
     if recipe.probe is None:
         return None
-    # Rank 0 renders the street; the others find the files.
+    # Rank 0 renders the street if needed; the other ranks then find the files.
     return main_first(accelerator, lambda: importlib.import_module("evaluation.probe").Probe(recipe.probe))
 
 
@@ -115,7 +114,7 @@ class PretrainingRun(Run):
         return {**figures, "momentum": momentum, "feature_std": spread}
 
     def measure(self, last: bool) -> None:
-        """Append the teacher's k-NN readout to probe.jsonl. The rates in metrics.jsonl do not count its time."""
+        """Append the teacher's k-NN readout to probe.jsonl. Its time is left out of the rates in metrics.jsonl."""
         if self.probe is None or not (self.step % self.recipe.probe_steps == 0 or last):
             return
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Stop all processes of a run at the same step when one of them gets a signal."""
+"""Stop all processes of a run at the same step when any of them gets a signal."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from torch import distributed
 
 from training.stopping import SIGNALS, stop_with_the_launcher
 
-# Seconds. When a scheduler sends SIGINT to all processes of a job, torchrun passes it on, so each process gets it twice.
+# Seconds. A scheduler that sends SIGINT to all processes of a job also reaches torchrun, which passes it on: each process gets it twice.
 SENT_ON_WITHIN = 5.0
 
 
@@ -20,11 +20,11 @@ class StopSignals:
     """
     A context manager that turns SIGTERM and SIGINT into a request to stop after the current step.
 
-    A second SIGINT ends the process at once. Torchrun passes on the signals that it gets; under torchrun the second SIGINT therefore counts
-    only if it comes at least SENT_ON_WITHIN seconds after the first.
+    A second SIGINT ends the process at once. Under torchrun, which passes on the signals that it gets, the second SIGINT counts only if it
+    comes at least SENT_ON_WITHIN seconds after the first.
 
-    If any rank gets a signal, all ranks learn of it at the same step. Each step starts a reduction of one number between the hosts and
-    reads the result of the step before. So the device never waits, and neither does the host while the ranks keep pace.
+    If any rank gets a signal, all ranks learn of it at the same step. Each step starts an asynchronous reduction of one number between the
+    hosts, and reads the result of the previous step's reduction. The device never waits for it, nor does the host while the ranks keep pace.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
@@ -36,14 +36,15 @@ class StopSignals:
 
     def __enter__(self):
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
+        if threading.current_thread() is threading.main_thread():  # Python allows setting handlers only in this thread
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
             stop_with_the_launcher()
         return self
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
-            # When one rank ends, the launcher sends SIGTERM to the others. Keep catching it after an error, so that they can report theirs.
+            # When one rank ends, the launcher sends SIGTERM to the others. After an error, keep catching SIGTERM, so that each rank can
+            # still report its own error.
             if not (kind is not None and self._group is not None and number == signal.SIGTERM):
                 signal.signal(number, handler)
         if self._work is not None and kind is None:
@@ -60,13 +61,13 @@ class StopSignals:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
         self.received = number
-        if self._speaks:  # os.write: this handler may interrupt print or a logger
+        if self._speaks:  # os.write is safe even if this handler interrupts print or a logger
             when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""
             again = f"; once more{when} ends it at once, unsaved" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
 
     def agreed(self) -> bool:
-        """Return True on all ranks at the same step once any rank was asked to stop. All ranks call this once a step."""
+        """Return True, on all ranks at the same step, once any rank was asked to stop. All ranks must call this once a step."""
         number = self.received
         if self._group is not None:
             number = 0

@@ -1,7 +1,8 @@
 """
-Handle SIGTERM and SIGINT outside of a run's steps: while it starts, and while it closes.
+Handle SIGTERM and SIGINT outside of a run's steps: while the run starts, and while it closes.
 
-Imports only the standard library: the handlers must be in place before torch and transformers are imported, the longest part of a start.
+This module imports only the standard library, because the handlers must be set before torch and transformers are imported. Importing them
+is the longest part of a start.
 """
 
 import ctypes
@@ -9,15 +10,15 @@ import os
 import signal
 import sys
 
-# EX_TEMPFAIL of sysexits.h, "try again later": the run was asked to stop, has saved its work, and can be resumed.
+# EX_TEMPFAIL of sysexits.h ("try again later"): the run was asked to stop, has saved its work, and can be resumed.
 RESUMABLE_EXIT_CODE = 75
-# SIGTERM last: Python catches SIGINT by default, so whoever sees that SIGTERM is caught knows that both are.
+# SIGTERM is last, so that both handlers are set once SIGTERM is caught. SIGINT would not show this, because Python catches it by default.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _begun, _process = False, None
 
 
 def end_on_signals() -> None:
-    """End this process at once with RESUMABLE_EXIT_CODE on a signal, except during the steps (see `StopSignals`)."""
+    """Make signals end this process at once with RESUMABLE_EXIT_CODE. During the steps, `StopSignals` handles them instead."""
     global _process
     _process = os.getpid()
     for number in SIGNALS:
@@ -27,9 +28,9 @@ def end_on_signals() -> None:
 
 def mark_begun() -> None:
     """
-    Note that the run's folder is about to hold config.yaml.
+    Record that config.yaml is about to be written to the run's folder.
 
-    From then on the message on a signal says to resume with `latest`: repeating the first command would be refused.
+    From now on, the message printed on a signal says to resume with `latest`, because repeating the first command would be refused.
     """
     global _begun
     _begun = True
@@ -40,19 +41,24 @@ def _end(number: int, _) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    if os.environ.get("RANK", "0") == "0":  # os.write: a handler may interrupt print or a logger
+    if os.environ.get("RANK", "0") == "0":  # os.write is safe even if this handler interrupts print or a logger
         again = "go on with --resume_from_checkpoint latest" if _begun else "nothing is done yet, repeat the command"
         os.write(2, f"\n{signal.Signals(number).name}: the run stops outside of its steps; {again}\n".encode())
-    # Otherwise the processes that render the street would wait for work for ever.
+    # Kill the worker processes now, so that none outlives this one. (Those that render the street also watch for their parent's end.)
     processes = sys.modules.get("multiprocessing.process")
     for child in getattr(processes, "active_children", list)():
         child.kill()
-    # Not an exception: a destructor or an import could swallow it. Files that count are written aside and renamed: none is left incomplete.
+    # Exit without an exception, which a destructor or an import could swallow. No file of value is left incomplete, since these are written
+    # under a temporary name and then renamed.
     os._exit(RESUMABLE_EXIT_CODE)
 
 
 def stop_with_the_launcher() -> None:
-    """Let Linux send SIGTERM when `accelerate launch` ends: it forwards no signal to a single process."""
+    """
+    On Linux, have the system send SIGTERM to this process when `accelerate launch` ends.
+
+    With a single process, `accelerate launch` itself forwards no signals.
+    """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         if sys.platform == "linux":
             set_parent_death_signal = 1
