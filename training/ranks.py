@@ -23,8 +23,8 @@ class StopSignals:
     A second SIGINT ends the process at once. Under torchrun, which passes on the signals that it gets, the second SIGINT counts only if it
     comes at least SENT_ON_WITHIN seconds after the first.
 
-    If any rank gets a signal, all ranks learn of it at the same step. Each step starts an asynchronous reduction of one number between the
-    hosts, and reads the result of the previous step's reduction. The device never waits for it, nor does the host while the ranks keep pace.
+    If any rank gets a signal, all ranks learn of it at the same step. Each step starts a reduction of one number between the hosts, and
+    reads the result of the previous step's reduction. So the device never waits, and neither does the host while the ranks keep pace.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):

@@ -1,4 +1,4 @@
-"""A pretraining recipe: one dataclass, read from YAML, overridden by flags."""
+"""The recipe of a pretraining run: a dataclass that is read from YAML and overridden by flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from training.street_cameras import street_camera
 
 RECIPES = Path(__file__).parent / "recipes"
 FLOWS = ("dis", "raft_large", "raft_small", "unflow", "exact", "precomputed")
-# Shortest side of a frame for each estimator. OpenCV's DIS crashes with a shorter side of 12 to 15 (seen from 12x40 to 15x256, never from 16
-# on). Below 128, RAFT's coarsest correlation has no cells to look up.
+# Minimum length of a frame's shorter side, by estimator, in pixels. OpenCV's DIS crashes if this side has 12 to 15 pixels (seen from 12x40
+# to 15x256, never from 16 on). Below 128 pixels, RAFT's coarsest correlation has no cells to look up.
 LEAST_SIDES = {"dis": 16, "raft_large": 128, "raft_small": 128}
 
 
@@ -110,7 +110,7 @@ class Recipe(RunRecipe):
         config = self.model_config()  # raises if a field is unknown or has a wrong value
         if (
             self.init_encoder is None or "backbone_config" in self.model
-        ):  # otherwise the size is known once the encoder is read
+        ):  # otherwise build_model checks it, once the encoder's config is read
             check_crop_size(config, self.crop_size)
         least = LEAST_SIDES.get(self.flow, 1)
         smaller = " (--flow dis takes smaller ones)" if self.flow.startswith("raft") else ""
@@ -120,14 +120,16 @@ class Recipe(RunRecipe):
 
     @property
     def flow_folder(self) -> str | None:
-        """Folder of precomputed flow: `flow_dir`, or the folder beside the videos."""
+        """Folder of precomputed flow: `flow_dir`, or else the default of [`flow_beside`]; `None` if flow is not precomputed."""
         return self.flow_dir or (flow_beside(self.videos) if self.flow == "precomputed" else None)
 
 
 def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
     """
+    Check that both sides of the crop are multiples of the encoder's stride.
+
     Raises:
-        ValueError: a patch embedding or a stage would cut off the crop's edge, so that its map would not cover the whole crop.
+        ValueError: they are not. A patch embedding or a stage would cut off the crop's edge, and its map would not cover the whole crop.
     """
     encoder = config.backbone_config
     patch = getattr(encoder, "patch_size", None)
@@ -143,25 +145,25 @@ def check_crop_size(config: PoodleConfig, crop_size: list[int]) -> None:
 
 
 def flow_beside(videos: list[str]) -> str | None:
-    """Return the default folder of precomputed flow: flow/ inside the folder of the videos, if they are one local folder; else `None`."""
+    """Return the default folder of precomputed flow: flow/ inside the videos' folder. `None` unless `videos` is one local folder."""
     alone = videos[0] if len(videos) == 1 and street_camera(videos[0]) is None else ""
     return str(Path(alone, "flow")) if alone and Path(alone).is_dir() else None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a recipe file as a mapping. A name without a folder is looked up among the recipes of the package."""
+    """Read a recipe file as a mapping. A name without a folder is looked up among the package's recipes."""
     return read_recipe_file(Recipe, path, RECIPES)
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """
-    Make a recipe from the command line: first `--config FILE`, then flags.
+    Make a recipe from the command line: the file of `--config`, overridden by the other flags.
 
-    Without `--config` the recipe is `street`, or `own_videos` if `--videos` names other videos. `--init_encoder` replaces the
-    `backbone_config` of a recipe file; only `--model` may give another one, which must fit. `--num_train_epochs` without `--max_steps`
-    replaces the `max_steps` of a recipe file.
+    Without `--config` the recipe file is `street`, or `own_videos` if `--videos` names other videos. `--init_encoder` discards the recipe
+    file's `backbone_config`; a `backbone_config` in `--model` is used, and must fit the encoder. `--num_train_epochs` without `--max_steps`
+    discards the recipe file's `max_steps`.
 
     Raises:
-        ValueError: an unknown field (the nearest name is suggested), or a value out of range.
+        ValueError: a field is unknown (the message suggests the nearest name), or a value is out of range.
     """
     return parse(Recipe, arguments, "Pretrain PooDLe on video.", RECIPES, ("street", "own_videos"))

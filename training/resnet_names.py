@@ -1,5 +1,7 @@
 """
-Convert the parameter names of a plain ResNet between torchvision's (also timm's) and transformers'. This module does not import torch.
+Convert the parameter names of a plain ResNet between torchvision and transformers. timm uses torchvision's names.
+
+This module does not import torch.
 """
 
 import re
@@ -7,7 +9,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
-# torchvision counts stages and convolutions from 1, transformers from 0; both count blocks from 0.
+# (torchvision, transformers). torchvision counts stages and convolutions from 1, transformers from 0; both count blocks from 0.
 _NAMES = (
     ("conv1.", "embedder.embedder.convolution."),
     ("bn1.", "embedder.embedder.normalization."),
@@ -47,11 +49,11 @@ def to_torchvision(key: str) -> str:
 
 
 def timm_architecture(config: dict) -> str | None:
-    """timm's name for the network of a transformers config, or `None` if it is not one of the standard ResNets."""
+    """Return timm's name for the network of a transformers config, or `None` if [`add_timm`] cannot convert it."""
     layer = config.get("layer_type")
     if config.get("model_type") != "resnet" or layer not in _SIZES or config.get("hidden_sizes") != _SIZES[layer]:
         return None
-    if config.get("hidden_act", "relu") != "relu":  # timm would build the network with ReLUs
+    if config.get("hidden_act", "relu") != "relu":  # timm always builds these networks with ReLU
         return None
     if config["embedding_size"] != 64:
         return None
@@ -61,15 +63,16 @@ def timm_architecture(config: dict) -> str | None:
         config.get("dtype"),
         config.get("torch_dtype"),
     ):
-        return None  # other parameter names, or a dtype that numpy lacks
+        return None  # other classes name their parameters differently, and numpy has no bfloat16
     return _DEPTHS.get((config["layer_type"], tuple(config["depths"])))
 
 
 def add_timm(folder: Path, config: dict, processor: dict) -> dict:
     """
-    Write a second copy of the weights in `folder`, under timm's names, and return the config with timm's fields added.
+    Write a second copy of the weights to `folder`, with timm's parameter names, and return `config` with timm's fields added.
 
-    With that config `timm.create_model("hf-hub:org/name", pretrained=True)` finds the copy. The Hub stores equal chunks of files only once.
+    With the returned config, `timm.create_model("hf-hub:org/name", pretrained=True)` finds the copy. The copy takes little space on the
+    Hub, which stores identical chunks of files only once.
     """
     weights = {to_torchvision(key): value for key, value in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / TIMM_FILE, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-# EX_TEMPFAIL of sysexits.h ("try again later"): the run was asked to stop, has saved its work, and can be resumed.
+# EX_TEMPFAIL of sysexits.h ("try again later"): a signal stopped the run. It can be resumed or, if it had not begun yet, started again.
 RESUMABLE_EXIT_CODE = 75
 # SIGTERM is last, so that both handlers are set once SIGTERM is caught. SIGINT would not show this, because Python catches it by default.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
