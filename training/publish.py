@@ -3,9 +3,9 @@ Send a run, or one folder of weights, to the Hub.
 
     python -m training.publish DIR --repo_id org/name [--which student] [--evaluation FILE ...] [--private] [--no_panel] [--dry_run]
 
-DIR is a run, or one of the folders encoder/, model/, readout/ or detector/. Of a run, encoder/ goes to org/name, and model/, if it has a
-decoder or dilation, to org/name-sdm. Of a run of train_flow.py, model/ goes to org/name. Only these files are sent: safetensors, configs,
-the card with its picture, and the code if the architecture is PooDLe's own.
+DIR is a run, or one of the folders encoder/, model/, readout/ or detector/. If DIR is a run, its encoder/ goes to org/name, and its model/
+goes to org/name-sdm if it has a decoder or dilation. If DIR is a run of train_flow.py, its model/ goes to org/name. Only these files are
+sent: safetensors, configs, the card with its picture, and the code if the architecture is PooDLe's own.
 """
 
 import argparse
@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     check_repo_id(options.repo_id, "--repo_id")
-    if options.folder.name in ("", ".."):  # the folder's name decides how it is published
+    if options.folder.name in ("", ".."):  # resolve it, because the folder's name decides how it is published
         options.folder = options.folder.resolve()
     with tempfile.TemporaryDirectory(prefix="poodle-publish-") as scratch:
         folder = options.folder
         if options.which == "student":
             folder = student_of(folder, Path(scratch, "student"))
         parts = parts_of(folder, options.repo_id)
-        for _, repo_id in parts:  # "-sdm" may make a name too long: find out before anything is sent
+        for _, repo_id in parts:  # the suffix "-sdm" may make a name too long; check before anything is sent
             check_repo_id(repo_id, "--repo_id")
         results = read_evaluations(options.evaluation, [source for source, _ in parts])
         for source, repo_id in parts:
@@ -91,10 +91,10 @@ def is_run(folder: Path) -> bool:
 
 def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
     """
-    Return which folders are sent, each with its name on the Hub: (folder, repo_id).
+    List the folders to send, each with its name on the Hub: (folder, repo_id).
 
     Raises:
-        ValueError: `folder` is neither a run nor a folder of weights, or a folder to be sent lacks its config or its weights.
+        ValueError: `folder` is neither a run nor a folder of weights, or a folder to send lacks its config or its weights.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run or one of its folders encoder/ and model/")
@@ -119,7 +119,7 @@ def parts_of(folder: Path, repo_id: str) -> list[tuple[Path, str]]:
 
 
 def _need_weights(folder: Path) -> None:
-    """Raise ValueError if nobody could load what would be sent from this folder."""
+    """Raise ValueError if the folder's weights or config are missing or damaged, so that nobody could load them."""
     if not list(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         fitted = [name for name in ("readout", "detector") if (folder / name).is_dir()]
@@ -141,10 +141,10 @@ def _need_weights(folder: Path) -> None:
 
 def student_of(folder: Path, target: Path) -> Path:
     """
-    Export the student from the run's last checkpoint to `target`, and return the folder to send in place of `folder`.
+    Export the student of the run's last checkpoint to `target`, and return the folder to send instead of `folder`.
 
     Args:
-        folder: a run, or the encoder/ or model/ of one.
+        folder: a run, or a run's encoder/ or model/.
     """
     run = folder if is_run(folder) else folder.parent
     if not is_run(run) or (run != folder and folder.name not in ("encoder", "model")):
@@ -157,12 +157,17 @@ def student_of(folder: Path, target: Path) -> Path:
 
 def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[dict]]:
     """
-    Group the results in `files` by the folder of `sources` that they were measured on, or that has the same weights.
+    Group evaluation results by the folder that they belong to.
 
-    A readout or detector also gets the results of the evaluation.json beside it.
+    A result belongs to the folder that it was measured on, or to one with the same weights. A readout or detector also gets the results of
+    the evaluation.json beside it.
+
+    Args:
+        files: evaluation.json files.
+        sources: the folders to send.
 
     Raises:
-        ValueError: a file is not an evaluation.json, or is one of another model or other weights.
+        ValueError: a file is not an evaluation.json, or it belongs to another model or other weights.
     """
     results: dict[Path, list[dict]] = {source: [] for source in sources}
     for source in sources:
@@ -194,9 +199,9 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
 
 def _twins(source: Path) -> list[Path]:
     """
-    Folders whose results count for `source`: itself, and the run's model/ if `source` is the encoder/ and model/ holds nothing more.
+    List the folders whose results count for `source`: always `source` itself.
 
-    An evaluation of a run measures its model/.
+    Evaluating a run measures its model/. So model/ also counts if `source` is the run's encoder/ and model/ has no decoder or dilation.
     """
     run = source.parent
     alone = source.name == "encoder" and is_run(run) and (run / "model" / "config.json").is_file() and _is_plain(run)
@@ -204,6 +209,7 @@ def _twins(source: Path) -> list[Path]:
 
 
 def _is_plain(run: Path) -> bool:
+    """Return whether the run's model/ has neither a decoder nor dilation."""
     config = _mapping(run / "model" / "config.json")
     return config.get("num_decoder_blocks") == 0 and config.get("output_stride") is None
 
@@ -221,7 +227,7 @@ def _mapping(file: Path) -> dict:
 
 def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
     weights = sorted(source.glob("*.safetensors"))
-    # Evaluations of earlier versions have no digest: compare the files' times instead.
+    # Evaluations written by earlier versions have no digest; compare modification times instead.
     if None in measured and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         raise ValueError(f"{file} was measured before the weights in {source} were written: evaluate them again")
     if measured - {None, sha256_of(weights)}:
@@ -245,17 +251,17 @@ def _results_in(file: Path) -> list[dict]:
 
 
 def _measured_on(name: str) -> Path:
-    """The folder that an evaluation measured: the one named by `--model`, or the model/ of a run."""
+    """Return the folder that an evaluation measured: the folder `name`, or its model/ if it is a run."""
     path = Path(name)
     return (path / "model" if (path / "model" / "config.json").is_file() else path).resolve()
 
 
 def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: bool = True) -> None:
     """
-    Write to `target` exactly the files that are sent for the folder `source`, the picture only if `panel` is True.
+    Write exactly the files to send for the folder `source` to `target`. The picture is included only if `panel` is True.
 
     Raises:
-        ValueError: a card or a config is invalid or missing, a file is a link, or a file holds the Hub token.
+        ValueError: a card or config is invalid or missing, a file is a link, or a file contains the Hub token.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -286,13 +292,13 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: 
 
 
 def _refuse_link(path: Path) -> None:
-    """Raise ValueError if a file to be sent is a link, since its target may lie anywhere on this machine."""
+    """Raise ValueError if a file to send is a symbolic link, which could point to any file on this machine."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link to {path.resolve()}: put the file itself there if it is to be sent")
 
 
 def without_local_paths(value):
-    """Drop from a config the paths that its parts were loaded from."""
+    """Return a config without `_name_or_path` and `auto_map` at any depth, because these may hold local paths."""
     if isinstance(value, dict):
         return {
             key: without_local_paths(item) for key, item in value.items() if key not in ("_name_or_path", "auto_map")
@@ -313,13 +319,13 @@ class BackgroundPublisher:
     """
     Send a run's folders in the background, one upload at a time.
 
-    Only the newest step waits; it replaces one that still waits. A failed upload is logged as a warning.
+    At most one step waits for the current upload. A newer step replaces it. A failed upload is logged as a warning.
 
     Args:
         output_dir: folder of the run.
-        repo_id: name of the encoder on the Hub.
-        private: make new repositories private.
-        panel: send the last panel.
+        repo_id: name on the Hub, as `--repo_id`.
+        private: whether new repositories are private.
+        panel: whether to send the last panel.
     """
 
     def __init__(self, output_dir: Path, repo_id: str, private: bool, panel: bool = True):
@@ -335,14 +341,14 @@ class BackgroundPublisher:
         self.lock, self.waiting = threading.Lock(), None
 
     def submit(self, step: int) -> None:
-        """Copy the folders just exported (1 to 2 s for a ResNet-50), and send the copy in the background after the current upload."""
+        """Copy the exported folders (1 to 2 s for a ResNet-50), and send the copy in the background after the current upload."""
         scratch = self.scratch / f"step-{step}"
         try:
             parts = []
             for source, repo_id in parts_of(self.output_dir, self.repo_id):
                 stage(source, scratch / source.name, repo_id, [], self.panel)
                 parts.append((scratch / source.name, repo_id))
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # no failure here may stop training
             shutil.rmtree(scratch, ignore_errors=True)
             logger.warning("step %d was not sent to the Hub: %s", step, error)
             return
@@ -350,7 +356,7 @@ class BackgroundPublisher:
             replaced, self.waiting = self.waiting, (step, scratch, parts)
         if replaced is None:
             self.executor.submit(self._send)
-        else:  # the job already queued sends this step instead
+        else:  # the job that is already queued will send this step
             shutil.rmtree(replaced[1], ignore_errors=True)
 
     def _send(self) -> None:
@@ -360,7 +366,7 @@ class BackgroundPublisher:
             try:
                 push(folder, repo_id, f"Step {step}", private=self.private or None)
                 logger.info("step %d was sent to %s", step, repo_id)
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # no failure here may stop training
                 logger.warning("step %d was not sent to the Hub (training goes on): %s", step, error)
         shutil.rmtree(scratch, ignore_errors=True)
 

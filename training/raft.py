@@ -1,8 +1,8 @@
 """
 The inner loop of RAFT (Teed & Deng 2020) with torchvision's weights: correlation pyramid, lookups and the update block.
 
-It computes the same function as torchvision's modules, but computes and moves less. Everything runs in the precision of its inputs,
-except coordinates, which are always float32.
+The results equal those of torchvision's modules, with fewer operations and less memory traffic. Everything is computed in the precision of
+its inputs, except coordinates, which are always float32.
 """
 
 import torch
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 
 def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[Tensor]:
     """
-    Correlations of every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
+    Correlate every query pixel with every key pixel, at strides 1, 2, 4, ... of the keys.
 
-    Averaging commutes with the product, so the keys are pooled instead of the volume, which at 512x1024 has 32 times as many numbers. The
-    keys get a border of zeros, so that look-ups outside the frame read a correlation of zero without a special case.
+    Averaging commutes with the product, so the function pools the keys instead of the volume. At 512x1024 the volume has 32 times as many
+    numbers. The keys get a border of zeros, so that look-ups outside the frame read a correlation of zero without a special case.
 
-    The backward direction of a pair is computed as a separate product, 1 % of RAFT's operations, and not from the transposed volume:
-    copying and pooling that would move more data than the product. Computing both directions takes 0.49 of the time of one direction and
-    its transpose (one CPU core, 512x1024, measured alternately in one process).
+    The backward direction of a pair is a separate product, which takes 1 % of RAFT's operations. Transposing the forward volume instead
+    would mean copying and pooling it, which moves more data than the product. Computing both directions as products takes 0.49 of the time
+    of one direction and its transpose (one CPU core, 512x1024, measured alternately in one process).
 
     Args:
         queries: features (N, C, h, w).
         keys: features (N, C, h, w).
 
     Returns:
-        A tensor (N * h * w, (h >> l) + 2, (w >> l) + 2) for each level l, one row for each query pixel.
+        For each level l, a tensor (N * h * w, (h >> l) + 2, (w >> l) + 2) with one row for each query pixel.
     """
     n, channels, h, w = queries.shape
     rows = queries.flatten(2).transpose(1, 2) / channels**0.5  # (N, h * w, C)
@@ -35,7 +35,7 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
         keys = F.avg_pool2d(keys, kernel_size=2, stride=2) if level else keys
         bordered = F.pad(keys, (1, 1, 1, 1))
         cells = bordered.shape[-2] * bordered.shape[-1]
-        # Pad the rows to a multiple of 16 bytes: otherwise half-precision products could not use the fast loads of tensor cores.
+        # Pad the rows to a multiple of 16 bytes, so that half-precision products can use the fast loads of tensor cores.
         volume = torch.bmm(rows, F.pad(bordered.flatten(2), (0, -cells % 8)))[:, :, :cells]
         levels.append(volume.view(n * h * w, *bordered.shape[-2:]))
     return levels
@@ -43,22 +43,22 @@ def correlation_pyramid(queries: Tensor, keys: Tensor, num_levels: int) -> list[
 
 def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
     """
-    Correlations around each query pixel's match: a window of (2 radius + 1)^2 points in each level, read bilinearly, zeros outside.
+    Read the correlations around each query pixel's current match, bilinearly, with zeros outside the frame.
 
-    All points of a window have the same fractional offset. A window is therefore (2 radius + 2)^2 whole cells and two interpolations, in
-    the pyramid's own precision. (grid_sample would need a coordinate for each point and, under autocast, a float32 copy of the volume each
-    time.)
+    In each level the function reads a window of (2 radius + 1)^2 points, which all have the same fractional offset. It therefore gathers
+    (2 radius + 2)^2 whole cells and interpolates them twice, in the pyramid's own precision. (grid_sample would need a coordinate for each
+    point and, under autocast, a float32 copy of the volume in each call.)
 
     Args:
         pyramid: from [`correlation_pyramid`].
         points: (N, 2, h, w) float32 positions in the keys, x then y, in cells from the centre of the first cell.
 
     Returns:
-        (N, levels * (2 radius + 1)^2, h, w). Within a level x varies slowest, as in torchvision.
+        (N, levels * (2 radius + 1)^2, h, w). Within a level, x varies slowest, as in torchvision.
     """
     n, _, h, w = points.shape
     centres = points.permute(0, 2, 3, 1).reshape(-1, 2)
-    # From a match's cell to the cells of its window, shifted by 1 for the border.
+    # Offsets from a match's cell to the cells of its window, plus 1 for the border of zeros.
     offsets = torch.arange(1 - radius, radius + 3, device=points.device)
     found = []
     for level, volume in enumerate(pyramid):
@@ -67,8 +67,8 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
         right, below = (scaled - corner).to(volume.dtype)[:, :, None, None].unbind(1)  # each (M, 1, 1)
         x, y = (corner.long()[:, :, None] + offsets).unbind(1)  # each (M, 2 radius + 2)
         x, y = x.clamp(0, volume.shape[2] - 1), y.clamp(0, volume.shape[1] - 1)
-        # One flat index for each cell. Indexing by query, row and column makes a GPU write three indices a cell first, and a CPU take 1.4
-        # to 1.7 times as long.
+        # Use one flat index for each cell. Indexing by query, row and column would make a GPU write three indices a cell first, and would
+        # take a CPU 1.4 to 1.7 times as long.
         cells = y[:, None, :] * volume.shape[2] + x[:, :, None]  # (M, x, y)
         window = volume.flatten(1).gather(1, cells.flatten(1)).view_as(cells)
         window = torch.lerp(window[:, :-1], window[:, 1:], right)
@@ -78,9 +78,9 @@ def look_up(pyramid: list[Tensor], points: Tensor, radius: int) -> Tensor:
 
 class GatedUnit:
     """
-    A convolutional GRU of torchvision's RAFT, for many updates with the same context.
+    A convolutional GRU of torchvision's RAFT, made faster for many updates with the same context.
 
-    Each of its convolutions reads [hidden state, context, motion]. The context never changes, so its share is computed once. The two gates
+    Each convolution reads [hidden state, context, motion]. The context never changes, so its contribution is computed once. The two gates
     read the same input, so they share one convolution.
     """
 
@@ -120,10 +120,10 @@ def update(
         block: torchvision's update block, in the dtype of `hidden`.
         units: the block's GRUs, which hold the context.
         pyramid: from [`correlation_pyramid`].
-        radius: of the look-up window, cells.
+        radius: radius of the look-up window in cells.
         start: (N, 2, h, w) float32 positions of the queries, x then y, in cells.
-        points: (N, 2, h, w) float32 positions of their matches so far.
-        hidden: (N, C, h, w).
+        points: (N, 2, h, w) float32 current positions of the queries' matches, as `start`.
+        hidden: (N, C, h, w) hidden state.
 
     Returns:
         The new points and the new hidden state.
