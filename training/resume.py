@@ -1,4 +1,4 @@
-"""Choose the checkpoint from which a run resumes, check that it may, and cut back the run's later files."""
+"""Choose the checkpoint to resume a run from, check that it fits the run, and cut back files that later steps wrote."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ from training.checkpoint_files import damage, list_checkpoints, read_state
 from training.run_recipe import FREE_ON_INEXACT_RESUME, FREE_ON_RESUME, RunRecipe
 
 logger = logging.getLogger("poodle")
-# Fields that may differ between the processes of a run: each machine may have its files at other paths. Videos are compared after they
-# have been found.
+# Fields that may differ between the processes of a run, because each machine may have the files at other paths. The videos themselves are
+# compared once they have been found.
 _OF_A_MACHINE = frozenset(
     ("videos", "output_dir", "resume_from_checkpoint", "init_encoder", "flow_dir", "flow_weights", "flow_model")
 )
@@ -27,13 +27,13 @@ _OF_A_MACHINE = frozenset(
 
 def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | None:
     """
-    Lock the folder of the run, and return the checkpoint to resume from, or `None` for a new run. Called before anything costly.
+    Lock the run's folder, and return the checkpoint to resume from, or `None` for a new run. Call this before anything costly.
 
     Raises:
         ValueError: the folder is in use or holds another run; the checkpoint is missing, damaged or of another configuration; or the
-            processes were given different recipes or do not share the folder.
+            processes have different recipes or do not share the folder.
     """
-    # With different learning rates the ranks' weights would diverge; with different save_steps one rank would wait for the others.
+    # If learning rates differed between ranks, their weights would diverge; if save_steps differed, one rank would wait for the others.
     same_fields(accelerator, public_value(dataclasses.asdict(recipe)), _OF_A_MACHINE)
     output_dir = Path(recipe.output_dir)
 
@@ -50,7 +50,7 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
     need_shared(accelerator, output_dir)
     if accelerator.is_main_process or checkpoint is None:
         return checkpoint
-    if within is not None:  # this machine may see the folder under another path
+    if within is not None:  # output_dir may have another path on this machine than on rank 0
         return output_dir / within
     own = recipe.resume_from_checkpoint
     return checkpoint if own in (None, "latest") else Path(own)
@@ -58,9 +58,9 @@ def prepare_output_dir(accelerator: Accelerator, recipe: RunRecipe) -> Path | No
 
 def find_checkpoint(recipe: RunRecipe) -> Path | None:
     """
-    Find the checkpoint to resume from; `None` for a new run. Raises as [`prepare_output_dir`].
+    Find the checkpoint to resume from, or return `None` to start from the beginning. Raises the errors of [`prepare_output_dir`].
 
-    A run that began at another run's checkpoint, and has saved none of its own yet, begins there again.
+    A run that started from another run's checkpoint and has not saved one of its own yet starts from that checkpoint again.
     """
     output_dir, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     saved_config = output_dir / "config.yaml"
@@ -85,7 +85,7 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
 
 
 def _named(checkpoint: Path, output_dir: Path) -> Path:
-    """Return the named checkpoint after checking it: it must be whole, and belong to the run in `output_dir` unless that run is new."""
+    """Return `checkpoint` if it is whole and belongs to the run in `output_dir` or that folder holds no run yet; raise ValueError otherwise."""
     if not (checkpoint / "state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json); give latest, or RUN/checkpoints/step-N"
@@ -110,7 +110,7 @@ def _named(checkpoint: Path, output_dir: Path) -> Path:
 
 
 def _refuse_other_files(output_dir: Path) -> None:
-    """Refuse a folder with results of another command, or of a run whose config.yaml is lost: a new run would overwrite them."""
+    """Refuse a folder that has results but no config.yaml (from another command, or config.yaml was lost): a new run would overwrite them."""
     names = ("encoder", "model", "metrics.jsonl", "probe.jsonl", "evaluation.json")
     found = [name for name in names if (output_dir / name).exists()]
     found += [f"checkpoints/{checkpoint.name}" for checkpoint in list_checkpoints(output_dir)]
@@ -123,13 +123,13 @@ def _refuse_other_files(output_dir: Path) -> None:
 
 def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     """
-    Where a run without a checkpoint starts again: at the checkpoint where it first began, or `None` for the beginning.
+    Return where a run without own checkpoints starts again: the other run's checkpoint that it began at, or `None` for the beginning.
 
     Args:
         saved: content of the run's `config.yaml`.
 
     Raises:
-        ValueError: the run had already saved something, which a new start would overwrite; or the checkpoint where it began is damaged.
+        ValueError: the run had already saved something that starting again would overwrite, or the checkpoint that it began at is damaged.
     """
     output_dir, began = Path(recipe.output_dir), saved.get("resume_from_checkpoint")
     began = None if not isinstance(began, str) or began == "latest" else began
@@ -137,7 +137,7 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
     save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
     first = steps[0] - 1 if steps and began else 0
-    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # a line after the first save
+    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):  # the log goes beyond the first save
         results.append(f"metrics.jsonl up to step {steps[-1]}")
     if results:
         raise ValueError(
@@ -160,10 +160,10 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
 
 def _latest(output_dir: Path) -> Path | None:
     """
-    The newest undamaged checkpoint, or `None` if there is no checkpoint. A warning names each newer, damaged one.
+    Return the newest undamaged checkpoint, or `None` if the run has no checkpoints. Each newer, damaged one is logged as a warning.
 
     Raises:
-        ValueError: all checkpoints are damaged.
+        ValueError: the run has checkpoints, but all are damaged.
     """
     found = []
     for checkpoint in reversed(list_checkpoints(output_dir)):
@@ -180,9 +180,9 @@ def _latest(output_dir: Path) -> Path | None:
 
 
 def _refuse_other_configuration(recipe: RunRecipe, saved_config: Path) -> None:
-    # A URL with a new password or signature is still the same video.
+    # Compare URLs without password and signature: with new ones, a URL still names the same video.
     saved, own = public_value(read_yaml_mapping(saved_config)), public_value(dataclasses.asdict(recipe))
-    # A field added after the run's version counts as its default, which keeps the earlier behaviour.
+    # A field that was added after this run was written counts as its default, which keeps the earlier behaviour.
     fields = dataclasses.fields(recipe)
     saved = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields} | saved
     changed = {
@@ -224,14 +224,14 @@ def _refuse_other_ranks(accelerator: Accelerator, recipe: RunRecipe, checkpoint:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the resumed run writes again, and a last line that a kill left incomplete."""
+    """Drop the lines after `step`, which the resumed run will write again, and unreadable lines such as one that a kill cut off."""
     if not path.exists():
         return
     write_aside(path, "".join(line + "\n" for at, line in _lines(path) if at <= step), sync=True)
 
 
 def drop_later_panels(folder: Path, step: int) -> None:
-    """Delete the panels of steps after `step`: the last panel is sent to the Hub with the weights."""
+    """Delete the panels of steps after `step`: the last panel is sent to the Hub, so it must not be newer than the weights."""
     for panel in folder.glob("step-*.png"):
         number = panel.stem.removeprefix("step-")
         if number.isdecimal() and int(number) > step:
@@ -239,7 +239,7 @@ def drop_later_panels(folder: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (step, line) for each complete line of metrics.jsonl; nothing if there is no such file."""
+    """Yield (step, line) for each readable line of a log such as metrics.jsonl, and nothing if there is no such file."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             yield int(json.loads(line)["step"]), line
