@@ -1,8 +1,8 @@
 """
 The inner loop of RAFT (Teed & Deng 2020) with torchvision's weights: correlation pyramid, lookups and the update block.
 
-The results equal those of torchvision's modules, with fewer operations and less memory traffic. Everything is computed in the precision of
-its inputs, except coordinates, which are always float32.
+It computes the same function as torchvision's modules, with fewer operations and less memory traffic. Each operation runs in the precision
+of its inputs, except that coordinates are always float32.
 """
 
 import torch

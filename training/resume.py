@@ -85,7 +85,12 @@ def find_checkpoint(recipe: RunRecipe) -> Path | None:
 
 
 def _named(checkpoint: Path, output_dir: Path) -> Path:
-    """Return `checkpoint` if it is whole and belongs to the run in `output_dir` or that folder holds no run yet; raise ValueError otherwise."""
+    """
+    Check the checkpoint that the user named, and return it.
+
+    Raises:
+        ValueError: the checkpoint is not whole, or `output_dir` holds another run.
+    """
     if not (checkpoint / "state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: no finished checkpoint there (no state.json); give latest, or RUN/checkpoints/step-N"
@@ -110,7 +115,11 @@ def _named(checkpoint: Path, output_dir: Path) -> Path:
 
 
 def _refuse_other_files(output_dir: Path) -> None:
-    """Refuse a folder that has results but no config.yaml (from another command, or config.yaml was lost): a new run would overwrite them."""
+    """
+    Refuse a folder that holds results, because a new run would overwrite them.
+
+    Called if the folder has no config.yaml: the results are another command's, or those of a run whose config.yaml is lost.
+    """
     names = ("encoder", "model", "metrics.jsonl", "probe.jsonl", "evaluation.json")
     found = [name for name in names if (output_dir / name).exists()]
     found += [f"checkpoints/{checkpoint.name}" for checkpoint in list_checkpoints(output_dir)]
@@ -123,7 +132,7 @@ def _refuse_other_files(output_dir: Path) -> None:
 
 def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     """
-    Return where a run without own checkpoints starts again: the other run's checkpoint that it began at, or `None` for the beginning.
+    Return where a run that has saved no checkpoint starts again: the other run's checkpoint that it began at, or `None` for the beginning.
 
     Args:
         saved: content of the run's `config.yaml`.

@@ -1,4 +1,4 @@
-"""The training loop of any model: steps, logs, checkpoints, signals, and exact resumption."""
+"""The training loop that all models share: steps, logs, checkpoints, signals, and exact resumption."""
 
 import dataclasses
 import json
@@ -36,58 +36,68 @@ logger = logging.getLogger("poodle")
 
 class Run(ABC):
     """
-    One training run of a model on videos: the loop, the state that a checkpoint holds, and the logs.
+    One training run of a model on videos: the loop, the state stored in checkpoints, and the logs.
 
     Subclasses define the objective, and what is logged and exported.
     """
 
     METRICS: tuple[str, ...]  # names of scalars that are averaged over a log window
-    LOGS = ("metrics.jsonl",)  # files with one line a step, cut back when a run is resumed
-    WRITTEN: str  # names of what `output_dir` holds at the end, for the log
-    LINE: str  # format of the line that is printed for a logged step
+    LOGS = ("metrics.jsonl",)  # files whose lines each belong to a step; cut back when a run is resumed
+    WRITTEN: str  # what `output_dir` holds at the end, as the final log message lists it
+    LINE: str  # format of the line that is printed for each logged step
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
-        self.model, self.optimizer = model, optimizer  # without DDP's wrapper, which hides the teacher's update
-        self.compiled = [model]  # modules to compile, if the recipe asks for it
+        self.model, self.optimizer = model, optimizer  # not wrapped in DDP, which would hide the model's update_teacher
+        self.compiled = [model]  # modules to compile if the recipe sets torch_compile
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
         self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
         self.sums = torch.zeros(len(self.METRICS), device=accelerator.device)
         self.health = Health(accelerator)
         self.signals = StopSignals(accelerator, timedelta(seconds=recipe.ddp_timeout))
         self.generator = torch.Generator(device=accelerator.device)
-        self.skipped: dict[str, str] = {}  # reason by path; the first reason of each
+        self.skipped: dict[str, str] = {}  # path of each skipped file: the first reason why it was skipped
 
     @abstractmethod
     def objective(self, batch: dict) -> tuple[Any, dict, dict]:
-        """Map a batch of the loader to (output with its loss, the model's inputs for the panel, further METRICS)."""
+        """
+        Compute the loss of a batch.
+
+        Returns:
+            The model's output, which holds the loss; the model's inputs, for the panel; and those METRICS that are not in the output.
+        """
 
     @abstractmethod
     def after_update(self) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step, for example to update a teacher."""
 
     @abstractmethod
     def figures(self, output) -> dict:
-        """Return the method's own fields of a line of metrics.jsonl, over this log window and all ranks."""
+        """Return the subclass's own fields for a line of metrics.jsonl, averaged over this log window and all ranks."""
 
     @abstractmethod
     def measure(self, last: bool) -> None:
-        """Measure the model between steps, at intervals of the subclass' choice. `last`: this was the run's last step."""
+        """
+        Measure the model. Called after each step; the subclass chooses the intervals.
+
+        Args:
+            last: whether this was the run's last step.
+        """
 
     @abstractmethod
     def export(self) -> None:
-        """Write the folders of weights, on the first process."""
+        """Write the folders of weights. Called on the first process only."""
 
     @abstractmethod
     def save_panel(self, batch: dict, inputs: dict, output) -> None:
-        """Write a picture of this step, on the first process."""
+        """Write a picture of this step. Called on the first process only."""
 
     def run(self, checkpoint: Path | None) -> None:
         """
-        Train from the first step, or from a checkpoint, to the end.
+        Train to the end, from `checkpoint` or, if it is `None`, from the first step.
 
         Raises:
-            SystemExit: with RESUMABLE_EXIT_CODE if a signal stopped the run.
+            SystemExit: a signal stopped the run; the exit code is RESUMABLE_EXIT_CODE.
         """
         with faults_in_words(self.recipe, self.loader.workers):
             self.accelerator.wait_for_everyone()
@@ -103,7 +113,7 @@ class Run(ABC):
 
     def load(self, checkpoint: Path) -> None:
         """
-        Restore this rank's state.
+        Restore this rank's state from a checkpoint.
 
         Raises:
             ValueError: the checkpoint cannot be read.
@@ -121,9 +131,9 @@ class Run(ABC):
 
     def open(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            # All ranks load before rank 0 moves later files aside: if one rank cannot read its part, the folder stays as it is.
+            # All ranks load before rank 0 cuts back later files. So if one rank cannot read its part, the folder stays unchanged.
             on_all(self.accelerator, lambda: self.load(checkpoint))
-            which = sha256_of([checkpoint / CHECKSUMS])[:12]  # the path may differ between machines
+            which = sha256_of([checkpoint / CHECKSUMS])[:12]  # not the path, which may differ between machines
             same_on_all(self.accelerator, "checkpoint", f"step {self.step}, checksums {which}")
             logger.info("resuming from %s", checkpoint)
         if self.accelerator.is_main_process:
@@ -171,7 +181,7 @@ class Run(ABC):
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
-        if self.step >= self.max_steps:  # the run was killed after its last checkpoint, perhaps before its exports
+        if self.step >= self.max_steps:  # the run was killed after its last checkpoint, perhaps before it exported the weights
             self.export_and_push()
         while self.step < self.max_steps:
             last = self.step + 1 == self.max_steps
@@ -185,7 +195,7 @@ class Run(ABC):
                 if self.step % recipe.panel_steps == 0 or self.step == 1 or last:
                     self.save_panel(batch, inputs, output)
             self.measure(last)
-            del output, inputs, batch  # otherwise they would stay in memory during the next step
+            del output, inputs, batch  # free their memory before the next step
             stop = self.signals.agreed()
             if self.step % recipe.save_steps == 0 or last or stop:
                 self.save()
@@ -194,7 +204,7 @@ class Run(ABC):
         progress.close()
 
     def train_step(self, batches):
-        """Take one optimizer step."""
+        """Take one optimizer step. Returns the output, inputs and batch of its last micro-step."""
         rate = learning_rate(
             self.step, self.max_steps, self.warmup, self.recipe.learning_rate, self.recipe.min_learning_rate
         )
@@ -208,7 +218,7 @@ class Run(ABC):
                 output, inputs, more = self.objective(batch)
                 self.accelerator.backward(output.loss / micro_steps)
             self.accumulate(output, batch, **more)
-            if micro_step + 1 < micro_steps:  # otherwise they would stay in memory during the next micro-step
+            if micro_step + 1 < micro_steps:  # free their memory before the next micro-step
                 del output, inputs, batch
         self.grad_norm = self.health.guard(self.model, self.optimizer)
         self.optimizer.step()
@@ -223,19 +233,19 @@ class Run(ABC):
         return batch
 
     def seed(self, micro_step: int) -> None:
-        """Seed the draws of this micro-step and rank, so that a resumed run draws the same numbers as an uninterrupted one."""
+        """Seed the random numbers of this micro-step and rank, so that a resumed run draws the same ones as an uninterrupted run."""
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         seed = (self.recipe.seed * 1_000_003 + number) * ranks + rank
         self.generator.manual_seed(seed)
-        # Encoders with stochastic depth (Swin, ConvNeXt) draw from the GPU's global generator, which is in no checkpoint.
+        # Encoders with stochastic depth (Swin, ConvNeXt) draw from the GPU's global generator, whose state is not in the checkpoints.
         if self.accelerator.device.type != "cpu":
-            # A different seed: with the same numbers, the dropped paths would depend on the photometric augmentation.
+            # Use another seed here. With the same seed, the dropped paths would depend on the photometric augmentation.
             torch.get_device_module(self.accelerator.device).manual_seed(seed + (1 << 62))
 
     @torch.no_grad()
     def accumulate(self, output, batch, **more) -> None:
-        """Add the METRICS, found in `output` and `more`, to the sums of this log window. The host does not wait for the device."""
+        """Add METRICS, taken from `output` and `more`, to the sums of this log window, without making the host wait for the device."""
         zero = output.loss.new_zeros(())
         found = {**vars(output), **more}
         values = [found[name] for name in self.METRICS]
@@ -245,7 +255,7 @@ class Run(ABC):
         self.name_skipped(batch["skipped"])
 
     def name_skipped(self, found: list[tuple[str, str]]) -> None:
-        """Log each skipped file once in a run, with its first reason (other frames of it may fail for other reasons)."""
+        """Log each skipped file once a run, with the first reason. (Other frames of the file may fail for other reasons.)"""
         for path, reason in found:
             if path not in self.skipped:
                 self.skipped[path] = reason
@@ -253,7 +263,7 @@ class Run(ABC):
                     logger.warning("skipped %s: %s", path, reason)
 
     def share_skipped(self) -> None:
-        """Tell every rank which files the workers of the others have skipped."""
+        """Tell every rank which files the other ranks' workers have skipped."""
         if self.accelerator.num_processes > 1:
             self.name_skipped([entry for found in gather_object([self.skipped]) for entry in found.items()])
 
@@ -302,13 +312,13 @@ class Run(ABC):
     def save(self) -> None:
         self.health.stop_if_not_finite()
         on_main(self.accelerator, self.before_saving)
-        self.share_skipped()  # files in a checkpoint are not named again when the run is resumed
+        self.share_skipped()  # a resumed run does not log skipped files again if the checkpoint lists them
         state, doubtful = self.rank_state(), self.health.doubtful
         save_checkpoint(self.accelerator, self.recipe, self.step, self.model, self.optimizer, state, keep_all=doubtful)
         self.export_and_push()
 
     def rank_state(self) -> dict:
-        """Return what this rank needs to resume, besides weights and moments."""
+        """Return what this rank needs to resume, apart from the weights and the optimizer's moments."""
         state = {"loader": self.loader.state_dict(), "sums": self.sums, "rng": torch.get_rng_state()}
         return state | {"skipped": self.skipped, **self.health.state_dict()}
 
@@ -317,10 +327,10 @@ class Run(ABC):
         self.health.refuse_bad_weights(self.model, self.optimizer)
         for log in (self.output_dir / name for name in self.LOGS):
             if log.exists():
-                sync_file(log)  # the lines up to a checkpoint must survive a power cut if the checkpoint does
+                sync_file(log)  # if a checkpoint survives a power cut, so must the log lines up to it
 
     def export_and_push(self) -> None:
-        """Write the folders of weights, and push them to the Hub if the recipe asks for it."""
+        """Export the weights, and push them to the Hub if the recipe sets push_to_hub."""
         on_main(self.accelerator, self.export)
         if self.publisher is not None:
             self.publisher.submit(self.step)
