@@ -1,12 +1,12 @@
 """
-The street: a procedural drive with exact labels, instances, flow and visibility; the embedded default video.
+The street: a procedural drive with exact labels, instances, flow and visibility. It is the default video.
 
     python -m training.street --output_dir DIR [--camera walking] [--num_videos N ...] [--labelled N]
 
-A straight street along +z (x right, y up, metres): road, pavements, grass, facades left and right, traffic, walkers, cyclists, poles,
-signs, lights and trees. A pinhole camera sees it from a car, on foot, from a pole or from the air (street_cameras.py). All surfaces are
-planes or boxes, so the surface point of each pixel is known exactly, and so is its place in any other frame. Pixel (row, column) has its
-centre at (column + 0.5, row + 0.5).
+The street is straight and runs along +z (x right, y up, metres). It has a road, pavements, grass, facades left and right, traffic,
+walkers, cyclists, poles, signs, lights and trees. A pinhole camera sees it from a car, on foot, from a pole or from the air
+(street_cameras.py). All surfaces are planes or boxes, so the surface point that a pixel shows is known exactly, and so is that point's
+position in any other frame. Pixel (row, column) has its centre at (column + 0.5, row + 0.5).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from training.street_cameras import CAMERAS, Pose, camera_pose, check_camera
 from training.street_objects import Item, bounds, meet, moving_items, paint_item, static_items
 from training.street_textures import hashed, noise, texture
 
-# BDD100K's 19 classes and train ids. "train" and "motorcycle" are not drawn.
+# BDD100K's 19 classes in the order of its train ids. The street draws no "train" and no "motorcycle".
 STREET_CLASSES = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "
     "motorcycle bicycle"
@@ -27,15 +27,15 @@ STREET_CLASSES = (
 STREET_CLASSES = tuple(name.replace("_", " ") for name in STREET_CLASSES)
 CLASS = {name: index for index, name in enumerate(STREET_CLASSES)}
 
-SKY, GROUND, LEFT, RIGHT, FIRST_ITEM = 0, 1, 2, 3, 16  # surface ids; an item's faces follow FIRST_ITEM
-ROAD_HALF_WIDTH, PAVEMENT_END, FACADE = 7.0, 9.2, 11.0
-BLOCK = 12.0  # length of a facade's block
-VIEW_DISTANCE = 120.0
+SKY, GROUND, LEFT, RIGHT, FIRST_ITEM = 0, 1, 2, 3, 16  # surface ids; those of items' faces start at FIRST_ITEM
+ROAD_HALF_WIDTH, PAVEMENT_END, FACADE = 7.0, 9.2, 11.0  # |x| of each edge, metres
+BLOCK = 12.0  # length of a facade's block, metres
+VIEW_DISTANCE = 120.0  # items and roofs are drawn up to this distance ahead, metres
 
 
 @dataclass
 class Scene:
-    """What one frame shows. For each pixel: surface id, coordinates on the surface, depth, label, instance, and colour."""
+    """What one frame shows: for each pixel, surface id, coordinates on the surface, depth, label, instance, and colour."""
 
     camera: Pose
     items: dict[int, Item]
@@ -52,15 +52,17 @@ class Street:
     """
     One drive. All results depend only on these parameters and on the time, not on the order of calls.
 
+    Camera height, speed, pitch and sway default to the camera's values in `CAMERAS`.
+
     Args:
-        seed: of the world and its look.
-        height: of the frames, pixels.
-        width: of the frames, pixels.
-        camera_height: metres; `None` takes the camera's default (`CAMERAS`), also for speed, pitch and sway.
-        speed: metres a second.
-        pitch: degrees, positive looks down.
-        field_of_view: horizontal, degrees.
-        sway: of yaw, pitch and position; 1 for a car, 0 for a tripod.
+        seed: seed of the world and of its look.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
+        camera_height: height of the camera above the ground in metres.
+        speed: mean speed in metres a second.
+        pitch: mean pitch in degrees; positive values look down.
+        field_of_view: horizontal field of view in degrees.
+        sway: factor on the sway of yaw, pitch, roll, position and speed; 1 for a car, 0 for a tripod.
         camera: driving, walking, static or aerial.
     """
 
@@ -92,35 +94,37 @@ class Street:
     # --- public methods ---
 
     def frame(self, t: float) -> np.ndarray:
-        """RGB picture at time t (seconds), (H, W, 3) uint8."""
+        """Return the RGB picture at time t (seconds), (H, W, 3) uint8."""
         return (self._scene(t).colour * 255 + 0.5).astype(np.uint8)
 
     def labels(self, t: float) -> np.ndarray:
-        """Class of each pixel, (H, W) uint8, indices into `STREET_CLASSES`."""
+        """Return the class of each pixel, (H, W) uint8, as an index into `STREET_CLASSES`."""
         return self._scene(t).labels.copy()
 
     def instances(self, t: float) -> np.ndarray:
-        """Instance of each pixel, (H, W) int32; 0 for stuff. An instance keeps its id at all times."""
+        """Return the instance id of each pixel, (H, W) int32; 0 for stuff. An instance has the same id at all times."""
         return self._scene(t).instances.copy()
 
     def surface(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        The surface point that each pixel shows.
+        Return the surface point that each pixel shows.
 
         Returns:
-            coordinates (3, H, W) float32, metres, which stay constant over time for a point of a surface: world coordinates, for items
-            those of the item's own frame, for the sky the direction; and surface ids (H, W) int32.
+            coordinates: (3, H, W) float32, metres. They identify a surface point at all times. Points of items are in the item's own frame,
+                all others in world coordinates; for the sky, coordinates are the unit vector of the direction.
+            surface ids: (H, W) int32.
         """
         scene = self._scene(t)
         return scene.coordinates.transpose(2, 0, 1).copy(), scene.surface_id.copy()
 
     def flow(self, t0: float, t1: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Exact optical flow from the frame at t0 to the one at t1.
+        Compute the exact optical flow from the frame at t0 to the frame at t1.
 
         Returns:
-            flow (2, H, W) float32 pixels, x then y; visible (H, W) bool, True if the pixel's point lies inside the other frame and is
-            visible there (the nearest pixel shows the same surface).
+            flow: (2, H, W) float32, pixels, x then y.
+            visible: (H, W) bool, True if the pixel's point lies inside the other frame and is visible there, that is, if the pixel there
+                shows the same surface.
         """
         source, target = self._scene(t0), self._scene(t1)
         points = source.coordinates.astype(np.float64)
@@ -129,7 +133,7 @@ class Street:
             pixels = source.surface_id // 8 == key
             points[pixels] += source.items[int(key)].position(t1)
         offset = np.where(at_infinity[..., None], 0.0, target.camera.position)
-        seen = (points - offset) @ target.camera.rotation  # world -> camera is the transpose
+        seen = (points - offset) @ target.camera.rotation  # for row vectors, this is the inverse rotation: from world to camera
         depth = seen[..., 2]
         ahead = depth > 1e-3
         safe = np.where(ahead, depth, 1.0)
@@ -140,7 +144,7 @@ class Street:
         row = np.clip(np.floor(np.where(inside, y, 0)), 0, self.height - 1).astype(np.int64)
         visible = inside & (target.surface_id[row, column] == source.surface_id)
         own_x, own_y = np.arange(self.width) + 0.5, np.arange(self.height)[:, None] + 0.5
-        limit = 10.0 * self.width  # bound for points beside or behind the camera: far, but finite
+        limit = 10.0 * self.width  # keeps the flow of points beside or behind the camera large but finite
         flow = np.stack([np.where(ahead, x, own_x + limit) - own_x, np.where(ahead, y, own_y + limit) - own_y])
         return np.clip(flow, -limit, limit).astype(np.float32), visible
 
@@ -152,7 +156,7 @@ class Street:
         return cls(**values)
 
     def pose(self, t: float) -> Pose:
-        """Where the camera is at time t and where it looks."""
+        """Return the camera's pose at time t (seconds)."""
         return camera_pose(self, t)
 
     # --- drawing ---
@@ -161,7 +165,7 @@ class Street:
         return _draw(self, round(float(t), 9))
 
     def look(self) -> dict:
-        """Light and colours of this drive."""
+        """Return the light and colours of this drive."""
         rng = np.random.default_rng([self.seed, 2])
         warmth = rng.uniform(-0.08, 0.08)
         zenith = np.array([0.35, 0.5, 0.75]) * rng.uniform(0.7, 1.1) + rng.uniform(-0.08, 0.08)
@@ -172,7 +176,7 @@ class Street:
             "asphalt": rng.uniform(0.25, 0.42) + rng.uniform(-0.02, 0.02, 3),
             "pavement": rng.uniform(0.48, 0.65) + rng.uniform(-0.04, 0.04, 3),
             "grass": np.array([0.30, 0.40, 0.18]) * rng.uniform(0.7, 1.2, 3),
-            # Time of day, white balance and weather differ between drives, as in BDD100K, so that colour alone does not reveal the class.
+            # As in BDD100K, time of day, white balance and weather differ between drives, so that colour alone does not reveal the class.
             "exposure": 2.0 ** rng.uniform(-1.3, 0.2) * rng.uniform(0.88, 1.12, 3),
             "visibility": rng.uniform(80, 400),
             "fog": rng.uniform(0.3, 0.75),
@@ -180,7 +184,7 @@ class Street:
 
 
 def facade_blocks(seed: int, side: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class and height (metres) of the facade's blocks with the given indices, on side 0 (left) or 1 (right)."""
+    """Return class and height (metres) of the facade blocks with the indices `block`, on side 0 (left) or 1 (right)."""
     kind, size = (
         hashed(seed + 11, block, np.full_like(block, side)),
         hashed(seed + 12, block, np.full_like(block, side)),
@@ -201,7 +205,7 @@ def _draw(street: Street, t: float) -> Scene:
     height, width, look, camera = street.height, street.width, street.look(), street.pose(t)
     x = (np.arange(width) + 0.5 - width / 2) / camera.focal
     y = (np.arange(height) + 0.5 - height / 2) / camera.focal
-    # Each ray has depth 1.
+    # Each ray advances by 1 in depth, so that a factor on a ray is the depth of the point that it reaches.
     rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], 1.0), axis=-1) @ camera.rotation.T
     rays = rays.astype(np.float32)
     scene = Scene(
@@ -218,7 +222,7 @@ def _draw(street: Street, t: float) -> Scene:
     _draw_ground(street, look, rays, scene)
     for side in (0, 1):
         _draw_facade(street, look, rays, scene, side)
-        if street.camera != "driving":  # from a car, the facades hide roofs and gables
+        if street.camera != "driving":  # from a car, the fronts hide roofs and gables
             _draw_blocks(street, look, rays, scene, side)
     behind = 0.0 if street.camera == "driving" else camera.position[1]  # a high camera may see items below itself
     z, distance = camera.position[2] - behind, VIEW_DISTANCE + behind
@@ -242,7 +246,7 @@ def _draw_sky(street: Street, look: dict, rays: np.ndarray, scene: Scene) -> Non
     )
     sky = look["horizon"] * (1 - up) + look["zenith"] * up
     scene.colour[:] = sky + 0.12 * cloud[..., None] * np.clip(1.2 - up, 0, 1)
-    # A far line of trees closes the end of the street. Like the sky, it lies at infinity.
+    # A distant line of trees closes off the street. Like the sky, it lies at infinity.
     ridge = 0.035 + 0.015 * noise(street.seed + 22, azimuth * 25, np.zeros_like(azimuth))
     trees = elevation < ridge
     leaf = noise(street.seed + 23, azimuth * 150, elevation * 150)
@@ -303,7 +307,7 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
     green = label == CLASS["vegetation"]
     top = top + green * 0.8 * noise(street.seed + 41, pz, np.zeros_like(pz))
     standing = (py < top) & (py >= 0)
-    # One can see through a fence between its bars.
+    # A fence is see-through between its bars.
     standing &= ~((label == CLASS["fence"]) & (np.mod(pz, 0.5) > 0.35) & (d < 25) & (np.mod(py, 0.8) > 0.12))
     rows, columns = (index[standing] for index in np.nonzero(hit))
     d, points, py, pz, block, label, green = (a[standing] for a in (d, points, py, pz, block, label, green))
@@ -328,7 +332,7 @@ def _draw_facade(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
 
 
 def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, side: int) -> None:
-    """Roofs and gables of the buildings and hedges whose fronts are the facade."""
+    """Draw the roofs and gables of the buildings and hedges. Their fronts are the facade, which is drawn already."""
     camera = scene.camera
     first, last = (int((camera.position[2] + reach) // BLOCK) for reach in (-camera.position[1], VIEW_DISTANCE))
     blocks = np.arange(first, last + 1)
@@ -336,7 +340,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if label not in (CLASS["building"], CLASS["vegetation"]):
             continue
         green = label == CLASS["vegetation"]
-        # A hedge's front ends at most 0.8 m below its mean height: no ray enters above the front and below the roof.
+        # A hedge's front ends at most 0.8 m below its mean height. With the roof at that level, no ray passes between front and roof.
         depth, top = (3.0, top - 0.8) if green else (10.0, top)
         near, far = (FACADE, FACADE + depth) if side else (-FACADE - depth, -FACADE)
         low, high = np.array([near, 0.0, block * BLOCK]), np.array([far, top, (block + 1) * BLOCK])
@@ -345,7 +349,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if area is None:
             continue
         distance, face = meet(camera.position, rays[area].astype(np.float64), low, high)
-        shown = (distance < scene.depth[area]) & (face > 0)  # face 0 is the front
+        shown = (distance < scene.depth[area]) & (face > 0)  # leave out face 0, the front
         d, face = distance[shown].astype(np.float32), face[shown]
         points = (camera.position + rays[area][shown] * d[:, None]).astype(np.float32)
         rows, columns = np.nonzero(shown)
@@ -358,7 +362,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if not green:  # rows of tiles
             colour[roof & (np.mod(points[:, 0], 0.8) < 0.12)] *= 0.8
         scene.depth[rows, columns] = d
-        # Ids 4 to 15, repeated after six blocks (72 m): no roof hides another one that far away.
+        # Ids 4 to 15, which repeat after six blocks (72 m). No roof hides another one that far away, so equal ids confuse no roofs.
         scene.surface_id[rows, columns] = RIGHT + 2 * (block % 6) + face
         scene.coordinates[rows, columns] = points
         scene.labels[rows, columns] = label

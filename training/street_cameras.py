@@ -1,11 +1,11 @@
-"""Cameras of the street: their position and direction at each time, and the video sources that name them."""
+"""The street's cameras: their position and direction at any time, and the video sources that name them."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-# Defaults of `Street` for each camera: metres, metres a second, degrees, and the factor on all sway.
+# Default fields of `Street` for each camera: height in metres, speed in metres a second, pitch in degrees, and the factor on all sway.
 CAMERAS = {
     "driving": {"camera_height": 1.5, "speed": 8.0, "pitch": 0.0, "sway": 1.0},
     "walking": {"camera_height": 1.6, "speed": 1.4, "pitch": 3.0, "sway": 1.0},
@@ -16,7 +16,14 @@ CAMERAS = {
 
 @dataclass(frozen=True)
 class Pose:
-    """A camera at one time: position (3,), rotation (3, 3) from camera (x right, y down, z forward) to world, focal length (pixels)."""
+    """
+    A camera at one time.
+
+    Args:
+        position: (3,) in world coordinates, metres.
+        rotation: (3, 3), maps camera coordinates (x right, y down, z forward) to world coordinates.
+        focal: focal length in pixels.
+    """
 
     position: np.ndarray
     rotation: np.ndarray
@@ -24,14 +31,14 @@ class Pose:
 
 
 def check_camera(name: str, field: str) -> None:
-    """Raise ValueError if there is no such camera; the message names `field` and the known cameras."""
+    """Raise ValueError if there is no camera `name`; the message names `field` and the known cameras."""
     if name not in CAMERAS:
         raise ValueError(f"{field} must be one of {', '.join(CAMERAS)}, got {name!r}")
 
 
 def street_camera(source: str) -> str | None:
     """
-    The camera of a video source: "driving" for `street`, NAME for `street:NAME`, `None` for sources other than the street.
+    Return the camera of a video source: "driving" for `street`, NAME for `street:NAME`, `None` for sources other than the street.
 
     Raises:
         ValueError: there is no such camera; the message names the known ones.
@@ -45,16 +52,16 @@ def street_camera(source: str) -> str | None:
 
 
 def camera_pose(street, t: float) -> Pose:
-    """The pose of the camera of `street` at time t (seconds)."""
+    """Return the pose of the camera of `street` at time t (seconds)."""
     rng = np.random.default_rng([street.seed, 1])
     phase = rng.uniform(0, 2 * math.pi, 5)
     period = rng.uniform(5, 11, 5)
     wave = np.sin(2 * math.pi * t / period + phase) * street.sway
     start = rng.uniform(0, 500)
-    # The speed varies by a quarter; the distance covered is its integral.
+    # The speed varies by up to a quarter (times sway); `way`, the distance covered, is its integral.
     way = street.speed * (t + 0.25 * period[0] / (2 * math.pi) * wave[0])
     x, lift, yaw, tilt, roll = _PATHS[street.camera](wave, t, street.sway, rng)
-    # Keep the camera above the ground: from below, the ground's depth would be negative, and the ground would hide everything.
+    # Keep the camera above the ground. From below, the ground's depth would be negative, and the ground would hide everything.
     position = np.array([x, max(street.camera_height + lift, 0.05), start + way])
     pitch = math.radians(street.pitch) + tilt
     right = np.array([math.cos(yaw), 0, -math.sin(yaw)])
@@ -69,7 +76,7 @@ def camera_pose(street, t: float) -> Pose:
     return Pose(position, np.stack([right, down, forward], axis=1), focal)
 
 
-# Each path returns x and the change of height (metres), then the yaw, the change of pitch, and the roll (radians).
+# Each path returns x and the change in height (metres), then the yaw, the change in pitch, and the roll (radians).
 
 
 def _driving(wave, t, sway, rng):
@@ -77,7 +84,7 @@ def _driving(wave, t, sway, rng):
 
 
 def _walking(wave, t, sway, rng):
-    """On the right pavement, looking a little to the road: the head rises with each step and swings from foot to foot."""
+    """Walk on the right pavement, turned slightly to the road. The head rises with each step and swings from foot to foot."""
     step = 2 * math.pi * rng.uniform(1.8, 2.2) * t + rng.uniform(0, 4 * math.pi)
     bob, swing = sway * math.sin(step), sway * math.sin(step / 2)
     yaw, tilt = -0.18 + 0.2 * wave[3] + 0.01 * swing, 0.06 * wave[4] + 0.008 * bob
@@ -85,12 +92,12 @@ def _walking(wave, t, sway, rng):
 
 
 def _static(wave, t, sway, rng):
-    """On an arm over the parked cars, turned to the road."""
+    """Hang on an arm over the parked cars, turned slightly to the road."""
     return 6.5 + 0.1 * wave[1], 0.02 * wave[2], rng.uniform(-0.35, -0.15) + 0.05 * wave[3], 0.012 * wave[4], 0.0
 
 
 def _aerial(wave, t, sway, rng):
-    """Over the road, 20 to 30 m high, drifting to both sides."""
+    """Fly over the road, 20 to 30 m high, drifting to both sides."""
     x, lift = rng.uniform(-3, 3) + 2 * wave[1], rng.uniform(-4, 4) + wave[2]
     return x, lift, 0.25 * wave[3], 0.05 * wave[4], 0.03 * wave[0]
 

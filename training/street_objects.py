@@ -1,4 +1,4 @@
-"""Standing and moving objects of the street: where they are at a time, and how they are painted into a frame."""
+"""Standing and moving objects of the street: where each is at a given time, and how it is painted into a frame."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 POLE, LIGHT, SIGN, TREE, PERSON, CYCLIST, CAR, TRUCK, BUS = range(9)
-# Half width, height, half length in metres. Flat items (length 0) face along the street.
+# Half width (x), height (y) and half length (z) in metres. Items of length 0 are flat and face along the street.
 SIZES = {
     POLE: (0.09, 6.0, 0.0),
     LIGHT: (0.2, 0.95, 0.0),
@@ -27,15 +27,15 @@ BICYCLE = 18
 @dataclass(frozen=True)
 class Item:
     """
-    One object. Its surface ids are key * 8 + face; its instance id is its key.
+    One object. Its instance id is its key, and its surface ids are key * 8 + face.
 
     Args:
-        key: at least 2, the same at all times.
+        key: at least 2, so that its surface ids start at `FIRST_ITEM` or above; the same at all times.
         kind: one of the keys of `SIZES`.
-        origin: position of its own frame at t = 0 (the middle of its foot), metres.
-        velocity: along z, metres a second.
-        style: random numbers in [0, 1) for colours and shape.
-        camera_way: for an item that moves ahead of the camera, what to add to its z at a time, metres.
+        origin: position at t = 0 of the item's own coordinate origin, the middle of its foot; metres.
+        velocity: velocity along z in metres a second.
+        style: six random numbers in [0, 1) for colours and shape.
+        camera_way: only for an item that moves ahead of the camera: maps a time to an offset along z, metres.
     """
 
     key: int
@@ -55,15 +55,15 @@ def _style(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def _key(lane: int, number: int) -> int:
-    """A stable key, distinct for lanes below 32 and numbers from -2^20 to 2^20 (some 10,000 km of street)."""
+    """Return a stable key, unique for lanes below 32 and numbers from -2^20 to 2^20 (some 10,000 km of street)."""
     return 2 + ((number + 2**20) * 32 + lane) % (2**27)
 
 
 def static_items(seed: int, z: float, distance: float) -> list[Item]:
     """
-    Standing items from a little behind z to `distance` metres ahead.
+    Return the standing items from a little behind z to `distance` metres ahead of z.
 
-    Each cell of 12 m has its own random numbers, so that an item is the same from wherever it is seen.
+    Each cell of 12 m has its own random numbers, so that an item is the same from wherever the camera sees it.
     """
     items = []
     for cell in range(math.floor((z - 6) / 12), math.floor((z + distance) / 12) + 1):
@@ -95,12 +95,12 @@ def static_items(seed: int, z: float, distance: float) -> list[Item]:
 
 def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
     """
-    Traffic, walkers and cyclists at time t, from a little behind z to `distance` metres ahead.
+    Return traffic, walkers and cyclists at time t, from a little behind z to `distance` metres ahead of z.
 
-    All items of a lane have the same speed, so that none runs into another.
+    All items of a lane have the same velocity, so that none runs into another.
     """
     items = []
-    # lane number, kind, x, velocity, spacing, share of places taken
+    # lane number, kind, x (m), velocity (m/s), spacing (m), share of places that are taken
     lanes = (
         (16, CAR, -1.9, -8.0, 26.0, 0.6),
         (17, PERSON, 8.0, 1.2, 9.0, 0.5),
@@ -113,7 +113,7 @@ def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
     if street.camera == "walking":
         lanes = tuple(lane for lane in lanes if lane[0] != 17)  # the camera walks there
     if street.camera != "driving":
-        lanes += ((24, CAR, 1.9, 8.0, 30.0, 0.6),)  # where a driving camera drives
+        lanes += ((24, CAR, 1.9, 8.0, 30.0, 0.6),)  # the lane that a driving camera uses
     for lane, kind, x, velocity, spacing, share in lanes:
         first = math.floor((z - 8 - velocity * t) / spacing)
         last = math.floor((z + distance - velocity * t) / spacing) + 1
@@ -128,7 +128,7 @@ def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
             items.append(Item(_key(lane, number), own, origin, velocity, _style(rng)))
     if street.speed > 0 and street.camera_height < 3 and street.camera in ("driving", "walking"):
         rng = np.random.default_rng([street.seed, 6])
-        if rng.random() < 0.6:  # the car or the walker in front
+        if rng.random() < 0.6:  # a car or walker ahead of the camera
             gap, phase = rng.uniform(11, 22), rng.uniform(0, 6.28)
             kind, x, share = (PERSON, 7.9, 0.3) if street.camera == "walking" else (CAR, 1.9, 1.0)
 
@@ -140,7 +140,15 @@ def moving_items(street, t: float, z: float, distance: float) -> list[Item]:
 
 
 def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice, slice] | None:
-    """The rows and columns that may show a convex body; `None` if it is behind the camera or outside the frame."""
+    """
+    Return the rows and columns that may show a convex body, or `None` if it is behind the camera or outside the frame.
+
+    Args:
+        camera: a `Pose`.
+        corners: (N, 3) corners of the body in world coordinates.
+        height: height of the frame in pixels.
+        width: width of the frame in pixels.
+    """
     seen = (corners - camera.position) @ camera.rotation
     if (seen[:, 2] <= 0.05).all():
         return None
@@ -154,7 +162,7 @@ def bounds(camera, corners: np.ndarray, height: int, width: int) -> tuple[slice,
 
 
 def paint_item(item: Item, t: float, rays: np.ndarray, scene, look: dict) -> None:
-    """Draw an item into the scene, in the pixels where it is nearer than what is drawn there already."""
+    """Draw an item into the scene, in the pixels at which it is nearer than what is drawn already."""
     half_width, height, half_length = SIZES[item.kind]
     place = item.position(t)
     signs = np.array([[a, b, c] for a in (-1, 1) for b in (0, 1) for c in (-1, 1)], dtype=np.float64)
@@ -174,7 +182,7 @@ def paint_item(item: Item, t: float, rays: np.ndarray, scene, look: dict) -> Non
         rows, columns = (index[opaque] for index in np.nonzero(shown))
         rows, columns = rows + area[0].start, columns + area[1].start
         scene.depth[rows, columns] = depth[shown][opaque]
-        # Faces 0-2 of the body, 3-5 of the cabin: each is a plane of its own.
+        # Faces 0 to 2 belong to the body, 3 to 5 to the cabin. Each is one plane.
         scene.surface_id[rows, columns] = item.key * 8 + face[shown][opaque] + 3 * part
         scene.coordinates[rows, columns] = points[opaque]
         scene.labels[rows, columns] = labels[opaque]
@@ -193,9 +201,10 @@ def _boxes(item: Item):
 
 def meet(eye: np.ndarray, rays: np.ndarray, low: np.ndarray, high: np.ndarray):
     """
-    Depth at which each ray enters an axis-aligned box, or inf if it misses, and the axis of the face that it enters.
+    Intersect rays with the axis-aligned box from `low` to `high`. A box of length 0 along z is a rectangle that rays cross.
 
-    A box of length 0 along z is a rectangle that rays cross.
+    Returns:
+        The depth at which each ray enters the box, or inf if it misses, and the axis (0 to 2) of the face that the ray enters.
     """
     safe = np.where(np.abs(rays) < 1e-9, 1e-9, rays)
     a, b = (low - eye) / safe, (high - eye) / safe
@@ -316,7 +325,7 @@ def _paint_car(item, p, face, part):
         colour[(face == 0) & (np.hypot(np.abs(z) - 1.3, y - 0.33) < 0.16)] = 0.5
         colour[(face != 1) & (y < 0.24)] *= 0.4
         lamps = (face == 2) & (np.abs(np.abs(x) - 0.7) < 0.15) & (np.abs(y - 0.68) < 0.09)
-        # The camera sees the rear of cars that drive its way, and the front of oncoming ones.
+        # The camera sees the rear lamps of cars that drive in its direction, and the head lamps of oncoming ones.
         colour[lamps] = np.array([0.85, 0.08, 0.06]) if item.velocity >= 0 else np.array([0.98, 0.97, 0.85])
         plate = (face == 2) & (np.abs(x) < 0.27) & (np.abs(y - 0.48) < 0.07)
         colour[plate] = 0.9
