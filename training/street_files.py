@@ -1,4 +1,4 @@
-"""The street as files: H.264 videos with sidecars, and a labelled folder data set."""
+"""The street as files: H.264 videos with sidecars, labelled images, and frame sequences with object masks."""
 
 import argparse
 import json
@@ -17,25 +17,25 @@ from training.street import STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, check_camera
 from training.street_processes import alone, over_processes
 
-FORMAT = "poodle-street-2"  # change it whenever the pictures change
-# Rendering these takes about 80 s on two cores.
+FORMAT = "poodle-street-2"  # change this whenever the pictures change
+# Rendering the default videos takes about 80 s on two cores.
 DEFAULTS = {"num_videos": 16, "duration": 10.0, "fps": 8, "height": 192, "width": 384, "seed": 0, "camera": "driving"}
-HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on, so they never equal a video's drive
+HELD_OUT_SEED = 1_000_000  # labelled drives have seeds from here on, so that they differ from the videos' drives
 
 
 def street_videos(cache_dir: str | Path | None = None, **parameters) -> list[str]:
     """
-    Paths of the street's videos. Missing videos are rendered first, so the second call is instant.
+    Return the paths of the street's videos. Missing videos are rendered first, so the second call is instant.
 
     Args:
-        cache_dir: folder of the videos; by default one in [`cache_root`], named after the parameters.
-        parameters: arguments of [`write_videos`] that replace `DEFAULTS`.
+        cache_dir: folder of the videos. By default, a folder in [`cache_root`] that is named after the parameters.
+        parameters: arguments of [`write_videos`] that override `DEFAULTS`.
     """
     parameters = {**DEFAULTS, **parameters}
     if cache_dir is None:
         name = "-".join(str(parameters[key]) for key in ("num_videos", "duration", "fps", "height", "width", "seed"))
         camera = "" if parameters["camera"] == "driving" else f"-{parameters['camera']}"
-        # Imported here because it imports torch and transformers, which takes seconds, also in each rendering process.
+        # Imported here because recipe_files imports torch and transformers. That takes seconds, in each rendering process too.
         from modeling_poodle.recipe_files import cache_root
 
         cache_dir = cache_root() / f"{FORMAT}-{name}{camera}"
@@ -64,12 +64,13 @@ def write_videos(
     camera: str = "driving",
 ) -> list[str]:
     """
-    Render drives to `drive-0000.mp4` … (H.264, one keyframe a second), each with a sidecar `drive-0000.json`.
+    Render drives to `drive-0000.mp4` … (H.264, one keyframe a second), each with a sidecar `drive-0000.json`, and return the paths.
 
-    From the sidecar, the exact flow between any two times of the video can be computed. Complete drives are left as they are.
+    The sidecar suffices to compute the exact flow between any two times of the video. Complete drives are left as they are.
 
     Raises:
-        ValueError: odd sizes, values that are not positive, a duration without a frame, or an unknown camera.
+        ValueError: the height or width is odd, a value is not positive, the duration holds no frame, the camera is unknown, or the folder
+            holds a file that is named like a drive but is not one.
     """
     _check(num_videos, duration, fps, height, width)
     check_camera(camera, "camera")
@@ -84,7 +85,8 @@ def write_videos(
     if not all(_is_complete(path, sidecar) for path, sidecar in drives):
         with alone(output_dir) as locked:
             begun = _begin_videos(output_dir, drive)
-            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ():  # left by killed commands
+            # Files that killed commands left. Without a lock, they may be those of another command that is still running.
+            for left in output_dir.glob("drive-[0-9]*.*.*-*.partial") if locked else ():
                 left.unlink(missing_ok=True)
             jobs = [(str(path), sidecar) for path, sidecar in drives if not _is_complete(path, sidecar)]
             done = over_processes(write_video, jobs, num_processes) if jobs else ()
@@ -100,10 +102,13 @@ def write_videos(
 
 def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -> Path:
     """
-    Prepare a folder for rendering: delete the drives of another street, since readers of the folder take all videos in it.
+    Prepare a folder for rendering. Deletes incomplete drives and those of another street, because readers use all videos in the folder.
+
+    Args:
+        drive: maps a drive's number to its path and sidecar.
 
     Returns:
-        The marker file, which says that the folder's drives may be incomplete.
+        The marker file, which exists while the folder's drives may be incomplete.
 
     Raises:
         ValueError: a file is named like a drive but is not one.
@@ -121,7 +126,8 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
                 )
     begun.touch()
     for video in others:
-        video.with_suffix(".json").unlink(missing_ok=True)  # first: a drive without its sidecar counts as incomplete
+        # Delete the sidecar first: a drive without its sidecar counts as incomplete.
+        video.with_suffix(".json").unlink(missing_ok=True)
         video.unlink(missing_ok=True)
     return begun
 
@@ -138,15 +144,15 @@ def _is_complete(path: Path, sidecar: dict) -> bool:
     try:
         stored = json.loads(path.with_suffix(".json").read_text())
         return path.is_file() and {**stored, "street": Street.from_json(stored["street"]).to_json()} == sidecar
-    except (OSError, ValueError, TypeError, KeyError):  # no file, no JSON, or the fields of another format
+    except (OSError, ValueError, TypeError, KeyError):  # no such file, not JSON, or fields of another format
         return False
 
 
 def made_of_street(marker: Path) -> dict | None:
     """
-    The parameters that a complete folder was rendered with, read from its marker file, which is written last.
+    Return the parameters that a folder was rendered with, as its marker file says. The marker is written last, once the folder is complete.
 
-    `None` if there is no marker, or if the file of that name is not the street's. A marker without a camera means the driving one.
+    Returns `None` if there is no such file, or if it is not a marker of the street. A marker without a camera means the driving camera.
     """
     try:
         stored = json.loads(marker.read_text())
@@ -158,13 +164,13 @@ def made_of_street(marker: Path) -> dict | None:
 
 def _begin(folder: Path, marker: Path) -> Path:
     """
-    Prepare a folder for rendering.
+    Prepare the folder of a data set for rendering.
 
     Returns:
-        The file which says that the folder belongs to the street and is incomplete.
+        A file that marks the folder as the street's and as incomplete. The caller deletes it at the end.
 
     Raises:
-        ValueError: the folder holds files of another origin.
+        ValueError: the folder holds files that are not the street's.
     """
     begun = folder / ".rendering"
     if made_of_street(marker) is None and not begun.exists() and any(folder.iterdir()):
@@ -173,17 +179,23 @@ def _begin(folder: Path, marker: Path) -> Path:
             "evaluation's data_dir is where the street is rendered, unless dataset names data of your own)"
         )
     begun.touch()
-    marker.unlink(missing_ok=True)  # it describes files that are about to be replaced
+    marker.unlink(missing_ok=True)  # the files that it describes are about to be replaced
     return begun
 
 
 def write_video(path: str, sidecar: dict) -> None:
-    """Render one drive. Each file is written aside and renamed, the sidecar last: a drive with a sidecar is complete."""
+    """
+    Render one drive to a video and its sidecar.
+
+    Each file is written under a temporary name and then renamed. The sidecar comes last, so a drive with a sidecar is complete.
+    """
     street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
-    aside = f"{os.uname().nodename}-{os.getpid()}.partial"  # unique: another process may be finishing the same drive
+    aside = (
+        f"{os.uname().nodename}-{os.getpid()}.partial"  # unique, because another process may be writing the same drive
+    )
     partial = f"{path}.{aside}"
     with av.open(partial, "w", format="mp4") as container:
-        # One x264 thread, so that every run writes the same bytes.
+        # x264 uses one thread, so that each rendering writes the same bytes.
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "medium", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = street.height, street.width, "yuv420p"
         stream.codec_context.gop_size = max(fps, 1)
@@ -213,10 +225,10 @@ def write_folder(
     camera: str = "driving",
 ) -> Path:
     """
-    Render a labelled data set of held-out drives, each image from a different drive. A complete data set is left as it is.
+    Render a labelled data set of held-out drives, one image from each drive. A complete data set is left as it is.
 
-    It consists of `images/NAME.png`, `labels/NAME.png` (indices into the classes), `classes.json`, and `annotations.json` (boxes of objects
-    at least 4 pixels wide and high, in COCO's format).
+    The data set consists of `images/NAME.png`, `labels/NAME.png` (class indices), `classes.json`, and `annotations.json` (boxes in COCO's
+    format, of objects at least 4 pixels wide and high).
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
@@ -240,7 +252,7 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
     begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
         (output_dir / name).mkdir(exist_ok=True)
-        for file in (output_dir / name).glob("[0-9]*.png"):  # left from a larger data set
+        for file in (output_dir / name).glob("[0-9]*.png"):  # images left over from a larger data set
             if file.stem.isdecimal() and int(file.stem) >= num_images:
                 file.unlink()
     streets = [
@@ -262,12 +274,12 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
     }
     (output_dir / "annotations.json").write_text(json.dumps(coco))
-    listed.write_text(json.dumps(classes, indent=1))  # last: marks the folder as complete
+    listed.write_text(json.dumps(classes, indent=1))  # must be last, because it marks the folder as complete
     begun.unlink(missing_ok=True)
 
 
 def held_out_time(number: int) -> float:
-    """The time (seconds) at which a held-out drive is labelled. It differs among 20 successive drives."""
+    """Return the time (seconds) at which a held-out drive is labelled. 20 successive drives have 20 different times."""
     return 1.0 + 0.37 * (number % 20)
 
 
@@ -289,9 +301,9 @@ def _write_labelled(output_dir: str, number: int, street: Street) -> list[dict]:
     return boxes
 
 
-SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # so that the drives never equal those of the labelled frames
+SEQUENCE_SEED = HELD_OUT_SEED + 500_000  # so that the drives differ from those of the labelled frames
 SEQUENCE_FRAMES, SEQUENCE_FPS, MAX_OBJECTS = 12, 8, 8
-OBJECT_SHARE = 1 / 400  # least share of the first frame that an object covers
+OBJECT_SHARE = 1 / 400  # smallest share of the first frame that an object must cover
 
 
 def write_sequences(
@@ -306,7 +318,8 @@ def write_sequences(
     """
     Render frames and object masks of held-out drives in the layout of DAVIS 2017. A complete folder is left as it is.
 
-    The objects are the largest instances of the first frame, at most 8, that the last frame still shows.
+    The objects are instances that cover at least `OBJECT_SHARE` of the first frame and are still visible in the last frame. Only the 8
+    largest are kept.
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
@@ -329,13 +342,18 @@ def write_sequences(
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("\n".join(names) + "\n")
-        marker.write_text(json.dumps(made_of))  # last: marks the folder as complete
+        marker.write_text(json.dumps(made_of))  # must be last, because it marks the folder as complete
         begun.unlink(missing_ok=True)
     return output_dir
 
 
 def _write_sequence(output_dir: str, street: Street) -> str:
-    """Write one drive, and return its name."""
+    """
+    Write one drive's frames and object masks, and return its name.
+
+    Raises:
+        ValueError: no object of the first frame is large enough and still visible in the last frame.
+    """
     name = f"drive-{street.seed - SEQUENCE_SEED:04d}"
     folders = [Path(output_dir, kind, "480p", name) for kind in ("JPEGImages", "Annotations")]
     for folder in folders:

@@ -223,6 +223,9 @@ def _flat(item: Item, count: int) -> np.ndarray:
     return np.full(count, LABELS[item.kind], dtype=np.uint8)
 
 
+# Each painter maps N points `p` in the item's own frame, their faces and the box's index to (colour (N, 3), opaque (N,) bool, labels (N,)).
+
+
 def _paint_pole(item, p, face, part):
     grey = 0.3 + 0.3 * item.style[0]
     colour = (
