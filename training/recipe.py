@@ -108,9 +108,8 @@ class Recipe(RunRecipe):
             is_finite(self.subcrop_jitter) and 0 <= self.subcrop_jitter <= 1, "subcrop_jitter", "between 0 and 1"
         )
         config = self.model_config()  # raises if a field is unknown or has a wrong value
-        if (
-            self.init_encoder is None or "backbone_config" in self.model
-        ):  # otherwise build_model checks it, once the encoder's config is read
+        # Otherwise build_model checks the crop size, once it has read the encoder's config.
+        if self.init_encoder is None or "backbone_config" in self.model:
             check_crop_size(config, self.crop_size)
         least = LEAST_SIDES.get(self.flow, 1)
         smaller = " (--flow dis takes smaller ones)" if self.flow.startswith("raft") else ""

@@ -146,9 +146,8 @@ def _origin(recipe: RunRecipe, saved: dict) -> Path | None:
     steps = [step for step, _ in _lines(output_dir / "metrics.jsonl")]
     save_steps = saved["save_steps"] if is_int(saved.get("save_steps")) else recipe.save_steps
     first = steps[0] - 1 if steps and began else 0
-    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(
-        save_steps, 1
-    ):  # the log goes beyond the first save
+    # The log has a line after the first save, so there was a checkpoint.
+    if steps and (steps[-1] - 1) // max(save_steps, 1) > first // max(save_steps, 1):
         results.append(f"metrics.jsonl up to step {steps[-1]}")
     if results:
         raise ValueError(

@@ -48,10 +48,8 @@ class Run(ABC):
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
-        self.model, self.optimizer = (
-            model,
-            optimizer,
-        )  # not wrapped in DDP, which would hide the model's update_teacher
+        # The model without DDP's wrapper, which hides update_teacher.
+        self.model, self.optimizer = model, optimizer
         self.compiled = [model]  # modules to compile if the recipe sets torch_compile
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)
         self.step, self.output_dir, self.publisher = 0, Path(recipe.output_dir), None
@@ -184,9 +182,8 @@ class Run(ABC):
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
-        if (
-            self.step >= self.max_steps
-        ):  # the run was killed after its last checkpoint, perhaps before it exported the weights
+        # If no step is left, the run was killed after its last checkpoint, perhaps before it exported the weights.
+        if self.step >= self.max_steps:
             self.export_and_push()
         while self.step < self.max_steps:
             last = self.step + 1 == self.max_steps

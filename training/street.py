@@ -133,9 +133,8 @@ class Street:
             pixels = source.surface_id // 8 == key
             points[pixels] += source.items[int(key)].position(t1)
         offset = np.where(at_infinity[..., None], 0.0, target.camera.position)
-        seen = (
-            points - offset
-        ) @ target.camera.rotation  # for row vectors, this is the inverse rotation: from world to camera
+        # `rotation` maps camera to world. Row vectors multiplied by it from the left are rotated the other way, from world to camera.
+        seen = (points - offset) @ target.camera.rotation
         depth = seen[..., 2]
         ahead = depth > 1e-3
         safe = np.where(ahead, depth, 1.0)

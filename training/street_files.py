@@ -190,9 +190,8 @@ def write_video(path: str, sidecar: dict) -> None:
     Each file is written under a temporary name and then renamed. The sidecar comes last, so a drive with a sidecar is complete.
     """
     street, fps = Street.from_json(sidecar["street"]), sidecar["fps"]
-    aside = (
-        f"{os.uname().nodename}-{os.getpid()}.partial"  # unique, because another process may be writing the same drive
-    )
+    # The name is unique, because another process may be writing the same drive.
+    aside = f"{os.uname().nodename}-{os.getpid()}.partial"
     partial = f"{path}.{aside}"
     with av.open(partial, "w", format="mp4") as container:
         # x264 uses one thread, so that each rendering writes the same bytes.
@@ -252,7 +251,7 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
     begun = _begin(output_dir, listed)
     for name in ("images", "labels"):
         (output_dir / name).mkdir(exist_ok=True)
-        for file in (output_dir / name).glob("[0-9]*.png"):  # images left over from a larger data set
+        for file in (output_dir / name).glob("[0-9]*.png"):  # files left over from a larger data set
             if file.stem.isdecimal() and int(file.stem) >= num_images:
                 file.unlink()
     streets = [
