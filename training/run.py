@@ -48,7 +48,7 @@ class Run(ABC):
 
     def __init__(self, accelerator, recipe, model, optimizer, loader, max_steps):
         self.accelerator, self.recipe, self.loader, self.max_steps = accelerator, recipe, loader, max_steps
-        # The model without DDP's wrapper, which hides update_teacher.
+        # Keep the model without DDP's wrapper, which would hide update_teacher.
         self.model, self.optimizer = model, optimizer
         self.compiled = [model]  # modules to compile if the recipe sets torch_compile
         self.warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else round(recipe.warmup_steps * max_steps)

@@ -133,7 +133,7 @@ class Street:
             pixels = source.surface_id // 8 == key
             points[pixels] += source.items[int(key)].position(t1)
         offset = np.where(at_infinity[..., None], 0.0, target.camera.position)
-        # `rotation` maps camera to world. Row vectors multiplied by it from the left are rotated the other way, from world to camera.
+        # Multiplying row vectors by `rotation`, which maps camera to world, applies its transpose: from world to camera.
         seen = (points - offset) @ target.camera.rotation
         depth = seen[..., 2]
         ahead = depth > 1e-3
@@ -363,7 +363,7 @@ def _draw_blocks(street: Street, look: dict, rays: np.ndarray, scene: Scene, sid
         if not green:  # rows of tiles
             colour[roof & (np.mod(points[:, 0], 0.8) < 0.12)] *= 0.8
         scene.depth[rows, columns] = d
-        # Ids 4 to 15, which repeat after six blocks (72 m). No roof hides another one that far away, so equal ids confuse no roofs.
+        # Ids 4 to 15, which repeat after six blocks (72 m). No roof hides another one that far away, so the repetition is harmless.
         scene.surface_id[rows, columns] = RIGHT + 2 * (block % 6) + face
         scene.coordinates[rows, columns] = points
         scene.labels[rows, columns] = label
