@@ -174,21 +174,21 @@ def read_evaluations(files: list[Path], sources: list[Path]) -> dict[Path, list[
         beside = source.parent / "evaluation.json"
         if source.name in ("readout", "detector") and beside.is_file():
             results[source] += _results_in(beside)
+    twins = [(source, twin) for source in sources for twin in _twins(source)] if files else []
+    digests = {twin: sha256_of(sorted(twin.glob("*.safetensors"))) for _, twin in twins}  # read once for all files
     for file in files:
         entries = _results_in(file)
         fits = False
-        for source in sources:
-            for twin in _twins(source):
-                own = sha256_of(sorted(twin.glob("*.safetensors")))
-                fitting = [
-                    entry
-                    for entry in entries
-                    if _measured_on(entry["model"]) == twin.resolve() or entry.get("weights_sha256") == own
-                ]
-                if fitting:
-                    _refuse_other_weights(file, {entry.get("weights_sha256") for entry in fitting}, twin)
-                results[source] += fitting
-                fits = fits or bool(fitting)
+        for source, twin in twins:
+            fitting = [
+                entry
+                for entry in entries
+                if _measured_on(entry["model"]) == twin.resolve() or entry.get("weights_sha256") == digests[twin]
+            ]
+            if fitting:
+                _refuse_other_weights(file, {entry.get("weights_sha256") for entry in fitting}, twin, digests[twin])
+            results[source] += fitting
+            fits = fits or bool(fitting)
         if not fits:
             raise ValueError(
                 f"{file} is of {', '.join(entry['model'] for entry in entries)}, not of {' or '.join(map(str, sources))}: "
@@ -225,12 +225,12 @@ def _mapping(file: Path) -> dict:
     return content
 
 
-def _refuse_other_weights(file: Path, measured: set[str | None], source: Path) -> None:
+def _refuse_other_weights(file: Path, measured: set[str | None], source: Path, digest: str) -> None:
     weights = sorted(source.glob("*.safetensors"))
     # Evaluations written by earlier versions have no digest; compare modification times instead.
     if None in measured and file.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         raise ValueError(f"{file} was measured before the weights in {source} were written: evaluate them again")
-    if measured - {None, sha256_of(weights)}:
+    if measured - {None, digest}:
         raise ValueError(f"{file} was measured on other weights than those in {source}: evaluate these")
 
 
