@@ -55,6 +55,7 @@ def test_a_data_set_is_read_by_ranges_over_broken_connections(bare_hub, hub_proc
     commit = bare_hub.add_dataset("org/drives", {name: (tmp_path / file).read_bytes() for name, file in names.items()})
     size = (tmp_path / "noise.mp4").stat().st_size
     assert size > 8e6
+    bare_hub.add_dataset("org/tables", {"README.md": b"---\nlicense: mit\n---\n", "data/train-00000.parquet": b"PAR1"})
     # The first reads fail one after the other: with half a body, a dropped connection and a server error.
     bare_hub.fail("GET /cdn/", "truncate", 1)
     bare_hub.fail("GET /cdn/", "drop", 1)
@@ -77,7 +78,7 @@ for path in (*numbers, *[path for path in everything if "::" in path]):
         assert [number_of(frame) for frame in sample["frames"]] == [cut.number for cut in plan], path
 (pair,) = video_pairs(everything[0], PairSampling(crop_size=(64, 128), frame_gap_seconds=(0.2, 0.3)), 0)
 assert pair["frames"].std() > 2
-for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/org/drives/*.xyz"):
+for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/org/drives/*.xyz", "org/tables"):
     try:
         find_videos([source])
     except ValueError as error:
@@ -95,6 +96,7 @@ for source in ("org/none", "hf://datasets/org/drives@nowhere", "hf://datasets/or
     assert [fault[2] for fault in bare_hub.faults] == [0, 0, 0]
     assert "org/none" in errors[0] and "no such repository, revision or file" in errors[0]
     assert "no such repository, revision or file" in errors[1] and "0 files on the Hub, none a video" in errors[2]
+    assert "2 files on the Hub, none a video: videos inside tables are not read" in errors[3]
     # One pair from the large file needs only some of its blocks.
     large = commit.files["noise.mp4"].sha256
     blocks = {span for _, path, span in bare_hub.requests if path == f"/cdn/{large}"}

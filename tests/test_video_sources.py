@@ -59,11 +59,12 @@ def test_sources(tmp_path, videos, caplog):
 
 def test_what_often_means_videos_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "frames").mkdir()
-    for name in ("frames/0001.png", "list.txt", "all.zip"):
+    for name in ("frames/0001.png", "frames/0002.png", "frames/about.txt", "list.txt", "all.zip", "table.parquet"):
         (tmp_path / name).write_text("x")
     for source, hint in (
-        ("frames", "1 other files): make a video of the images"), ("frames/*.png", "none of them a video: make a video of"),
+        ("frames", "3 other files): make a video of the images"), ("frames/*.png", "none of them a video: make a video of"),
         ("rtsp://127.0.0.1/live", "rtsp:// is no protocol of files"), ("list.txt", "no video: give the videos of a list themselves"), ("all.zip", "no video: unpack the archive"),
+        ("table.parquet", "no video: videos inside tables are not read"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(hint)):
             find_videos([source if "://" in source else str(tmp_path / source)])

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,14 +122,24 @@ def _expand(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
     return [], "no such file or folder"
 
 
+# What users often give in place of videos, and what to do with it.
+_HINTS = {
+    (".png", ".jpg", ".jpeg"): (
+        "make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
+    ),
+    (".txt", ".csv", ".json", ".jsonl", ".yaml", ".yml"): (
+        "give the videos of a list themselves, for example by --videos $(cat list.txt), or in a recipe's `videos`"
+    ),
+    (".zip", ".7z", ".rar"): "unpack the archive",
+    (".parquet", ".arrow"): "videos inside tables are not read: write each into a file of its own",
+}
+
+
 def _how_to_read(names: Sequence[str]) -> str:
-    """Return a hint if the first file is an image, a list or an archive, which users often give in place of videos; else an empty text."""
-    end = Path(names[0]).suffix.lower() if names else ""
-    if end in (".png", ".jpg", ".jpeg"):
-        return ": make a video of the images, for example by ffmpeg -framerate 30 -pattern_type glob -i '*.png' -crf 12 frames.mp4"
-    if end in (".txt", ".csv", ".json", ".yaml", ".yml"):
-        return ": give the videos of a list themselves, for example by --videos $(cat list.txt), or in a recipe's `videos`"
-    return ": unpack the archive" if end in (".zip", ".7z", ".rar") else ""
+    """Return the hint that fits most of these files, or else an empty text."""
+    ends = (Path(name).suffix.lower() for name in names)
+    fitting = Counter(hint for end in ends for kinds, hint in _HINTS.items() if end in kinds)
+    return "".join(f": {hint}" for hint, _ in fitting.most_common(1))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -176,7 +187,10 @@ def _expand_hub(source: str, commits: dict[str, str]) -> tuple[list[str], str]:
         names = files.glob(re.sub(r"\*\*(?=[^/])", "**/*", path)) if glob.has_magic(path) else files.find(path)
     except (*FAILURES, AttributeError) as error:  # AttributeError means a bucket, which has no commits
         return [], explain(error, repository)
-    return _videos_among([f"hf://{name}" for name in names]), f"{len(names)} files on the Hub, none a video"
+    return (
+        _videos_among([f"hf://{name}" for name in names]),
+        f"{len(names)} files on the Hub, none a video{_how_to_read(names)}",
+    )
 
 
 def _expand_remote(source: str) -> tuple[list[str], str]:
