@@ -1,5 +1,6 @@
 """The benchmarks: every script runs and counts what it claims to. No test asserts a time. Their baseline is tested in test_reference.py."""
 
+import copy
 import json
 import re
 import runpy
@@ -20,7 +21,9 @@ from benchmarks import common, cost, step
 from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from modeling_poodle.configuration_poodle_flow import PoodleFlowConfig
 from modeling_poodle.modeling_poodle_flow import PoodleFlowModel
+from training.assembly import build_optimizer, prepared
 from training.flow import DisFlow
+from training.pretrain import PretrainingRun
 from training.recipe import Recipe
 from training.street import Street
 from training.street_files import write_video, write_videos
@@ -128,6 +131,28 @@ def test_the_step_is_guarded_as_a_run_s_and_takes_its_flow_network(tmp_path, fre
     handle.remove()
     step()
     assert not any(torch.equal(value, before[name]) for name, value in student.items() if value.ndim > 1)
+
+
+def test_the_timed_step_is_that_of_a_run(tmp_path, fresh_accelerator):
+    """On the same frames with the same draws, both give the same student and teacher bit for bit."""
+    flags = ["--flow", "dis", "--warmup_steps", "0", "--teacher_momentum", "0.996", "--output_dir", str(tmp_path)]
+    threads = torch.get_num_threads()
+    step = OurStep(step_recipe(benchmark_parser(""), [*flags, *SMALL]))
+    torch.set_num_threads(threads)
+    model = copy.deepcopy(step.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = PretrainingRun(
+        step.accelerator, step.recipe, model, build_optimizer(step.recipe, model), None, None, max_steps=10, probe=None
+    )
+    run.wrapped = prepared(step.accelerator, model.train())
+    run.train_step(iter([{"frames": step.frames, "flow": step.estimate_flow(), "video": ["a", "b"], "skipped": []}]))
+    step.generator.manual_seed(run.generator.initial_seed())
+    step()
+    after, timed = model.state_dict(), step.model.state_dict()
+    assert after.keys() == timed.keys() and all(torch.equal(after[name], timed[name]) for name in after)
+    for network in ("student", "teacher"):
+        name = f"{network}.encoder.embedder.embedder.convolution.weight"
+        assert not torch.equal(after[name], before[name])
 
 
 def test_a_step_does_not_wait_for_the_copy_of_a_loader_s_frames():

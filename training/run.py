@@ -58,6 +58,7 @@ class Run(ABC):
         self.signals = StopSignals(accelerator, timedelta(seconds=recipe.ddp_timeout))
         self.generator = torch.Generator(device=accelerator.device)
         self.skipped: dict[str, str] = {}  # path of each skipped file: the first reason why it was skipped
+        self.restart_clock()
 
     @abstractmethod
     def objective(self, batch: dict) -> tuple[Any, dict, dict]:
@@ -181,7 +182,7 @@ class Run(ABC):
         self.model.train()
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         progress = tqdm(total=self.max_steps, initial=self.step, disable=not shown, unit="step")
-        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.restart_clock()
         # If no step is left, the run was killed after its last checkpoint, perhaps before it exported the weights.
         if self.step >= self.max_steps:
             self.export_and_push()
@@ -234,6 +235,10 @@ class Run(ABC):
         self.waited += time.perf_counter() - began
         return batch
 
+    def restart_clock(self) -> None:
+        """Begin a window of steps, of which the rates in metrics.jsonl are."""
+        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+
     def seed(self, micro_step: int) -> None:
         """Seed the random numbers of this micro-step and rank, so that a resumed run draws the same ones as an uninterrupted run."""
         number = self.step * self.recipe.gradient_accumulation_steps + micro_step
@@ -285,7 +290,7 @@ class Run(ABC):
             "skipped_videos": len(self.skipped),
             "skipped_updates": int(self.health.skipped_updates),
         }
-        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.restart_clock()
         self.report(metrics, progress)
         self.health.judge(metrics)
 
