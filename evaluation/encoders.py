@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from evaluation.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.config_checks import check_timm_name
 from modeling_poodle.configuration_poodle import PLAIN_VITS
 from modeling_poodle.folders import sha256_of
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
+from modeling_poodle.preprocessing import IMAGENET, preprocessing_of
 
 CALIBRATION_IMAGES = 32  # from which an untrained network's BatchNorm statistics are computed
 # Encoders trained at one image size, the size of their position embeddings. They could interpolate the embeddings, but larger images are

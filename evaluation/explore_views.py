@@ -31,11 +31,11 @@ from evaluation.explore_features import (
     similarity,
 )
 from evaluation.outputs import make_accelerator
-from evaluation.preprocessing import statistics
 from evaluation.report import data_uri, palette
 from modeling_poodle import PoodleForSemanticSegmentation
 from modeling_poodle.folders import spread
 from modeling_poodle.loading_poodle import from_pretrained_whole
+from modeling_poodle.preprocessing import statistics
 
 NEXT = 5  # frames of a video that are shown after the clicked one
 KEPT_BYTES = 1 << 30  # size of the cache; a ResNet-50's decoder gives 19 MB of features for a frame of 512x288

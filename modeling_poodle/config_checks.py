@@ -26,6 +26,7 @@ TRANSFORMERS_KEYS = {
     "quantization_config",
     "torch_dtype",
     "transformers_version",
+    "use_cache",
 }
 
 # Keys that transformers before version 5 wrote into every config, including those of encoders. Today's configs accept and ignore them.

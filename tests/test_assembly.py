@@ -1,5 +1,7 @@
 """The parts of a run, as they are built before its first step."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -107,6 +109,22 @@ def test_a_model_is_built_as_the_recipe_says(fresh_accelerator, tmp_path):
         assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
 
 
+def test_an_encoder_of_other_statistics_than_imagenet_s_is_warned_of(fresh_accelerator, tmp_path, caplog):
+    encoder = PoodleModel(Recipe(model=MODEL).model_config()).encoder
+    encoder.save_pretrained(tmp_path)
+    recipe = Recipe(model=MODEL, init_encoder=str(tmp_path), crop_size=[64, 64])
+    for mean, std, warned in (([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], False), ([0.5] * 3, [0.5] * 3, True)):
+        values = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="poodle"):
+            build_model(Accelerator(cpu=True), recipe)
+        assert ("was trained on images of mean (0.5, 0.5, 0.5)" in caplog.text) is warned
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    build_model(Accelerator(cpu=True), recipe)  # a run does not need it
+    assert f"init_encoder {tmp_path}: its preprocessor_config.json cannot be read" in caplog.text
+
+
 def test_stages_that_are_not_read_are_known():
     read = {**RESNET, "model_type": "resnet", "out_features": ["stage2", "stage3"]}
     for backbone, idle in ((RESNET, False), (read, True), ({"model_type": "dinov2", **VIT}, True)):
@@ -139,6 +157,8 @@ HIERA = {
         (HIERA, {"crop_size": [128, 256]}, r"crop_size \[128, 256\] does not fit the hiera encoder: "),
         ({"model_type": "convnext"}, {"subcrop_size": 8}, r"subcrop_size \[8, 8\] does not fit the convnext encoder: "),
         ({"model_type": "timm_backbone", "backbone": "resnet18"}, {"crop_size": [80, 160]}, "gives a map of 3x5 cells, which are no"),
+        ({"model_type": "dinov2", **VIT}, {"subcrop_size": 36}, "subcrop_size 36: the dinov2 encoder would not read the last row"),
+        ({"model_type": "convnext"}, {"subcrop_size": 34}, "subcrop_size 34: the convnext encoder would not read"),
     ],
 )  # fmt: skip
 def test_sizes_that_an_encoder_cannot_take_are_a_sentence(fresh_accelerator, encoder, flags, message):

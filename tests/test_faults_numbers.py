@@ -311,6 +311,7 @@ def test_moments_that_are_not_finite_are_not_saved(fresh_accelerator):
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     watcher = health.Health(Accelerator(cpu=True))
+    layer.register_buffer("empty", torch.zeros(1, 0))  # such as the register tokens of a network without any
     watcher.refuse_bad_weights(layer, optimizer)
     optimizer.state[layer.bias]["exp_avg_sq"][1] = float("inf")
     with pytest.raises(FloatingPointError, match="exp_avg_sq of bias is not finite, so no checkpoint is written"):

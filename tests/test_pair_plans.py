@@ -38,6 +38,19 @@ def test_a_crop_is_of_a_frame_of_the_size_that_is_asked_for():
             PairSampling(crop, (0.8, 1.25), (300, 640))
 
 
+def test_portrait_videos_are_not_stretched_to_the_landscape_frame_size():
+    """At 1080x1920 for landscape, a 1280x720 video becomes 1920x1080, or as much larger as the crop of 1024 columns needs."""
+    sampling = PairSampling((512, 1024), (0.75, 1.25), (1080, 1920), pairs_per_video=60)
+    portrait = made_up(np.arange(90) / 30, 1280, 720)
+    boxes = np.array([a.box for a, _ in plan_pairs(portrait, sampling, 0, "a.mp4")])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert np.abs(width / height - 2).max() < 0.02
+    # At scale 1.25 the crop covers 1024 of 1350 columns; below 1024 / 1080 it covers all.
+    assert width.max() == 720 and 720 * 1024 / 1350 - 2 <= width.min() < 0.85 * 720
+    landscape = [a.box for a, _ in plan_pairs(made_up(np.arange(90) / 30), sampling, 0, "a.mp4")]
+    assert {round((x1 - x0) / (y1 - y0), 2) for x0, y0, x1, y1 in landscape} <= {1.99, 2.0, 2.01}
+
+
 def test_a_gap_of_half_a_frame_more_than_the_video_is_that_of_its_ends():
     index = made_up([0.0, 0.5, 1.0])
     (pair,) = plan_pairs(index, PairSampling(**WHOLE, frame_gap_seconds=(1.2, 1.5)), 0, "a.mp4")

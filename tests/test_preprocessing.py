@@ -13,8 +13,8 @@ from transformers import ResNetBackbone, ResNetConfig
 
 from evaluation.encoders import build
 from evaluation.explore_views import Readout
-from evaluation.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation
+from modeling_poodle.preprocessing import IMAGENET, preprocessing_of
 
 VALUES = {
     "image_processor_type": "ConvNextImageProcessor",
@@ -82,7 +82,7 @@ def test_images_are_normalised_as_the_file_says_or_it_is_refused(tmp_path):
 
 ASKS = """
 import sys
-from evaluation.preprocessing import preprocessing_of
+from modeling_poodle.preprocessing import preprocessing_of
 for name in sys.argv[1:]:
     try:
         print(*preprocessing_of(name))

@@ -18,6 +18,9 @@ VIT = {
     "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8, "image_size": 64,
     "out_features": ["stage2", "stage3", "stage4"],
 }  # fmt: skip
+DINOV3 = {
+    "model_type": "dinov3_vit", "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 64,
+}  # fmt: skip
 CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16]}
 
 
@@ -34,8 +37,9 @@ CONVNEXT = {"model_type": "convnext", "depths": [1, 1, 1, 1], "hidden_sizes": [8
         ({"dense_stride": 1}, None),
         ({"backbone_config": VIT}, None),
         ({"backbone_config": CONVNEXT}, None),
+        ({"backbone_config": DINOV3}, None),  # without register tokens, so with an empty parameter
     ],
-    ids=["flowe", "pooled only", "dense only", "no laterals", "stride 1", "vit", "convnext"],
+    ids=["flowe", "pooled only", "dense only", "no laterals", "stride 1", "vit", "convnext", "dinov3"],
 )
 def test_baselines_and_encoders_train_and_load(drives, tmp_path, change, missing):
     lines = train(drives, tmp_path / "run", model={**MODEL, **change}, steps=2)
@@ -45,7 +49,8 @@ def test_baselines_and_encoders_train_and_load(drives, tmp_path, change, missing
     model = PoodleModel.from_pretrained(tmp_path / "run" / "model").eval()
     image = torch.rand(1, 3, 64, 128)
     output = model(image)
-    stride = 32 if missing == "dense_loss" else 2 if change.get("backbone_config") == VIT else 8
+    strides = {"dinov2": 2, "dinov3_vit": 4}  # a quarter of the patch
+    stride = strides.get(change.get("backbone_config", RESNET)["model_type"], 32 if missing == "dense_loss" else 8)
     assert output.last_hidden_state.shape[-2:] == (64 // stride, 128 // stride)
     folder = tmp_path / "run" / "encoder"
     config = AutoConfig.from_pretrained(folder)

@@ -4,6 +4,7 @@ import logging
 import platform
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from torch import nn
 from modeling_poodle import PoodleConfig, PoodleForPreTraining
 from modeling_poodle.cpu import share_cpu
 from modeling_poodle.loading_poodle import load_encoder, required_keys
+from modeling_poodle.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle.processes import log_plainly, refuse_sharding, sums_in_one_order
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
 from training.recipe import Recipe, check_crop_size
@@ -97,6 +99,7 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     model = PoodleForPreTraining(config)
     if weights is not None:
         load_into(model.student.encoder, weights, recipe.init_encoder)
+        warn_of_statistics(model, recipe.init_encoder)
         model.reset_teacher()
     if recipe.gradient_checkpointing:
         student = model.student
@@ -111,26 +114,53 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
     return model
 
 
+def warn_of_statistics(model: PoodleForPreTraining, name: str) -> None:
+    """Warn if an encoder was trained on images of another mean and deviation than ImageNet's, which a run and its exports use."""
+    if name.startswith("timm/") and not Path(name).exists():
+        noted = model.student.encoder._backbone.pretrained_cfg
+        own = tuple(noted["mean"]), tuple(noted["std"])
+    else:
+        try:
+            own = preprocessing_of(name, "init_encoder")[:2]
+        except ValueError as error:  # a run does not need it, and the Hub may be out of reach
+            logger.warning("%s", error)
+            return
+    if not torch.allclose(torch.tensor(own), torch.tensor(IMAGENET), atol=1e-3):
+        logger.warning(
+            "init_encoder %s was trained on images of mean %s and deviation %s; this run and its exports use ImageNet's",
+            name,
+            *own,
+        )
+
+
 @torch.no_grad()
 def _try_sizes(model: PoodleForPreTraining, recipe: Recipe) -> None:
     """
-    Run the encoder once on an image of each of the recipe's sizes.
+    Run the encoder once on images of each of the recipe's sizes.
 
     Raises:
-        ValueError: the encoder cannot take a size, or its feature map does not cover the whole crop in square cells of whole pixels.
+        ValueError: the encoder cannot take a size, its feature map does not cover the whole crop in square cells of whole pixels, or it does
+            not read the last pixels of a subcrop.
     """
     student, config = model.student.eval(), model.config
     sizes = {"crop_size": recipe.crop_size} if config.dense_weight else {}
     sizes |= {"subcrop_size": [recipe.subcrop_size] * 2} if config.pooled_weight else {}
     for field, size in sizes.items():
         images = torch.zeros(1, 3, *size, device=model.device).contiguous(memory_format=torch.channels_last)
+        images[:, :, -1] = torch.nan  # reaches every value that depends on these pixels, also through a ReLU
         try:
-            height, width = list(student.encode(images).values())[-1].shape[-2:]
+            maps = list(student.encode(images).values())[-1]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             kind = config.backbone_config.model_type
             raise ValueError(f"{field} {size} does not fit the {kind} encoder: {str(error)[:300]}") from error
+        if field == "subcrop_size" and not maps.isnan().any():
+            kind = config.backbone_config.model_type
+            raise ValueError(
+                f"subcrop_size {size[0]}: the {kind} encoder would not read the last row; take a multiple of its stride or patch size"
+            )
+        height, width = maps.shape[-2:]
         cell = size[0] / height
         if field == "crop_size" and not (cell == size[1] / width == int(cell)):
             raise ValueError(

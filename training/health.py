@@ -98,6 +98,9 @@ class Health:
         named += [
             (f"{key} of {names[p]}", value) for p, state in optimizer.state.items() for key, value in state.items()
         ]
+        named = [
+            (name, value) for name, value in named if value.numel()
+        ]  # a DINOv3 without registers has an empty parameter
         norms = torch.stack([value.abs().amax().float().to(self.accelerator.device) for _, value in named])
         finite = torch.isfinite(norms).tolist()
         if not all(finite):

@@ -23,7 +23,8 @@ class PairSampling:
     Args:
         crop_size: (H, W) of the crop that both frames share, pixels.
         frame_scale: range of the frame's scale s before the crop.
-        frame_size: (H, W) of a frame at s = 1. `None` is the smallest size of the video's aspect ratio in which the crop fits.
+        frame_size: (H, W) of a frame at s = 1; of a portrait video (W, H), or as much larger as the
+            crop needs. `None` is the smallest size of the video's aspect ratio in which the crop fits.
         frame_gap_seconds: range of the time between the two frames, met as closely as the video's frame times allow.
         pairs_per_video: pairs taken each time a video is opened.
         seed: of all draws, together with epoch, video and repeat.
@@ -135,7 +136,12 @@ def _draw_box(index: VideoIndex, sampling: PairSampling, rng: np.random.Generato
         fit = max(crop_h / index.height, crop_w / index.width)
         frame_h, frame_w = index.height * fit * scale, index.width * fit * scale
     else:
-        frame_h, frame_w = sampling.frame_size[0] * scale, sampling.frame_size[1] * scale
+        frame_h, frame_w = (side * scale for side in sampling.frame_size)
+        # The released code resizes portrait videos (of BDD100K some are) to the landscape size too, which stretches them threefold.
+        if (index.height > index.width) != (frame_h > frame_w):
+            frame_h, frame_w = frame_w, frame_h
+            fit = max(1.0, crop_h / frame_h, crop_w / frame_w)
+            frame_h, frame_w = frame_h * fit, frame_w * fit
     h = min(max(round(crop_h * index.height / frame_h), 2), index.height)
     w = min(max(round(crop_w * index.width / frame_w), 2), index.width)
     # Even corners: chroma of 4:2:0 video lies on every second pixel.

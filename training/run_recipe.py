@@ -90,7 +90,8 @@ class RunRecipe(CheckedRecipe):
     )
     crop_size: list[int] = described([128, 256], "Height and width of the crop that both frames share, pixels.")
     frame_size: list[int] | None = described(
-        None, "Height and width of a frame at scale 1; unset: the smallest size, aspect kept, in which the crop fits."
+        None,
+        "Height and width of a frame at scale 1, turned for portrait videos; unset: the smallest size, aspect kept, in which the crop fits.",
     )
     frame_scale: list[float] = described([1.0, 1.5], "Range of the frame's scale before the crop.")
     pairs_per_video: int = described(

@@ -11,18 +11,22 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotF
 from transformers import AutoImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from modeling_poodle.recipe_files import is_finite
+from .recipe_files import is_finite
 
 logger = logging.getLogger("poodle")
 IMAGENET = (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
 FILES = ("preprocessor_config.json", "processor_config.json")  # the latter holds processors of several kinds
 
 
-def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
+def preprocessing_of(source: str, given_by: str = "--model") -> tuple[tuple, tuple, str]:
     """
     Return the mean and deviation of the image processor in a folder or Hub repository, and the name of their origin.
 
     Without an image processor they are ImageNet's, which is logged.
+
+    Args:
+        source: folder or Hub id.
+        given_by: the flag or field that `source` was given by, for the error message.
 
     Raises:
         ValueError: the processor's file is damaged or cannot be fetched, does not give three numbers each, or asks for another range than
@@ -39,7 +43,7 @@ def preprocessing_of(source: str) -> tuple[tuple, tuple, str]:
         else:
             lack = f"{source} has no {FILES[0]}"
     except (OSError, HTTPError, ValueError, AttributeError, TypeError, ImportError) as error:
-        raise ValueError(f"--model {source}: its {name} cannot be read ({error})") from error
+        raise ValueError(f"{given_by} {source}: its {name} cannot be read ({error})") from error
     logger.warning("%s: its images get ImageNet's mean and deviation", lack)
     return *IMAGENET, "ImageNet"
 
