@@ -31,7 +31,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from benchmarks.common import Clock, moving_frames
 from modeling_poodle import PoodleForPreTraining
-from modeling_poodle.modeling_poodle import MOST_NUMBERS
+from modeling_poodle.decoder_poodle import MOST_NUMBERS
 from modeling_poodle.modeling_poodle_pretraining import PointwiseConv
 from training.assembly import build_model, make_accelerator
 from training.flow import build_flow

@@ -43,6 +43,16 @@ class PoodleFlowConfig(ChecksOverrides, PreTrainedConfig):
         self.decoder_sizes = list(self.decoder_sizes)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        made, before = "transformers_version" in vars(self), getattr(self, name, None)
+        super().__setattr__(name, value)
+        if made and name in PoodleFlowConfig.__annotations__:
+            try:
+                self._check_values()
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
+
     def _check_values(self) -> None:
         def within(value: Any, low: int, high: int) -> bool:
             return is_int(value) and low <= value <= high

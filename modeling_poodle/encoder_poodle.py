@@ -92,8 +92,8 @@ def build_encoder(config: PoodleConfig, stages: list[str]) -> nn.Module:
     if backbone_config.model_type != "timm_backbone":  # timm fixes its stages when it is built
         backbone_config.out_features = stages
     encoder = AutoBackbone.from_config(backbone_config, trust_remote_code=False)
-    for layer in encoder.modules():
-        layer.__class__ = _RECOMPUTABLE.get(type(layer), type(layer))
+    for layer in encoder.modules():  # transformers' ResNet builds its layers itself; these differ in `forward` alone
+        layer.__class__ = RECOMPUTABLE.get(type(layer), type(layer))
     if getattr(getattr(encoder, "_backbone", None), "output_fmt", None) == "NHWC":
         encoder.register_forward_hook(_channels_first)
     if config.output_stride is not None:
@@ -161,7 +161,7 @@ class RecomputableBottleNeckLayer(ResNetBottleNeckLayer):
     forward = recomputable(ResNetBottleNeckLayer.forward)
 
 
-_RECOMPUTABLE = {ResNetBasicLayer: RecomputableBasicLayer, ResNetBottleNeckLayer: RecomputableBottleNeckLayer}
+RECOMPUTABLE = {ResNetBasicLayer: RecomputableBasicLayer, ResNetBottleNeckLayer: RecomputableBottleNeckLayer}
 
 
 @contextmanager

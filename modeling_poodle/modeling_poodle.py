@@ -1,7 +1,5 @@
 """PyTorch PooDLe model: an encoder with the spatial decoder module (SDM), as a plain model, as a backbone and with a linear readout."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,123 +14,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_poodle import PoodleConfig
-from .encoder_poodle import PlainVitEncoder, build_encoder, recomputable
-
-# PyTorch's CUDA interpolation of channels_last maps refuses outputs with more elements.
-MOST_NUMBERS = 2**31 - 2
-
-
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize maps (N, C, h, w) bilinearly, in their own dtype: autocast's float32 would double the memory of a step's largest maps."""
-    kind = maps.device.type
-    # "meta" has no autocast. (torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.14.)
-    with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
-        doubled, pays = size == tuple(2 * side for side in maps.shape[-2:]), maps.requires_grad or maps.is_cuda
-        # Not is_compiling, which is also true under torch.export, where the slices would fix the sizes.
-        if torch.compiler.is_dynamo_compiling() and doubled and pays:
-            points = maps.permute(0, 2, 3, 1)  # the memory order of channels_last, which the result keeps
-            return _doubled(_doubled(points, 1), 2).permute(0, 3, 1, 2)
-        if (
-            not torch.compiler.is_compiling()
-            and maps.shape[0] > 1
-            and maps.shape[:2].numel() * size[0] * size[1] > MOST_NUMBERS
-        ):
-            return torch.cat([upsample(part, size) for part in maps.chunk(2)])
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def _doubled(maps: Tensor, dim: int) -> Tensor:
-    """
-    Double the number of cells along `dim` by bilinear interpolation: 3/4 of a cell plus 1/4 of its nearer neighbour.
-
-    Used under torch.compile, which computes the gradient of F.interpolate by single additions into float32 maps of another layout, but
-    fuses the gradient of slices. For 64 to 128 rows on a CPU, forward and backward take 5.6 ms (interpolation: 80 ms compiled, 18 ms not
-    compiled), the forward pass alone 2.3 ms (interpolation: 0.9 ms).
-    """
-    last = maps.shape[dim] - 1
-    before = torch.cat([maps.narrow(dim, 0, 1), maps.narrow(dim, 0, last)], dim)
-    after = torch.cat([maps.narrow(dim, 1, last), maps.narrow(dim, last, 1)], dim)
-    return torch.stack([torch.lerp(maps, before, 0.25), torch.lerp(maps, after, 0.25)], dim + 1).flatten(dim, dim + 1)
-
-
-def upsample_onto(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """
-    Double maps (N, C, h, w) to the `size` of an earlier stage of half the stride, so that their cells stay aligned.
-
-    If the image size is no multiple of the stride, the earlier stage has one cell less than twice as many, or one more (encoders that drop
-    an edge of the image). The last cell is then cut off or repeated. Stretching the map to `size` instead would shift it by up to one
-    cell, 21 pixels at the lower edge of 360 rows.
-    """
-    doubled = tuple(2 * own if abs(side - 2 * own) <= 1 else side for side, own in zip(size, maps.shape[-2:]))
-    maps = upsample(maps, doubled)[..., : size[0], : size[1]]
-    below, right = (side - own for side, own in zip(size, maps.shape[-2:]))
-    return F.pad(maps, (0, right, 0, below), mode="replicate") if below or right else maps
-
-
-class PoodleDecoderBlock(nn.Module):
-    """
-    Residual bottleneck at the incoming resolution, bilinear x2, plus a 1x1 lateral from the encoder (arXiv 2408.11208, section 3).
-
-    Args:
-        channels: channels of the incoming map and of the output.
-        reduction: the bottleneck is `channels // reduction` wide.
-        lateral_channels: channels of the encoder stage that the lateral reads; `None` for no lateral.
-        lateral_depth: number of 1x1 convolutions in the lateral.
-        top_down: whether the block has the bottleneck.
-    """
-
-    gradient_checkpointing = False
-
-    def __init__(
-        self,
-        channels: int,
-        reduction: int,
-        lateral_channels: int | None,
-        lateral_depth: int = 1,
-        top_down: bool = True,
-    ):
-        super().__init__()
-        self.top_down = top_down
-        if top_down:
-            if reduction > channels:
-                expected = f"at most {channels}, the channels of the encoder's last stage"
-                raise ValueError(f"PoodleConfig.decoder_reduction must be {expected}, got {reduction}")
-            reduced = channels // reduction
-            self.conv1 = nn.Conv2d(channels, reduced, kernel_size=1, bias=False)
-            self.bn1 = nn.BatchNorm2d(reduced)
-            self.conv2 = nn.Conv2d(reduced, reduced, kernel_size=3, padding=1, bias=False)
-            self.bn2 = nn.BatchNorm2d(reduced)
-            self.conv3 = nn.Conv2d(reduced, channels, kernel_size=1, bias=False)
-            self.bn3 = nn.BatchNorm2d(channels)
-        self.lateral = None
-        if lateral_channels is not None:
-            self.lateral = nn.Conv2d(lateral_channels, channels, kernel_size=1)
-            deeper = [
-                layer
-                for _ in range(lateral_depth - 1)
-                for layer in (nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
-            ]
-            if deeper:
-                self.lateral = nn.Sequential(self.lateral, *deeper)
-
-    @recomputable
-    def forward(self, hidden_state: Tensor, lateral: Tensor | None = None) -> Tensor:
-        if self.top_down:
-            residual = hidden_state
-            hidden_state = F.relu(self.bn1(self.conv1(hidden_state)))
-            hidden_state = F.relu(self.bn2(self.conv2(hidden_state)))
-            hidden_state = F.relu(self.bn3(self.conv3(hidden_state)) + residual)
-        if self.lateral is None:
-            return upsample(hidden_state, tuple(2 * side for side in hidden_state.shape[-2:]))
-        lateral = self.lateral(lateral)
-        # All stages of a plain ViT have one resolution; its laterals are then upsampled too.
-        size = tuple(
-            own if own > below else 2 * below for own, below in zip(lateral.shape[-2:], hidden_state.shape[-2:])
-        )
-        hidden_state = upsample_onto(hidden_state, size)
-        if lateral.shape[-2:] != size:
-            lateral = upsample(lateral, size)
-        return hidden_state + lateral
+from .decoder_poodle import PoodleDecoderBlock
+from .encoder_poodle import RECOMPUTABLE, PlainVitEncoder, build_encoder
 
 
 class PoodlePreTrainedModel(PreTrainedModel):
@@ -173,7 +56,24 @@ class PoodlePreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """
+        Set the attention of the encoder, the only part that has any.
+
+        The encoder's config is a copy of `config.backbone_config`, because its stages are chosen in it. transformers therefore does not
+        find the encoder by the name `backbone_config` in a mapping.
+        """
+        if isinstance(attn_implementation, dict):
+            attn_implementation = attn_implementation.get("backbone_config", {})
+            for module in self.modules():
+                if attn_implementation and module is not self and isinstance(module, PreTrainedModel):
+                    if isinstance(module.config, type(self.config.backbone_config)):
+                        module.set_attn_implementation(attn_implementation, *args, **kwargs)
+                        self.config.backbone_config._attn_implementation = module.config._attn_implementation
+            return
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, every_n_layers: int = 1, **kwargs) -> None:
         for module in self.modules() if enable else ():
             encoder = getattr(module, "encoder", None) if isinstance(module, PoodlePreTrainedModel) else None
             if encoder is not None and not any(
@@ -181,11 +81,27 @@ class PoodlePreTrainedModel(PreTrainedModel):
             ):
                 kind = self.config.backbone_config.model_type
                 raise ValueError(f"gradient_checkpointing is not available for a {kind!r} encoder")
+        if every_n_layers != 1:  # transformers before 5.24 has no such argument
+            kwargs["every_n_layers"] = every_n_layers
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # transformers counts only its own kind of layers.
+        own = (PoodleDecoderBlock, *RECOMPUTABLE.values())
+        for index, block in enumerate(module for module in self.modules() if isinstance(module, own)):
+            block.gradient_checkpointing = enable and index % every_n_layers == 0
 
     def get_input_embeddings(self) -> None:
-        """Return `None`, because images have no embeddings. Quantisation calls this method of every model."""
+        """Return `None`, because images have no embeddings. Some quantisation methods ask every model, and transformers' own raises."""
         return None
+
+    def _asked_for(
+        self, maps: dict[str, Tensor], output_hidden_states: bool | list[int] | None
+    ) -> tuple[Tensor | None, ...] | None:
+        """Return the maps that `output_hidden_states` (or else the config) asks for, as transformers 5.24 defines it."""
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if isinstance(wanted, (list, tuple)):
+            indices = {index % len(maps) for index in wanted}
+            return tuple(features if index in indices else None for index, features in enumerate(maps.values()))
+        return tuple(maps.values()) if wanted else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -200,11 +116,6 @@ class PoodlePreTrainedModel(PreTrainedModel):
 class PoodleModel(PoodlePreTrainedModel):
     """
     Encoder and spatial decoder module without the pretraining heads.
-
-    `forward(pixel_values (B, 3, H, W))` returns `last_hidden_state` (B, C, H/s, W/s), the decoder's features (the encoder's last stage if
-    there is no decoder), and `pooler_output` (B, C), the average of the encoder's last stage. s is the encoder's stride /
-    2**num_decoder_blocks: 8 for a ResNet with two blocks. With `output_hidden_states=True`, `hidden_states` holds the maps of the stages
-    that the decoder reads, in the order of the stages, followed by the decoder's map.
 
     For torch.export, declare sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`. For other
     sizes, it depends on the size whether the SDM cuts off or repeats a cell.
@@ -266,15 +177,28 @@ class PoodleModel(PoodlePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs
+        self, pixel_values: Tensor, output_hidden_states: bool | list[int] | None = None, **kwargs
     ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """
+        Compute the features of images. Attentions are not returned, whatever the encoder.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            output_hidden_states: return the maps that were computed too; with a list of indices only those, and `None` for the others.
+
+        Returns:
+            `last_hidden_state` (B, C, H/s, W/s), the decoder's features (the encoder's last stage if there is no decoder), where s is the
+            encoder's stride / 2**num_decoder_blocks: 8 for a ResNet with two blocks. `pooler_output` (B, C), the average of the encoder's
+            last stage. `hidden_states`, the maps of the stages that the decoder reads, in the order of the stages, then the decoder's.
+        """
         features = self.encode(pixel_values)
-        dense = self.decode(features)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        dense, pooled = self.decode(features), self.pool(features)
+        if len(self.decoder):
+            features["decoder"] = dense
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=dense,
-            pooler_output=self.pool(features),
-            hidden_states=(*features.values(), *((dense,) if len(self.decoder) else ())) if keep else None,
+            pooler_output=pooled,
+            hidden_states=self._asked_for(features, output_hidden_states),
         )
 
 
@@ -282,9 +206,7 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     """
     PooDLe backbone for frameworks such as UperNet, Mask2Former and DETR, built by `AutoBackbone`.
 
-    `forward(pixel_values (B, 3, H, W))` returns `feature_maps`, a tuple of (B, C, h, w) for `out_features` (encoder stages and `decoder`),
-    in the order of `stage_names`; `channels` holds each C. With `output_hidden_states=True`, `hidden_states` holds all maps that were
-    computed for them.
+    `channels` holds the channels of each map in `out_features`.
     """
 
     has_attentions = False
@@ -351,25 +273,31 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
         PreTrainedModel.post_init(self)
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs) -> BackboneOutput:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | list[int] | None = None, **kwargs
+    ) -> BackboneOutput:
+        """
+        Compute the feature maps of images. Attentions are not returned, whatever the encoder.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            output_hidden_states: as for [`PoodleModel`].
+
+        Returns:
+            `feature_maps`, a tuple of (B, C, h, w) for `out_features` (encoder stages and `decoder`), in the order of `stage_names`, and
+            `hidden_states`, all maps that were computed for them.
+        """
         features = self.encode(pixel_values)
         if "decoder" in self.out_features:
             features["decoder"] = self.decode(features)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BackboneOutput(
             feature_maps=tuple(features[name] for name in self.stage_names if name in self.out_features),
-            hidden_states=tuple(features.values()) if keep else None,
+            hidden_states=self._asked_for(features, output_hidden_states),
         )
 
 
 class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
-    """
-    Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`.
-
-    `forward(pixel_values (B, 3, H, W), labels (B, H, W) long, optional)` returns `logits` (B, num_labels, h, w) and, with labels, the cross
-    entropy at the size of the labels. The label `config.semantic_loss_ignore_index` is ignored; if no other label occurs, the loss is 0.
-    With `output_hidden_states=True`, `hidden_states` is as for [`PoodleModel`] and includes the map that the readout reads.
-    """
+    """Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`."""
 
     def __init__(self, config: PoodleConfig):
         super().__init__(config)
@@ -397,13 +325,30 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        **kwargs,
     ) -> SemanticSegmenterOutput:
+        """
+        Compute the logits of images and, with labels, the loss. Attentions are not returned, whatever the encoder.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            labels: (B, H, W) integers. `config.semantic_loss_ignore_index` is ignored; if no other label occurs, the loss is 0.
+            output_hidden_states: as for [`PoodleModel`].
+
+        Returns:
+            `logits` (B, num_labels, h, w); `loss`, the cross entropy at the size of the labels; `hidden_states` as for [`PoodleModel`],
+            with the map that the readout reads.
+        """
         maps = self.poodle.encode(pixel_values)
         logits = self.classifier(self._read(maps))
         loss = None if labels is None else self._loss(logits, labels)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=tuple(maps.values()) if keep else None)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=self._asked_for(maps, output_hidden_states)
+        )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -118,7 +118,10 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model._fill_teacher({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        model._fill_teacher(lacking)
+        if any(key.startswith("teacher") for key in lacking):  # transformers has just listed them as newly initialised
+            logger.warning("the teacher's weights that the checkpoint lacks were copied from the student")
         model.freeze_teacher()  # from_pretrained sets requires_grad=True for every floating point parameter
         return (model, info) if output_loading_info else model
 

@@ -7,7 +7,13 @@ from pathlib import Path
 _CODE = Path(__file__).resolve().parent
 # The code files that a folder of weights holds, by model type.
 CODE_FILES = {
-    "poodle": ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"),
+    "poodle": (
+        "config_checks.py",
+        "configuration_poodle.py",
+        "decoder_poodle.py",
+        "encoder_poodle.py",
+        "modeling_poodle.py",
+    ),
     "poodle_flow": (
         "config_checks.py",
         "configuration_poodle.py",

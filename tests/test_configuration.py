@@ -316,3 +316,14 @@ def test_what_follows_from_other_fields_cannot_be_given(tmp_path):
             ValueError, match=f"PoodleConfig.{name} follows from its other fields, and cannot be given"
         ):
             PoodleConfig.from_pretrained(tmp_path, **{name: value})
+
+
+def test_impossible_values_of_a_flow_network_are_refused_when_they_are_assigned():
+    config = PoodleFlowConfig()
+    for name, value in (("num_levels", "a"), ("correlation_radius", 0), ("decoder_sizes", [])):
+        before = getattr(config, name)
+        with pytest.raises(ValueError, match=f"PoodleFlowConfig.{name} must be"):
+            setattr(config, name, value)
+        assert getattr(config, name) == before
+    config.num_levels = 4
+    assert config.stride == 16

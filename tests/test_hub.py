@@ -42,10 +42,17 @@ def test_what_is_sent_is_weights_configs_card_and_code_alone(shared_hub, publish
     assert set(sdm[-1].files) == common | {
         "config_checks.py",
         "configuration_poodle.py",
+        "decoder_poodle.py",
         "encoder_poodle.py",
         "modeling_poodle.py",
     }
-    for name in ("config_checks.py", "configuration_poodle.py", "encoder_poodle.py", "modeling_poodle.py"):
+    for name in (
+        "config_checks.py",
+        "configuration_poodle.py",
+        "decoder_poodle.py",
+        "encoder_poodle.py",
+        "modeling_poodle.py",
+    ):
         assert sdm[-1].files[name].path.read_bytes() == (REPOSITORY / "modeling_poodle" / name).read_bytes()
     for name, blob in {**encoder[-1].files, **sdm[-1].files}.items():
         data = blob.path.read_bytes()

@@ -11,16 +11,25 @@ import torch
 from PIL import Image
 from test_modeling_pretraining import RESNET, config
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessor, pipeline
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    Dinov2Backbone,
+    ResNetBackbone,
+    SegformerImageProcessor,
+    ViTModel,
+    pipeline,
+)
+from transformers.utils import logging
 
 from modeling_poodle import (
     PoodleBackbone,
     PoodleConfig,
+    PoodleForPreTraining,
     PoodleForSemanticSegmentation,
     PoodleModel,
-    modeling_poodle,
+    decoder_poodle,
 )
-from modeling_poodle.modeling_poodle import upsample
+from modeling_poodle.decoder_poodle import upsample
 
 TRANSFORMER = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 6, "image_size": 64}
 HIERARCHY = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24]}
@@ -133,7 +142,7 @@ def test_a_model_exports_with_sizes_that_are_not_fixed():
 def test_maps_larger_than_a_kernel_takes_are_upsampled_in_parts(monkeypatch):
     maps = torch.randn(5, 3, 4, 6)
     whole = upsample(maps, (9, 7))
-    monkeypatch.setattr(modeling_poodle, "MOST_NUMBERS", 2 * 3 * 9 * 7)
+    monkeypatch.setattr(decoder_poodle, "MOST_NUMBERS", 2 * 3 * 9 * 7)
     interpolate, parts = nn.functional.interpolate, []
     monkeypatch.setattr(
         nn.functional, "interpolate", lambda part, **options: parts.append(len(part)) or interpolate(part, **options)
@@ -142,7 +151,7 @@ def test_maps_larger_than_a_kernel_takes_are_upsampled_in_parts(monkeypatch):
     assert sorted(parts) == [1, 2, 2]
 
 
-def test_readout_loss_files_and_pipeline(tmp_path):
+def test_readout_loss_files_and_pipeline(tmp_path, caplog):
     model = PoodleForSemanticSegmentation(config(num_labels=5)).eval()
     labels = torch.randint(0, 5, (2, 64, 96))
     labels[:, :8] = 255
@@ -154,8 +163,10 @@ def test_readout_loss_files_and_pipeline(tmp_path):
     model.save_pretrained(tmp_path)
     SegformerImageProcessor(do_resize=False).save_pretrained(tmp_path)
     assert isinstance(AutoModelForSemanticSegmentation.from_pretrained(tmp_path), PoodleForSemanticSegmentation)
+    logging.enable_propagation()
     result = pipeline("image-segmentation", model=str(tmp_path))(Image.new("RGB", (96, 64), (90, 120, 30)))
-    assert result[0]["mask"].size == (96, 64)
+    logging.disable_propagation()
+    assert result[0]["mask"].size == (96, 64) and "not supported" not in caplog.text
 
 
 def test_dilated_resnet_equals_torchvision():
@@ -185,7 +196,7 @@ def test_dilated_resnet_equals_torchvision():
 def test_one_map_larger_than_a_kernel_takes_is_upsampled_whole(monkeypatch):
     maps = torch.randn(2, 3, 4, 6)
     whole = upsample(maps, (9, 7))
-    monkeypatch.setattr(modeling_poodle, "MOST_NUMBERS", 3 * 9 * 7 - 1)
+    monkeypatch.setattr(decoder_poodle, "MOST_NUMBERS", 3 * 9 * 7 - 1)
     assert torch.equal(upsample(maps, (9, 7)), whole)
 
 
@@ -201,6 +212,53 @@ def test_hidden_states_are_the_stages_and_the_decoder_s_map_where_there_is_one()
     for blocks, count in ((2, 4), (0, 1)):
         output = PoodleModel(config(num_decoder_blocks=blocks)).eval()(images, output_hidden_states=True)
         assert len(output.hidden_states) == count and torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_single_hidden_states_can_be_asked_for():
+    images, wanted = torch.randn(1, 3, 64, 96), config(num_labels=3)
+    for model in (PoodleModel(wanted), PoodleBackbone(wanted), PoodleForSemanticSegmentation(wanted)):
+        every = model.eval()(images, output_hidden_states=True).hidden_states
+        some = model(images, output_hidden_states=[0, -1]).hidden_states
+        assert [maps is None for maps in some] == [False, True, True, False] and len(every) == 4
+        assert torch.equal(some[0], every[0]) and torch.equal(some[-1], every[-1])
+        assert model(images, output_hidden_states=[]).hidden_states == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        {"model_type": "dinov2", **TRANSFORMER},
+        {"model_type": "vit", "intermediate_size": 48, "patch_size": 16, **TRANSFORMER},
+        {"model_type": "resnet", "embedding_size": 8, **HIERARCHY},
+    ],
+    ids=lambda values: values["model_type"],
+)
+@pytest.mark.parametrize("kind", [PoodleModel, PoodleForSemanticSegmentation, PoodleForPreTraining])
+def test_the_attention_of_the_encoder_is_set_by_name_or_as_a_whole(kind, encoder):
+    sizes = {"decoder_reduction": 2, "projection_hidden_size": 8, "projection_size": 4}
+    model = kind(PoodleConfig(backbone_config=encoder, **sizes))
+    attends = encoder["model_type"] != "resnet"
+    encoders = [module for module in model.modules() if isinstance(module, (Dinov2Backbone, ResNetBackbone, ViTModel))]
+    assert len(encoders) == (2 if kind is PoodleForPreTraining else 1)
+    for given, expected in (
+        ({"backbone_config": "eager"}, "eager"), ({"backbone_config": "sdpa"}, "sdpa"), ("eager", "eager"), ({"": "sdpa"}, "eager"),
+    ):  # fmt: skip
+        if attends or expected == "eager":
+            model.set_attn_implementation(given)
+            assert {each.config._attn_implementation for each in encoders} == {expected}
+            assert model.config.backbone_config._attn_implementation == expected
+
+
+def test_every_second_block_can_be_checkpointed():
+    model = PoodleModel(config())
+    enable = getattr(model, "_activation_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("transformers before 5.24 checkpoints every layer")
+    model.activation_checkpointing_enable(every_n_layers=2)
+    flags = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert flags == [True, False] * (len(flags) // 2) + [True] * (len(flags) % 2) and len(flags) > 4
+    model.activation_checkpointing_enable()
+    assert {m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")} == {True}
 
 
 def test_a_readout_ignores_the_id_that_its_config_names():

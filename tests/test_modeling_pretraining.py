@@ -253,7 +253,7 @@ def test_files_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"pooled_weight": 0}, {"dense_weight": 0, "num_decoder_blocks": 0}], ids=str)
-def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
+def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes, caplog):
     """The checkpoint has no teacher at all, lacks one tensor of it, lacks nothing, or is that of a plain model."""
     torch.manual_seed(0)
     model = PoodleForPreTraining(config(**changes))
@@ -282,7 +282,9 @@ def test_a_teacher_that_the_checkpoint_lacks_is_the_student(tmp_path, changes):
     student = {name.removeprefix("student."): value for name, value in own.items() if name.startswith("student.")}
     # save_pretrained empties the dict, so it gets a copy.
     model.student.save_pretrained(tmp_path / "model", state_dict=dict(student))
+    caplog.clear()
     again = PoodleForPreTraining.from_pretrained(tmp_path / "model")
+    assert "the teacher's weights that the checkpoint lacks were copied from the student" in caplog.text
     assert all(torch.equal(value, student[name]) for name, value in again.student.state_dict().items())
     values = again.state_dict()
     assert all(torch.equal(values[name], values[twin]) for name, twin in twins.items())
