@@ -65,6 +65,16 @@ def differences(results: list[dict]) -> list[str]:
             values = [value for value in map(of, those) if value is not None]
             if any(value != values[0] for value in values):
                 told.append(f"note: the results on {name} differ in their {what}")
+        for readout in dict.fromkeys(result["readout"] for result in those):
+            settings = [
+                {**r["protocol"], **({} if readout == "knn" else {"num_processes": r.get("num_processes")})}
+                for r in those
+                if r["readout"] == readout and isinstance(r.get("protocol"), dict)
+            ]
+            names = dict.fromkeys(key for values in settings for key in values)
+            unlike = [key for key in names if any(values.get(key) != settings[0].get(key) for values in settings)]
+            if unlike:
+                told.append(f"note: the {readout} readouts on {name} differ in {', '.join(unlike)}")
     return told
 
 

@@ -110,11 +110,12 @@ def measure(
         **preprocessing,
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
+        "protocol": recipe.protocol("image_size", "boxes_per_image"),
         "seed": recipe.seed,
         "steps": steps,
         "train_images_seen": steps * recipe.per_device_train_batch_size * accelerator.num_processes,
         "seconds": round(time.perf_counter() - began, 1),
-        **provenance(),
+        **provenance(accelerator),
     }
     result["versions"] |= {package: version(package) for package in ("torchvision", "pycocotools")}
     with folder_aside(folder / "detector") as partial:

@@ -203,10 +203,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def provenance() -> dict:
-    """Return the command and the versions, for evaluation.json."""
+def provenance(accelerator: Accelerator | None = None) -> dict:
+    """Return the command, the number of processes and the versions, for evaluation.json. `None`: the script has one process."""
     return {
-        "command": shlex.join([*_started(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join([*_started(Path(sys.argv[0]), accelerator), *sys.argv[1:]]),
+        "num_processes": 1 if accelerator is None else accelerator.num_processes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -215,10 +216,14 @@ def provenance() -> dict:
     }
 
 
-def _started(script: Path) -> list[str]:
+def _started(script: Path, accelerator: Accelerator | None) -> list[str]:
     """Return the words that start a script of evaluation/ from the repository's root, without paths of this machine."""
     if script.name in ("segment.py", "detect.py"):
-        return ["accelerate", "launch", f"evaluation/{script.name}"]
+        count = 1 if accelerator is None else accelerator.num_processes
+        if count > 1 and accelerator.device.type == "cpu":  # where accelerate launch starts one process
+            return ["torchrun", "--standalone", "--nproc_per_node", str(count), f"evaluation/{script.name}"]
+        several = ["--num_processes", str(count)] if count > 1 else []
+        return ["accelerate", "launch", *several, f"evaluation/{script.name}"]
     return ["python", "-m", f"evaluation.{script.stem}"]
 
 

@@ -61,6 +61,11 @@ class FitRecipe(CheckedRecipe):
         self.need(known, "max_steps", "at least 1, or -1 to go by num_train_epochs")
         self.need(self.resume_from_checkpoint in (None, "latest"), "resume_from_checkpoint", "'latest'")
 
+    def protocol(self, *names: str) -> dict:
+        """Return the settings of a fit that its figures depend on, with those in `names`, for evaluation.json."""
+        fit = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay")
+        return {name: getattr(self, name) for name in (*fit, *names)}
+
 
 @dataclass
 class EvaluationRecipe(FitRecipe):

@@ -110,10 +110,11 @@ def measure(
         "num_train_images": len(data.train),
         "num_test_images": len(data.test),
         "group_members": {key: list(members) for key, members in data.groups.items()},
+        "protocol": protocol(recipe),
         "seed": recipe.seed,
         "steps": curve[-1]["step"] if curve else 0,
         "seconds": round(time.perf_counter() - began, 1),
-        **provenance(),
+        **provenance(accelerator),
     }
     strips = []
     if accelerator.is_main_process:
@@ -126,6 +127,13 @@ def measure(
             shown = strip(image, data.label(example), readout.predict(image), len(data.classes))
             strips.append((f"{title}: {entry['name']}, mIoU {100 * entry['miou']:.1f}", shown))
     return result, curve, strips
+
+
+def protocol(recipe: EvaluationRecipe) -> dict:
+    """Return the settings of the readout that its figures depend on."""
+    if recipe.readout == "knn":
+        return {name: getattr(recipe, name) for name in ("num_neighbours", "max_reference_cells")}
+    return recipe.protocol(*(["crop_size"] if recipe.readout == "upernet" else []))
 
 
 def best_median_worst(images: list[dict]) -> list[tuple[str, dict]]:

@@ -278,6 +278,7 @@ def test_two_processes_give_the_figures_of_one(overfitted, street_boxes, resnet,
         assert scores0[key] == pytest.approx(ours[key], abs=1e-3)
     # The whole script, including the fit.
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["num_processes"] == 2 and result["protocol"]["per_device_train_batch_size"] > 0
     assert (result["num_test_images"], result["train_images_seen"]) == (5, 8)
     assert done.stdout.count("AP75") == 1 and (tmp_path / "run" / "detector" / "model.safetensors").is_file()
 

@@ -194,6 +194,17 @@ def test_compare_prints_one_line_a_model_and_readout(tmp_path, capsys):
     (tmp_path / "other.json").write_text(json.dumps({"results": others}))
     compare([str(tmp_path / "other.json")])
     assert capsys.readouterr().err == "note: the results on street differ in their classes\n"
+    fits = [
+        result | {"readout": "linear", "num_processes": n, "protocol": {"learning_rate": rate, "max_steps": 9}}
+        for n, rate in ((1, 0.1), (1, 0.1), (8, 0.2))
+    ]
+    (tmp_path / "other.json").write_text(json.dumps({"results": [*fits, result]}))  # the last is of an earlier version
+    compare([str(tmp_path / "other.json")])
+    said = "note: the linear readouts on street differ in learning_rate, num_processes\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "other.json").write_text(json.dumps({"results": fits[:2]}))
+    compare([str(tmp_path / "other.json")])
+    assert capsys.readouterr().err == ""
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no segmentation results"):
         compare([str(tmp_path / "other.json")])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from evaluation import data as data_module
 from evaluation import segment
 from evaluation.data import load_dataset
 from evaluation.encoders import Encoder
-from evaluation.outputs import check_output_dir, make_accelerator
+from evaluation.outputs import check_output_dir, make_accelerator, provenance
 from evaluation.propagate import PropagationRecipe
 from evaluation.readouts import LinearReadout, UperNetReadout
 from evaluation.recipe import parse_recipe
@@ -293,9 +294,27 @@ def test_several_models_and_processes_give_the_figures_of_one(shapes, poodle, tm
     networks = [(tmp_path / f"network-{rank}").read_text() for rank in (0, 1)]
     assert len(networks[0]) == 64 and networks[0] == networks[1]
     results = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"]
+    assert [r["num_processes"] for r in (*results, *both)] == [2, 2, 1, 1]
+    assert results[0]["protocol"] == {"num_neighbours": 20, "max_reference_cells": 50_000}
+    fit = json.loads((tmp_path / "fit" / "evaluation.json").read_text())
+    assert fit["protocol"]["max_steps"] == 2 and fit["protocol"]["crop_size"] == [64, 96]
     for ours, theirs in zip(results, both):  # 5 test images on 2 processes
         assert ours["per_class"] == pytest.approx(theirs["per_class"], abs=1e-3)
     assert results[0]["model"] in done.stdout and "mIoU" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"),
+    [
+        ("cpu", 1, "accelerate launch evaluation/segment.py --seed 1"),
+        ("cpu", 2, "torchrun --standalone --nproc_per_node 2 evaluation/segment.py --seed 1"),
+        ("cuda", 8, "accelerate launch --num_processes 8 evaluation/segment.py --seed 1"),
+    ],
+)
+def test_the_command_is_noted_with_its_processes(device, processes, expected, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/evaluation/segment.py", "--seed", "1"])
+    found = provenance(SimpleNamespace(num_processes=processes, device=torch.device(device)))
+    assert (found["command"], found["num_processes"]) == (expected, processes)
 
 
 def test_more_processes_than_training_images_are_refused_before_the_folder_is_begun(shapes, poodle, tmp_path):
