@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,24 @@ def test_an_untrained_variant_has_the_changes_of_its_twin_and_its_own(tmp_path, 
 def test_without_git_the_commit_is_not_recorded(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert script.where()["commit"] is None
+
+
+def test_results_that_a_study_adds_are_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/main.json"):
+        (tmp_path / name).write_text("")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "all")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    clean = script.commit()
+    assert clean and not clean.endswith("dirty")
+    (tmp_path / "results" / "main.json").write_text("{}")
+    assert script.commit() == clean
+    (tmp_path / "code.py").write_text("x = 1")
+    assert script.commit() == f"{clean}-dirty"
 
 
 def test_the_page_is_made_of_the_results():

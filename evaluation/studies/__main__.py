@@ -228,16 +228,25 @@ def where() -> dict:
         if torch.cuda.is_available()
         else f"{usable_cores()} CPU core(s), {platform.machine()}"
     )
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # no git; the page then says that the commit is not recorded
-        commit = None
     return {
         "device": device,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": (commit and commit.stdout.strip()) or None,
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """Return the code's commit, with `-dirty` if files other than the studies' results differ from it; `None` without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+        return (git("describe", "--always") + ("-dirty" if changed else "")) or None
+    except OSError:  # no git
+        return None
 
 
 def launch(words: list[str], log: Path) -> None:
