@@ -105,6 +105,19 @@ class CheckedRecipe:
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
+    def flat(self) -> dict[str, bool | int | float | str]:
+        """Return the fields as trackers compare them: those of mappings under dotted names, lists and `None` as text."""
+
+        def fields(values: dict, prefix: str = ""):
+            for name, value in values.items():
+                if isinstance(value, dict) and value:
+                    yield from fields(value, f"{prefix}{name}.")
+                else:
+                    plain = isinstance(value, (bool, int, float, str))
+                    yield prefix + name, value if plain else json.dumps(value)
+
+        return dict(fields(dataclasses.asdict(self)))
+
 
 def shown(value) -> str:
     """Format a value for an error message, shortened if it is long."""

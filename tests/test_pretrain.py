@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from forked_scripts import forked
@@ -214,6 +215,10 @@ def test_tensorboard_through_accelerate(drives, tmp_path):
     reader.Reload()
     values = [event.value for event in reader.Scalars("loss")]
     assert values == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+    (noted,) = (tmp_path / "run" / "poodle").rglob("hparams.yml")
+    fields = yaml.safe_load(noted.read_text())  # each by itself, so that runs can be sorted by them
+    assert fields["learning_rate"] == 1e-3 and fields["model.projection_size"] == MODEL["projection_size"]
+    assert fields["crop_size"] == "[64, 128]" and fields["init_encoder"] == "null"
 
 
 @pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])

@@ -158,7 +158,7 @@ class Run(ABC):
         self.wrapped = prepared(self.accelerator, self.model)
         if self.recipe.report_to != "none":
             shown = dataclasses.replace(self.recipe, videos=public_value(self.recipe.videos))
-            self.accelerator.init_trackers("poodle", config={"recipe": shown.to_yaml()})
+            self.accelerator.init_trackers("poodle", config=shown.flat())
         if self.recipe.warmup_steps > self.max_steps:
             logger.warning(
                 "the learning rate rises over warmup_steps = %d, of which the run has %d: it ends at %.1e instead of learning_rate = %.1e",
