@@ -22,6 +22,10 @@ def config_values(name: str) -> dict:
         OSError: the model is neither a local folder nor on the Hub.
     """
     own = Path(name)
+    if own.is_file() and own.suffix != ".json":
+        raise OSError(
+            f"{name} is a file: python -m training.convert {name} DIR makes DIR/encoder of a ResNet's weights"
+        )
     if own.is_dir() and not (own / "config.json").is_file():
         inside = [
             part for part in ("encoder", "model", "readout", "detector") if (own / part / "config.json").is_file()

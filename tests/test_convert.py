@@ -9,15 +9,17 @@ import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from transformers import AutoConfig, ResNetBackbone, ResNetConfig
 
 from modeling_poodle import PoodleModel
+from modeling_poodle.loading_poodle import load_encoder
 from training import convert as converting
 from training.convert import convert, main, read_checkpoint
-from training.resnet_names import timm_architecture
+from training.resnet_names import timm_architecture, to_torchvision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -122,6 +124,43 @@ def test_a_basic_resnet_and_a_state_dict_alone(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "moco"])
+def test_plain_resnets_of_other_projects(tmp_path, kind):
+    torch.manual_seed(0)
+    network = randomise(torchvision.models.ResNet(BasicBlock, [1, 1, 2, 1]))
+    state, file, more = network.state_dict(), tmp_path / "plain.pth", []
+    if kind == "timm":
+        file = tmp_path / "plain.safetensors"
+        save_file(state, file)
+    elif kind == "moco":
+        state = {f"module.encoder_q.{key}": value for key, value in state.items()}
+        state |= {"module.encoder_k.conv1.weight": torch.zeros(2), "module.queue": torch.zeros(2)}
+        torch.save({"state_dict": state, "epoch": 1}, file)
+        with pytest.raises(ValueError, match=r"give what precedes a ResNet's keys by --prefix"):
+            main([str(file), str(tmp_path / "out")])
+        with pytest.raises(ValueError, match="--prefix encoder. leaves no plain ResNet .*begin with encoder_k.conv1"):
+            main([str(file), str(tmp_path / "out"), "--prefix", "encoder."])
+        more = ["--prefix", "encoder_q."]
+    else:
+        torch.save(state, file)
+    main([str(file), str(tmp_path / "out"), *more])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["encoder"]
+    config, weights = load_encoder(str(tmp_path / "out" / "encoder"))  # as --init_encoder and --model read it
+    encoder = ResNetBackbone(config).eval()
+    encoder.load_state_dict(weights)
+    expected = torch.nn.Sequential(*list(network.children())[:-2])(IMAGE)
+    torch.testing.assert_close(encoder(IMAGE).feature_maps[-1], expected, rtol=1e-5, atol=1e-5)
+    card = (tmp_path / "out" / "encoder" / "README.md").read_text()
+    assert f"Converted from the checkpoint `{file.name}`." in card and "- poodle" not in card
+    # Back to torchvision's names, as README.md says.
+    exported = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
+    report = network.load_state_dict({to_torchvision(key): value for key, value in exported.items()}, strict=False)
+    assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
+    with pytest.raises(ValueError, match=f"{file.name} is a file: python -m training.convert"):
+        load_encoder(str(file))
+
+
+@torch.no_grad()
 def test_flowe_with_timm_names_runs_dilated(tmp_path):
     torch.manual_seed(0)
     network = timm.models.resnet.ResNet(timm.models.resnet.Bottleneck, (1, 2, 2, 2), output_stride=8, num_classes=0)
@@ -175,7 +214,7 @@ def small(released) -> dict[str, torch.Tensor]:
             lambda s: s | {"teacher_decoder_blocks.0.downsample.0.weight": torch.zeros(2)},
             "too many decoder.0.downsample",
         ),
-        (lambda s: {"conv1.weight": torch.zeros(2)}, "no released checkpoint: of its keys"),
+        (lambda s: {"conv1.weight": torch.zeros(2)}, "no released checkpoint and no plain ResNet: of its keys"),
     ],
     ids=["unknown", "missing", "no teacher", "three stages", "no plain resnet", "wide", "too many", "another"],
 )

@@ -115,14 +115,24 @@ def _training(rows: dict, recipe: dict) -> str:
 _NETWORKS = {"teacher": "momentum teacher", "student": "student"}
 
 
-def converted_card(part: str, config: dict, source: str, network: str) -> str:
-    """Return the card of a folder converted from a released checkpoint. It names no licence, because none is known here."""
+def converted_card(part: str, config: dict, source: str, network: str | None) -> str:
+    """
+    Return the card of a folder converted from a checkpoint. It names no licence, because none is known here.
+
+    Args:
+        network: student or teacher; `None` if the checkpoint is not PooDLe's.
+    """
     kind = config["backbone_config"]["model_type"]
     data = _data(kind, _task(part, kind), license=None)
-    what = f"{_part_in_words(part, kind, config)} Converted from the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
+    title, origin = f"PooDLe {kind}: {part}, converted", f"the checkpoint {code(source)}."
+    if network is None:
+        title, data.tags = f"{kind}: {part}, converted", [kind, "vision"]
+    else:
+        origin = f"the released checkpoint {code(source)}: weights of its {_NETWORKS[network]}."
+    what = f"{_part_in_words(part, kind, config)} Converted from {origin}"
     return _card(
         data,
-        f"PooDLe {kind}: {part}, converted",
+        title,
         what,
         lines_to_load(part, kind, config),
         "See the publication of the checkpoint.",

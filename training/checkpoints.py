@@ -4,7 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -267,12 +267,15 @@ def hardware(num_processes: int) -> str:
     return f"CPU, {usable_cores()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
 
 
-def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], str]) -> None:
+def write_folders(
+    model: PoodleModel, output_dir: Path, card: Callable[[str], str], parts: Sequence[str] = ("model", "encoder")
+) -> None:
     """
     Write `encoder/` and `model/`, each under a temporary name and then renamed. `model/` includes its code, for users without this package.
 
     Args:
         card: function that returns the text of the model card of "encoder" or "model".
+        parts: which of the two.
     """
     # do_resize=False, because dense features are wanted at the image's own size.
     processor = SegformerImageProcessor(
@@ -280,7 +283,8 @@ def write_folders(model: PoodleModel, output_dir: Path, card: Callable[[str], st
     )
     encoder_config = model.encoder.config
     stages = [name for name in getattr(encoder_config, "stage_names", None) or [] if name != "stem"]
-    for name, module in (("model", model), ("encoder", model.encoder)):
+    for name in parts:
+        module = model if name == "model" else model.encoder
         state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
         with folder_aside(output_dir / name) as partial:
             if encoder_config.model_type != "resnet":

@@ -1,9 +1,11 @@
 """
-Convert released PooDLe and FlowE checkpoints to the folders that a run exports.
+Convert released PooDLe and FlowE checkpoints, or plain ResNets, to the folders that a run exports.
 
     python -m training.convert poodle_bdd.pth out/ [--which student] [--drop PREFIX ...]
+    python -m training.convert resnet50.pth out/                        # weights of torchvision or timm
+    python -m training.convert moco.pth out/ --prefix encoder_q.        # a ResNet inside another checkpoint
 
-Writes out/encoder/ and out/model/. Every key of the checkpoint is either converted, dropped (the reason is printed), or an error.
+Writes out/encoder/ and out/model/, of a plain ResNet out/encoder/ alone. Every key of the checkpoint is either converted, dropped (the reason is printed), or an error.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ResNetConfig
 
@@ -43,12 +46,17 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "network")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "training.convert", description="Convert a released checkpoint to encoder/ and model/."
+        "training.convert", description="Convert a released checkpoint, or a plain ResNet, to encoder/ and model/."
     )
-    parser.add_argument("checkpoint", type=Path, help="The .pth file.")
+    parser.add_argument("checkpoint", type=Path, help="The .pth or .safetensors file.")
     parser.add_argument("output_dir", type=Path, help="Folder for encoder/ and model/.")
     parser.add_argument(
         "--which", choices=("teacher", "student"), default="teacher", help="Network; the teacher is evaluated."
+    )
+    parser.add_argument(
+        "--prefix",
+        default="",
+        help="What precedes a plain ResNet's keys, after any 'module.'; all other keys are left out.",
     )
     parser.add_argument(
         "--drop", nargs="+", default=[], metavar="PREFIX", help="Keys to leave out beside the known ones."
@@ -58,27 +66,35 @@ def main(arguments: list[str] | None = None) -> None:
         if (options.output_dir / name).exists():
             raise ValueError(f"{options.output_dir / name} exists already: choose another output folder")
     state = read_checkpoint(options.checkpoint)
-    model, notes = convert(state, options.which, options.drop)
+    plain = bool(options.prefix) or _is_plain(state)
+    model, notes = convert(_one_encoder(state, options.prefix) if plain else state, options.which, options.drop)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     config, source = model.config.to_dict(), options.checkpoint.name
+    network = None if plain else options.which
+    parts = ("encoder",) if plain else ("model", "encoder")
     try:
-        write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, options.which))
+        write_folders(model, options.output_dir, lambda part: converted_card(part, config, source, network), parts)
     except SafetensorError as error:  # its message contains the system's error
         raise OSError(f"{options.output_dir} cannot be written: {error}") from error
     for reason, count in notes.items():
         print(f"{count:>6} keys {reason}")
-    print(f"{options.output_dir}: encoder/ and model/")
+    print(f"{options.output_dir}: {' and '.join(f'{part}/' for part in sorted(parts))}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
-    Read the state dict in a .pth file without running code from the file. Wrapping dicts and the prefix `module.` are removed.
+    Read the state dict in a .pth or .safetensors file without running code. Wrapping dicts and the prefix `module.` are removed.
 
     Raises:
         ValueError: the file does not exist, can only be opened by unsafe loading, or holds no state dict.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no checkpoint that safetensors reads: {error}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # holds the training's flags, only plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,7 +127,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str] = ()) -> tuple[PoodleModel, Counter]:
     """
-    Convert the network `which` of a released state dict to a PoodleModel.
+    Convert the network `which` of a released state dict, or a plain ResNet's state dict, to a PoodleModel.
 
     Returns:
         The model, and the number of keys that were converted or dropped, by reason.
@@ -119,7 +135,12 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
     Raises:
         ValueError: a key is not known, the network is not in the checkpoint, or it is not a ResNet that transformers can represent.
     """
+    plain = _is_plain(state)
+    if plain:
+        state, which = {f"backbone.{key}": value for key, value in state.items()}, "student"
     family, parts = _family_of(state, which)
+    if plain:
+        family = "a plain ResNet"
     notes, ours = Counter(), {name: {} for name in ("encoder", "blocks", "laterals")}
     unknown = []
     for key, value in state.items():
@@ -156,7 +177,28 @@ def convert(state: dict[str, Tensor], which: str = "teacher", drop: Iterable[str
                 if keys
             )
         )
-    return model, Counter({f"converted ({family}, {which})": len(weights)}) + notes
+    return model, Counter({f"converted ({family}{'' if plain else f', {which}'})": len(weights)}) + notes
+
+
+def _is_plain(state: dict[str, Tensor]) -> bool:
+    """Return whether the keys are those of a ResNet in torchvision's and timm's names, without a prefix."""
+    return {"conv1", "bn1", "layer1", "layer4"} <= {key.partition(".")[0] for key in state}
+
+
+def _one_encoder(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """
+    Select the keys that begin with `prefix`, and remove it.
+
+    Raises:
+        ValueError: they are no plain ResNet's.
+    """
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not _is_plain(found):
+        begins = ", ".join(sorted({".".join(key.split(".")[:2]) for key in state})[:8])
+        raise ValueError(
+            f"--prefix {prefix} leaves no plain ResNet (conv1, bn1, layer1 to layer4); the keys begin with {begins}"
+        )
+    return found
 
 
 def _family_of(state: dict[str, Tensor], which: str) -> tuple[str, dict]:
@@ -181,7 +223,8 @@ def _family_of(state: dict[str, Tensor], which: str) -> tuple[str, dict]:
         f"{name}. ({family})" for family, names in _FAMILIES.items() for name in list(names["student"])[:1]
     )
     raise ValueError(
-        f"no released checkpoint: of its keys ({', '.join(sorted(found)[:6])}, …) none begins with {known}"
+        f"no released checkpoint and no plain ResNet: of its keys ({', '.join(sorted(found)[:6])}, …) none begins with {known}; "
+        "give what precedes a ResNet's keys by --prefix"
     )
 
 
@@ -210,6 +253,8 @@ def _config(family: str, ours: dict[str, dict[str, Tensor]]) -> PoodleConfig:
         depths=depths,
         layer_type="bottleneck" if last == "conv3" else "basic",
     )
+    if family == "a plain ResNet":
+        return PoodleConfig(backbone_config=backbone, num_decoder_blocks=0)
     if family == "FlowE":  # FlowE is dilated to stride 8, which the weights do not show
         return PoodleConfig(
             backbone_config=backbone, output_stride=8, num_decoder_blocks=0, dense_weight=1.0, pooled_weight=0.0
