@@ -212,20 +212,30 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
         loss = pixel_values.new_zeros((), dtype=torch.float32)
         dense, valid_fraction, dense_features, pooled, pooled_features = (None,) * 5
         if self.config.dense_weight > 0:
-            dense, valid_fraction, dense_features = self._dense_objective(
+            dense, valid_fraction, dense_features = self.dense_objective(
                 pixel_values, flow, valid_mask, student_views, teacher_views
             )
             loss = loss + self.config.dense_weight * dense
         if self.config.pooled_weight > 0:
-            pooled, pooled_features = self._pooled_objective(
+            pooled, pooled_features = self.pooled_objective(
                 pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size
             )
             loss = loss + self.config.pooled_weight * pooled
+        dense_features, pooled_features = (
+            None if f is None else f.detach() for f in (dense_features, pooled_features)
+        )
         # Set in one call, because to_tuple() returns the fields in the order in which they were set.
         return PoodleForPreTrainingOutput(loss, dense, pooled, valid_fraction, dense_features, pooled_features)
 
-    def _dense_objective(self, pixel_values, flow, valid_mask, student_views, teacher_views):
-        """Compute the dense loss at matched points, from views, encoder, SDM and dense heads (arXiv 2408.11208, section 3)."""
+    def dense_objective(
+        self, pixel_values: Tensor, flow: Tensor, valid_mask: Tensor, student_views: Tensor, teacher_views: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Compute the dense loss at matched points, from views, encoder, SDM and dense heads (arXiv 2408.11208, section 3).
+
+        Returns:
+            The loss, the share of valid points, and the student's dense features (2B, C, h, w), through which gradients flow.
+        """
         b, _, _, height, width = pixel_values.shape
         frames = pixel_values.flatten(0, 1)  # (2B, 3, H, W), earlier and later alternating
         student_images = see_through(frames, student_views.flatten(0, 1))
@@ -250,10 +260,22 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             sample(target, teacher_points, padding_mode="border"),
             mask,
         )
-        return loss, mask.float().mean(), student_features.detach()
+        return loss, mask.float().mean(), student_features
 
-    def _pooled_objective(self, pixel_values, student_boxes, teacher_boxes, teacher_box_frames, subcrop_size):
-        """Compute the pooled loss of the subcrops, from encoder and pooled heads (arXiv 2408.11208, section 3)."""
+    def pooled_objective(
+        self,
+        pixel_values: Tensor,
+        student_boxes: Tensor,
+        teacher_boxes: Tensor,
+        teacher_box_frames: Tensor,
+        subcrop_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Compute the pooled loss of the subcrops, from encoder and pooled heads (arXiv 2408.11208, section 3).
+
+        Returns:
+            The loss, and the student's pooled features (2B * K, C), through which gradients flow.
+        """
         # Each student box is cut from its own frame; a teacher box may be cut from either frame of the pair.
         frames, boxes = pixel_values.flatten(0, 1)[:, None], student_boxes.flatten(0, 1)
         own = torch.zeros(boxes.shape[:2], dtype=torch.long, device=boxes.device)
@@ -266,7 +288,7 @@ class PoodleForPreTraining(PoodlePreTrainedModel):
             )
             teacher_pooled = self.teacher.pool(self.teacher.encode(teacher_crops.flatten(0, 1)))
             target = self.teacher_pooled_projector(teacher_pooled[:, :, None, None]).flatten(1)
-        return pooled_loss(prediction, target), student_pooled.detach()
+        return pooled_loss(prediction, target), student_pooled
 
     def _check_inputs(self, pixel_values: Tensor, **others: Tensor | None) -> None:
         """Check shapes and dtypes, which are known without waiting for the device."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("scaling", "results", "reliability", "evaluation")),
+    *(f"docs/{name}.md" for name in ("scaling", "results", "reliability", "evaluation", "extending")),
 ]
 
 

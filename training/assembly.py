@@ -86,7 +86,9 @@ def computes_in_bfloat16() -> bool:
     )
 
 
-def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTraining:
+def build_model(
+    accelerator: Accelerator, recipe: Recipe, model_class: type[PoodleForPreTraining] = PoodleForPreTraining
+) -> PoodleForPreTraining:
     config, weights = recipe.model_config(), None
     if recipe.init_encoder is not None:
         try:
@@ -96,7 +98,7 @@ def build_model(accelerator: Accelerator, recipe: Recipe) -> PoodleForPreTrainin
         if "backbone_config" not in recipe.model:
             config = type(config)(**recipe.model, backbone_config=encoder_config)
     check_crop_size(config, recipe.crop_size)
-    model = PoodleForPreTraining(config)
+    model = model_class(config)
     if weights is not None:
         load_into(model.student.encoder, weights, recipe.init_encoder)
         warn_of_statistics(model, recipe.init_encoder)

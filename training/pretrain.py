@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import torch
 from accelerate import Accelerator
 
-from modeling_poodle import PoodleForPreTrainingOutput
+from modeling_poodle import PoodleForPreTraining, PoodleForPreTrainingOutput
 from modeling_poodle.objectives_poodle import feature_std
 from modeling_poodle.processes import main_first
 from modeling_poodle.recipe_files import run_script
@@ -49,7 +49,15 @@ from training.views import model_inputs
 logger = logging.getLogger("poodle")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(
+    arguments: list[str] | None = None, model_class: type[PoodleForPreTraining] = PoodleForPreTraining, run_class=None
+) -> None:
+    """
+    Train as the command line says.
+
+    Args:
+        model_class, run_class: subclasses of PoodleForPreTraining and PretrainingRun to use instead; see docs/extending.md.
+    """
     recipe = parse_recipe(arguments)
     accelerator = make_accelerator(recipe)
     checkpoint = prepare_output_dir(accelerator, recipe)
@@ -57,12 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
-    model = build_model(accelerator, recipe)
+    model = build_model(accelerator, recipe, model_class)
     probe = build_probe(accelerator, recipe)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow)
     optimizer = build_optimizer(recipe, model)
     max_steps = count_steps(recipe, accelerator.num_processes, loader.pairs_per_epoch)
-    run = PretrainingRun(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
+    run_class = run_class or PretrainingRun
+    run = run_class(accelerator, recipe, model, optimizer, loader, flow_module, max_steps, probe)
     run.run(checkpoint)
 
 
@@ -88,11 +97,14 @@ class PretrainingRun(Run):
         self.compiled.append(self.flow_module)
 
     def objective(self, batch: dict) -> tuple[PoodleForPreTrainingOutput, dict, dict]:
-        inputs = model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
+        inputs = self.model_inputs(batch)
         matched = inputs.pop("matched")
         with self.accelerator.autocast():
             output = self.wrapped(**inputs, subcrop_size=self.recipe.subcrop_size)
         return output, {**inputs, "matched": matched}, {"matched_fraction": matched.float().mean()}
+
+    def model_inputs(self, batch: dict) -> dict[str, torch.Tensor]:
+        return model_inputs(batch, self.recipe, self.generator, self.estimate_flow)
 
     def estimate_flow(self, frames: torch.Tensor) -> torch.Tensor:
         with self.accelerator.autocast():
