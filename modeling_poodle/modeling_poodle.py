@@ -119,6 +119,9 @@ class PoodleModel(PoodlePreTrainedModel):
 
     For torch.export, declare sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`. For other
     sizes, it depends on the size whether the SDM cuts off or repeats a cell.
+
+    Args:
+        stages: stages that the encoder returns besides those that the decoder reads. For the classes that build on this one; not saved.
     """
 
     def __init__(self, config: PoodleConfig, stages: list[str] | None = None):
@@ -206,7 +209,8 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
     """
     PooDLe backbone for frameworks such as UperNet, Mask2Former and DETR, built by `AutoBackbone`.
 
-    `channels` holds the channels of each map in `out_features`.
+    `channels` holds the channels of each map in `out_features`. Without `decoder` among them the decoder is idle: DistributedDataParallel
+    then needs `find_unused_parameters=True` (Trainer: `ddp_find_unused_parameters`).
     """
 
     has_attentions = False
@@ -297,7 +301,11 @@ class PoodleBackbone(BackboneMixin, PoodlePreTrainedModel):
 
 
 class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
-    """Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`."""
+    """
+    Linear readout: one 1x1 convolution on the dense features, or on `config.readout_stage`.
+
+    With `readout_stage` the later stages and the decoder are idle, see [`PoodleBackbone`].
+    """
 
     def __init__(self, config: PoodleConfig):
         super().__init__(config)

@@ -69,6 +69,11 @@ def test_slurm_starts_a_launcher_on_each_machine(submit):
     assert (options["--main_process_ip"], options["--main_process_port"]) == ("node1", "20042")
 
 
+def test_slurm_takes_the_launcher_of_the_path_if_there_is_no_venv(submit, tmp_path):
+    (tmp_path / ".venv" / "bin" / "accelerate").rename(tmp_path / "bin" / "accelerate")
+    assert "training/pretrain.py" in submit("--output_dir", "new").stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "resumes"),
     [

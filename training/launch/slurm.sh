@@ -46,7 +46,9 @@ port=$((20000 + ${SLURM_JOB_ID:-0} % 10000)) # of this job: two that share a mac
 srun --kill-on-bad-exit=1 bash -c '
   gpus=$1 host=$2 port=$3
   shift 3
-  exec .venv/bin/accelerate launch --config_file training/launch/several_nodes.yaml \
+  accelerate=.venv/bin/accelerate
+  [[ -x $accelerate ]] || accelerate=accelerate # of a conda environment or a container
+  exec "$accelerate" launch --config_file training/launch/several_nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * gpus))" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$host" --main_process_port "$port" training/pretrain.py "$@"
 ' launch "$gpus" "$main_host" "$port" "$@" ${resume[@]+"${resume[@]}"}
