@@ -9,7 +9,7 @@ from small_runs import MODEL, RESNET
 from torch import nn
 
 from evaluation import outputs
-from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
+from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleForSemanticSegmentation, PoodleModel
 from training.assembly import (
     build_model,
     build_optimizer,
@@ -184,8 +184,33 @@ def test_sizes_are_tried_without_a_trace(fresh_accelerator):
 
 
 def test_weights_that_an_encoder_has_no_place_for_are_refused():
-    encoder = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).encoder
-    state = encoder.state_dict()
-    load_into(encoder, state, "mine")
+    student = PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2))
+    state = {f"encoder.{key}": value for key, value in student.encoder.state_dict().items()}
+    load_into(student, state, "mine")
     with pytest.raises(ValueError, match=r"init_encoder mine does not fit model.backbone_config.*\(other.weight\)"):
-        load_into(encoder, {**state, "other.weight": torch.zeros(1)}, "mine")
+        load_into(student, {**state, "other.weight": torch.zeros(1)}, "mine")
+    with pytest.raises(ValueError, match=r"init_encoder mine does not fit .*\(decoder.1.bn1.bias\)"):
+        load_into(student, {k: v for k, v in student.state_dict().items() if k != "decoder.1.bn1.bias"}, "mine")
+
+
+@pytest.mark.parametrize("kind", [PoodleModel, PoodleForSemanticSegmentation])
+def test_a_run_begins_from_a_model_with_its_sdm(fresh_accelerator, tmp_path, caplog, kind):
+    """The recipe's own SDM has other sizes, which is said."""
+    torch.manual_seed(1)
+    begun = kind(PoodleConfig(backbone_config=RESNET, decoder_reduction=4, num_decoder_blocks=1))
+    begun.save_pretrained(tmp_path)
+    own = getattr(begun, "poodle", begun).state_dict()
+    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
+    for more in ({}, {"dense_weight": 0.0}):
+        recipe = Recipe(model={**heads, **more}, init_encoder=str(tmp_path), crop_size=[64, 64])
+        with caplog.at_level("WARNING", logger="poodle"):
+            model = build_model(Accelerator(cpu=True), recipe)
+        assert len(model.student.decoder) == (0 if more else 1)
+        for network in (model.student, model.teacher):
+            state = network.state_dict()
+            assert state and all(torch.equal(value, own[name]) for name, value in state.items())
+    assert f"init_encoder {tmp_path} brings its own SDM: decoder_reduction is 4, not 2" in caplog.text
+    with pytest.raises(ValueError, match="does not fit model.backbone_config"):
+        wider = {**RESNET, "hidden_sizes": [8, 8, 16, 32]}
+        recipe = Recipe(model={**heads, "backbone_config": wider}, init_encoder=str(tmp_path), crop_size=[64, 64])
+        build_model(Accelerator(cpu=True), recipe)

@@ -12,9 +12,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 
-from modeling_poodle import PoodleConfig, PoodleForPreTraining
+from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleModel
 from modeling_poodle.cpu import share_cpu
-from modeling_poodle.loading_poodle import load_encoder, required_keys
+from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder, read_config, required_keys
 from modeling_poodle.preprocessing import IMAGENET, preprocessing_of
 from modeling_poodle.processes import log_plainly, refuse_sharding, sums_in_one_order
 from training.batch_norm import EqualSyncBatchNorm2d, for_compilation
@@ -91,16 +91,11 @@ def build_model(
 ) -> PoodleForPreTraining:
     config, weights = recipe.model_config(), None
     if recipe.init_encoder is not None:
-        try:
-            encoder_config, weights = load_encoder(recipe.init_encoder, timm_stages=4)
-        except ValueError as error:
-            raise ValueError(f"init_encoder {error}") from error
-        if "backbone_config" not in recipe.model:
-            config = type(config)(**recipe.model, backbone_config=encoder_config)
+        config, weights = _pretrained(recipe, config)
     check_crop_size(config, recipe.crop_size)
     model = model_class(config)
     if weights is not None:
-        load_into(model.student.encoder, weights, recipe.init_encoder)
+        load_into(model.student, weights, recipe.init_encoder)
         warn_of_statistics(model, recipe.init_encoder)
         model.reset_teacher()
     if recipe.gradient_checkpointing:
@@ -114,6 +109,59 @@ def build_model(
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     _try_sizes(model, recipe)
     return model
+
+
+# Fields of PoodleConfig that a PooDLe model brings with its weights, besides `backbone_config`.
+SDM_FIELDS = (
+    "output_stride",
+    "num_decoder_blocks",
+    "decoder_reduction",
+    "decoder_laterals",
+    "decoder_lateral_depth",
+    "decoder_top_down",
+)
+
+
+def _pretrained(recipe: Recipe, config: PoodleConfig) -> tuple[PoodleConfig, dict[str, torch.Tensor]]:
+    """
+    Read `init_encoder`, a plain encoder or a PooDLe model with its SDM.
+
+    Args:
+        config: that of the recipe alone.
+
+    Returns:
+        The config of the network to build, and weights for its student.
+
+    Raises:
+        ValueError: the model is not found or cannot be loaded.
+    """
+    name, kind = recipe.init_encoder, None
+    try:
+        if Path(name).exists() or not name.startswith("timm/"):
+            own = read_config(name)
+            kind = own.model_type
+        if kind == "poodle":
+            weights = from_pretrained_whole(PoodleModel, name, config=own).state_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_encoder {name!r} is no encoder that can be loaded: {error}") from error
+    if kind != "poodle":
+        try:
+            encoder_config, state = load_encoder(name, timm_stages=4)
+        except ValueError as error:
+            raise ValueError(f"init_encoder {error}") from error
+        if "backbone_config" not in recipe.model:
+            config = type(config)(**recipe.model, backbone_config=encoder_config)
+        return config, {f"encoder.{key}": value for key, value in state.items()}
+    brought = {field: getattr(own, field) for field in SDM_FIELDS}
+    for field, value in brought.items():
+        if recipe.model.get(field, value) != value:
+            logger.warning(
+                "init_encoder %s brings its own SDM: %s is %r, not %r", name, field, value, recipe.model[field]
+            )
+    config = type(config)(**{"backbone_config": own.backbone_config, **recipe.model, **brought})
+    if config.dense_weight == 0:  # the network has no decoder then
+        weights = {key: value for key, value in weights.items() if not key.startswith("decoder.")}
+    return config, weights
 
 
 def warn_of_statistics(model: PoodleForPreTraining, name: str) -> None:
@@ -230,12 +278,14 @@ def may_idle(config: PoodleConfig) -> bool:
     return encoder.model_type != "resnet" or config.decoder_inputs[-1] != encoder.stage_names[-1]
 
 
-def load_into(encoder: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Load `weights` into `encoder`. Raises ValueError if they belong to another architecture."""
+def load_into(student: PoodleModel, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Load `weights` into `student`; a plain encoder has none for the decoder. Raises ValueError if they belong to another architecture."""
     try:
-        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+        missing, unexpected = student.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         missing, unexpected = [str(error)], []
+    if not any(key.startswith("decoder.") for key in weights):
+        missing = [key for key in missing if not key.startswith("decoder.")]
     wrong = required_keys(missing) + unexpected
     if wrong:
         raise ValueError(f"init_encoder {name} does not fit model.backbone_config; leave the latter out ({wrong[0]})")

@@ -57,7 +57,9 @@ class Recipe(RunRecipe):
     subcrop_jitter: float = described(0.1, "Jitter of the teacher's subcrop, share of the frame, both ways.")
 
     # Model
-    init_encoder: str | None = described(None, "Hub id, folder or timm/NAME of an encoder to start from.")
+    init_encoder: str | None = described(
+        None, "Hub id, folder or timm/NAME of an encoder to start from, or of a PooDLe model with its SDM."
+    )
     teacher_momentum: float = described(0.996, "The teacher's momentum at the start; it rises to 1 on a cosine.")
     gradient_checkpointing: bool = described(False, "Recompute activations in the backward pass.")
 
