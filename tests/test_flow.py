@@ -127,9 +127,13 @@ def test_raft_weights_from_files(tmp_path):
         assert all(torch.equal(loaded[key], value) for key, value in source.items())
     with pytest.raises(ValueError, match="(?s)do not fit raft_large.*--flow dis"):
         RaftFlow("raft_large", str(tmp_path / "raft.pth"))
-    torch.save({"weights": Street(0)}, tmp_path / "strange.pth")
-    with pytest.raises(ValueError, match="(?s)cannot be loaded .*--flow_weights FILE"):
-        RaftFlow("raft_small", str(tmp_path / "strange.pth"))
+    torch.save({"module.fnet.conv1.weight": torch.zeros(1)}, tmp_path / "raft-things.pth")
+    with pytest.raises(ValueError, match="keys of RAFT's original repository; .*/raft_large_C_T_V1"):
+        RaftFlow("raft_large", str(tmp_path / "raft-things.pth"))
+    for strange in ({"weights": Street(0)}, torch.zeros(1)):
+        torch.save(strange, tmp_path / "strange.pth")
+        with pytest.raises(ValueError, match="(?s)cannot be loaded .*--flow_weights FILE"):
+            RaftFlow("raft_small", str(tmp_path / "strange.pth"))
 
 
 def test_unknown_names_and_small_frames():

@@ -207,9 +207,17 @@ class RaftFlow(nn.Module):
                 state = load_file(weights)
             else:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # network, file system and unpickling raise different errors
+            state = {key.removeprefix("module."): value for key, value in state.items()}
+        except (
+            Exception
+        ) as error:  # network, file system, unpickling and a file of something else raise different errors
             raise ValueError(f"{source} cannot be loaded ({type(error).__name__}: {error}). {advice}") from error
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        if any(key.startswith("fnet.") for key in state):
+            ported = get_model_weights(variant).C_T_V1.url
+            raise ValueError(
+                f"{source} has the keys of RAFT's original repository; give torchvision's port instead (of raft-things.pth or "
+                f"raft-small.pth: {ported})"
+            )
         try:
             self.raft.load_state_dict(state)
         except RuntimeError as error:
