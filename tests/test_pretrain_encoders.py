@@ -4,14 +4,17 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from small_runs import MODEL, RESNET, train
+from small_runs import EACH_STEP, MODEL, RESNET, train, without_timings
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, ConvNextForImageClassification
 
 from evaluation.encoders import build
-from modeling_poodle import PoodleModel
+from modeling_poodle import PoodleConfig, PoodleModel
 from modeling_poodle.loading_poodle import from_pretrained_whole, load_encoder
+from training.assembly import build_model
+from training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 VIT = {
@@ -73,6 +76,29 @@ def test_init_encoder_starts_from_its_weights(drives, tmp_path):
     assert weights and all(torch.equal(first[name], second[name]) for name in weights)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "dinov2", "poodle"])
+def test_a_run_resumes_without_its_init_encoder(drives, tmp_path, kind):
+    """A checkpoint holds all weights. The encoder that a run began from may be deleted by then, or the Hub out of reach."""
+    start, run = tmp_path / "start", tmp_path / "run"
+    if kind == "poodle":
+        PoodleModel(PoodleConfig(backbone_config=RESNET, decoder_reduction=2)).save_pretrained(start)
+    else:
+        values = {key: value for key, value in {"resnet": RESNET, "dinov2": VIT}[kind].items() if key != "model_type"}
+        AutoBackbone.from_config(AutoConfig.for_model(kind, **values)).save_pretrained(start)
+    heads = {name: value for name, value in MODEL.items() if name != "backbone_config"}
+    more = (*EACH_STEP, "--init_encoder", str(start))
+    whole = train(drives, run, *more, model=heads, steps=3)
+    weights = load_file(run / "model" / "model.safetensors")
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step-{step}")
+    shutil.rmtree(start)
+    AcceleratorState._reset_state(True)
+    again = train(drives, run, *more, "--resume_from_checkpoint", "latest", model=heads, steps=3)
+    assert without_timings(again) == without_timings(whole)
+    resumed = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
 def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):
     """The decoder reads stages whose norms a classifier's checkpoint does not have."""
     config = ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16])
@@ -110,6 +136,11 @@ def test_init_encoder_takes_timm_s_networks_with_the_decoder(drives, tmp_path, m
     state = model.encoder._backbone.state_dict()
     weights = [name for name in brought if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert weights and all(torch.equal(brought[name], state[name]) for name in weights)
+
+    # A run that resumes does not ask timm for the weights.
+    recipe, checkpoint = Recipe(model=heads, init_encoder="timm/nowhere"), tmp_path / "checkpoints" / "step-1"
+    resumed = build_model(Accelerator(cpu=True), recipe, checkpoint=checkpoint)
+    resumed.load_state_dict(load_file(checkpoint / "model.safetensors"))
 
     # A new run or an evaluation that loads encoder/ gets the exported weights, not timm's weights of that name.
     _, exported = load_encoder(str(tmp_path / "encoder"))

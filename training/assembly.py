@@ -87,10 +87,24 @@ def computes_in_bfloat16() -> bool:
 
 
 def build_model(
-    accelerator: Accelerator, recipe: Recipe, model_class: type[PoodleForPreTraining] = PoodleForPreTraining
+    accelerator: Accelerator,
+    recipe: Recipe,
+    model_class: type[PoodleForPreTraining] = PoodleForPreTraining,
+    checkpoint: Path | None = None,
 ) -> PoodleForPreTraining:
+    """
+    Build the network that a recipe describes, on the accelerator's device.
+
+    Args:
+        checkpoint: from which the run resumes. It replaces all weights, so `init_encoder`, which may be gone by then, is not read.
+
+    Raises:
+        ValueError: `init_encoder` cannot be loaded or does not fit, or the encoder does not fit the sizes of crops and subcrops.
+    """
     config, weights = recipe.model_config(), None
-    if recipe.init_encoder is not None:
+    if recipe.init_encoder is not None and checkpoint is not None:
+        config = PoodleConfig.from_pretrained(checkpoint)
+    elif recipe.init_encoder is not None:
         config, weights = _pretrained(recipe, config)
     check_crop_size(config, recipe.crop_size)
     model = model_class(config)

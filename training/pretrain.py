@@ -65,7 +65,7 @@ def main(
     pair_flow, flow_module = build_flow(
         recipe.flow, recipe.flow_weights, recipe.flow_updates, folder=recipe.flow_folder, model=recipe.flow_model
     )
-    model = build_model(accelerator, recipe, model_class)
+    model = build_model(accelerator, recipe, model_class, checkpoint)
     probe = build_probe(accelerator, recipe)
     loader = build_loader(accelerator, recipe, resolve_videos(accelerator, recipe), pair_flow)
     optimizer = build_optimizer(recipe, model)
