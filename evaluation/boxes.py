@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.data import STREETS, street_folder, within
+from evaluation.data import within
 from evaluation.labelled_images import file_size, read_ahead, read_image
+from evaluation.street_data import STREETS, street_folder
 from modeling_poodle.folders import spread
 from modeling_poodle.recipe_files import is_finite, shown
 

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from evaluation.data import STREETS, load_dataset
+from evaluation.data import load_dataset
 from evaluation.encoders import Encoder
 from evaluation.engine import evaluate
 from evaluation.readouts import KnnReadout
 from evaluation.recipe import EvaluationRecipe
+from evaluation.street_data import STREETS
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from evaluation.data import STREETS, render_street, street_place, within
+from evaluation.data import within
 from evaluation.labelled_images import file_size, read_label
+from evaluation.street_data import STREETS, render_street, street_place
 from modeling_poodle.folders import spread
 
 VIDEO_DATASETS = ("davis", *STREETS)

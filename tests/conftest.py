@@ -31,7 +31,7 @@ from published import clean, installed, own_hub, published_run, shared_hub
 from small_runs import drives, fresh_accelerator, whole
 
 from modeling_poodle import PoodleConfig, PoodleModel
-from training.street_files import write_folder
+from training.street_labels import write_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The longest files first: pytest-xdist distributes files in this order, so that short ones fill the end.

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation.data import load_dataset
 from evaluation.labelled_images import Example, LabelledImages, as_rgb, read_image, read_label
 from evaluation.readouts import majority
-from training.street_files import write_folder
+from training.street_labels import write_folder
 
 # --- data ---
 

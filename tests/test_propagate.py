@@ -30,7 +30,7 @@ from evaluation.propagate import (
 )
 from evaluation.video_masks import Sequence, contour, contour_accuracy, load_sequences, region_similarity, statistics
 from training.street import Street
-from training.street_files import HELD_OUT_SEED, SEQUENCE_SEED, write_sequences
+from training.street_labels import HELD_OUT_SEED, SEQUENCE_SEED, write_sequences
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLOURS = np.array([[40, 160, 40], [220, 30, 30], [30, 30, 220], [230, 220, 40]], np.uint8)

@@ -37,7 +37,7 @@ from evaluation.recipe import parse_recipe
 from evaluation.segment import main
 from modeling_poodle import PoodleConfig, PoodleForSemanticSegmentation, PoodleModel
 from modeling_poodle.recipe_files import run_script
-from training.street_files import write_folder
+from training.street_labels import write_folder
 
 # --- the script ---
 

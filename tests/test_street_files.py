@@ -12,21 +12,13 @@ import numpy as np
 import pytest
 from forks import wait_for
 
-from evaluation.data import street_folder
+from evaluation.street_data import street_folder
 from modeling_poodle.recipe_files import cache_root
-from training import street_files
+from training import street_files, street_labels
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import CAMERAS, street_camera
-from training.street_files import (
-    DEFAULTS,
-    HELD_OUT_SEED,
-    SEQUENCE_SEED,
-    main,
-    street_videos,
-    write_folder,
-    write_sequences,
-    write_videos,
-)
+from training.street_files import DEFAULTS, main, street_videos, write_videos
+from training.street_labels import HELD_OUT_SEED, SEQUENCE_SEED, write_folder, write_sequences
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -95,7 +87,7 @@ def test_a_street_whose_rendering_was_stopped_is_not_taken_for_the_one_before(tm
     size = {"num_images": 2, "height": 32, "width": 64, "num_processes": 1}
     before = write_folder(tmp_path / "images", **size)
     whole = {path.relative_to(before): path.read_bytes() for path in before.rglob("*.*") if path.is_file()}
-    original = street_files._write_labelled
+    original = street_labels._write_labelled
 
     def stopped(output_dir, number, street):
         if number == 1:
@@ -103,7 +95,7 @@ def test_a_street_whose_rendering_was_stopped_is_not_taken_for_the_one_before(tm
         return original(output_dir, number, street)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(street_files, "_write_labelled", stopped)
+        patch.setattr(street_labels, "_write_labelled", stopped)
         write_folder(tmp_path / "images", **size, camera="walking")
     write_folder(tmp_path / "images", **size)
     assert {path.relative_to(before): path.read_bytes() for path in before.rglob("*.*") if path.is_file()} == whole
@@ -178,15 +170,16 @@ def test_sequences_of_a_camera(tmp_path, monkeypatch):
 def test_labelled_frames_of_a_camera(tmp_path, monkeypatch):
     from PIL import Image
 
-    from evaluation import data
+    from evaluation import street_data
     from evaluation.boxes import load_boxes
+    from evaluation.data import load_dataset
     from evaluation.probe import Probe
     from evaluation.recipe import EvaluationRecipe
 
-    assert ("driving", *data.STREET_CAMERAS) == tuple(CAMERAS)
+    assert ("driving", *street_data.STREET_CAMERAS) == tuple(CAMERAS)
     monkeypatch.setenv("POODLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "STREET_SPLITS", {"train": (1, 0), "val": (1, 10_000)})
-    found = data.load_dataset("street:static")
+    monkeypatch.setattr(street_data, "STREET_SPLITS", {"train": (1, 0), "val": (1, 10_000)})
+    found = load_dataset("street:static")
     assert found.name == "street:static" and found.test[0].image.parts[-4:-2] == ("street-labelled-static", "val")
     street = Street(HELD_OUT_SEED + 10_000, 192, 384, camera="static")
     assert np.array_equal(found.image(found.test[0]), street.frame(1.0))
@@ -245,7 +238,7 @@ def test_an_interrupted_folder_is_gone_on_with_and_a_larger_one_leaves_nothing(t
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(street_files, "_write_labelled", stop)
+        patched.setattr(street_labels, "_write_labelled", stop)
         with pytest.raises(Stopped):
             write_folder(tmp_path, 1, 32, 64, num_processes=1)
     write_folder(tmp_path, 3, 32, 64, num_processes=1)

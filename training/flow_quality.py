@@ -29,7 +29,7 @@ from modeling_poodle.recipe_files import run_script
 from training.flow import flow_function
 from training.street import Street
 from training.street_cameras import CAMERAS, check_camera
-from training.street_files import HELD_OUT_SEED, held_out_time
+from training.street_labels import HELD_OUT_SEED, held_out_time
 
 WRONG = 3.0  # pixels
 

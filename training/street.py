@@ -19,6 +19,7 @@ from training.street_cameras import CAMERAS, Pose, camera_pose, check_camera
 from training.street_objects import Item, bounds, meet, moving_items, paint_item, static_items
 from training.street_textures import hashed, noise, texture
 
+FORMAT = "poodle-street-2"  # change this whenever the pictures change
 # BDD100K's 19 classes in the order of its train ids. The street draws no "train" and no "motorcycle".
 STREET_CLASSES = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck bus train "

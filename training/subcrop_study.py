@@ -27,7 +27,7 @@ from training.flow import DisFlow
 from training.recipe import Recipe, read_yaml
 from training.street import STREET_CLASSES, Street
 from training.street_cameras import street_camera
-from training.street_files import held_out_time
+from training.street_labels import held_out_time
 from training.subcrop_table import MIN_PIXELS, OTHERS, notes, scatter, table
 from training.views import draw_subcrops
 
