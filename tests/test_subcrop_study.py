@@ -8,7 +8,8 @@ from PIL import Image
 
 from evaluation.studies.study import read_results
 from training import subcrop_study
-from training.subcrop_study import NO_JITTER, OTHERS, Tally, alone, covered, find_objects, hits, main, same_instance
+from training.subcrop_objects import alone, covered, find_objects, hits, same_instance
+from training.subcrop_study import NO_JITTER, OTHERS, Tally, main
 
 # A road (0) is split in two by a car (1, instance 7), which touches another car (instance 9); there are a speck of a sign (2) and void.
 LABELS = np.zeros((12, 20), np.uint8)
