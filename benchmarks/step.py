@@ -22,17 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import (
-    Contender,
-    OurStep,
-    TooLarge,
-    benchmark_parser,
-    interleave,
-    medians,
-    print_table,
-    step_recipe,
-    write_json,
-)
+from benchmarks.common import OurStep, benchmark_parser, medians, print_table, step_recipe, write_json
+from benchmarks.contenders import Contender, TooLarge, interleave
 from benchmarks.counting import BANDWIDTH, GPUS, HALF_PEAK
 from benchmarks.reference import ReferenceStep
 from training.recipe import Recipe

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 
-from benchmarks import common, cost, step
+from benchmarks import contenders, cost, step
 from benchmarks.common import Clock, OurStep, benchmark_parser, medians, step_flops, step_recipe
 from modeling_poodle.configuration_poodle_flow import PoodleFlowConfig
 from modeling_poodle.modeling_poodle_flow import PoodleFlowModel
@@ -95,7 +95,7 @@ def test_counting_flops_leaves_what_is_compiled_compiled():
     measured()
     measured.estimate_flow()
     assert len(runs) == 2
-    flops = common.step_flops(measured)
+    flops = step_flops(measured)
     assert flops == {"flow": 2 * 2 * 3 * 5, "model": 2 * 4 * 3 * 5 - flops["flow"]} and len(runs) == 2
     measured()
     measured.estimate_flow()
@@ -211,7 +211,7 @@ def test_step_beside_the_reference(tmp_path):
 def test_a_reference_that_does_not_fit_leaves_our_figures(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from benchmarks import common, step\nstep.ReferenceStep = lambda recipe: 1 / 0\ncommon.ceiling = lambda *_: 1e12\nstep.main()"
+        "from benchmarks import contenders, step\nstep.ReferenceStep = lambda recipe: 1 / 0\ncontenders.ceiling = lambda *_: 1e12\nstep.main()"
     )
     command = ("--reference", "--steps", "1", "--warmup", "1", "--json", tmp_path / "f.json")
     result = forked(script, *command, *SMALL)
@@ -241,7 +241,7 @@ def test_the_largest_batch_is_found_and_other_errors_are_none_of_its_size(monkey
                 raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(step, "OurStep", Step)
-    monkeypatch.setattr(common, "timed_steps", lambda made, steps: made.compute())
+    monkeypatch.setattr(contenders, "timed_steps", lambda made, steps: made.compute())
     recipe = step_recipe(benchmark_parser(""), SMALL)
     assert step.largest_batch(recipe) == 3
     Step.wrong = True
