@@ -31,7 +31,7 @@ from evaluation.detection_metrics import coco_scores
 from evaluation.detection_recipe import DetectionRecipe, parse_detection_recipe
 from evaluation.detection_report import detection_table, pair, write_detection_html
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
-from evaluation.engine import fingerprint, fit, over_test_images
+from evaluation.engine import fingerprint, fit, over_test_images, refuse_idle_processes
 from evaluation.outputs import begin_processes, finished, measure_all, provenance
 from modeling_poodle.folders import folder_aside, spread
 from modeling_poodle.processes import main_first
@@ -48,10 +48,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     data = main_first(accelerator, lambda: load_boxes(recipe.dataset, recipe.data_dir))
     data = data.limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
-    if len(data.train) < accelerator.num_processes:
-        raise ValueError(
-            f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
-        )
+    refuse_idle_processes(accelerator, data)
     built = {}
     # A model that cannot be loaded or does not fit the detector is reported before any is measured.
     for name in recipe.model:

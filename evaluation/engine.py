@@ -82,6 +82,14 @@ class FittedReadout(Readout):
         return dict(self.named_buffers()) if self.trains_encoder else {}
 
 
+def refuse_idle_processes(accelerator: Accelerator, data) -> None:
+    """Raises ValueError if there are more processes than training images, of which each process needs one."""
+    if len(data.train) < accelerator.num_processes:
+        raise ValueError(
+            f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
+        )
+
+
 def fit(
     accelerator: Accelerator, readout: FittedReadout, recipe, examples: list, folder: Path, identity: str, resume: bool
 ) -> list[dict]:

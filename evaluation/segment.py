@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 
 from evaluation.data import load_dataset
 from evaluation.encoders import CALIBRATION_IMAGES, build, calibrate_batch_norm, look_up
-from evaluation.engine import evaluate, fingerprint, fit
+from evaluation.engine import evaluate, fingerprint, fit, refuse_idle_processes
 from evaluation.labelled_images import LabelledImages
 from evaluation.outputs import begin_processes, finished, measure_all, provenance
 from evaluation.readouts import READOUTS
@@ -46,10 +46,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     # Groups are derived from the whole data set, so that they do not depend on the number of images that are used.
     data = data.with_groups().limit(recipe.max_train_images, recipe.max_test_images)
     data.check()
-    if len(data.train) < accelerator.num_processes:
-        raise ValueError(
-            f"{accelerator.num_processes} processes have {len(data.train)} training images, and each needs one: start fewer processes"
-        )
+    refuse_idle_processes(accelerator, data)
     built = {}
     # A model that cannot be loaded or does not fit the readout is reported before any is measured.
     for name in recipe.model:
