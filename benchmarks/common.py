@@ -22,7 +22,7 @@ from training.assembly import build_model, build_optimizer, compile_modules, mak
 from training.flow import build_flow
 from training.health import Health
 from training.recipe import Recipe, parse_recipe
-from training.views import model_inputs
+from training.views import model_inputs, to_device
 
 
 class Clock:
@@ -102,7 +102,7 @@ class OurStep:
         """Run a step on `batch` from the loader, or by default on frames that are already on the device."""
         clock = self.clock
         if batch is None or "flow" not in batch:
-            self.frames = self.frames if batch is None else batch["frames"].to(self.device, non_blocking=True)
+            self.frames = self.frames if batch is None else to_device(batch["frames"], self.device)
             with clock.part("flow"):
                 batch = {"frames": self.frames, "flow": self.estimate_flow()}
         with clock.part("augmentation"):

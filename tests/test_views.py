@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import functional as TF
 
 from modeling_poodle.geometry_poodle import apply_affine, flow_valid_mask
@@ -358,3 +359,20 @@ def test_the_teacher_s_centre_is_jittered_along_each_side_for_itself():
     shift = (out["teacher_boxes"] - out["student_boxes"])[..., :2].flatten(0, 2)
     torch.testing.assert_close(shift.abs().amax(dim=0), torch.tensor([4.0, 2.0]), atol=0.06, rtol=0)
     assert torch.corrcoef(shift.T)[0, 1].abs() < 0.1
+
+
+@pytest.mark.parametrize("kind, waits", [("mps", True), ("cuda", False), ("xpu", False)])
+def test_the_host_waits_for_copies_to_apple_s_gpus_alone(kind, waits):
+    """The copies are caught before they reach a device, because this machine may have none."""
+    copies = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is not torch.Tensor.to:
+                return function(*args, **(kwargs or {}))
+            copies.append((args[1], kwargs))
+            return args[0]
+
+    with Copies():
+        views.to_device(torch.zeros(2), torch.device(kind))
+    assert copies == [(torch.device(kind), {"non_blocking": not waits})]

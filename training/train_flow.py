@@ -39,6 +39,7 @@ from training.resume import prepare_output_dir
 from training.run import Run
 from training.schedules import count_steps
 from training.video_loader import build_loader, resolve_videos
+from training.views import to_device
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +68,7 @@ class FlowRun(Run):
     def _losses(self, batch: dict) -> FlowLosses:
         """Compute the losses. The progress of the run decides which losses are used, and whether frames are halved in size."""
         recipe, progress = self.recipe, self.step / self.max_steps
-        frames = batch["frames"].to(self.accelerator.device, non_blocking=True).float() / 255
+        frames = to_device(batch["frames"], self.accelerator.device).float() / 255
         if progress < recipe.half_size_share:
             frames = F.avg_pool2d(frames.flatten(0, 1), 2).unflatten(0, frames.shape[:2])
         with self.accelerator.autocast():

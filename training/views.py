@@ -21,6 +21,16 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """
+    Copy a batch's tensor to the device. The host does not wait for the copy, except on Apple GPUs.
+
+    There, a copy that is not waited for may read the batch's memory after it was freed: the step would silently train on other numbers
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return values.to(device, non_blocking=device.type != "mps")
+
+
 def normalise(images: Tensor) -> Tensor:
     """Normalise images (..., 3, H, W) in [0, 1] with ImageNet's mean and standard deviation."""
     mean = filled(IMAGENET_MEAN, images.device, images.dtype)[:, None, None]
@@ -291,11 +301,11 @@ def model_inputs(batch: dict, recipe, generator: torch.Generator, flow_module=No
         The inputs of `PoodleForPreTraining.forward`, and `matched` (B, 2, K).
     """
     device = generator.device
-    frames = batch["frames"].to(device, non_blocking=True)
-    flow = batch["flow"].to(device, non_blocking=True).float() if "flow" in batch else flow_module(frames)
+    frames = to_device(batch["frames"], device)
+    flow = to_device(batch["flow"], device).float() if "flow" in batch else flow_module(frames)
     b, _, _, height, width = frames.shape
     if "valid_mask" in batch:
-        valid_mask = batch["valid_mask"].to(device, non_blocking=True)
+        valid_mask = to_device(batch["valid_mask"], device)
     else:
         # FlowE bounds the error by a constant. If the recipe has none, PooDLe's bound is used, which grows with the flow.
         bound = {} if recipe.flow_max_error is None else {"alpha_1": 0.0, "alpha_2": recipe.flow_max_error**2}
