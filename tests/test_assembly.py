@@ -13,6 +13,7 @@ from modeling_poodle import PoodleConfig, PoodleForPreTraining, PoodleForSemanti
 from training.assembly import (
     build_model,
     build_optimizer,
+    check_torch_of,
     load_into,
     make_accelerator,
     may_idle,
@@ -34,6 +35,18 @@ def test_sharded_models_are_refused_before_the_first_step(monkeypatch, kind, mak
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
     with pytest.raises(ValueError, match=f"Accelerate is configured for {kind}; here each process has the whole"):
         make()
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.12.1"])
+def test_a_torch_that_cannot_train_on_apple_s_gpus_is_refused_there_alone(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(
+        ValueError, match=rf"torch {version} cannot train on an Apple GPU \(mps\), which needs 2\.13.*--cpu"
+    ):
+        check_torch_of(torch.device("mps"))
+    check_torch_of(torch.device("cuda"))
+    monkeypatch.setattr(torch, "__version__", "2.13.0a0+git1")
+    check_torch_of(torch.device("mps"))
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])

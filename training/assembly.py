@@ -30,7 +30,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
 
     Raises:
         ValueError: the tracker of `report_to` is not installed (Accelerate would only warn and continue without it), or Accelerate is
-            configured for FSDP or similar sharding.
+            configured for FSDP or similar sharding, or this PyTorch is too old for the device.
     """
     if recipe.report_to not in ("none", *(tracker.value for tracker in get_available_trackers())):
         raise ValueError(
@@ -47,6 +47,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.ddp_timeout))],
     )
     refuse_sharding(accelerator)
+    check_torch_of(accelerator.device)
     # The environment may set another value. The training loop divides the loss itself, so Accelerate must not divide it again.
     accelerator.gradient_accumulation_steps = 1
     if accelerator.device.type == "cpu":
@@ -72,6 +73,22 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     set_seed(recipe.seed)  # the same weights on every rank
     return accelerator
+
+
+def check_torch_of(device: torch.device) -> None:
+    """
+    Refuse versions of PyTorch that cannot train on Apple GPUs.
+
+    Before 2.13, the gradient of `grid_sample` is missing there, and the fused AdamW does not heed the flag by which an update is skipped.
+
+    Raises:
+        ValueError: the device is an Apple GPU and PyTorch is older.
+    """
+    if device.type == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        raise ValueError(
+            f"torch {torch.__version__} cannot train on an Apple GPU (mps), which needs 2.13 or newer: upgrade torch and torchvision, or "
+            "train on the CPU (accelerate launch --cpu, or ACCELERATE_USE_CPU=true)"
+        )
 
 
 def computes_in_bfloat16() -> bool:
