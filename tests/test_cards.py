@@ -21,8 +21,9 @@ from published import EVALUATION, RESNET, publish, python
 from transformers import AutoBackbone
 
 from modeling_poodle import PoodleBackbone, PoodleConfig, PoodleModel
+from modeling_poodle.cpu import usable_cores
 from training import cards
-from training.checkpoints import write_folders
+from training.checkpoints import hardware, write_folders
 from training.flow_recipe import FlowRecipe
 from training.publish import main as publish_main
 from training.publish import parts_of, read_evaluations
@@ -273,3 +274,12 @@ def test_no_field_of_a_recipe_that_can_hold_a_path_is_in_a_card():
     fields = {name: str(kind) for of in (Recipe, FlowRecipe) for name, kind in get_type_hints(of).items()}
     texts = {name for name, kind in fields.items() if "str" in kind or "dict" in kind}
     assert texts - set(cards._PRIVATE_FIELDS) == {"model", "flow"}
+
+
+def test_the_hardware_of_a_run_is_the_device_that_it_computes_on(monkeypatch):
+    """A run on another GPU than CUDA's was said to be one on the CPU."""
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: f"Intel Max 1550 as {device}")
+    assert hardware(torch.device("xpu", 1), 4) == "4 x Intel Max 1550 as xpu:1"
+    assert hardware(torch.device("mps"), 1) == "1 x mps"
+    assert hardware(torch.device("cpu"), 1) == f"CPU, {usable_cores()} cores"
+    assert hardware(torch.device("cpu"), 2) == f"CPU, {usable_cores()} cores, 2 processes"

@@ -78,7 +78,7 @@ def save_checkpoint(
     def end() -> None:
         state = {"step": step, "num_processes": accelerator.num_processes, "torch": torch.__version__}
         state["pairs_per_step"] = recipe.pairs_per_process * accelerator.num_processes
-        state["hardware"] = hardware(accelerator.num_processes)
+        state["hardware"] = hardware(accelerator.device, accelerator.num_processes)
         # For cards written later on another machine: a local path such as my/clips does not exist there and looks like a Hub id.
         names = [*recipe.videos, getattr(recipe, "init_encoder", None)]
         state["hub_names"] = [name for name in names if name is not None and is_dataset_id(name)]
@@ -209,7 +209,7 @@ def export(model: PoodleForPreTraining, recipe: Recipe, step: int, num_processes
         step: optimizer steps done, for the card.
         num_processes: of the run, for the card.
     """
-    facts = Facts(step, "teacher", hardware(num_processes), num_processes, Path(recipe.output_dir))
+    facts = Facts(step, "teacher", hardware(model.device, num_processes), num_processes, Path(recipe.output_dir))
     config, fields = model.teacher.config.to_dict(), dataclasses.asdict(recipe)
     write_folders(model.teacher, Path(recipe.output_dir), lambda part: run_card(part, config, fields, facts))
 
@@ -260,11 +260,12 @@ def _with_local_names(fields: dict, on_hub) -> dict:
     return {**fields, "videos": videos, "init_encoder": encoder}
 
 
-def hardware(num_processes: int) -> str:
+def hardware(device: torch.device, num_processes: int) -> str:
     """Describe in words the hardware on which a run computes."""
-    if torch.cuda.is_available():
-        return f"{num_processes} x {torch.cuda.get_device_name()}"
-    return f"CPU, {usable_cores()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
+    if device.type == "cpu":
+        return f"CPU, {usable_cores()} cores" + (f", {num_processes} processes" if num_processes > 1 else "")
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # PyTorch has no names of Apple GPUs
+    return f"{num_processes} x {device.type if name is None else name(device)}"
 
 
 def write_folders(
@@ -302,7 +303,7 @@ def write_folders(
 
 def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_processes: int = 1) -> None:
     """Write `model/` of a run of train_flow.py under a temporary name, then rename it."""
-    facts = Facts(step, "network", hardware(num_processes), num_processes, Path(recipe.output_dir))
+    facts = Facts(step, "network", hardware(model.device, num_processes), num_processes, Path(recipe.output_dir))
     with folder_aside(Path(recipe.output_dir, "model")) as partial:
         model.save_pretrained(partial)
         add_code(partial)
