@@ -1,6 +1,7 @@
 """The parts of a run, as they are built before its first step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_batch_norm_over_processes_keeps_timm_s_activations(name):
     torch.testing.assert_close(spread(images).last_hidden_state, expected)
     kinds = {type(m) for m in spread.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     assert kinds and all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batch_norm_is_synchronised_on_devices_of_any_kind(processes):
+    """Not only on those that PyTorch calls cuda. The device here is one without memory."""
+    accelerator = SimpleNamespace(num_processes=processes, device=torch.device("meta"))
+    model = build_model(accelerator, Recipe(model={**MODEL, "pooled_weight": 0}, crop_size=[64, 128]))
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) is (processes == 2) for norm in norms)
 
 
 def test_what_is_compiled_keeps_the_batch_norm_that_compiles():

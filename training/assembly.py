@@ -134,7 +134,7 @@ def build_model(
         # transformers 5.24 renamed this method and will remove the old name.
         renamed = hasattr(student, "activation_checkpointing_enable")
         (student.activation_checkpointing_enable if renamed else student.gradient_checkpointing_enable)()
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # PyTorch synchronises none on CPUs
         model = synchronise_batch_norm(model, recipe.torch_compile)
     # Channels-last takes half the time of the default layout for small ResNets on a CPU, and bf16 convolutions on a GPU prefer it.
     model = model.to(accelerator.device, memory_format=torch.channels_last)
