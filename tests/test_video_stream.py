@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import tarfile
 from fractions import Fraction
@@ -14,7 +15,8 @@ import pytest
 import torch
 from loopback import serve
 
-from training import video_sources
+from training import video_sources, workers
+from training.first_look import indices_in_subprocess
 from training.pair_plans import PairSampling, plan_pairs
 from training.video_checks import check_videos
 from training.video_decoding import cut_frame
@@ -194,6 +196,25 @@ def test_resume_is_exact_after_any_batch(videos, workers):
         for (ours, _), (theirs, _) in zip(batches(whole[stop][1], 3), whole[stop + 1 :]):
             assert torch.equal(ours["frames"], theirs["frames"]) and ours["video"] == theirs["video"]
             assert torch.equal(ours["crop"], theirs["crop"]) and torch.equal(ours["epoch"], theirs["epoch"])
+
+
+def test_spawned_processes_read_what_forked_ones_read(videos, monkeypatch):
+    """On macOS the processes are spawned: all that they are given must be picklable."""
+
+    def read(kind):
+        monkeypatch.setattr(workers, "START_METHOD", kind)
+        loader = PairLoader(videos, SAMPLING, 4, 1)
+        batch, (worker,) = next(iter(loader)), multiprocessing.active_children()
+        loader.close()
+        return (
+            type(worker).__name__,
+            batch["frames"],
+            [(p, list(index.pts)) for p, index in indices_in_subprocess(videos)],
+        )
+
+    (fork, *forked), (spawn, *spawned) = read("fork"), read("spawn")
+    assert (fork, spawn) == ("ForkProcess", "SpawnProcess")
+    assert torch.equal(forked[0], spawned[0]) and forked[1] == spawned[1]
 
 
 def test_no_pair_is_seen_by_two_ranks_and_every_epoch_is_whole(videos):

@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 
+from training import workers
 from training.addresses import printable, video_name
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, time_limit
@@ -21,9 +22,9 @@ def indices_in_subprocess(paths: Sequence[str]) -> Iterator[tuple[str, VideoInde
     Raises:
         ValueError: a video crashed its reader or kept it beyond the time limit; names the video.
     """
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    reader = fork.Process(target=_send_indices, args=(paths, receiver, sender), daemon=True)
+    context = multiprocessing.get_context(workers.START_METHOD)
+    receiver, sender = context.Pipe(duplex=False)
+    reader = context.Process(target=_send_indices, args=(paths, receiver, sender), daemon=True)
     reader.start()
     sender.close()
     try:

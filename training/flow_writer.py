@@ -222,7 +222,7 @@ def write_flow(accelerator, recipe: Recipe, folder: Path, paths: list[str], epoc
         batch_size=max(1, batch_size // recipe.pairs_per_video),
         num_workers=recipe.dataloader_num_workers,
         collate_fn=list,
-        multiprocessing_context="fork" if recipe.dataloader_num_workers else None,
+        multiprocessing_context=workers.start_method,
         worker_init_fn=workers.start,
     )
     logger.info("%d of %d openings are there; writing %d", len(mine) - len(shards), len(mine), len(shards))

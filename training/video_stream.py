@@ -26,7 +26,7 @@ from training.video_files import OpenVideo, UnreadableVideo, ended_if_stuck
 from training.video_index import VideoIndex, by_index
 from training.workers import Workers, note
 
-# Least number of openings in a span: in total, and for each worker of each rank. After each span the workers are forked again, and each
+# Least number of openings in a span: in total, and for each worker of each rank. After each span the workers are started again, and each
 # must decode a whole group before its first batch.
 OPENINGS_PER_SPAN, OPENINGS_PER_LANE = 2048, 512
 # Most decoded pairs that a worker holds: 200 MB at 512x1024. Recipes limit the pairs of an opening to half of this.
@@ -230,8 +230,8 @@ class PairLoader:
             # A generator of its own. Otherwise each start of workers would advance the global generator, which dropout draws from, and a
             # resumed run would differ.
             generator=torch.Generator(),
-            # fork, because with spawn each worker would import torch. PyAV and OpenCV are used in the workers only.
-            multiprocessing_context="fork" if self.num_workers else None,
+            # A fork is safe because PyAV and OpenCV are used in the workers only.
+            multiprocessing_context=self.workers.start_method,
             worker_init_fn=self.workers.start,
             prefetch_factor=4 if self.num_workers else None,
         )

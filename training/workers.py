@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import signal
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,9 @@ from training.addresses import printable, video_name
 from training.street_processes import end_with_parent
 
 NOTE_BYTES = 1024
+# How the processes that read videos start. A forked one starts at once; a spawned one first imports torch, which takes seconds. On macOS,
+# Apple's libraries may crash in forked processes, for example where they look up a server, so Python's own default there is spawn too.
+START_METHOD = "spawn" if sys.platform == "darwin" else "fork"
 _NOTES: list = []  # in a worker: one shared array that names the video being read, in case reading it kills the worker
 
 
@@ -22,7 +26,7 @@ def note(path: str) -> None:
 
 class Workers:
     """
-    The workers of one loader. Pass `start` as the loader's `worker_init_fn`, and call `end` with its iterator.
+    The workers of one loader. Give the loader `start` as its `worker_init_fn` and `start_method`, and call `end` with its iterator.
 
     Args:
         number: number of workers.
@@ -31,6 +35,11 @@ class Workers:
     def __init__(self, number: int):
         self._notes = [multiprocessing.RawArray("c", NOTE_BYTES) for _ in range(number)]
         self.died_at: list[str] = []
+
+    @property
+    def start_method(self) -> str | None:
+        """How the workers start; the loader's `multiprocessing_context`."""
+        return START_METHOD if self._notes else None
 
     def start(self, worker: int) -> None:
         # One thread for decoding and flow, because more would compete with the training process for the cores.
