@@ -136,7 +136,7 @@ def _read_json(path: Path, name: str):
     if not path.is_file():
         raise ValueError(f"{name}: {path} is missing; it holds the boxes. {_LAYOUTS[name]}")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}. {_LAYOUTS[name]}") from None
 

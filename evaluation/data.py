@@ -197,7 +197,9 @@ def _ade_classes(folder: Path, name: str) -> tuple[str, ...]:
     file = folder / "objectInfo150.txt"
     if not file.is_file():
         raise ValueError(f"{name}: {file} is missing; it holds the names of the classes. {_LAYOUTS[name]}")
-    lines = [line for line in file.read_text().splitlines() if line.strip() and line.lstrip()[0].isdigit()]
+    lines = [
+        line for line in file.read_text(encoding="utf-8").splitlines() if line.strip() and line.lstrip()[0].isdigit()
+    ]
     if wrong := next((line for line in lines if "\t" not in line), None):
         raise ValueError(
             f"{name}: {file} must have tabs between its columns, as ADE20K has it, got the line {wrong!r}"
@@ -236,7 +238,7 @@ def _wt_sem(folder: Path) -> LabelledImages:
 
 def _read_classes(file: Path) -> tuple[tuple[str, ...], int]:
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{file} cannot be read: {error}. {_LAYOUTS['folder']}") from None
     values = {"classes": values} if isinstance(values, list) else values
@@ -320,7 +322,7 @@ def _hub(name: str) -> LabelledImages:
             f"--dataset {name} needs an image column and a label column of masks, it has {dict(features)}"
         )
     try:
-        with open(hf_hub_download(name, "id2label.json", repo_type="dataset")) as file:
+        with open(hf_hub_download(name, "id2label.json", repo_type="dataset"), encoding="utf-8") as file:
             names = {int(key): str(value) for key, value in json.load(file).items()}
     except RemoteEntryNotFoundError:
         raise ValueError(f"--dataset {name} has no id2label.json with the names of its classes") from None

@@ -274,7 +274,9 @@ class DetectionReadout(FittedReadout):
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.model.config), indent=1))
+        (folder / "config.json").write_text(
+            json.dumps(dataclasses.asdict(self.model.config), indent=1), encoding="utf-8"
+        )
 
 
 def as_tensor(image: np.ndarray, device) -> Tensor:
@@ -307,7 +309,7 @@ def load_detector(folder: str | Path) -> FasterRCNN:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no detector: {name} is missing")
     try:
-        config = DetectorConfig(**json.loads((folder / "config.json").read_text()))
+        config = DetectorConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         check_config(dataclasses.asdict(config), "it")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is no detector's: {error}") from None

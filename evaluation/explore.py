@@ -112,9 +112,9 @@ def write_space(recipe: ExploreRecipe) -> None:
         shutil.copyfile(path, folder / "images" / name)
     values = dataclasses.asdict(dataclasses.replace(recipe, images="images" if media else None, port=None, space=None))
     given = {name: value for name, value in values.items() if value is not None}
-    (folder / SETTINGS).write_text(yaml.safe_dump(given, sort_keys=False))
+    (folder / SETTINGS).write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
     needed = [r for r in importlib.metadata.requires("modeling-poodle") if "extra ==" not in r]
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n")
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     models = [name for name in recipe.model if not name.startswith("random:")]
     head = {
         "title": "Look at features",

@@ -190,7 +190,7 @@ def begin_output_dir(recipe, folder: Path) -> None:
                 shutil.rmtree(place / name, ignore_errors=True)
     for place in places(recipe, folder):
         sweep_aside(place)
-    (folder / "config.yaml").write_text(recipe.to_yaml())
+    (folder / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def end_output_dir(recipe, folder: Path) -> None:

@@ -44,7 +44,7 @@ def render_street(name: str, what: str, folder: Path, *words: str) -> None:
 def _written_by_street(listed: Path) -> bool:
     """Whether the street's command wrote this classes.json; the command records in it what was rendered."""
     try:
-        values = json.loads(listed.read_text())
+        values = json.loads(listed.read_text(encoding="utf-8"))
     except ValueError:
         return False
     return isinstance(values, dict) and isinstance(values.get("street"), dict)
@@ -60,7 +60,7 @@ def street_folder(name: str, data_dir: str | None = None) -> Path:
         )
     for split, (count, seed) in STREET_SPLITS.items():
         render_street(name, "labelled frames", folder / split, "--labelled", str(count), "--seed", str(seed))
-    text = (folder / "train" / "classes.json").read_text()
-    if not listed.is_file() or listed.read_text() != text:  # another process may be reading the file
+    text = (folder / "train" / "classes.json").read_text(encoding="utf-8")
+    if not listed.is_file() or listed.read_text(encoding="utf-8") != text:  # another process may be reading the file
         write_aside(listed, text)
     return folder

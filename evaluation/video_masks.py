@@ -59,7 +59,7 @@ def load_sequences(dataset: str, data_dir: str | None = None, max_sequences: int
     listed = folder / "ImageSets" / "2017" / "val.txt"
     if not listed.is_file():
         raise ValueError(f"{dataset}: there is no {listed}. {LAYOUT}")
-    names = list(dict.fromkeys(listed.read_text().split()))
+    names = list(dict.fromkeys(listed.read_text(encoding="utf-8").split()))
     if not names:
         raise ValueError(f"{dataset}: {listed} lists no sequence. {LAYOUT}")
     return [_sequence(folder, name) for name in spread(names, max_sequences)]

@@ -48,7 +48,7 @@ def share_cpu(num_processes: int) -> None:
 
 def _on_amd() -> bool:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in file)
     except OSError:  # not Linux
         return False

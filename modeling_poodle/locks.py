@@ -26,7 +26,7 @@ def lock_output_dir(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         if str(path) in _HELD:  # an earlier run of this process
             _HELD.pop(str(path)).close()
-        file = open(path, "a+")
+        file = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"output_dir {output_dir} cannot be written ({error}); choose another --output_dir"
@@ -68,7 +68,7 @@ def still_held(output_dir: Path) -> None:
         lock_output_dir(output_dir)
         return
     if (there.st_ino, there.st_dev) != (own.st_ino, own.st_dev):
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             other = _holder(file)
         raise ValueError(
             f"output_dir {output_dir} was removed, and another run has begun in its place ({other}): this one ends"

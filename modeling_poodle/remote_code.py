@@ -51,7 +51,7 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
     Raises:
         ValueError: the architecture is one of PooDLe's that is not published, such as PoodleForPreTraining.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
     if kind not in CODE_FILES:
         return config
@@ -61,7 +61,7 @@ def add_code(folder: Path, shown: Path | None = None) -> dict:
             f"{shown or folder}/config.json: architectures must be one of {list(_AUTO_MAPS)}, got {names!r}"
         )
     config = {**config, "auto_map": {"AutoConfig": _CONFIGS[kind], **_AUTO_MAPS[names[0]]}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in CODE_FILES[kind]:
         shutil.copyfile(_CODE / file, folder / file)
     return config

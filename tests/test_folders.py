@@ -1,6 +1,8 @@
 """Files and folders that appear complete or not at all."""
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,28 @@ def test_some_of_many_are_spread_from_the_first_to_the_last():
     for length in range(1, 40):
         for count in range(1, length + 1):
             assert len({*spread(range(length), count)}) == count
+
+
+def text_files(source: str) -> list[ast.Call]:
+    """The calls in a module that read or write a text file without saying in which encoding."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        as_text = name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
+        as_text |= isinstance(call.func, ast.Name) and name == "open" and "b" not in ast.unparse(call.args[1:2])
+        if as_text and not any(keyword.arg == "encoding" for keyword in call.keywords):
+            found.append(call)
+    return found
+
+
+def test_text_files_are_utf_8_whatever_the_locale():
+    """Before Python 3.15 the locale decides otherwise: names of classes were read wrong and cards written wrong, or not at all."""
+    assert (
+        len(text_files("open(a); open(a, 'w'); open(a, 'rb'); a.read_text(); a.write_text(b, encoding='utf-8')")) == 3
+    )
+    root = Path(folders.__file__).parents[1]
+    files = [
+        path for package in ("modeling_poodle", "training", "evaluation") for path in root.glob(f"{package}/**/*.py")
+    ]
+    assert len(files) > 50
+    assert not [(path.name, call.lineno) for path in files for call in text_files(path.read_text(encoding="utf-8"))]

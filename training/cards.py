@@ -374,7 +374,7 @@ def _time(facts: Facts, recipe: dict) -> str | None:
     if not path.exists():
         return None
     # The last line may be cut off if the run was killed.
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * facts.num_processes
     seconds, before = 0.0, 0
     for line in lines:
@@ -393,7 +393,7 @@ def _emissions(path: Path) -> dict | None:
     """
     if not path.exists():
         return None
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         parts = {
             row.get("run_id") or number: float(row["emissions"]) for number, row in enumerate(csv.DictReader(file))
         }

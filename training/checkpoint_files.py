@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     sync_file(path)
 
 
@@ -85,7 +85,7 @@ def damage(checkpoint: Path) -> str | None:
         for name in found:
             if not stat.S_ISREG(os.lstat(checkpoint / name).st_mode):
                 return f"{name!r} is not a regular file"
-        lines = (checkpoint / CHECKSUMS).read_text().splitlines()
+        lines = (checkpoint / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         expected = dict(reversed(line.split("  ", 1)) for line in lines)
         for name in expected:
             if not _FILE.fullmatch(name):

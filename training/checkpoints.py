@@ -298,7 +298,7 @@ def write_folders(
                 encoder_config.out_features = kept
             processor.save_pretrained(partial)
             add_code(partial)
-            (partial / "README.md").write_text(card(name))
+            (partial / "README.md").write_text(card(name), encoding="utf-8")
 
 
 def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_processes: int = 1) -> None:
@@ -307,4 +307,4 @@ def export_flow(model: PoodleFlowModel, recipe: RunRecipe, step: int, num_proces
     with folder_aside(Path(recipe.output_dir, "model")) as partial:
         model.save_pretrained(partial)
         add_code(partial)
-        (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts))
+        (partial / "README.md").write_text(flow_card(dataclasses.asdict(recipe), facts), encoding="utf-8")

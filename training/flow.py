@@ -134,7 +134,7 @@ def read_sidecar(video: str) -> Street:
     if not sidecar.is_file():
         raise ValueError(f"flow exact exists only for the street, and {shown} has no sidecar. Use --flow dis")
     try:
-        content = json.loads(sidecar.read_text())
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("street"), dict):
             raise ValueError("it has no mapping 'street'")
         return Street.from_json(content["street"])

@@ -188,7 +188,7 @@ class FlowFiles:
         except (OSError, SafetensorError, ValueError) as error:
             skipped = file.with_suffix(".skipped")
             if skipped.is_file():
-                raise UnreadableVideo(f"has no flow: {skipped.read_text()}") from None
+                raise UnreadableVideo(f"has no flow: {skipped.read_text(encoding='utf-8')}") from None
             raise UnreadableVideo(f"its flow cannot be read ({error})") from error
         if zlib.crc32(valid, zlib.crc32(data)) != about["crc32"][repeat]:
             raise UnreadableVideo(damaged)
@@ -217,7 +217,7 @@ def read_manifest(folder: str | Path) -> dict | None:
     """
     file = Path(folder, "flow.json")
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         known = about["format"]
     except FileNotFoundError:
         return None

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = {"drives": options.drives, "size": options.size, "first_seed": HELD_OUT_SEED, "wrong_above": WRONG}
         measured["table"] = table
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**measured, "results": results}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**measured, "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def build_estimator(spec: str):

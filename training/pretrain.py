@@ -134,7 +134,7 @@ class PretrainingRun(Run):
         self.started += time.perf_counter() - began
         if not self.accelerator.is_main_process:
             return
-        with open(self.output_dir / "probe.jsonl", "a") as file:
+        with open(self.output_dir / "probe.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
         logger.info(
             "step %d  probe: mIoU %.1f  accuracy %.1f", self.step, 100 * figures["miou"], 100 * figures["accuracy"]

@@ -217,7 +217,7 @@ def _is_plain(run: Path) -> bool:
 def _mapping(file: Path) -> dict:
     """Read a JSON mapping. Raises ValueError if the file is missing or holds anything else."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -236,7 +236,7 @@ def _refuse_other_weights(file: Path, measured: set[str | None], source: Path, d
 
 def _results_in(file: Path) -> list[dict]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         entries = content["results"] if "results" in content else [content]
         for entry in entries:
             if "num_sequences" in entry:
@@ -271,14 +271,14 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: 
         shutil.copyfile(path, target / path.name)
         if path.suffix == ".json":
             content = without_local_paths(_mapping(path))
-            (target / path.name).write_text(json.dumps(content, indent=2) + "\n")
+            (target / path.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config_file = target / "config.json"
     config = add_code(target, source)
     if timm_architecture(config) is not None and (target / "model.safetensors").exists():
         processor = _mapping(source / "preprocessor_config.json")
         if not {"image_mean", "image_std"} <= processor.keys():
             raise ValueError(f"{source}/preprocessor_config.json must hold image_mean and image_std, which timm needs")
-        config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n")
+        config_file.write_text(json.dumps(add_timm(target, config, processor), indent=2) + "\n", encoding="utf-8")
     if panel and source.name in ("encoder", "model"):
         panels = (source.parent / "panels").glob("step-*.png")
         last = max(panels, key=lambda path: (len(path.name), path.name), default=None)
@@ -286,8 +286,10 @@ def stage(source: Path, target: Path, repo_id: str, results: list[dict], panel: 
             _refuse_link(last)
             shutil.copyfile(last, target / PANEL)
     readme = source / "README.md"
-    text = readme.read_text() if readme.is_file() else cards.folder_card(config, results)
-    (target / "README.md").write_text(cards.publishable_card(text, repo_id, results, (target / PANEL).exists()))
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else cards.folder_card(config, results)
+    (target / "README.md").write_text(
+        cards.publishable_card(text, repo_id, results, (target / PANEL).exists()), encoding="utf-8"
+    )
     _refuse_token(target)
 
 

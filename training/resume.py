@@ -250,7 +250,7 @@ def drop_later_panels(folder: Path, step: int) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (step, line) for each readable line of a log such as metrics.jsonl, and nothing if there is no such file."""
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else ():
         try:
             yield int(json.loads(line)["step"]), line
         except (ValueError, KeyError, TypeError, OverflowError):

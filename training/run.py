@@ -297,7 +297,7 @@ class Run(ABC):
     def report(self, metrics: dict, progress) -> None:
         if not self.accelerator.is_main_process:
             return
-        with open(self.output_dir / "metrics.jsonl", "a") as file:
+        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if progress.disable:
             print(self.LINE.format(of=self.max_steps, **metrics), flush=True)

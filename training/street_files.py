@@ -131,7 +131,7 @@ def _begin_videos(output_dir: Path, drive: Callable[[int], tuple[Path, dict]]) -
 
 def _is_sidecar(path: Path) -> bool:
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         return {"format", "street", "fps", "num_frames"} <= stored.keys()
     except (OSError, ValueError, AttributeError):
         return False
@@ -139,7 +139,7 @@ def _is_sidecar(path: Path) -> bool:
 
 def _is_complete(path: Path, sidecar: dict) -> bool:
     try:
-        stored = json.loads(path.with_suffix(".json").read_text())
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return path.is_file() and {**stored, "street": Street.from_json(stored["street"]).to_json()} == sidecar
     except (OSError, ValueError, TypeError, KeyError):  # no such file, not JSON, or fields of another format
         return False
@@ -169,7 +169,7 @@ def write_video(path: str, sidecar: dict) -> None:
     os.replace(partial, path)
     sidecar_path = Path(path).with_suffix(".json")
     partial_sidecar = Path(f"{sidecar_path}.{aside}")
-    partial_sidecar.write_text(json.dumps(sidecar))
+    partial_sidecar.write_text(json.dumps(sidecar), encoding="utf-8")
     os.replace(partial_sidecar, sidecar_path)
 
 

@@ -24,7 +24,7 @@ def made_of_street(marker: Path) -> dict | None:
     Returns `None` if there is no such file, or if it is not a marker of the street. A marker without a camera means the driving camera.
     """
     try:
-        stored = json.loads(marker.read_text())
+        stored = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     stored = stored.get("street", stored) if isinstance(stored, dict) else {}
@@ -110,8 +110,10 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         "annotations": annotations,
         "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
     }
-    (output_dir / "annotations.json").write_text(json.dumps(coco))
-    listed.write_text(json.dumps(classes, indent=1))  # must be last, because it marks the folder as complete
+    (output_dir / "annotations.json").write_text(json.dumps(coco), encoding="utf-8")
+    listed.write_text(
+        json.dumps(classes, indent=1), encoding="utf-8"
+    )  # must be last, because it marks the folder as complete
     begun.unlink(missing_ok=True)
 
 
@@ -173,8 +175,10 @@ def write_sequences(
         names = list(over_processes(_write_sequence, jobs, num_processes))
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text("\n".join(names) + "\n")
-        marker.write_text(json.dumps(made_of))  # must be last, because it marks the folder as complete
+        listed.write_text("\n".join(names) + "\n", encoding="utf-8")
+        marker.write_text(
+            json.dumps(made_of), encoding="utf-8"
+        )  # must be last, because it marks the folder as complete
         begun.unlink(missing_ok=True)
     return output_dir
 

@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result |= {"table": table(result), "notes": notes(result), "scatter": scatter(result)}
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, *cells in result["table"]:
         shown = ["-" if cell is None else cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
         print(f"{name:40}" + "".join(f" {cell:>12}" for cell in shown))

@@ -48,7 +48,7 @@ def videos_by_source(sources: Sequence[str], pins: Path | None = None) -> dict[s
     Raises:
         ValueError: a source has no video (the text lists what was tried), or two videos have the same name ([`video_name`]).
     """
-    known = json.loads(pins.read_text()) if pins is not None and pins.exists() else {}
+    known = json.loads(pins.read_text(encoding="utf-8")) if pins is not None and pins.exists() else {}
     commits = dict(known)
     expanded = [(source, *_expand(source, commits)) for source in sources]
     found = {video for _, videos, _ in expanded for video in videos}

@@ -173,9 +173,11 @@ def pretrained(run: Run, folder: Path) -> Path:
 
 def summary(output_dir: Path) -> dict:
     """Return the last line of a run's metrics, with its median rate and the minutes computed from it, so that interruptions do not count."""
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last, rate = lines[-1], statistics.median(line["pairs_per_second"] for line in lines)
-    state = json.loads((output_dir / "checkpoints" / f"step-{last['step']}" / "state.json").read_text())
+    state = json.loads(
+        (output_dir / "checkpoints" / f"step-{last['step']}" / "state.json").read_text(encoding="utf-8")
+    )
     pairs = last["step"] * state["pairs_per_step"]  # pairs of all processes
     return {**last, "pairs_per_second": rate, "minutes": round(pairs / rate / 60, 1)}
 
@@ -189,14 +191,14 @@ def measured(run: Run, budget: str, measure: dict, model: Path, output_dir: Path
     began = time.perf_counter()
     output_dir.mkdir(parents=True)
     launch(["evaluation/segment.py", *words, "--output_dir", str(output_dir / "evaluation")], output_dir / "log.txt")
-    result = json.loads((output_dir / "evaluation" / "evaluation.json").read_text())
+    result = json.loads((output_dir / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     entry = {"variant": run.variant, "seed": run.seed, "budget": budget, "measure": measure, "key": run.key}
     entry |= {"weights": run.weights} if run.weights else {}
     entry |= {name: _rounded(result[name]) for name in KEPT}
     for name in ("groups", "per_class"):
         entry[name] = {key: _rounded(value) for key, value in result[name].items()}
     if not run.untrained:
-        finished = json.loads((model / "finished.json").read_text())
+        finished = json.loads((model / "finished.json").read_text(encoding="utf-8"))
         names = (
             "step",
             "loss",
@@ -219,7 +221,7 @@ def run_command(words: list[str]) -> dict:
         words = [word.replace("{json}", str(path)) for word in words]
         logger.info("%s", " ".join(words))
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-        return {"result": json.loads(path.read_text()), **where()}
+        return {"result": json.loads(path.read_text(encoding="utf-8")), **where()}
 
 
 def where() -> dict:
@@ -257,10 +259,10 @@ def launch(words: list[str], log: Path) -> None:
         ValueError: the script failed; the message shows the end of the file.
     """
     # Without `accelerate launch`, which would start one process for each GPU and so change the batch size.
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
         raise ValueError(f"{' '.join(words)} ended with code {done.returncode}; the end of {log}:\n{end}")
 
 

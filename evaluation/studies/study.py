@@ -220,7 +220,7 @@ def results_of(name: str, folder: Path = RESULTS) -> Iterator[dict[str, dict]]:
     """Read a study's entries to be changed, and write them back at the end; under a lock, because two processes may share a study."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    with open(folder / f".{name}.lock", "w") as lock:
+    with open(folder / f".{name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         yield entries
