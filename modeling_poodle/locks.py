@@ -1,11 +1,15 @@
 """Locks output folders, so that only one run writes to each."""
 
-import fcntl
 import json
 import logging
 import os
 import socket
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise ImportError("training and evaluation run on Linux and macOS; on Windows, use them in WSL") from error
 
 logger = logging.getLogger("poodle")
 # Lock files by path. They stay open until the process ends; then the system releases the locks, even after a crash.

@@ -1,7 +1,10 @@
 """What several processes do together, beyond the faults of two processes in tests/test_faults_ranks.py."""
 
+import importlib
 import json
+import sys
 
+import pytest
 from conftest import REPOSITORY
 from forked_scripts import forked
 
@@ -120,3 +123,11 @@ def test_processes_of_an_evaluation_that_differ_are_refused_before_they_wait_or_
             "other weights": "all processes must have the same weights of the models, got rank 0: 00; rank 1: 11",
             "fit": fit,
         }
+
+
+def test_what_needs_linux_or_macos_says_so(monkeypatch):
+    """Windows has no fcntl."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delitem(sys.modules, "modeling_poodle.locks", raising=False)
+    with pytest.raises(ImportError, match="run on Linux and macOS; on Windows, use them in WSL"):
+        importlib.import_module("modeling_poodle.locks")
