@@ -38,6 +38,7 @@ FITTED = ("readout", "detector")  # folders of fitted models
 
 
 def make_accelerator() -> Accelerator:
+    refuse_sharding()
     # Without `cpu`, Accelerate overlooks the other processes that torchrun started on CPUs. `mixed_precision` overrides `accelerate config`,
     # whose precision would change the figures without being recorded.
     accelerator = Accelerator(

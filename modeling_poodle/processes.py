@@ -1,6 +1,7 @@
 """Helpers for scripts on several processes: an error of one process is raised on all."""
 
 import logging
+import os
 import socket
 import time
 import uuid
@@ -171,14 +172,30 @@ def log_plainly(accelerator) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def refuse_sharding(accelerator) -> None:
+# Variables by which `accelerate launch` asks a script for more than a copy of the model in each process.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def refuse_sharding(accelerator=None) -> None:
     """
     Refuse Accelerate configurations that shard the model: checkpoints hold whole tensors and would fail.
+
+    Args:
+        accelerator: `None` before there is one. What `accelerate launch` asks for must be refused then: the accelerator's own errors are
+            about GPUs and packages that are missing, and on CPUs it ignores some of these settings.
 
     Raises:
         ValueError: Accelerate is configured for FSDP, DeepSpeed or the like.
     """
-    kind = accelerator.distributed_type.value
+    if accelerator is None:
+        kind = next((kind for name, kind in _SHARDING.items() if os.environ.get(name, "").lower() == "true"), "NO")
+    else:
+        kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(
             f"Accelerate is configured for {kind}; here each process has the whole model, of 1 GB with ResNet-50: "

@@ -50,6 +50,24 @@ def test_a_torch_that_cannot_train_on_apple_s_gpus_is_refused_there_alone(monkey
     check_torch_of(torch.device("mps"))
 
 
+@pytest.mark.parametrize(
+    "kind, named",
+    [
+        ("FSDP", "FSDP"),
+        ("DEEPSPEED", "DEEPSPEED"),
+        ("MEGATRON_LM", "MEGATRON_LM"),
+        ("PARALLELISM_CONFIG", "a parallel"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: make_accelerator(Recipe()), outputs.make_accelerator])
+def test_sharding_that_accelerate_launch_asks_for_is_refused(monkeypatch, fresh_accelerator, kind, named, make):
+    """Without GPUs, Accelerate itself ends with a stack trace (FSDP 1, packages that are missing) or ignores the setting (FSDP 2)."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=f"Accelerate is configured for {named}.*; here each process has the whole"):
+        make()
+
+
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
 def test_batch_norm_over_processes_keeps_timm_s_activations(name):
     pytest.importorskip("timm")

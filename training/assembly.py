@@ -36,6 +36,7 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         raise ValueError(
             f"report_to {recipe.report_to}: not installed; pip install {recipe.report_to}, or leave it out"
         )
+    refuse_sharding()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         # Without this flag, Accelerate does not see the other processes that torchrun started on CPUs.
