@@ -39,11 +39,12 @@ FITTED = ("readout", "detector")  # folders of fitted models
 
 def make_accelerator() -> Accelerator:
     refuse_sharding()
-    # Without `cpu`, Accelerate overlooks the other processes that torchrun started on CPUs. `mixed_precision` overrides `accelerate config`,
-    # whose precision would change the figures without being recorded.
+    # Without `cpu`, Accelerate overlooks the other processes that torchrun started on CPUs. `mixed_precision` and `dynamo_backend` override
+    # `accelerate config`, whose precision and compilation would change the figures without being recorded.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",
+        dynamo_backend="no",
         # The others wait while the first process renders the street or downloads a data set; PyTorch's own limit on GPUs is ten minutes.
         # (The launcher notices at once if a process has ended.)
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],

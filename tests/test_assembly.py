@@ -68,6 +68,15 @@ def test_sharding_that_accelerate_launch_asks_for_is_refused(monkeypatch, fresh_
         make()
 
 
+@pytest.mark.parametrize("make", [lambda: make_accelerator(Recipe()), outputs.make_accelerator])
+def test_precision_and_compilation_of_accelerate_config_are_not_used(monkeypatch, fresh_accelerator, make):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    accelerator, model = make(), nn.Linear(1, 1)
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.prepare_model(model) is model
+
+
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050", "resnet18"])
 def test_batch_norm_over_processes_keeps_timm_s_activations(name):
     pytest.importorskip("timm")

@@ -42,6 +42,8 @@ def make_accelerator(recipe: RunRecipe) -> Accelerator:
         # Without this flag, Accelerate does not see the other processes that torchrun started on CPUs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.bf16 else "no",
+        # The recipe's torch_compile decides. `accelerate config` would compile a second time, and no file of the run would say so.
+        dynamo_backend="no",
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
         # The timeout after which the other processes fail if one has died or hangs.
