@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import av
 import cv2
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -215,6 +216,13 @@ def test_spawned_processes_read_what_forked_ones_read(videos, monkeypatch):
     (fork, *forked), (spawn, *spawned) = read("fork"), read("spawn")
     assert (fork, spawn) == ("ForkProcess", "SpawnProcess")
     assert torch.equal(forked[0], spawned[0]) and forked[1] == spawned[1]
+
+
+def test_a_stream_leaves_the_cache_of_datasets_alone(videos, tmp_path, monkeypatch):
+    """Otherwise one lock file of each span would remain there, and a run would need a home folder that can be written."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    next(iter(PairLoader(videos, SAMPLING, 4, 0)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_pair_is_seen_by_two_ranks_and_every_epoch_is_whole(videos):

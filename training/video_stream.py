@@ -11,11 +11,12 @@ Stream batches of frame pairs from videos, sharded over ranks and workers, resum
 
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from tempfile import TemporaryDirectory
 
-import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.io.generator import GeneratorDatasetInputStream
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from training.addresses import printable, video_name
@@ -216,10 +217,13 @@ class PairLoader:
         return [tuple(openings[i : i + self._group]) for i in range(0, len(openings), self._group)]
 
     def _make_loader(self) -> StatefulDataLoader:
-        stream = datasets.IterableDataset.from_generator(
-            generate_pairs,
-            gen_kwargs={"paths": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow},
-        )
+        gen_kwargs = {"paths": self.shards(self.span), "sampling": self.sampling, "pair_flow": self.pair_flow}
+        # This is IterableDataset.from_generator, which takes no `cache_dir`: datasets makes a lock file in the cache although a stream keeps
+        # nothing there. In the user's home folder one would remain of each span, and the run would end if the folder cannot be written.
+        with TemporaryDirectory() as cache:
+            stream = GeneratorDatasetInputStream(
+                generate_pairs, cache_dir=cache, streaming=True, gen_kwargs=gen_kwargs
+            ).read()
         return StatefulDataLoader(
             split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size),
             batch_size=self.batch_size,
