@@ -1,6 +1,7 @@
 """Segmentation metrics on a streaming confusion matrix, as an `evaluate.Metric` that needs no internet."""
 
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 
 import cv2
 import datasets
@@ -185,7 +186,10 @@ class MeanIoU(evaluate.Metric):
             unknown = [member for member in members if member not in classes]
             if unknown:
                 raise ValueError(f"group {name!r} has members that are no classes: {', '.join(unknown)}")
-        super().__init__(**kwargs)
+        # Every metric of `evaluate` makes a folder for its data, in the user's home folder. The counts here need none, and an evaluation must
+        # not end after its fit because that folder cannot be written.
+        with TemporaryDirectory() as unused:
+            super().__init__(**{"cache_dir": unused, **kwargs})
         self.classes, self.ignore_index, self.groups = list(classes), ignore_index, dict(groups or {})
         self.of_truth = of_truth
         self.confusion = np.zeros((len(self.classes),) * 2, dtype=np.int64)

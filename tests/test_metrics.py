@@ -3,6 +3,7 @@ import re
 import warnings
 
 import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_a_metric_starts_anew_and_counts_with_its_own_ignored_id():
     assert metric.features == datasets.Features(
         {name: datasets.Sequence(datasets.Sequence(datasets.Value("int64"))) for name in ("predictions", "references")}
     )
+
+
+def test_a_metric_makes_no_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "cache")
+    metric = MeanIoU(CLASSES)
+    metric.add(prediction=np.zeros((2, 2), np.uint8), reference=np.zeros((2, 2), np.uint8))
+    assert metric.compute()["accuracy"] == 1 and not list(tmp_path.iterdir())
 
 
 def test_known_answers():
