@@ -148,6 +148,7 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_run(drives):
         ("[gloo/transport/tcp/unbound_buffer.cc:80] Timed out waiting 9000ms for recv", ConnectionError, "did not answer for 9 s"),
         ("NCCL communicator was aborted on rank 1.", ConnectionError, "process of the run is gone"),
         ("NCCL error in: x.cpp:3, unhandled cuda error\nCuda failure 2 'out of memory'", ConnectionError, "cuda error Cuda failure 2 'out of memory'"),
+        ("ImportError: /tmp/torchinductor_me/v5/x.main.so: file too short", OSError, "x.main.so is not a whole library, since"),
         ("mat1 and mat2 shapes cannot be multiplied", None, ""),
         ("out of resource: shared memory, Required: 262144, Hardware limit: 232448", None, ""),
     ],

@@ -26,7 +26,8 @@ def faults_in_words(recipe, workers: Workers) -> Iterator[None]:
         ChildProcessError: a loader worker was killed or crashed.
         MemoryError: no shared memory is left.
         ConnectionError: another process of the run has died or does not respond.
-        OSError: output_dir or another file cannot be written or read, or the program that read the run's output has ended.
+        OSError: output_dir or another file cannot be written or read, a library of torch_compile is not whole, or the program that read the
+            run's output has ended.
     """
     try:
         yield
@@ -83,6 +84,12 @@ def fault_of(error: Exception, died_at: list[str], ddp_timeout: int, go_on: str 
             f"a loader worker {how}{videos}. SIGKILL is mostly the system, out of "
             f"memory: lower --dataloader_num_workers{inexactly}. SIGSEGV or SIGABRT is the decoder at that video: put an "
             f"empty file in its place, which is skipped; {go_on}"
+        )
+    # A signal to the process group also ends the compiler, and torch takes what it had written for a whole library from then on.
+    library = re.search(r"(\S+\.so): (?:file too short|invalid ELF header)", message)
+    if library:
+        return OSError(
+            f"torch_compile: {library[1]} is not a whole library, since its compiler was stopped: remove this file, {go_on}"
         )
     if re.search(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Timed out waiting|Socket Timeout", message):
         slow = re.search(r"[Tt]imed? ?out|[Tt]imeout", message)
