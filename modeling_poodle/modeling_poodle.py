@@ -344,12 +344,16 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W) normalised images.
-            labels: (B, H, W) integers. `config.semantic_loss_ignore_index` is ignored; if no other label occurs, the loss is 0.
+            labels: (B, H, W) integers; with one class, 0 and 1 or shares between them. `config.semantic_loss_ignore_index` is ignored; if
+                no other label occurs, the loss is 0.
             output_hidden_states: as for [`PoodleModel`].
 
         Returns:
             `logits` (B, num_labels, h, w); `loss`, the cross entropy at the size of the labels; `hidden_states` as for [`PoodleModel`],
             with the map that the readout reads.
+
+        Raises:
+            ValueError: the labels of several classes are not integers.
         """
         maps = self.poodle.encode(pixel_values)
         logits = self.classifier(self._read(maps))
@@ -359,14 +363,16 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
         )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        several, ignored = self.config.num_labels > 1, self.config.semantic_loss_ignore_index
+        if several and labels.is_floating_point():  # masks scaled to [0, 1] would all become class 0
+            raise ValueError(f"labels must be integers, the number of a class for each pixel, got {labels.dtype}")
         full = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        # long, because a byte cannot hold an ignore index such as -100.
-        labels, ignored = labels.long(), self.config.semantic_loss_ignore_index
+        labels = labels.long() if several else labels.float()  # a byte cannot hold an ignore index such as -100
         kept = labels != ignored
-        if self.config.num_labels > 1:
+        if several:
             total = F.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
         else:  # one class against background, as in transformers' SegFormer: labels are 0 and 1
-            losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.float().clamp(max=1), reduction="none")
+            losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.clamp(max=1), reduction="none")
             total = (losses * kept).sum()
         # The loss of a batch in which every label is ignored is 0: 0/0 would make all weights NaN.
         return total / kept.sum().clamp(min=1)

@@ -229,6 +229,17 @@ def test_one_class_alone_has_the_loss_of_being_there_or_not():
     kept = labels != 255
     expected = F.binary_cross_entropy_with_logits(logits[kept], labels[kept].float())
     torch.testing.assert_close(output.loss, expected)
+    shares = torch.rand(2, 32, 32)  # such as masks that were resized
+    with torch.no_grad():
+        found, logits = model(image, labels=shares).loss, logits.flatten()
+    torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, shares.flatten()))
+
+
+def test_labels_of_several_classes_that_are_no_integers_are_refused():
+    """torchvision's ToTensor scales masks to [0, 1], where all of them would be class 0."""
+    model = PoodleForSemanticSegmentation(config(num_labels=3)).eval()
+    with pytest.raises(ValueError, match=r"labels must be integers, .*, got torch\.float32"):
+        model(torch.randn(1, 3, 32, 32), labels=torch.rand(1, 32, 32))
 
 
 def test_outputs_are_what_the_call_or_else_the_config_asks():
