@@ -222,11 +222,11 @@ def test_trainer_divides_the_loss_of_accumulated_batches(tmp_path):
 def test_one_class_alone_has_the_loss_of_being_there_or_not():
     model = PoodleForSemanticSegmentation(config(num_labels=1)).eval()
     image, labels = torch.randn(2, 3, 32, 32), torch.randint(2, (2, 32, 32))
-    labels[:, :4] = 255
+    labels[:, :4], labels[:, 4:8] = 255, -100
     with torch.no_grad():
         output = model(image, labels=labels)
     logits = F.interpolate(output.logits, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
-    kept = labels != 255
+    kept = (labels != 255) & (labels != -100)
     expected = F.binary_cross_entropy_with_logits(logits[kept], labels[kept].float())
     torch.testing.assert_close(output.loss, expected)
     shares = torch.rand(2, 32, 32)  # such as masks that were resized
