@@ -119,6 +119,7 @@ class PoodleModel(PoodlePreTrainedModel):
 
     For torch.export, declare sizes that are multiples of the encoder's stride, `{2: 32 * Dim("height"), 3: 32 * Dim("width")}`. For other
     sizes, it depends on the size whether the SDM cuts off or repeats a cell.
+    With `strict=True`, export on a CPU, after `requires_grad_(False)`: the upsampling that torch.compile uses in other cases fixes the sizes.
 
     Args:
         stages: stages that the encoder returns besides those that the decoder reads. For the classes that build on this one; not saved.

@@ -125,11 +125,12 @@ def test_compiled_upsampling_is_bilinear_interpolation(shape):
     assert graphs and not any("interpolate" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
-def test_a_model_exports_with_sizes_that_are_not_fixed():
-    model = PoodleModel(config()).eval()
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_exports_with_sizes_that_are_not_fixed(strict):
+    model = PoodleModel(config()).eval().requires_grad_(not strict)
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     program = torch.export.export(
-        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"pixel_values": sizes}, strict=False
+        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"pixel_values": sizes}, strict=strict
     )
     for shape in ((2, 3, 64, 96), (3, 3, 128, 160), (1, 3, 192, 64)):
         images = torch.randn(shape)
