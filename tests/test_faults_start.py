@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,33 @@ def test_a_signal_during_the_steps_of_the_script(drives, tmp_path):
     assert checkpoint == f"step-{metrics(run)[-1]['step']}" and damage(run / "checkpoints" / checkpoint) is None
     recipe = parse_recipe(flags(drives, run, "--resume_from_checkpoint", "latest", steps=500))
     assert prepare_output_dir(Accelerator(cpu=True), recipe) == run / "checkpoints" / checkpoint
+
+
+def test_a_run_whose_terminal_is_closed_saves(drives, tmp_path):
+    """As when an ssh connection drops: SIGHUP comes, and from then on writing to the terminal is an error."""
+    run, terminal = tmp_path / "run", os.openpty()
+    command = [sys.executable, "training/pretrain.py", *flags(drives, run, steps=500)]
+    owner = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner, *command], cwd=REPOSITORY, stdin=terminal[1], stdout=terminal[1], stderr=terminal[1],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(terminal[1])
+    os.set_blocking(terminal[0], False)
+
+    def stepping() -> bool:
+        with suppress(OSError):  # nothing was written since
+            os.read(terminal[0], 1 << 16)
+        return process.poll() is not None or (run / "metrics.jsonl").exists()
+
+    try:
+        wait_for(stepping, seconds=120)
+        os.close(terminal[0])
+        assert process.wait(120) == stopping.RESUMABLE_EXIT_CODE
+    finally:
+        process.kill()
+    (checkpoint,) = names(run)
+    assert checkpoint == f"step-{metrics(run)[-1]['step']}" and damage(run / "checkpoints" / checkpoint) is None
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from training import workers
 from training.addresses import printable, video_name
+from training.stopping import SIGNALS
 from training.video_decoding import Cut, decode_cuts
 from training.video_files import OpenVideo, UnreadableVideo, time_limit
 from training.video_index import VideoIndex, by_index, index_video
@@ -49,7 +50,7 @@ def indices_in_subprocess(paths: Sequence[str]) -> Iterator[tuple[str, VideoInde
 def _send_indices(paths: Sequence[str], receiver, sender) -> None:
     # Otherwise sending would block for ever after the run has died, because this process would hold the receiver open itself.
     receiver.close()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in (*SIGNALS, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     for path in paths:
         # When the time is up, the system ends this process, which a decoder cannot prevent.

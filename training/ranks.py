@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from training.stopping import SIGNALS, stop_with_the_launcher
+from training.stopping import SIGNALS, leave_terminal, stop_with_the_launcher
 
 # Seconds. A scheduler that sends SIGINT to all processes of a job also reaches torchrun, which passes it on: each process gets it twice.
 SENT_ON_WITHIN = 5.0
@@ -18,7 +18,7 @@ SENT_ON_WITHIN = 5.0
 
 class StopSignals:
     """
-    A context manager that turns SIGTERM and SIGINT into a request to stop after the current step.
+    A context manager that turns SIGTERM, SIGINT and SIGHUP into a request to stop after the current step.
 
     A second SIGINT ends the process at once. Under torchrun, which passes on the signals that it gets, the second SIGINT counts only if it
     comes at least SENT_ON_WITHIN seconds after the first.
@@ -60,6 +60,7 @@ class StopSignals:
             if before:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
+        leave_terminal(number)
         self.received = number
         if self._speaks:  # os.write is safe even if this handler interrupts print or a logger
             when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""

@@ -1,5 +1,5 @@
 """
-Handle SIGTERM and SIGINT outside of a run's steps: while the run starts, and while it closes.
+Handle SIGTERM, SIGINT and SIGHUP outside of a run's steps: while the run starts, and while it closes.
 
 This module imports only the standard library, because the handlers must be set before torch and transformers are imported. Importing them
 is the longest part of a start.
@@ -12,8 +12,13 @@ import sys
 
 # EX_TEMPFAIL of sysexits.h ("try again later"): a signal stopped the run. It can be resumed or, if it had not begun yet, started again.
 RESUMABLE_EXIT_CODE = 75
-# SIGTERM is last, so that both handlers are set once SIGTERM is caught. SIGINT would not show this, because Python catches it by default.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal or a dropped ssh connection sends SIGHUP. Under nohup it is ignored from the start, and stays so.
+_HANGUP = tuple(
+    number for number in signal.Signals if number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN
+)
+# SIGTERM is last, so that all handlers are set once SIGTERM is caught. SIGINT would not show this, because Python catches it by default.
+SIGNALS = (signal.SIGINT, *_HANGUP, signal.SIGTERM)
+_TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # asked now: a terminal that is gone is none
 _begun, _process = False, None
 
 
@@ -36,11 +41,19 @@ def mark_begun() -> None:
     _begun = True
 
 
+def leave_terminal(number: int) -> None:
+    """After SIGHUP, discard what would be written to the terminal: it is gone, and the error would end the run before it has saved."""
+    if number in _HANGUP:
+        for output in _TERMINALS:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+
+
 def _end(number: int, _) -> None:
     if os.getpid() != _process:  # a forked child: use the system's default
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
+    leave_terminal(number)
     if os.environ.get("RANK", "0") == "0":  # os.write is safe even if this handler interrupts print or a logger
         again = "go on with --resume_from_checkpoint latest" if _begun else "nothing is done yet, repeat the command"
         os.write(2, f"\n{signal.Signals(number).name}: the run stops outside of its steps; {again}\n".encode())

@@ -111,9 +111,8 @@ def _render_folder(output_dir: Path, listed: Path, classes: dict, num_processes:
         "categories": [{"id": index, "name": name} for index, name in enumerate(DETECTED, 1)],
     }
     (output_dir / "annotations.json").write_text(json.dumps(coco), encoding="utf-8")
-    listed.write_text(
-        json.dumps(classes, indent=1), encoding="utf-8"
-    )  # must be last, because it marks the folder as complete
+    # This file must be the last, because it marks the folder as complete.
+    listed.write_text(json.dumps(classes, indent=1), encoding="utf-8")
     begun.unlink(missing_ok=True)
 
 
@@ -176,9 +175,8 @@ def write_sequences(
         listed = output_dir / "ImageSets" / "2017" / "val.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text("\n".join(names) + "\n", encoding="utf-8")
-        marker.write_text(
-            json.dumps(made_of), encoding="utf-8"
-        )  # must be last, because it marks the folder as complete
+        # This file must be the last, because it marks the folder as complete.
+        marker.write_text(json.dumps(made_of), encoding="utf-8")
         begun.unlink(missing_ok=True)
     return output_dir
 

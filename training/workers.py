@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from training.addresses import printable, video_name
+from training.stopping import SIGNALS
 from training.street_processes import end_with_parent
 
 NOTE_BYTES = 1024
@@ -49,7 +50,7 @@ class Workers:
         torch.set_num_threads(1)
         _NOTES[:] = self._notes[worker : worker + 1]
         # A signal to the process group asks the run to stop, but the training process still needs its workers to finish its step.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         # torch's workers check for their parent only between batches, and a batch can take minutes.
         end_with_parent()
