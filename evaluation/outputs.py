@@ -22,6 +22,7 @@ from modeling_poodle.folders import sweep_aside, write_aside
 from modeling_poodle.locks import lock_output_dir
 from modeling_poodle.processes import (
     log_plainly,
+    lost_process,
     on_main,
     refuse_sharding,
     same_fields,
@@ -240,6 +241,9 @@ def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> l
 
     Returns:
         The results that this process has.
+
+    Raises:
+        ConnectionError: another process has died or does not respond.
     """
     output_dir = Path(recipe.output_dir)
     on_main(accelerator, lambda: begin_output_dir(recipe, output_dir))
@@ -247,7 +251,13 @@ def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> l
     for name in recipe.model:
         folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        result, curves[name], pictures[name] = measure(name, folder)
+        try:
+            result, curves[name], pictures[name] = measure(name, folder)
+        except RuntimeError as error:
+            lost = lost_process(error, "did not answer for two hours", "go on with --resume_from_checkpoint latest")
+            if lost is None:
+                raise
+            raise lost from error
         accelerator.free_memory()  # otherwise it would hold all models and their features to the end
         if result is not None:
             results.append(result)

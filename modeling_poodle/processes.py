@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -42,6 +43,24 @@ def on_all(accelerator, action: Callable):
     if error is not None:
         raise error
     return result
+
+
+def lost_process(error: Exception, silent: str, go_on: str) -> ConnectionError | None:
+    """
+    Return an error in words if an error of torch means that another process has ended or hangs, otherwise `None`.
+
+    Args:
+        silent: what a process that hangs has not done.
+        go_on: what to do once the cause is fixed.
+    """
+    message = str(error)
+    if not re.search(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Timed out waiting|Socket Timeout", message):
+        return None
+    what = silent if re.search(r"[Tt]imed? ?out|[Tt]imeout", message) else "is gone"
+    return ConnectionError(
+        f"another process of the run {what}; the cause stands in its own output, or it was killed. Once that is mended, {go_on}. "
+        f"torch says: {' '.join(message.split())[:500]}"
+    )
 
 
 def main_first(accelerator, action: Callable):

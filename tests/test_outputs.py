@@ -114,6 +114,23 @@ def test_a_second_evaluation_in_the_folder_is_refused_until_the_first_is_gone(sh
 
 
 @pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", ConnectionError, "another process of the run is gone; .*go on with --resume"),
+        ("ProcessGroupNCCL's watchdog got stuck: Timed out", ConnectionError, "did not answer for two hours; "),
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError, "^mat1 and mat2 shapes cannot be multiplied$"),
+    ],
+)  # fmt: skip
+def test_a_process_that_is_gone_is_reported_in_words(shapes, poodle, tmp_path, monkeypatch, text, kind, said):
+    def broken(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(segment, "measure", broken)
+    with pytest.raises(kind, match=said):
+        main(flags(shapes, tmp_path / "run", poodle))
+
+
+@pytest.mark.parametrize(
     ("device", "processes", "expected"),
     [
         ("cpu", 1, "accelerate launch evaluation/segment.py --seed 1"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from modeling_poodle.processes import lost_process
 from training.workers import Workers
 
 GO_ON = "then go on with --resume_from_checkpoint latest"
@@ -91,11 +92,4 @@ def fault_of(error: Exception, died_at: list[str], ddp_timeout: int, go_on: str 
         return OSError(
             f"torch_compile: {library[1]} is not a whole library, since its compiler was stopped: remove this file, {go_on}"
         )
-    if re.search(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Timed out waiting|Socket Timeout", message):
-        slow = re.search(r"[Tt]imed? ?out|[Tt]imeout", message)
-        what = f"did not answer for {ddp_timeout} s (ddp_timeout)" if slow else "is gone"
-        return ConnectionError(
-            f"another process of the run {what}; the cause stands in its own output, or it was killed. Once that is mended, {go_on}. "
-            f"torch says: {' '.join(message.split())[:500]}"
-        )
-    return None
+    return lost_process(error, f"did not answer for {ddp_timeout} s (ddp_timeout)", go_on)
