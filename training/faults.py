@@ -33,7 +33,9 @@ def faults_in_words(recipe, workers: Workers) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError as error:
-        raise OSError(f"the program that read this run's output has ended (a closed pipe); {GO_ON}") from error
+        raise OSError(
+            f"the program that read this run's output has ended (a closed pipe): {GO_ON.removeprefix('then ')}"
+        ) from error
     except (EOFError, ConnectionError) as error:
         if isinstance(error, ConnectionError) and error.errno is None:  # in words already
             raise
