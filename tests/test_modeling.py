@@ -132,11 +132,13 @@ def test_a_model_exports_with_sizes_that_are_not_fixed(strict):
     program = torch.export.export(
         model, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"pixel_values": sizes}, strict=strict
     )
+    # Without guards where strict: torch 2.9 writes some there that cannot be run (NameError: name 'L' is not defined).
+    exported = program.module(check_guards=not strict)
     for shape in ((2, 3, 64, 96), (3, 3, 128, 160), (1, 3, 192, 64)):
         images = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(
-                program.module()(images).last_hidden_state, model(images).last_hidden_state, atol=1e-5, rtol=1e-5
+                exported(images).last_hidden_state, model(images).last_hidden_state, atol=1e-5, rtol=1e-5
             )
 
 
