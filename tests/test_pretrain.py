@@ -221,15 +221,21 @@ def test_tensorboard_through_accelerate(drives, tmp_path):
     assert fields["crop_size"] == "[64, 128]" and fields["init_encoder"] == "null"
 
 
-@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
-def test_bfloat16_that_a_processor_does_not_have_is_a_warning(tmp_path, monkeypatch, caplog, capability, slow):
+@pytest.mark.parametrize(
+    ("capability", "instructions", "slow"),
+    [("AVX2", True, True), ("DEFAULT", False, True), ("AVX512", False, True), ("AVX512", True, False)],
+)
+def test_bfloat16_that_a_processor_does_not_have_is_a_warning(
+    tmp_path, monkeypatch, caplog, capability, instructions, slow
+):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
     for bf16 in (True, False):
         caplog.clear()
         AcceleratorState._reset_state(reset_partial_state=True)
         make_accelerator(Recipe(output_dir=str(tmp_path), bf16=bf16))
-        assert any("this processor has no AVX-512" in m for m in caplog.messages) == (bf16 and slow)
+        assert any("this processor has no AVX-512 BF16" in m for m in caplog.messages) == (bf16 and slow)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert computes_in_bfloat16()
 

@@ -123,7 +123,9 @@ class RunRecipe(CheckedRecipe):
     adam_beta1: float = described(0.9, "AdamW beta 1.")
     adam_beta2: float = described(0.999, "AdamW beta 2.")
     adam_epsilon: float = described(1e-6, "AdamW epsilon.")
-    bf16: bool = described(False, "Autocast to bfloat16. On x86 CPUs without AVX-512 ten times as slow as float32.")
+    bf16: bool = described(
+        False, "Autocast to bfloat16. On x86 CPUs without AVX-512 BF16 two to ten times as slow as float32."
+    )
     torch_compile: bool = described(
         False, "Compile the model, and the network that estimates flow, with torch.compile."
     )
