@@ -8,6 +8,8 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -230,6 +232,18 @@ def _started(script: Path, accelerator: Accelerator | None) -> list[str]:
     return ["python", "-m", f"evaluation.{script.stem}"]
 
 
+@contextmanager
+def _lost_processes_in_words() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process(error, "did not answer for two hours", "go on with --resume_from_checkpoint latest")
+        if lost is None:
+            raise
+        raise lost from error
+
+
+@_lost_processes_in_words()
 def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> list[dict]:
     """
     Measure the recipe's models one after the other, and write the results and a common report.
@@ -251,13 +265,7 @@ def measure_all(accelerator: Accelerator, recipe, measure, report, summary) -> l
     for name in recipe.model:
         folder = output_dir / slug(name) if len(recipe.model) > 1 else output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            result, curves[name], pictures[name] = measure(name, folder)
-        except RuntimeError as error:
-            lost = lost_process(error, "did not answer for two hours", "go on with --resume_from_checkpoint latest")
-            if lost is None:
-                raise
-            raise lost from error
+        result, curves[name], pictures[name] = measure(name, folder)
         accelerator.free_memory()  # otherwise it would hold all models and their features to the end
         if result is not None:
             results.append(result)

@@ -346,7 +346,7 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W) normalised images.
             labels: (B, H, W) integers; with one class, 0 and 1 or shares between them. `config.semantic_loss_ignore_index` is ignored, with
-                one class also negative labels; if no other label occurs, the loss is 0.
+                one class also negative labels and NaN; if no other label occurs, the loss is 0.
             output_hidden_states: as for [`PoodleModel`].
 
         Returns:
@@ -374,7 +374,9 @@ class PoodleForSemanticSegmentation(PoodlePreTrainedModel):
             total = F.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
         else:  # one class against background, as in transformers' SegFormer: labels are 0 and 1, negative ones are void
             kept &= labels >= 0
-            losses = F.binary_cross_entropy_with_logits(full[:, 0], labels.clamp(max=1), reduction="none")
+            # Void labels may be NaN, and so would be the product below.
+            shares = labels.where(kept, 0.0).clamp(max=1)
+            losses = F.binary_cross_entropy_with_logits(full[:, 0], shares, reduction="none")
             total = (losses * kept).sum()
         # The loss of a batch in which every label is ignored is 0: 0/0 would make all weights NaN.
         return total / kept.sum().clamp(min=1)

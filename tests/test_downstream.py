@@ -229,6 +229,10 @@ def test_one_class_alone_has_the_loss_of_being_there_or_not():
     kept = (labels != 255) & (labels != -100)
     expected = F.binary_cross_entropy_with_logits(logits[kept], labels[kept].float())
     torch.testing.assert_close(output.loss, expected)
+    void = labels.float().masked_fill(~kept, torch.nan)
+    assert torch.equal(model(image, labels=void).loss, output.loss)
+    model(image, labels=void).loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.classifier.parameters())
     shares = torch.rand(2, 32, 32)  # such as masks that were resized
     with torch.no_grad():
         found, logits = model(image, labels=shares).loss, logits.flatten()

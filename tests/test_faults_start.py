@@ -136,6 +136,27 @@ def test_a_run_whose_terminal_is_closed_saves(drives, tmp_path):
     assert checkpoint == f"step-{metrics(run)[-1]['step']}" and damage(run / "checkpoints" / checkpoint) is None
 
 
+def test_a_run_that_writes_to_a_program_which_a_closed_terminal_ends_saves(drives, tmp_path):
+    """As `pretrain.py | tee log` when an ssh connection drops: both get SIGHUP, and tee ends first."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "training/pretrain.py", *flags(drives, run, steps=500)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        wait_for(lambda: process.poll() is not None or (run / "metrics.jsonl").exists(), seconds=120)
+        process.send_signal(signal.SIGSTOP)  # so that it writes nothing in between
+        process.stdout.close()
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == stopping.RESUMABLE_EXIT_CODE
+    finally:
+        process.kill()
+    (checkpoint,) = names(run)
+    assert checkpoint == f"step-{metrics(run)[-1]['step']}" and damage(run / "checkpoints" / checkpoint) is None
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_signal_once_the_run_has_its_folder(capfd, monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from training.stopping import SIGNALS, leave_terminal, stop_with_the_launcher
+from training.stopping import SIGNALS, leave_terminal, say, stop_with_the_launcher
 
 # Seconds. A scheduler that sends SIGINT to all processes of a job also reaches torchrun, which passes it on: each process gets it twice.
 SENT_ON_WITHIN = 5.0
@@ -60,12 +60,12 @@ class StopSignals:
             if before:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
-        leave_terminal(number)
         self.received = number
-        if self._speaks:  # os.write is safe even if this handler interrupts print or a logger
+        if self._speaks:
             when = f", {SENT_ON_WITHIN:.0f} s from now or later," if self._sent_on else ""
             again = f"; once more{when} ends it at once, unsaved" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: the run saves and stops after this step{again}\n".encode())
+            say(number, f"the run saves and stops after this step{again}")
+        leave_terminal(number)
 
     def agreed(self) -> bool:
         """Return True, on all ranks at the same step, once any rank was asked to stop. All ranks must call this once a step."""

@@ -8,17 +8,30 @@ is the longest part of a start.
 import ctypes
 import os
 import signal
+import stat
 import sys
+from contextlib import suppress
 
 # EX_TEMPFAIL of sysexits.h ("try again later"): a signal stopped the run. It can be resumed or, if it had not begun yet, started again.
 RESUMABLE_EXIT_CODE = 75
-# A closed terminal or a dropped ssh connection sends SIGHUP. Under nohup it is ignored from the start, and stays so.
+# A closed terminal or a dropped ssh connection sends SIGHUP. Under nohup it is ignored from the start, and stays so. (torchrun catches it even
+# under nohup, and passes it on.)
 _HANGUP = tuple(
     number for number in signal.Signals if number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN
 )
 # SIGTERM is last, so that all handlers are set once SIGTERM is caught. SIGINT would not show this, because Python catches it by default.
 SIGNALS = (signal.SIGINT, *_HANGUP, signal.SIGTERM)
-_TERMINALS = [number for number in (1, 2) if os.isatty(number)]  # asked now: a terminal that is gone is none
+
+
+def _ends_with_terminal(output: int) -> bool:
+    """Whether an output is a terminal, or a pipe, as to `tee`, which gets SIGHUP too."""
+    try:
+        return os.isatty(output) or stat.S_ISFIFO(os.fstat(output).st_mode)
+    except OSError:  # closed from the start
+        return False
+
+
+_SHOWN = [output for output in (1, 2) if _ends_with_terminal(output)]  # asked now: a terminal that is gone is none
 _begun, _process = False, None
 
 
@@ -41,11 +54,23 @@ def mark_begun() -> None:
     _begun = True
 
 
+def say(number: int, what: str) -> None:
+    """Write a line about a signal to standard error, if that still exists. `os.write` is safe even if a handler interrupts `print` or a logger."""
+    with suppress(OSError):
+        os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
+
+
 def leave_terminal(number: int) -> None:
-    """After SIGHUP, discard what would be written to the terminal: it is gone, and the error would end the run before it has saved."""
+    """
+    After SIGHUP, discard what would be written to the terminal, or to a pipe.
+
+    They are gone, or soon will be, and the error would end the run before it has saved.
+    """
     if number in _HANGUP:
-        for output in _TERMINALS:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for output in _SHOWN:
+            os.dup2(nothing, output)
+        os.close(nothing)
 
 
 def _end(number: int, _) -> None:
@@ -53,10 +78,10 @@ def _end(number: int, _) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    leave_terminal(number)
-    if os.environ.get("RANK", "0") == "0":  # os.write is safe even if this handler interrupts print or a logger
+    if os.environ.get("RANK", "0") == "0":
         again = "go on with --resume_from_checkpoint latest" if _begun else "nothing is done yet, repeat the command"
-        os.write(2, f"\n{signal.Signals(number).name}: the run stops outside of its steps; {again}\n".encode())
+        say(number, f"the run stops outside of its steps; {again}")
+    leave_terminal(number)
     # Kill the worker processes now, so that none outlives this one. (Those that render the street also watch for their parent's end.)
     processes = sys.modules.get("multiprocessing.process")
     for child in getattr(processes, "active_children", list)():
