@@ -341,7 +341,9 @@ def _typed(value) -> str:
 
 
 def run_script(main) -> None:
-    """Run `main()`. Wrong input and faults of the run end with one sentence instead of a stack trace (POODLE_TRACEBACK=1 shows it)."""
+    """
+    Run `main()`. Wrong input, faults of the run and Ctrl-C end with one sentence instead of a stack trace (POODLE_TRACEBACK=1 shows it).
+    """
     if not gc.isenabled():
         # Imported objects live until the end, so garbage collection can skip them. The collection at exit must include them: otherwise
         # libraries that look for leftover objects when Python ends (nanobind, in triton 3.9) print a page of leaks.
@@ -356,3 +358,8 @@ def run_script(main) -> None:
             raise
         # A MemoryError may have an empty message.
         raise SystemExit(f"error: {str(error) or type(error).__name__}") from None
+    except KeyboardInterrupt:
+        # Raised again, because Python then ends by the signal itself, which also stops a shell's loop around the command.
+        if not os.environ.get("POODLE_TRACEBACK"):
+            sys.excepthook = lambda *_: print("\ninterrupted", file=sys.stderr)
+        raise

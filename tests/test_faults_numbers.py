@@ -2,7 +2,12 @@
 
 import gc
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +41,8 @@ from training.schedules import learning_rate
 from training.video_sources import find_videos
 from training.video_stream import PairLoader
 from training.views import model_inputs
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -326,6 +333,18 @@ def test_an_error_without_words_is_named(monkeypatch):
         run_script(out_of_memory)
     with pytest.raises(ZeroDivisionError, match="division"):  # a bug in the code needs its stack trace
         run_script(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_ctrl_c_ends_a_script_by_its_signal_and_with_a_word(traceback):
+    script = "import os, signal; from modeling_poodle.recipe_files import run_script; run_script(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    environment = {**os.environ, "POODLE_TRACEBACK": traceback}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == -signal.SIGINT  # a shell then ends its loop around the command too
+    assert ("Traceback" in done.stderr) == bool(traceback)
+    assert traceback or done.stderr == "\ninterrupted\n"
 
 
 def test_a_script_searches_for_garbage_again_once_its_imports_are_done(monkeypatch):

@@ -224,3 +224,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{len(videos)} drives in {Path(videos[0]).parent}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:  # as run_script in modeling_poodle/recipe_files.py, whose import would take seconds
+        sys.excepthook = lambda *_: print("\ninterrupted", file=sys.stderr)
+        raise
