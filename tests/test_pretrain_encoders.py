@@ -97,6 +97,15 @@ def test_a_run_resumes_without_its_init_encoder(drives, tmp_path, kind):
     assert without_timings(again) == without_timings(whole)
     resumed = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+    (run / "config.yaml").unlink()  # then only the checkpoint itself says what its network is
+    alone = (*more, "--resume_from_checkpoint", str(run / "checkpoints" / "step-2"))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"another configuration: model\.dense_weight is 0\.5, not 0\.9"):
+        train(drives, tmp_path / "other", *alone, model={**heads, "dense_weight": 0.9}, steps=3)
+    AcceleratorState._reset_state(True)
+    assert (
+        without_timings(train(drives, tmp_path / "other", *alone, model=heads, steps=3)) == without_timings(whole)[2:]
+    )
 
 
 def test_init_encoder_takes_convnext_with_the_decoder(drives, tmp_path):

@@ -121,11 +121,12 @@ def build_model(
         checkpoint: from which the run resumes. It replaces all weights, so `init_encoder`, which may be gone by then, is not read.
 
     Raises:
-        ValueError: `init_encoder` cannot be loaded or does not fit, or the encoder does not fit the sizes of crops and subcrops.
+        ValueError: `init_encoder` cannot be loaded or does not fit, the encoder does not fit the sizes of crops and subcrops, or the
+            recipe's `model` is not the checkpoint's.
     """
     config, weights = recipe.model_config(), None
     if recipe.init_encoder is not None and checkpoint is not None:
-        config = PoodleConfig.from_pretrained(checkpoint)
+        config = _resumed(recipe, config, checkpoint)
     elif recipe.init_encoder is not None:
         config, weights = _pretrained(recipe, config)
     check_crop_size(config, recipe.crop_size)
@@ -156,6 +157,30 @@ SDM_FIELDS = (
     "decoder_lateral_depth",
     "decoder_top_down",
 )
+
+
+def _resumed(recipe: Recipe, config: PoodleConfig, checkpoint: Path) -> PoodleConfig:
+    """
+    Read the config of a checkpoint of a run that began at `init_encoder`.
+
+    Usually the run's config.yaml was compared before. If it is lost, other values of `model` must not pass unnoticed.
+
+    Args:
+        config: that of the recipe alone.
+
+    Raises:
+        ValueError: a field of the recipe's `model` has another value.
+    """
+    found = type(config).from_pretrained(checkpoint)
+    # Those of the SDM may be the encoder's own. Without a dense objective the model has set others itself.
+    own = {"backbone_config", *SDM_FIELDS, *(["readout_stage"] if found.dense_weight == 0 else [])}
+    for field in recipe.model:
+        if field not in own and getattr(found, field) != getattr(config, field):
+            raise ValueError(
+                f"the checkpoint {checkpoint} is one of another configuration: model.{field} is {getattr(found, field)!r}, "
+                f"not {getattr(config, field)!r}"
+            )
+    return found
 
 
 def _pretrained(recipe: Recipe, config: PoodleConfig) -> tuple[PoodleConfig, dict[str, torch.Tensor]]:
