@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from small_runs import (
     EACH_STEP,
@@ -41,8 +41,6 @@ from training.schedules import learning_rate
 from training.video_sources import find_videos
 from training.video_stream import PairLoader
 from training.views import model_inputs
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
